@@ -1,0 +1,3 @@
+from fastvit_train.cli import main
+
+main()

@@ -1,0 +1,159 @@
+"""Checkpoints at optimizer-step boundaries: written beside and renamed into place, checked when they come back."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from timm.scheduler.scheduler import Scheduler
+
+from fastvit_train.errors import UserError
+
+PROGRESS_FILE = "progress.json"
+
+
+@dataclass
+class Progress:
+    """How far a run has come; together with the configuration all that the data order needs."""
+
+    epoch: int = 0
+    """epochs completed"""
+    step_in_epoch: int = 0
+    """optimizer steps done of the epoch under way"""
+    step: int = 0
+    """optimizer steps done in all"""
+    train_seconds: float = 0.0
+    """spent training in the completed epochs"""
+    best_accuracy: float = -1.0
+    best_step: int = -1
+    epoch_losses: list[float] = field(default_factory=list)
+    """loss of each step of the epoch under way, mean over all processes"""
+    epoch_correct: float = 0.0
+    """training samples classified right in the epoch under way, over all processes"""
+    epoch_seconds: float = 0.0
+    """spent training in the epoch under way"""
+
+    def close_epoch(self) -> None:
+        """Count the epoch under way as completed."""
+        self.epoch += 1
+        self.train_seconds += self.epoch_seconds
+        self.step_in_epoch, self.epoch_losses, self.epoch_correct, self.epoch_seconds = 0, [], 0.0, 0.0
+
+
+def save(folder: Path, accelerator: Accelerator, scheduler: Scheduler, progress: Progress) -> None:
+    """Write step_N below `folder`, point `last` (and `best`) to it, and drop checkpoints neither points to."""
+    name = f"step_{progress.step}"
+    partial, final = folder / f".{name}.partial", folder / name
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    fingerprints = accelerator.gather(_rng_fingerprint().to(accelerator.device)).tolist()
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        state = {
+            "progress": asdict(progress),
+            "learning_rates": _learning_rates(scheduler),
+            "rng": fingerprints,
+            "mixed_precision": accelerator.mixed_precision,
+        }
+        (partial / PROGRESS_FILE).write_text(json.dumps(state, indent=1))
+        _replace_folder(partial, final)
+        _point(folder / "last", name)
+        if progress.best_step == progress.step:
+            _point(folder / "best", name)
+        _prune(folder)
+    accelerator.wait_for_everyone()
+
+
+def exists(folder: Path) -> bool:
+    """True where there is a checkpoint to resume from."""
+    return (folder / "last" / PROGRESS_FILE).is_file()
+
+
+def load(folder: Path, accelerator: Accelerator, scheduler: Scheduler) -> Progress:
+    """Restore `last` into everything that was prepared; returns how far it had come.
+
+    Raises:
+        UserError: where the checkpoint can't be read.
+        RuntimeError: where random state, optimizer or schedule did not come back as they were saved.
+    """
+    path = (folder / "last").resolve()
+    try:
+        saved = json.loads((path / PROGRESS_FILE).read_text())
+        progress = Progress(**saved["progress"])
+        precision = saved["mixed_precision"]
+        accelerator.load_state(str(path))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} can't be read ({reason}); remove it, or start over with --overwrite") from None
+    if precision != accelerator.mixed_precision:
+        raise UserError(
+            f"{path} was trained with mixed precision {precision!r}, this launch has {accelerator.mixed_precision!r}; "
+            f"resume with accelerate launch --mixed_precision {precision}"
+        )
+    scheduler.step_update(progress.step)
+    if len(saved["rng"]) == accelerator.num_processes and (
+        _rng_fingerprint().tolist() != saved["rng"][accelerator.process_index : accelerator.process_index + 1]
+    ):
+        raise RuntimeError(f"the random state in {path} did not come back")
+    if _learning_rates(scheduler) != saved["learning_rates"]:
+        raise RuntimeError(f"the learning rates in {path} did not come back")
+    steps = {float(state["step"]) for state in scheduler.optimizer.state.values() if "step" in state}
+    if steps - {float(progress.step)}:
+        raise RuntimeError(f"the optimizer in {path} has done {steps} steps, the run {progress.step}")
+    return progress
+
+
+def _rng_fingerprint() -> torch.Tensor:
+    """A 1-element int64 tensor that tells this process's torch random state."""
+    state = torch.get_rng_state().numpy().tobytes()
+    return torch.tensor([int.from_bytes(hashlib.blake2b(state, digest_size=7).digest())])
+
+
+def _learning_rates(scheduler: Scheduler) -> list[float]:
+    return [float(group["lr"]) for group in scheduler.optimizer.param_groups]
+
+
+def _replace_folder(source: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _point(link: Path, name: str) -> None:
+    """Make `link` a symbolic link to its sibling `name`, atomically."""
+    fresh = link.with_name(f".{link.name}.link")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(name, target_is_directory=True)
+    fresh.replace(link)
+
+
+def _prune(folder: Path) -> None:
+    kept = {(folder / link).resolve() for link in ("last", "best")}
+    for path in folder.glob("step_*"):
+        if path.resolve() not in kept:
+            shutil.rmtree(path)
+
+
+def agree(accelerator: Accelerator, decide: Callable[[], bool]) -> bool:
+    """What rank 0 decides, on every rank; a UserError there is raised everywhere."""
+    answer: list[object] = [None]
+    if accelerator.is_main_process:
+        try:
+            answer = [decide()]
+        except UserError as error:
+            answer = [str(error)]
+    broadcast_object_list(answer)
+    if isinstance(answer[0], str):
+        raise UserError(answer[0])
+    return bool(answer[0])

@@ -1,0 +1,184 @@
+"""The command line: the only file that knows the parser."""
+
+import argparse
+import contextlib
+import difflib
+import io
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import tyro
+import yaml
+from rich.console import Console
+
+from fastvit_train import launch, plots, report
+from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, flatten, override
+from fastvit_train.errors import UserError
+from fastvit_train.recipes import recipe
+from fastvit_train.saved import evaluate_run
+from fastvit_train.train import fit
+
+PROG = "fastvit_train"
+Command = TypeVar("Command")
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a small Vision Transformer from scratch.
+
+    Recipe < --config < flags. The resolved settings are saved with the run as config.yaml.
+    """
+
+    config: str | None = None
+    """YAML file of settings, named as the flags are"""
+    resume: Literal["never", "auto", "must"] = "never"
+    """go on from the run's last checkpoint: auto if there is one, must insists"""
+    overwrite: bool = False
+    """start over where the folder holds a run already"""
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass(frozen=True)
+class EvalCommand:
+    """Evaluate a run's final weights."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """a run's folder"""
+    attention: str | None = None
+    """how attention is computed; the run's own by default"""
+    data_dir: str | None = None
+    """where the data lies, if no longer where the run found it"""
+
+
+@dataclass(frozen=True)
+class CompareCommand:
+    """Put runs side by side: a table, and their curves in one picture."""
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """folders of finished runs"""
+    output: Path = Path("curves.png")
+    """where the picture goes"""
+    markdown: bool = False
+    """print the table as Markdown"""
+
+
+def train(args: Sequence[str]) -> None:
+    base, source = _base_config(args)
+    command = _parse(TrainCommand, args, default=TrainCommand(source, "never", False, base.run, base.model, base.data, base.optim))
+    config = TrainConfig(command.run, command.model, command.data, command.optim)
+    fit(config, resume=command.resume, overwrite=command.overwrite)
+
+
+def evaluate(args: Sequence[str]) -> None:
+    command = _parse(EvalCommand, args)
+    evaluate_run(command.run, attention=command.attention, data_dir=command.data_dir)
+
+
+def compare(args: Sequence[str]) -> None:
+    command = _parse(CompareCommand, args)
+    runs = list(command.runs)
+    if command.markdown:
+        print(report.markdown(runs))
+    else:
+        Console().print(report.table(runs))
+    plots.plot_curves(runs, command.output)
+    print(f"written to {command.output}")
+
+
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "eval": evaluate, "compare": compare}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one verb; `train` where none is named. A user's mistake is one line on stderr and exit status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    args = list(sys.argv[1:] if argv is None else argv)
+    verb = args.pop(0) if args and not args[0].startswith("-") else "train"
+    try:
+        if verb not in VERBS:
+            raise UserError(f"unknown verb {verb!r}; allowed: {', '.join(VERBS)}")
+        VERBS[verb](args)
+    except UserError as error:
+        _complain(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        _complain("interrupted; --resume auto goes on from the last checkpoint")
+        sys.exit(130)
+
+
+def _complain(message: str) -> None:
+    if not launch.is_first_process():
+        return
+    print(f"{PROG}: error: {' '.join(message.split())}", file=sys.stderr)
+    if launch.under_launcher():
+        print("(what follows is accelerate's own traceback; --quiet after `accelerate launch` leaves it out)", file=sys.stderr)
+
+
+def _base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
+    """What the flags override: the recipe, and over it the --config file, which may name the recipe."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--recipe")
+    parser.add_argument("--config")
+    try:
+        known, _ = parser.parse_known_args(list(args))
+    except argparse.ArgumentError as error:
+        raise UserError(str(error)) from None
+    settings = _read_config(Path(known.config)) if known.config else {}
+    name = known.recipe or settings.get("recipe") or "quickstart"
+    base = recipe(str(name))
+    return override(base, {**settings, "recipe": name}, str(known.config)), known.config
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        settings = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {path} can't be read: {error}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
+        raise UserError(f"--config {path} must hold `name: value` lines, named as the flags are")
+    return settings
+
+
+def _parse(command: type[Command], args: Sequence[str], default: Command | None = None) -> Command:
+    """tyro's reading of `args`; its boxed complaints become one line."""
+    complaint = io.StringIO()
+    extra: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return tyro.cli(
+                command,
+                args=list(args),
+                prog=f"python -m {PROG}",
+                config=(tyro.conf.OmitArgPrefixes,),
+                **extra,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_one_line(complaint.getvalue(), args)) from None
+
+
+def _one_line(box: str, args: Sequence[str]) -> str:
+    """The first paragraph of tyro's box; for an unknown flag, the nearest known one."""
+    rows = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    text = " ".join(row for row in rows[: next((i for i, row in enumerate(rows) if row.startswith("──")), None)])
+    if "nrecognized" not in text:
+        return re.sub(r"\s+\.$", ".", text) or "the arguments can't be read; see --help"
+    flags = {f"--{key.replace('_', '-')}" for key in (*flatten(TrainConfig()), "config", "resume", "overwrite")}
+    for arg in args:
+        name = arg.partition("=")[0]
+        if name.startswith("--") and name not in flags and f"--{name[2:].replace('_', '-').removeprefix('no-')}" not in flags:
+            close = difflib.get_close_matches(name, flags, n=2)
+            hint = f"did you mean {' or '.join(close)}?" if close else "see --help for the allowed ones"
+            return f"unknown flag {name}; {hint}"
+    return f"{text}; see --help"
+

@@ -1,0 +1,1 @@
+"""Data: sets by name, where their images come from, augmentation, batches."""

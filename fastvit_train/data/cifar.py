@@ -1,0 +1,150 @@
+"""CIFAR-10 and CIFAR-100 (Krizhevsky 2009), from torchvision's layout, a local archive, or the network.
+
+Their batches are pickles; they are read by an unpickler that knows arrays and nothing else.
+"""
+
+import pickle
+import tarfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastvit_train.data.download import check_md5, download
+from fastvit_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Where a CIFAR comes from and how its batches are called."""
+
+    title: str
+    archive: str
+    md5: str
+    folder: str
+    train_batches: tuple[str, ...]
+    test_batch: str
+    meta: str
+    label_key: str
+    names_key: str
+
+
+HOST = "https://www.cs.toronto.edu/~kriz/"
+VARIANTS = {
+    "cifar10": Variant(
+        title="CIFAR-10",
+        archive="cifar-10-python.tar.gz",
+        md5="c58f30108f718f92721af3b95e74349a",
+        folder="cifar-10-batches-py",
+        train_batches=tuple(f"data_batch_{i}" for i in range(1, 6)),
+        test_batch="test_batch",
+        meta="batches.meta",
+        label_key="labels",
+        names_key="label_names",
+    ),
+    "cifar100": Variant(
+        title="CIFAR-100",
+        archive="cifar-100-python.tar.gz",
+        md5="eb9058c3a382ffc7106e4002c42a8d85",
+        folder="cifar-100-python",
+        train_batches=("train",),
+        test_batch="test",
+        meta="meta",
+        label_key="fine_labels",
+        names_key="fine_label_names",
+    ),
+}
+
+Part = tuple[Tensor, Tensor]
+
+
+def load(name: str, data_dir: Path, url: str | None) -> tuple[tuple[str, ...], Part, Part]:
+    """(classes, (train images, labels), (test images, labels)); images uint8 (samples, 3, 32, 32).
+
+    Raises:
+        UserError: where the data is neither there nor to be had, or is damaged.
+    """
+    variant = VARIANTS[name]
+    open_batch = _batches(variant, data_dir, url)
+    classes = tuple(str(name) for name in _read(open_batch, variant.meta)[variant.names_key])
+    train = _images(open_batch, variant.train_batches, variant.label_key)
+    return classes, train, _images(open_batch, (variant.test_batch,), variant.label_key)
+
+
+def _batches(variant: Variant, data_dir: Path, url: str | None) -> Callable[[str], IO[bytes]]:
+    """A function that opens a batch by name, from the first place that has them."""
+    for unpacked in (data_dir / variant.folder, data_dir):
+        if (unpacked / variant.test_batch).is_file():
+            return lambda name: (unpacked / name).open("rb")
+    archive = data_dir / variant.archive
+    if archive.is_file():
+        check_md5(archive, variant.md5)
+    else:
+        target = f"{variant.archive} or its unpacked folder {variant.folder}/"
+        download(url or HOST + variant.archive, archive, variant.md5, put=target)
+    try:
+        tar = tarfile.open(archive)  # noqa: SIM115 the returned function reads from it
+        members = {Path(member.name).name: member for member in tar.getmembers() if member.isfile()}
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{archive} can't be unpacked ({error}); delete it and try again") from None
+
+    def open_member(name: str) -> IO[bytes]:
+        file = tar.extractfile(members[name]) if name in members else None
+        if file is None:
+            raise FileNotFoundError(name)
+        return file
+
+    return open_member
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Builds dicts, lists, strings, numbers and numpy arrays; refuses everything that could run code."""
+
+    ALLOWED = frozenset(
+        {
+            ("numpy", "ndarray"),
+            ("numpy", "dtype"),
+            ("numpy.core.multiarray", "_reconstruct"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("_codecs", "encode"),
+        }
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a CIFAR batch has no use for")
+        if module.startswith("numpy.core"):
+            module = module.replace("numpy.core", "numpy._core")
+        return super().find_class(module, name)
+
+
+def _read(open_batch: Callable[[str], IO[bytes]], name: str) -> dict[str, Any]:
+    try:
+        with open_batch(name) as file:
+            content = _ArrayUnpickler(file, encoding="latin1").load()
+        return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
+    except FileNotFoundError as error:
+        raise UserError(f"CIFAR batch {name} is missing ({error}); unpack the archive anew") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"CIFAR batch {name} is damaged ({error}); unpack the archive anew") from None
+
+
+def _images(open_batch: Callable[[str], IO[bytes]], names: Sequence[str], label_key: str) -> Part:
+    images, labels = [], []
+    for name in names:
+        batch = _read(open_batch, name)
+        data = np.asarray(batch.get("data"))
+        label = batch.get(label_key, [])
+        if data.dtype != np.uint8 or data.ndim != 2 or data.shape != (len(label), 3 * 32 * 32):
+            raise UserError(
+                f"CIFAR batch {name} has data of {data.dtype} {data.shape} for {len(label)} {label_key}; "
+                f"expected uint8 (samples, {3 * 32 * 32}); unpack the archive anew"
+            )
+        images.append(torch.from_numpy(data.copy()).view(-1, 3, 32, 32))
+        labels.append(torch.tensor(label, dtype=torch.long))
+    return torch.cat(images), torch.cat(labels)

@@ -1,0 +1,162 @@
+"""A folder of images: train/ and test/ (or val/), in each a folder per class; decoded once and cached."""
+
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastvit_train.data.images import StreamedImages
+from fastvit_train.errors import UserError
+
+log = logging.getLogger(__name__)
+EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))
+TEST_NAMES = ("test", "val")
+DECODE_BATCH = 256
+CACHE_FORMAT = 1
+
+Part = tuple[Tensor | Sequence[Path], Tensor]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The image files of both splits, sorted, with their labels."""
+
+    root: Path
+    classes: tuple[str, ...]
+    test_name: str
+    train: tuple[list[Path], Tensor]
+    test: tuple[list[Path], Tensor]
+
+
+def list_images(root: Path) -> Listing:
+    """Find the images below `root`.
+
+    Raises:
+        UserError: where a folder is missing or empty, or train and test have different classes.
+    """
+    expected = f"expected {root}/train/CLASS/IMAGE and {root}/test/CLASS/IMAGE (or val/)"
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root} is no folder; {expected}")
+    test_name = next((name for name in TEST_NAMES if (root / name).is_dir()), None)
+    missing = [name for name, there in (("train", (root / "train").is_dir()), ("test", test_name)) if not there]
+    if missing or test_name is None:
+        empty = "is empty" if not any(root.iterdir()) else f"has no {'/ and no '.join(missing)}/"
+        raise UserError(f"--data-dir {root} {empty}; {expected}")
+    classes, test_classes = _class_names(root / "train"), _class_names(root / test_name)
+    if classes != test_classes:
+        only_train = sorted(set(classes) - set(test_classes)) or "nothing"
+        only_test = sorted(set(test_classes) - set(classes)) or "nothing"
+        raise UserError(
+            f"train/ and {test_name}/ in {root} have different classes: only in train/ {only_train}, "
+            f"only in {test_name}/ {only_test}; both must have the same folders"
+        )
+    return Listing(
+        root, classes, test_name, _class_files(root / "train", classes), _class_files(root / test_name, classes)
+    )
+
+
+def _class_names(split: Path) -> tuple[str, ...]:
+    names = tuple(sorted(p.name for p in split.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if not names:
+        raise UserError(f"{split} has no class folders; expected {split}/CLASS/IMAGE")
+    return names
+
+
+def _class_files(split: Path, classes: Sequence[str]) -> tuple[list[Path], Tensor]:
+    paths: list[Path] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        found = sorted(
+            Path(where) / file
+            for where, _, names in os.walk(split / name, followlinks=True)
+            for file in names
+            if Path(file).suffix.lower() in EXTENSIONS and not file.startswith(".")
+        )
+        if not found:
+            raise UserError(f"class folder {split / name} holds no images; allowed: {' '.join(sorted(EXTENSIONS))}")
+        paths += found
+        labels += [label] * len(found)
+    return paths, torch.tensor(labels)
+
+
+def load(listing: Listing, image_size: int, stream: bool | None) -> tuple[Part, Part]:
+    """Both splits: decoded to uint8 (samples, 3, image_size, image_size), or left as files to be streamed.
+
+    `stream=None` streams what would take more than half of the free memory.
+
+    Raises:
+        UserError: naming the first file that can't be decoded.
+    """
+    num_images = len(listing.train[0]) + len(listing.test[0])
+    needed = num_images * 3 * image_size**2
+    if stream is None and (stream := needed > _free_memory() / 2):
+        log.warning("%d images of %d pixels take %.1f GB: streaming from disk", num_images, image_size, needed / 1e9)
+    if stream:
+        return listing.train, listing.test
+    cache = _cache_path(listing, image_size)
+    tensors = _read_cache(cache)
+    if tensors is None:
+        tensors = {
+            "train": _decode(listing.train[0], image_size, f"decoding {listing.root.name}/train"),
+            "test": _decode(listing.test[0], image_size, f"decoding {listing.root.name}/{listing.test_name}"),
+        }
+        _write_cache(cache, tensors, listing)
+    return (tensors["train"], listing.train[1]), (tensors["test"], listing.test[1])
+
+
+def _free_memory() -> int:
+    host = psutil.virtual_memory().available
+    return min(host, torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else host
+
+
+def _decode(paths: Sequence[Path], image_size: int, title: str) -> Tensor:
+    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
+    samples = torch.arange(len(paths)).split(DECODE_BATCH)
+    batches = StreamedImages(paths, image_size, torch.device("cpu")).batches(samples)
+    visible = track(batches, title, total=len(samples), disable=not sys.stderr.isatty())
+    for samples_B, batch in zip(samples, visible, strict=True):
+        images[samples_B] = batch
+    return images
+
+
+def _cache_path(listing: Listing, image_size: int) -> Path:
+    """Named after the files' paths, sizes and times: anything that changes makes another cache."""
+    digest = hashlib.sha256(repr((CACHE_FORMAT, image_size, str(listing.root.resolve()))).encode())
+    for path in (*listing.train[0], *listing.test[0]):
+        stat = path.stat()
+        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "fastvit_train" / f"{listing.root.resolve().name}-{digest.hexdigest()[:16]}.safetensors"
+
+
+def _read_cache(path: Path) -> dict[str, Tensor] | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in ("train", "test")}
+    except (SafetensorError, OSError) as error:
+        log.warning("cache %s is damaged (%s): decoding again", path, error)
+        return None
+
+
+def _write_cache(path: Path, tensors: dict[str, Tensor], listing: Listing) -> None:
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, {"root": str(listing.root.resolve()), "classes": json.dumps(listing.classes)})
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        log.warning("the decoded images can't be cached in %s (%s): going on without", path.parent, error)
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,111 @@
+"""Where a set's images come from, batch by batch: memory on the device, or files decoded on the way."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import psutil
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from fastvit_train.errors import UserError
+
+
+class Images(Protocol):
+    """A set of images of one size."""
+
+    def __len__(self) -> int: ...
+
+    def batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor]:
+        """For each tensor of sample indices their images, uint8 (batch, 3, height, width), on the device."""
+        ...
+
+
+class ResidentImages:
+    """All images in one uint8 tensor on the device."""
+
+    def __init__(self, images: Tensor, device: torch.device) -> None:
+        self._images = images.to(device)
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor]:
+        for samples_B in samples:
+            yield self._images.index_select(0, samples_B.to(self._images.device))
+
+
+class StreamedImages:
+    """Image files, decoded in worker processes while the device computes."""
+
+    def __init__(self, paths: Sequence[Path], image_size: int, device: torch.device) -> None:
+        self._files = _Files(paths, image_size)
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Raises UserError naming the first file that can't be decoded."""
+        loader = DataLoader(
+            self._files,
+            batch_sampler=[samples_B.tolist() for samples_B in samples],
+            num_workers=psutil.cpu_count(logical=False) or 1,
+            collate_fn=_collate,
+            pin_memory=self._device.type == "cuda",
+        )
+        for batch in loader:
+            if isinstance(batch, _Unreadable):
+                raise UserError(batch.message)
+            yield batch.to(self._device, non_blocking=True)
+
+
+class _Unreadable:
+    """Carries a decoding error out of a worker; raised there, it would arrive wrapped in a traceback."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+
+class _Files(Dataset):
+    def __init__(self, paths: Sequence[Path], image_size: int) -> None:
+        self._paths = paths
+        self._image_size = image_size
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> Tensor | _Unreadable:
+        try:
+            return decode(self._paths[index], self._image_size)
+        except UserError as error:
+            return _Unreadable(str(error))
+
+
+def _collate(items: list[Tensor | _Unreadable]) -> Tensor | _Unreadable:
+    for item in items:
+        if isinstance(item, _Unreadable):
+            return item
+    return default_collate(items)
+
+
+def decode(path: Path, image_size: int) -> Tensor:
+    """An image file as uint8 (3, image_size, image_size): shorter side resized, centre cut out.
+
+    Raises:
+        UserError: naming the file, where it is truncated or no image.
+    """
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode.startswith("I;16"):  # convert() would clip 16 bits instead of scaling them
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} can't be decoded ({error}); replace or remove the file") from None
+    if image.size != (image_size, image_size):
+        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)

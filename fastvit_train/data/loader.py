@@ -1,0 +1,123 @@
+"""Batches for training and evaluation: what is in them depends on (seed, epoch) alone, never on the world size."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvit_train.config import DataConfig
+from fastvit_train.data.augment import Augment, generator
+from fastvit_train.data.images import Images
+from fastvit_train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where this process stands among all: its device, its rank and how many there are."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+
+class Preprocess:
+    """uint8 or float images (0 to 255) to normalised float32 at the model's size, on the device."""
+
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], image_size: int, device: torch.device
+    ) -> None:
+        self._image_size = image_size
+        self._scale = (1 / (255 * torch.tensor(std, device=device)))[:, None, None]
+        self._offset = (-torch.tensor(mean, device=device) / torch.tensor(std, device=device))[:, None, None]
+
+    def __call__(self, images_BCHW: Tensor) -> Tensor:
+        images_BCHW = images_BCHW.float()
+        if images_BCHW.shape[-1] != self._image_size or images_BCHW.shape[-2] != self._image_size:
+            images_BCHW = F.interpolate(images_BCHW, self._image_size, mode="bilinear", antialias=True)
+        return torch.addcmul(self._offset, images_BCHW, self._scale)
+
+
+def fit_batch_size(batch_size: int, num_samples: int, world_size: int, grad_accum: int) -> int:
+    """The batch size to train with: `batch_size`, or where the set is smaller the largest that can be cut evenly.
+
+    Raises:
+        UserError: where world_size * grad_accum does not divide batch_size, or the set is too small to cut.
+    """
+    parts = world_size * grad_accum
+    if batch_size % parts:
+        allowed = [n for n in range(1, batch_size + 1) if batch_size % (n * grad_accum) == 0]
+        raise UserError(
+            f"--batch-size {batch_size} can't be cut evenly into {world_size} processes x {grad_accum} micro-batches; "
+            f"with --grad-accum {grad_accum} it divides among {', '.join(map(str, allowed)) or 'no number of'} processes"
+        )
+    if batch_size <= num_samples:
+        return batch_size
+    if num_samples < parts:
+        raise UserError(f"{num_samples} training images are too few for {parts} processes x micro-batches")
+    return num_samples - num_samples % parts
+
+
+class TrainLoader:
+    """Shuffled, augmented micro-batches of one rank; a ragged last batch is left out of the epoch."""
+
+    def __init__(
+        self,
+        images: Images,
+        labels: Tensor,
+        config: DataConfig,
+        preprocess: Preprocess,
+        batch_size: int,
+        grad_accum: int,
+        seed: int,
+        place: Place,
+    ) -> None:
+        self._images = images
+        self._labels = labels.to(place.device)
+        self._preprocess = preprocess
+        self._augment = Augment(config, len(labels), seed, place.device)
+        self._batch_size = batch_size
+        self._grad_accum = grad_accum
+        self._seed = seed
+        self._place = place
+        self.steps_per_epoch = len(labels) // batch_size
+
+    def sample_order(self, epoch: int) -> Tensor:
+        """Sample indices of every micro-batch over all ranks, (steps, grad_accum, batch_size / grad_accum)."""
+        order = torch.randperm(len(self._labels), generator=generator(self._seed, "order", epoch))
+        used = order[: self.steps_per_epoch * self._batch_size]
+        return used.view(self.steps_per_epoch, self._grad_accum, -1)
+
+    def micro_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's (images, labels) of each micro-batch, from optimizer step `first_step` of the epoch on."""
+        self._augment.start_epoch(epoch)
+        own = self.sample_order(epoch)[first_step:, :, self._place.rank :: self._place.world_size]
+        samples = list(own.flatten(0, 1))
+        for samples_B, images in zip(samples, self._images.batches(samples), strict=True):
+            samples_B = samples_B.to(self._place.device)
+            images = self._augment.crop_and_flip(images, samples_B)
+            yield self._augment.cutout(self._preprocess(images), samples_B), self._labels[samples_B]
+
+
+class EvalLoader:
+    """All samples once, in order, cut evenly among the ranks; padding is marked by a mask."""
+
+    def __init__(
+        self, images: Images, labels: Tensor, preprocess: Preprocess, batch_size: int, place: Place
+    ) -> None:
+        self._images = images
+        self._labels = labels.to(place.device)
+        self._preprocess = preprocess
+        self._place = place
+        self._batch_size = min(batch_size, -(-len(labels) // place.world_size))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yields (images, labels, mask); the same number of equally large batches on every rank."""
+        total, stride = len(self._labels), self._batch_size * self._place.world_size
+        padded = torch.arange(-(-total // stride) * stride)
+        own = padded.view(-1, self._place.world_size, self._batch_size)[:, self._place.rank]
+        samples = list(own.clamp(max=total - 1))
+        for index_B, samples_B, images in zip(own, samples, self._images.batches(samples), strict=True):
+            mask_B = (index_B < total).to(self._place.device)
+            yield self._preprocess(images), self._labels[samples_B.to(self._place.device)], mask_B

@@ -1,0 +1,104 @@
+"""How this process fits among the others: the Accelerator, the CPU threads, and what can be wrong with a launch."""
+
+import os
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+
+from fastvit_train.errors import UserError
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelerator:
+    """The Accelerator of this process; mixed precision and the number of processes come from the launch.
+
+    Raises:
+        UserError: where a tracker isn't installed, or the launch started more processes than joined up.
+    """
+    try:
+        accelerator = Accelerator(
+            # Without this, processes on a machine without an accelerator would each believe they are alone.
+            cpu=not torch.accelerator.is_available(),
+            gradient_accumulation_steps=grad_accum,
+            log_with=list(trackers) or None,
+            project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+        )
+    except ValueError as error:
+        raise UserError(" ".join(str(error).split())) from None
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if launched != accelerator.num_processes:
+        raise UserError(
+            f"the launch started {launched} processes, but this one sees {accelerator.num_processes}; "
+            "start them with `accelerate launch --multi_gpu --num_processes N`, on a CPU machine too"
+        )
+    missing = sorted(set(trackers) - {tracker if isinstance(tracker, str) else tracker.value for tracker in accelerator.log_with})
+    if missing:
+        raise UserError(f"--track {' '.join(missing)} is not installed; pip install {' '.join(missing)}")
+    return accelerator
+
+
+def is_first_process() -> bool:
+    """True on the process that speaks for all, before there is an Accelerator."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def under_launcher() -> bool:
+    """True where `accelerate launch` started this process."""
+    return "ACCELERATE_MIXED_PRECISION" in os.environ
+
+
+def use_all_cores() -> str:
+    """Set torch's CPU threads to the physical cores over the local processes; returns what was done, in words.
+
+    accelerate's launcher and torch's agent set OMP_NUM_THREADS=1 where the user set nothing, which halves a
+    laptop's speed or worse. A number that the user did set is kept.
+    """
+    if _user_set_threads():
+        return f"{torch.get_num_threads()} CPU threads per process (as set by the environment)"
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    threads = max(1, cores // local_processes)
+    torch.set_num_threads(threads)
+    return f"{threads} CPU threads per process ({cores} cores, {local_processes} local processes)"
+
+
+def _user_set_threads() -> bool:
+    if not any(name in os.environ for name in THREAD_VARIABLES):
+        return False
+    if not under_launcher() or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return True
+    try:
+        launcher = psutil.Process().parent()
+        if launcher is None:
+            return False
+        told = any(argument.startswith("--num_cpu_threads") for argument in launcher.cmdline())
+        return told or any(name in launcher.environ() for name in THREAD_VARIABLES)
+    except psutil.Error:
+        return False
+
+
+def device_name(device: torch.device) -> str:
+    """The device as people call it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """MiB: the most that tensors took on a GPU; on a CPU the most that the process had resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20

@@ -1,0 +1,312 @@
+"""One Vision Transformer for small images; its options span the seed's two models and the compact family.
+
+Sources: ViT, Dosovitskiy et al. 2021 (https://arxiv.org/abs/2010.11929); sequence pooling and the
+convolutional tokenizer, Hassani et al. 2021 (https://arxiv.org/abs/2104.05704).
+
+Shape suffixes: B batch, N tokens, D embed_dim, C image channels, H image height, W image width.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastvit_kernels
+
+Size = int | tuple[int, int]
+
+
+def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    """Zero whole samples of a residual branch with probability `rate` (Huang et al. 2016), scaling the rest."""
+    if not training or rate == 0.0:
+        return x
+    keep = torch.empty(x.shape[0], *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - rate)
+    return x * keep / (1 - rate)
+
+
+class PatchTokenizer(nn.Module):
+    """Non-overlapping patches, each projected to a token."""
+
+    def __init__(self, in_chans: int, embed_dim: int, image_size: tuple[int, int], patch_size: int) -> None:
+        super().__init__()
+        if patch_size < 1 or any(side % patch_size for side in image_size):
+            raise ValueError(
+                f"image size {'x'.join(map(str, image_size))} is not a multiple of patch size {patch_size}"
+            )
+        self.grid_size = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.proj(images_BCHW).flatten(2).transpose(1, 2)
+
+
+class ConvTokenizer(nn.Module):
+    """Convolutions without bias, each followed by ReLU and 3x3/2 max-pooling (CCT)."""
+
+    def __init__(
+        self, in_chans: int, embed_dim: int, image_size: tuple[int, int], kernel_size: int, num_layers: int
+    ) -> None:
+        super().__init__()
+        stride, padding = max(1, kernel_size // 2 - 1), max(1, kernel_size // 2)
+        channels = [in_chans, *[64] * (num_layers - 1), embed_dim]
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels[i], channels[i + 1], kernel_size, stride, padding, bias=False)
+            for i in range(num_layers)
+        )
+        with torch.no_grad():
+            self.grid_size = tuple(self._maps(torch.zeros(1, in_chans, *image_size)).shape[-2:])
+
+    def _maps(self, x_BCHW: Tensor) -> Tensor:
+        for conv in self.convs:
+            x_BCHW = F.max_pool2d(F.relu(conv(x_BCHW)), kernel_size=3, stride=2, padding=1)
+        return x_BCHW
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self._maps(images_BCHW).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Owns the merged QKV parameters and the output projection; the operator is chosen by name."""
+
+    def __init__(
+        self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float, implementation: str
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads {num_heads} does not divide embed_dim {dim}")
+        self.num_heads = num_heads
+        self.implementation = implementation
+        self.attn_drop = attn_drop
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        heads_BND = fastvit_kernels.attention(
+            x_BND,
+            self.qkv.weight,
+            self.qkv.bias,
+            self.num_heads,
+            dropout_p=self.attn_drop if self.training else 0.0,
+            implementation=self.implementation,
+        )
+        return self.proj_drop(self.proj(heads_BND))
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between; `hidden_drop` is the compact family's dropout after the GELU."""
+
+    def __init__(self, dim: int, hidden_dim: int, gelu: str, hidden_drop: float, drop: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU(approximate=gelu)
+        self.hidden_drop = nn.Dropout(hidden_drop)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.drop(self.fc2(self.hidden_drop(self.act(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP; with `residual_norm` the second norm sits on the residual stream itself."""
+
+    def __init__(self, dim: int, attn: Attention, mlp: Mlp, drop_path_rate: float, residual_norm: bool) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = mlp
+        self.drop_path_rate = drop_path_rate
+        self.residual_norm = residual_norm
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        x_BND = x_BND + drop_path(self.attn(self.norm1(x_BND)), self.drop_path_rate, self.training)
+        normed_BND = self.norm2(x_BND)
+        residual_BND = normed_BND if self.residual_norm else x_BND
+        return residual_BND + drop_path(self.mlp(normed_BND), self.drop_path_rate, self.training)
+
+
+class ViT(nn.Module):
+    """A Vision Transformer with timm's interface.
+
+    Args:
+        img_size: pixels, one number or (height, width); a multiple of patch_size where patches are cut.
+        in_chans: image channels.
+        num_classes: outputs; 0 leaves the classifier out.
+        global_pool: "cls" puts a class token first and classifies on it; "seq" pools all tokens with learned
+            weights (sequence pooling).
+        patch_size: pixels; ignored where conv_layers > 0.
+        conv_layers: convolutions of the tokenizer; 0 cuts patches instead.
+        kernel_size: of those convolutions.
+        embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the encoder's sizes.
+        residual_norm: the second LayerNorm sits on the residual stream (compact family).
+        final_norm: LayerNorm after the last block.
+        gelu: "tanh" (the seed's) or "none" (exact).
+        pos_embed: "learned" or "sine" (fixed).
+        init: "seed", all weights and positions from N(0, initializer_range); "compact", the published
+            family's: tokenizer Kaiming, positions with std 0.2, class token zero.
+        initializer_range: standard deviation of the initial weights.
+        drop_rate: dropout on embeddings, projections and MLP outputs.
+        attn_drop_rate: dropout on attention weights.
+        drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first.
+        attention: implementation, one of `fastvit_kernels.implementations()`.
+
+    Raises:
+        ValueError: where sizes don't fit together or the attention is unknown.
+    """
+
+    def __init__(
+        self,
+        img_size: Size = 32,
+        in_chans: int = 3,
+        num_classes: int = 10,
+        global_pool: Literal["cls", "seq"] = "cls",
+        patch_size: int = 4,
+        conv_layers: int = 0,
+        kernel_size: int = 3,
+        embed_dim: int = 48,
+        depth: int = 4,
+        num_heads: int = 4,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        residual_norm: bool = False,
+        final_norm: bool = True,
+        gelu: Literal["tanh", "none"] = "tanh",
+        pos_embed: Literal["learned", "sine"] = "learned",
+        init: Literal["seed", "compact"] = "seed",
+        initializer_range: float = 0.02,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        attention: str = fastvit_kernels.DEFAULT,
+    ) -> None:
+        super().__init__()
+        _check_choice("global_pool", global_pool, ("cls", "seq"))
+        _check_choice("pos_embed", pos_embed, ("learned", "sine"))
+        fastvit_kernels.check_implementation(attention)
+        image_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        self.num_classes = num_classes
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.global_pool = global_pool
+        self.num_prefix_tokens = 1 if global_pool == "cls" else 0
+        self.grad_checkpointing = False
+
+        self.patch_embed: PatchTokenizer | ConvTokenizer = (
+            ConvTokenizer(in_chans, embed_dim, image_size, kernel_size, conv_layers)
+            if conv_layers
+            else PatchTokenizer(in_chans, embed_dim, image_size, patch_size)
+        )
+        tokens = self.patch_embed.grid_size[0] * self.patch_embed.grid_size[1] + self.num_prefix_tokens
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if global_pool == "cls" else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=pos_embed == "learned")
+        self.pos_drop = nn.Dropout(drop_rate)
+        self.blocks = nn.ModuleList(
+            Block(
+                embed_dim,
+                Attention(embed_dim, num_heads, qkv_bias, attn_drop_rate, drop_rate, attention),
+                Mlp(
+                    embed_dim,
+                    round(embed_dim * mlp_ratio),
+                    gelu,
+                    hidden_drop=drop_rate if residual_norm else 0.0,
+                    drop=drop_rate,
+                ),
+                drop_path_rate * i / max(depth - 1, 1),
+                residual_norm,
+            )
+            for i in range(depth)
+        )
+        self.norm = nn.LayerNorm(embed_dim) if final_norm else nn.Identity()
+        self.attention_pool = nn.Linear(embed_dim, 1) if global_pool == "seq" else None
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self._init_weights(init, initializer_range)
+
+    def _init_weights(self, init: str, std: float) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        if init == "compact":
+            for module in self.patch_embed.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.reset_parameters()  # its bias stays torch's default draw
+                    nn.init.kaiming_normal_(module.weight)
+        if not self.pos_embed.requires_grad:
+            self.pos_embed.data.copy_(sine_positions(*self.pos_embed.shape[1:]))
+        else:
+            nn.init.trunc_normal_(self.pos_embed, std=0.2 if init == "compact" else std)
+        if self.cls_token is not None and init == "seed":
+            nn.init.trunc_normal_(self.cls_token, std=std)
+
+    def set_attention(self, implementation: str) -> None:
+        """Let every block use `implementation` from now on; the parameters stay as they are."""
+        fastvit_kernels.check_implementation(implementation)
+        for block in self.blocks:
+            block.attn.implementation = implementation
+
+    def forward_features(self, images_BCHW: Tensor) -> Tensor:
+        """(batch, channels, height, width) to the last block's tokens, (batch, tokens, embed_dim)."""
+        x_BND = self.patch_embed(images_BCHW)
+        if self.cls_token is not None:
+            x_BND = torch.cat((self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND), dim=1)
+        x_BND = self.pos_drop(x_BND + self.pos_embed)
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x_BND = checkpoint(block, x_BND, use_reentrant=False)
+            else:
+                x_BND = block(x_BND)
+        return self.norm(x_BND)
+
+    def forward_head(self, x_BND: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens to logits, (batch, num_classes); with `pre_logits` to the pooled features, (batch, embed_dim)."""
+        if self.attention_pool is None:
+            pooled_BD = x_BND[:, 0]
+        else:
+            weights_BN1 = self.attention_pool(x_BND).softmax(1)
+            pooled_BD = (weights_BN1.transpose(1, 2) @ x_BND).squeeze(1)
+        return pooled_BD if pre_logits else self.head(pooled_BD)
+
+    def forward(self, images_BCHW: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(images_BCHW))
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one, on the model's device and in its dtype."""
+        if global_pool not in (None, self.global_pool):
+            raise ValueError(f"global_pool is {self.global_pool!r} by construction, can't become {global_pool!r}")
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.embed_dim, num_classes).to(self.pos_embed) if num_classes else nn.Identity()
+
+    def no_weight_decay(self) -> set[str]:
+        return {"pos_embed", "cls_token"}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's layer groups, for layer-wise learning rates."""
+        blocks: str | list[tuple[str, Iterable[int] | None]] = [
+            (r"^blocks\.(\d+)", None),
+            (r"^norm|^attention_pool", (99999,)),
+        ]
+        return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": blocks}
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self.grad_checkpointing = enable
+
+
+def sine_positions(tokens: int, dim: int) -> Tensor:
+    """Fixed positions, (tokens, dim): sine on even channels, cosine on odd ones (Vaswani et al. 2017, 3.5)."""
+    channels = torch.arange(dim)
+    angles = torch.arange(tokens).unsqueeze(1) / 10000 ** (2 * (channels // 2) / dim)
+    return torch.where(channels % 2 == 0, angles.sin(), angles.cos())
+
+
+def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"unknown {name} {value!r}; allowed: {', '.join(allowed)}")

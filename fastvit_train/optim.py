@@ -1,0 +1,70 @@
+"""Optimizer and schedule, from timm's factories by name."""
+
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from fastvit_train.config import OptimConfig
+from fastvit_train.errors import UserError
+
+WARMUP_START = 0.01  # of the peak learning rate
+
+
+def check_optimizer(name: str) -> None:
+    """Raise UserError unless timm has an optimizer of that name."""
+    known = list_optimizers()
+    if name.lower().removeprefix("lookahead_") not in known:
+        raise UserError(f"unknown optimizer {name!r}; allowed: {', '.join(known)}")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters; Muon's variants get the blocks' matrices, AdamW the rest."""
+    kwargs: dict[str, Any] = {"opt": config.optimizer, "lr": config.lr, "weight_decay": config.weight_decay}
+    is_muon = "muon" in config.optimizer
+    if config.momentum is not None:
+        kwargs["momentum"] = config.momentum
+    elif is_muon:
+        kwargs["momentum"] = 0.95  # Muon's own; timm's factory would say 0.9
+    if is_muon:
+        kwargs["fallback_list"] = _outside_blocks(model)
+    try:
+        if config.decay_all:
+            if is_muon:
+                raise UserError("--decay-all and Muon don't go together; leave one out")
+            return create_optimizer_v2([p for p in model.parameters() if p.requires_grad], **kwargs)
+        return create_optimizer_v2(model, **kwargs)
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"optimizer {config.optimizer!r} can't be used: {error}") from None
+
+
+def _outside_blocks(model: nn.Module) -> list[str]:
+    """Parameters that AdamW trains under Muon: all but the blocks' matrices; where there are no blocks, the head."""
+    names = [name for name, _ in model.named_parameters()]
+    head = str(model.pretrained_cfg["classifier"])
+    if any(name.startswith("blocks.") for name in names):
+        return [name for name in names if not name.startswith("blocks.")]
+    return [name for name in names if name.startswith(head)]
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, epochs: int, steps_per_epoch: int
+) -> Scheduler:
+    """timm's schedule of that name, to be moved on by `step_update(number of optimizer steps done)`.
+
+    It is not to be prepared by accelerate, which would step it once per process.
+    """
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="poly" if config.schedule == "linear" else config.schedule,
+        num_epochs=epochs,
+        decay_rate=1.0 if config.schedule == "linear" else 0.1,
+        warmup_epochs=config.warmup * epochs,
+        warmup_lr=config.lr * WARMUP_START,
+        step_on_epochs=False,
+        updates_per_epoch=steps_per_epoch,
+    )
+    return scheduler

@@ -1,0 +1,36 @@
+"""Pictures of runs."""
+
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from fastvit_train.errors import UserError
+from fastvit_train.tracking import RunFolder, read_rows
+
+PANELS = {"train loss": "train_loss", "test loss": "test_loss", "accuracy, %": "test_accuracy"}
+
+
+def plot_curves(runs: list[Path], output: Path) -> None:
+    """Train loss, test loss (both nats) and accuracy by epoch, a line per run, as a PNG.
+
+    Raises:
+        UserError: where a run has no metrics.
+    """
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, len(PANELS))
+    for run in runs:
+        rows = read_rows(RunFolder(run).metrics)
+        if not rows:
+            raise UserError(f"{run} has no metrics.jsonl with an epoch in it; give the folder of a run")
+        epochs = [row["epoch"] for row in rows]
+        for axes, key in zip(panels, PANELS.values(), strict=True):
+            scale = 100 if key == "test_accuracy" else 1
+            axes.plot(epochs, [scale * row[key] for row in rows], label=run.name, marker="." if len(rows) < 3 else "")
+    for axes, title in zip(panels, PANELS, strict=True):
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].legend(frameon=False)
+    figure.savefig(output, dpi=150)

@@ -1,0 +1,172 @@
+"""What a run leaves behind to be read: metrics, summary, weights for timm, tables and curves."""
+
+import json
+import platform
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import timm
+import torch
+from rich.table import Table
+from safetensors.torch import save_file
+from timm.models._hub import save_config_for_hf
+
+from fastvit_train import launch
+from fastvit_train.config import flatten
+from fastvit_train.errors import UserError
+from fastvit_train.evaluate import Evaluation
+from fastvit_train.plots import plot_curves
+from fastvit_train.setup import Job
+from fastvit_train.tracking import RunFolder, read_rows
+
+TRACKER_PROJECT = "fastvit_train"
+
+
+def start_trackers(job: Job) -> None:
+    """Open the trackers asked for, with the configuration; TensorBoard takes no None and no lists."""
+    if job.config.run.track:
+        scalars = {k: v for k, v in flatten(job.config).items() if isinstance(v, bool | int | float | str)}
+        job.accelerator.init_trackers(TRACKER_PROJECT, config=scalars)
+
+
+def record_epoch(job: Job, evaluation: Evaluation, eval_seconds: float) -> None:
+    """Write the epoch's line of metrics, its steps' losses, and say how it went."""
+    progress, loader, config = job.progress, job.train_loader, job.config
+    seconds = progress.epoch_seconds
+    images = loader.steps_per_epoch * job.batch_size
+    metrics = {
+        "epoch": progress.epoch + 1,
+        "step": progress.step,
+        "train_loss": sum(progress.epoch_losses) / len(progress.epoch_losses),
+        "train_accuracy": progress.epoch_correct / images,
+        "test_loss": evaluation.loss,
+        "test_accuracy": evaluation.accuracy,
+        "learning_rate": job.scheduler.optimizer.param_groups[0]["lr"],
+        "images_per_second": images / seconds,
+        "seconds": seconds,
+        "eval_seconds": eval_seconds,
+    }
+    if job.accelerator.is_main_process:
+        job.folder.append(job.folder.metrics, [metrics])
+        first = progress.step - len(progress.epoch_losses) + 1
+        losses = enumerate(progress.epoch_losses, start=first)
+        job.folder.append(job.folder.steps, [{"step": step, "loss": loss} for step, loss in losses])
+    job.log.line(
+        f"epoch {metrics['epoch']:>3}/{config.run.epochs}  train loss {metrics['train_loss']:.4f}  "
+        f"{job.dataset.evaluated_on} loss {evaluation.loss:.4f}  "
+        f"{job.dataset.name} accuracy {evaluation.accuracy:.2%}  "
+        f"{metrics['images_per_second']:,.0f} img/s  {seconds + eval_seconds:.1f} s"
+    )
+    job.accelerator.log({k: v for k, v in metrics.items() if k not in ("epoch", "step")}, step=progress.step)
+
+
+def write_weights(job: Job, name: str) -> None:
+    """The weights as safetensors in the run's folder."""
+    if job.accelerator.is_main_process:
+        weights = {key: value.contiguous().cpu() for key, value in job.bare_model.state_dict().items()}
+        partial = job.folder.root / f".{name}.partial"
+        save_file(weights, partial, {"format": "pt"})
+        partial.replace(job.folder.root / name)
+
+
+def finish(job: Job, evaluation: Evaluation) -> dict[str, Any]:
+    """Write weights, summary and curves, and print the closing table; returns the summary."""
+    summary = _summary(job, evaluation)
+    write_weights(job, "model.safetensors")
+    if job.accelerator.is_main_process:
+        names = {"label_names": list(job.dataset.classes)} if len(job.dataset.classes) == summary["num_classes"] else {}
+        save_config_for_hf(job.bare_model, str(job.folder.root / "config.json"), model_config=names)
+        job.folder.write_summary(summary)
+        plot_curves([job.folder.root], job.folder.root / "curves.png")
+        job.log.console.print(table([job.folder.root]))
+        job.log.line(f"written to {job.folder.root}")
+    job.accelerator.wait_for_everyone()
+    return summary
+
+
+def _summary(job: Job, evaluation: Evaluation) -> dict[str, Any]:
+    progress, config, accelerator = job.progress, job.config, job.accelerator
+    model = job.bare_model
+    parameters = sum(p.numel() for p in model.parameters())
+    images = progress.step * job.batch_size
+    return {
+        "model": config.model.model,
+        "dataset": job.dataset.name,
+        "evaluated_on": job.dataset.evaluated_on,
+        "evaluated_images": evaluation.samples,
+        "recipe": config.run.recipe,
+        "seed": config.run.seed,
+        "parameters": parameters,
+        "num_classes": model.num_classes,
+        "model_size_mb": sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6,
+        "epochs": progress.epoch,
+        "steps": progress.step,
+        "batch_size": job.batch_size,
+        "test_accuracy": evaluation.accuracy,
+        "best_test_accuracy": progress.best_accuracy,
+        "test_loss": evaluation.loss,
+        "train_seconds": progress.train_seconds,
+        "compile_seconds": None,
+        "images_per_second": images / progress.train_seconds if progress.train_seconds else None,
+        "peak_memory_mib": launch.peak_memory_mib(accelerator.device),
+        "energy_joules": None,
+        "attention": config.model.attention,
+        "mixed_precision": accelerator.mixed_precision,
+        "world_size": accelerator.num_processes,
+        "device": launch.device_name(accelerator.device),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+            "timm": timm.__version__,
+        },
+    }
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """A finished run's summary.json and the last line of its metrics, as one dict.
+
+    Raises:
+        UserError: where `run` is no folder of a finished run.
+    """
+    path = run / "summary.json"
+    if not path.is_file():
+        raise UserError(f"{run} is no finished run: it has no summary.json; give the folder of a run")
+    rows = read_rows(RunFolder(run).metrics)
+    return {**(rows[-1] if rows else {}), **json.loads(path.read_text())}
+
+
+COLUMNS = {
+    "run": lambda run, s: run.name,
+    "model": lambda run, s: s["model"],
+    "data": lambda run, s: f"{s['dataset']}, {s['evaluated_on']}",
+    "parameters": lambda run, s: f"{s['parameters']:,}",
+    "MB": lambda run, s: f"{s['model_size_mb']:.2f}",
+    "epochs": lambda run, s: str(s["epochs"]),
+    "train loss": lambda run, s: f"{s['train_loss']:.4f}",
+    "test loss": lambda run, s: f"{s['test_loss']:.4f}",
+    "accuracy": lambda run, s: f"{s['test_accuracy']:.2%}",
+    "best": lambda run, s: f"{s['best_test_accuracy']:.2%}",
+    "training time": lambda run, s: f"{s['train_seconds']:,.0f} s",
+    "img/s": lambda run, s: f"{s['images_per_second']:,.0f}",
+}
+
+
+def table(runs: list[Path]) -> Table:
+    """Finished runs side by side."""
+    result = Table(*COLUMNS)
+    for run in runs:
+        summary = read_summary(run)
+        result.add_row(*(cell(run, summary) for cell in COLUMNS.values()))
+    return result
+
+
+def markdown(runs: list[Path]) -> str:
+    """The same table in Markdown."""
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS)]
+    for run in runs:
+        summary = read_summary(run)
+        rows.append([cell(run, summary) for cell in COLUMNS.values()])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+

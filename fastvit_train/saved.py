@@ -1,0 +1,51 @@
+"""Runs that were made, read back."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import yaml
+
+from fastvit_train import launch
+from fastvit_train.config import TrainConfig, override
+from fastvit_train.data.loader import Place
+from fastvit_train.errors import UserError
+from fastvit_train.evaluate import Evaluation, evaluate
+from fastvit_train.models import build_model
+from fastvit_train.setup import build_eval_loader, image_size, load_data, num_classes, resolve
+from fastvit_train.tracking import Log, RunFolder
+
+
+def evaluate_run(run: Path, attention: str | None = None, data_dir: str | None = None) -> Evaluation:
+    """Evaluate the final weights of the run in folder `run` on the data it was evaluated on, and print the result.
+
+    Raises:
+        UserError: where `run` is no finished run, or the attention or the data isn't to be had.
+    """
+    config = _read_config(run)
+    weights = run / "model.safetensors"
+    if not weights.is_file():
+        raise UserError(f"{run} has no model.safetensors: it isn't finished; go on with --resume must")
+    model_config = replace(config.model, weights=str(weights), attention=attention or config.model.attention)
+    data_config = replace(config.data, data_dir=data_dir or config.data.data_dir)
+    config = resolve(replace(config, model=model_config, data=data_config))
+
+    launch.use_all_cores()
+    accelerator = launch.start(grad_accum=1, trackers=(), run_dir=run)
+    dataset = load_data(config, accelerator)
+    model = build_model(config.model, image_size(config), num_classes(config, dataset))
+    place = Place(accelerator.device, accelerator.process_index, accelerator.num_processes)
+    loader = build_eval_loader(config, dataset, model, place)
+    result = evaluate(accelerator.prepare(model), loader, accelerator)
+    Log(accelerator.is_main_process).line(
+        f"{run}: {dataset.name} ({dataset.evaluated_on}, {result.samples:,} images) accuracy {result.accuracy:.2%}, "
+        f"loss {result.loss:.6f}, attention {config.model.attention}"
+    )
+    accelerator.end_training()
+    return result
+
+
+def _read_config(run: Path) -> TrainConfig:
+    path = RunFolder(run).config
+    if not path.is_file():
+        raise UserError(f"{run} is no run: it has no config.yaml; give the folder of a run")
+    return override(TrainConfig(), yaml.safe_load(path.read_text()), str(path))

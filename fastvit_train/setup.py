@@ -1,0 +1,181 @@
+"""Everything a training run needs, built from its configuration and checked before anything is written."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from fastvit_train import checkpoint, launch, optim
+from fastvit_train.checkpoint import Progress
+from fastvit_train.config import TrainConfig, validate
+from fastvit_train.data.datasets import DatasetSpec, Split, check_labels, load_dataset
+from fastvit_train.data.images import Images, ResidentImages, StreamedImages
+from fastvit_train.data.loader import EvalLoader, Place, Preprocess, TrainLoader, fit_batch_size
+from fastvit_train.models import build_model, check_model, native_image_size, resolve_attention
+from fastvit_train.tracking import Log, Resume, RunFolder
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, ready to train."""
+
+    config: TrainConfig
+    folder: RunFolder
+    log: Log
+    accelerator: Accelerator
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler
+    dataset: DatasetSpec
+    train_loader: TrainLoader
+    eval_loader: EvalLoader
+    batch_size: int
+    progress: Progress
+
+    @property
+    def bare_model(self) -> nn.Module:
+        """The model without accelerate's wrapping."""
+        return self.accelerator.unwrap_model(self.model)
+
+
+def resolve(config: TrainConfig) -> TrainConfig:
+    """`config` with the defaults that depend on other settings filled in.
+
+    Raises:
+        UserError: where a name is unknown or a number out of range.
+    """
+    validate(config)
+    check_model(config.model.model)
+    optim.check_optimizer(config.optim.optimizer)
+    model = replace(
+        config.model,
+        attention=resolve_attention(config.model),
+        image_size=image_size(config),
+    )
+    name = f"{config.data.dataset}-{model.model}-seed{config.run.seed}"
+    return replace(config, model=model, run=replace(config.run, exp_name=config.run.exp_name or name))
+
+
+def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
+    """Build the run that `config` describes, or bring it back where it is to be resumed.
+
+    Raises:
+        UserError: for anything wrong with the configuration, the data, the launch or the run's folder.
+    """
+    config = resolve(config)
+    threads = launch.use_all_cores()
+    folder = RunFolder(Path(config.run.runs_dir) / str(config.run.exp_name))
+    accelerator = launch.start(config.optim.grad_accum, config.run.track, folder.root)
+    log = Log(accelerator.is_main_process)
+    resuming = checkpoint.agree(accelerator, lambda: folder.check(config, resume, overwrite))
+
+    dataset = load_data(config, accelerator)
+    batch_size = fit_batch_size(
+        config.run.batch_size, len(dataset.train.labels), accelerator.num_processes, config.optim.grad_accum
+    )
+    set_seed(config.run.seed)
+    model = build_model(config.model, image_size(config), num_classes(config, dataset))
+    set_seed(config.run.seed, device_specific=True)  # dropout must differ between ranks, weights must not
+    place = Place(accelerator.device, accelerator.process_index, accelerator.num_processes)
+    train_loader = build_train_loader(config, dataset, model, batch_size, place)
+    eval_loader = build_eval_loader(config, dataset, model, place)
+    optimizer = optim.build_optimizer(model, config.optim)
+    scheduler = optim.build_schedule(optimizer, config.optim, config.run.epochs, train_loader.steps_per_epoch)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    progress = checkpoint.load(folder.checkpoints, accelerator, scheduler) if resuming else Progress()
+    if accelerator.is_main_process:
+        if resuming:
+            folder.keep_until(progress.epoch, progress.step - progress.step_in_epoch)
+        else:
+            folder.create(config)
+        log.attach(folder.root / "train.log")
+    accelerator.wait_for_everyone()
+    job = Job(
+        config, folder, log, accelerator, model, optimizer, scheduler, dataset, train_loader, eval_loader,
+        batch_size, progress,
+    )  # fmt: skip
+    _introduce(job, threads, resuming)
+    return job
+
+
+def load_data(config: TrainConfig, accelerator: Accelerator) -> DatasetSpec:
+    """The data set of a resolved configuration; each machine's first process downloads and decodes for the others.
+
+    Raises:
+        UserError: where it can't be had, or has labels that the model has no output for.
+    """
+    with accelerator.local_main_process_first():
+        dataset = load_dataset(config.data, image_size(config))
+    labels = torch.cat((dataset.train.labels, dataset.test.labels))
+    check_labels(labels, num_classes(config, dataset), f"{dataset.name}, for a model of this --num-classes,")
+    return dataset
+
+
+def image_size(config: TrainConfig) -> int:
+    """Side of the model's input, pixels."""
+    return config.model.image_size or native_image_size(config.model.model)
+
+
+def num_classes(config: TrainConfig, dataset: DatasetSpec) -> int:
+    """The model's outputs."""
+    return config.model.num_classes or len(dataset.classes)
+
+
+def build_train_loader(
+    config: TrainConfig, dataset: DatasetSpec, model: nn.Module, batch_size: int, place: Place
+) -> TrainLoader:
+    """Batches of the training set as `model` takes them."""
+    return TrainLoader(
+        _open(dataset.train, config, place),
+        dataset.train.labels,
+        config.data,
+        _preprocess(config, model, place),
+        batch_size,
+        config.optim.grad_accum,
+        config.run.seed,
+        place,
+    )
+
+
+def build_eval_loader(config: TrainConfig, dataset: DatasetSpec, model: nn.Module, place: Place) -> EvalLoader:
+    """Batches of the test set as `model` takes them."""
+    return EvalLoader(
+        _open(dataset.test, config, place),
+        dataset.test.labels,
+        _preprocess(config, model, place),
+        config.run.eval_batch_size,
+        place,
+    )
+
+
+def _open(split: Split, config: TrainConfig, place: Place) -> Images:
+    if isinstance(split.images, torch.Tensor):
+        return ResidentImages(split.images, place.device)
+    return StreamedImages(split.images, image_size(config), place.device)
+
+
+def _preprocess(config: TrainConfig, model: nn.Module, place: Place) -> Preprocess:
+    return Preprocess(model.pretrained_cfg["mean"], model.pretrained_cfg["std"], image_size(config), place.device)
+
+
+def _introduce(job: Job, threads: str, resuming: bool) -> None:
+    config, accelerator, log = job.config, job.accelerator, job.log
+    parameters = sum(p.numel() for p in job.bare_model.parameters())
+    log.line(f"{config.model.model}: {parameters:,} parameters, attention {config.model.attention}")
+    log.line(
+        f"{job.dataset.name}: {len(job.dataset.train.labels):,} images to train on, "
+        f"{len(job.dataset.test.labels):,} ({job.dataset.evaluated_on}) to evaluate on, {len(job.dataset.classes)} classes"
+    )
+    log.line(
+        f"{launch.device_name(accelerator.device)}; world size {accelerator.num_processes}; "
+        f"mixed precision {accelerator.mixed_precision}; {threads}"
+    )
+    if job.batch_size != config.run.batch_size:
+        log.line(f"batch size {job.batch_size} instead of {config.run.batch_size}: there are no more training images")
+    if resuming:
+        log.line(f"resuming {job.folder.root} after epoch {job.progress.epoch}, step {job.progress.step}")

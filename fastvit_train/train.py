@@ -1,0 +1,122 @@
+"""The training loop."""
+
+import math
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastvit_train import checkpoint, report
+from fastvit_train.config import TrainConfig
+from fastvit_train.errors import UserError
+from fastvit_train.evaluate import Evaluation, evaluate
+from fastvit_train.progress import ProgressBar
+from fastvit_train.setup import Job, setup
+from fastvit_train.tracking import Resume
+
+
+def fit(config: TrainConfig, *, resume: Resume = "never", overwrite: bool = False) -> dict[str, Any]:
+    """Train the model that `config` describes and write its run folder; returns what summary.json holds.
+
+    Args:
+        config: the run; see `fastvit_train.config`.
+        resume: "auto" goes on from the run's last checkpoint if there is one, "must" insists on it.
+        overwrite: start over where the folder holds a run already.
+
+    Raises:
+        UserError: for anything wrong with the configuration, the data, the launch or the run's folder.
+    """
+    job = setup(config, resume, overwrite)
+    config, progress = job.config, job.progress
+    last_epoch = min(config.run.epochs, config.run.stop_after or config.run.epochs)
+    total_steps = config.run.epochs * job.train_loader.steps_per_epoch
+    report.start_trackers(job)
+    evaluation = None
+    with ProgressBar(job.log.console, total_steps, config.run.epochs) as bar:
+        while progress.epoch < last_epoch:
+            train_epoch(job, bar)
+            started = time.perf_counter()
+            evaluation = evaluate(job.model, job.eval_loader, job.accelerator)
+            _close_epoch(job, evaluation, eval_seconds=time.perf_counter() - started)
+    if evaluation is None:  # resumed, with nothing left to train
+        evaluation = evaluate(job.model, job.eval_loader, job.accelerator)
+    summary = report.finish(job, evaluation)
+    job.accelerator.end_training()
+    return summary
+
+
+def train_epoch(job: Job, bar: ProgressBar) -> None:
+    """Train to the end of the epoch under way; `job.progress` keeps the step, the losses and the time."""
+    config, accelerator, progress, model = job.config, job.accelerator, job.progress, job.model
+    steps = job.train_loader.steps_per_epoch
+    losses, correct = _restore_sums(job)
+    micro_batches = job.train_loader.micro_batches(progress.epoch, progress.step_in_epoch)
+    model.train()
+    started = time.perf_counter()
+    while progress.step_in_epoch < steps:
+        for _ in range(config.optim.grad_accum):
+            images, labels = next(micro_batches)
+            with accelerator.accumulate(model):
+                logits = model(images)
+                loss = F.cross_entropy(logits, labels, label_smoothing=config.optim.label_smoothing)
+                accelerator.backward(loss)
+                if config.optim.clip_grad is not None and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
+                job.optimizer.step()
+                job.optimizer.zero_grad()
+            losses[progress.step_in_epoch] += loss.detach() / config.optim.grad_accum
+            correct += (logits.detach().argmax(1) == labels).sum()
+        progress.step += 1
+        progress.step_in_epoch += 1
+        job.scheduler.step_update(progress.step)
+        bar.update(progress, losses, correct, job.batch_size / accelerator.num_processes)
+        if config.run.save_every and progress.step % config.run.save_every == 0 and progress.step_in_epoch < steps:
+            _settle(job, losses, correct)
+            progress.epoch_seconds += time.perf_counter() - started
+            checkpoint.save(job.folder.checkpoints, accelerator, job.scheduler, progress)
+            started = time.perf_counter()
+    _settle(job, losses, correct)
+    progress.epoch_seconds += time.perf_counter() - started
+
+
+def _restore_sums(job: Job) -> tuple[Tensor, Tensor]:
+    """This process's share of the epoch's losses (steps,) and right answers, as they stood at `job.progress`."""
+    losses = torch.zeros(job.train_loader.steps_per_epoch, device=job.accelerator.device)
+    losses[: len(job.progress.epoch_losses)] = torch.tensor(job.progress.epoch_losses)
+    correct = torch.zeros((), device=job.accelerator.device)
+    if job.accelerator.is_main_process:
+        correct += job.progress.epoch_correct
+    return losses, correct
+
+
+def _settle(job: Job, losses: Tensor, correct: Tensor) -> None:
+    """Bring the epoch's sums of all processes into `job.progress`; the epoch's one host synchronisation.
+
+    Raises:
+        UserError: naming the first step whose loss is not a finite number.
+    """
+    progress = job.progress
+    done = losses[: progress.step_in_epoch]
+    progress.epoch_losses = job.accelerator.reduce(done, "mean").tolist()
+    progress.epoch_correct = float(job.accelerator.reduce(correct, "sum"))
+    for step, loss in enumerate(progress.epoch_losses, start=progress.step - len(progress.epoch_losses) + 1):
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} at step {step} (epoch {progress.epoch + 1}); lower --lr (now {job.config.optim.lr}) "
+                f"or set --clip-grad; {job.folder.checkpoints}/last is the last good checkpoint"
+            )
+
+
+def _close_epoch(job: Job, evaluation: Evaluation, eval_seconds: float) -> None:
+    """Record the epoch that was just trained and evaluated, and save a checkpoint behind it."""
+    progress, run = job.progress, job.config.run
+    if evaluation.accuracy > progress.best_accuracy:
+        progress.best_accuracy, progress.best_step = evaluation.accuracy, progress.step
+    report.record_epoch(job, evaluation, eval_seconds)
+    progress.close_epoch()
+    checkpoint.save(job.folder.checkpoints, job.accelerator, job.scheduler, progress)
+    if run.save_model_every and progress.epoch % run.save_model_every == 0:
+        report.write_weights(job, f"model_epoch_{progress.epoch}.safetensors")
+

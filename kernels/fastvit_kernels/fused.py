@@ -1,0 +1,30 @@
+"""One merged QKV projection and an explicit softmax over all heads at once.
+
+Shape suffixes: B batch, N tokens, D dim, H heads, C channels of one head (D = H * C).
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def split_heads(
+    x_BND: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, num_heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Project x with the merged weights; returns query, key and value, each (batch, heads, tokens, head_dim)."""
+    batch, tokens, dim = x_BND.shape
+    qkv = F.linear(x_BND, qkv_weight, qkv_bias)
+    q_BHNC, k_BHNC, v_BHNC = qkv.view(batch, tokens, 3, num_heads, dim // num_heads).permute(2, 0, 3, 1, 4)
+    return q_BHNC, k_BHNC, v_BHNC
+
+
+def fused_attention(
+    x_BND: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, num_heads: int, dropout_p: float
+) -> Tensor:
+    """See `fastvit_kernels.attention`."""
+    q_BHNC, k_BHNC, v_BHNC = split_heads(x_BND, qkv_weight, qkv_bias, num_heads)
+    # Scaling the query costs head_dim/tokens of what scaling the scores would.
+    scale = q_BHNC.shape[-1] ** -0.5
+    probs_BHNN = ((q_BHNC * scale) @ k_BHNC.transpose(-2, -1)).softmax(-1)
+    if dropout_p:
+        probs_BHNN = F.dropout(probs_BHNN, dropout_p)
+    return (probs_BHNN @ v_BHNC).transpose(1, 2).flatten(2)
