@@ -27,7 +27,7 @@ def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelera
             gradient_accumulation_steps=grad_accum,
             log_with=list(trackers) or None,
             project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False)],
+            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
         )
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None

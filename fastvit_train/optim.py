@@ -3,14 +3,16 @@
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from fastvit_train.config import OptimConfig
 from fastvit_train.errors import UserError
+from fastvit_train.muon import Muon
 
+MUON = ("muon", "nmuon")  # nmuon: with Nesterov momentum
 WARMUP_START = 0.01  # of the peak learning rate
 
 
@@ -22,22 +24,27 @@ def check_optimizer(name: str) -> None:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters; Muon's variants get the blocks' matrices, AdamW the rest."""
-    kwargs: dict[str, Any] = {"opt": config.optimizer, "lr": config.lr, "weight_decay": config.weight_decay}
-    is_muon = "muon" in config.optimizer
-    if config.momentum is not None:
-        kwargs["momentum"] = config.momentum
-    elif is_muon:
-        kwargs["momentum"] = 0.95  # Muon's own; timm's factory would say 0.9
-    if is_muon:
-        kwargs["fallback_list"] = _outside_blocks(model)
-    try:
+    """The optimizer over all trainable parameters; muon and nmuon are ours, every other name is timm's.
+
+    Raises:
+        UserError: where the optimizer can't be built with these settings.
+    """
+    if config.optimizer in MUON:
         if config.decay_all:
-            if is_muon:
-                raise UserError("--decay-all and Muon don't go together; leave one out")
-            return create_optimizer_v2([p for p in model.parameters() if p.requires_grad], **kwargs)
-        return create_optimizer_v2(model, **kwargs)
-    except (TypeError, ValueError, ImportError) as error:
+            raise UserError(f"--decay-all doesn't go with {config.optimizer}; leave it out or take another --optimizer")
+        groups = param_groups_weight_decay(
+            model,
+            config.weight_decay,
+            no_weight_decay_list=getattr(model, "no_weight_decay", set)(),
+            fallback_list=_outside_blocks(model),
+        )
+        momentum = 0.95 if config.momentum is None else config.momentum
+        return Muon(groups, config.lr, momentum=momentum, nesterov=config.optimizer == "nmuon")
+    kwargs: dict[str, Any] = {} if config.momentum is None else {"momentum": config.momentum}
+    parameters = [p for p in model.parameters() if p.requires_grad] if config.decay_all else model
+    try:
+        return create_optimizer_v2(parameters, config.optimizer, config.lr, config.weight_decay, **kwargs)
+    except (TypeError, ValueError, ImportError, AssertionError) as error:
         raise UserError(f"optimizer {config.optimizer!r} can't be used: {error}") from None
 
 
