@@ -92,7 +92,9 @@ def load(folder: Path, accelerator: Accelerator, scheduler: Scheduler) -> Progre
         accelerator.load_state(str(path))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path} can't be read ({reason}); remove it, or start over with --overwrite") from None
+        raise UserError(
+            f"checkpoint {path} can't be read ({reason}); remove it, or start over with --overwrite"
+        ) from None
     if precision != accelerator.mixed_precision:
         raise UserError(
             f"{path} was trained with mixed precision {precision!r}, this launch has {accelerator.mixed_precision!r}; "

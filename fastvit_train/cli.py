@@ -32,6 +32,7 @@ class TrainCommand:
     """Train a small Vision Transformer from scratch.
 
     Recipe < --config < flags. The resolved settings are saved with the run as config.yaml.
+    Other verbs: eval RUN, compare RUN [RUN...]; each has its own --help.
     """
 
     config: str | None = None
@@ -72,7 +73,9 @@ class CompareCommand:
 
 def train(args: Sequence[str]) -> None:
     base, source = _base_config(args)
-    command = _parse(TrainCommand, args, default=TrainCommand(source, "never", False, base.run, base.model, base.data, base.optim))
+    command = _parse(
+        TrainCommand, args, default=TrainCommand(source, "never", False, base.run, base.model, base.data, base.optim)
+    )
     config = TrainConfig(command.run, command.model, command.data, command.optim)
     fit(config, resume=command.resume, overwrite=command.overwrite)
 
@@ -118,7 +121,10 @@ def _complain(message: str) -> None:
         return
     print(f"{PROG}: error: {' '.join(message.split())}", file=sys.stderr)
     if launch.under_launcher():
-        print("(what follows is accelerate's own traceback; --quiet after `accelerate launch` leaves it out)", file=sys.stderr)
+        print(
+            "(what follows is accelerate's own traceback; --quiet after `accelerate launch` leaves it out)",
+            file=sys.stderr,
+        )
 
 
 def _base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
@@ -169,16 +175,26 @@ def _parse(command: type[Command], args: Sequence[str], default: Command | None 
 
 def _one_line(box: str, args: Sequence[str]) -> str:
     """The first paragraph of tyro's box; for an unknown flag, the nearest known one."""
-    rows = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
-    text = " ".join(row for row in rows[: next((i for i, row in enumerate(rows) if row.startswith("──")), None)])
+    rows = [line.strip("│ ") for line in box.splitlines() if line.strip() and line[0] not in "╭╰"]
+    if len(rows) > 1 and not rows[1].strip("-"):  # without UTF-8 there is no frame, but a title and a rule
+        rows = rows[2:]
+    rules = [i for i, row in enumerate(rows) if not row.strip("─-")]
+    text = " ".join(rows[: rules[0] if rules else None])
+    if match := re.match(r"Error parsing (--\S+): .*?('.*')", text):
+        flag, value = match.groups()
+        wanted = next((row.removeprefix(flag).strip() for row in rows if row.startswith(f"{flag} ")), "see --help")
+        return f"{flag} {value} is not allowed; allowed: {wanted}"
     if "nrecognized" not in text:
         return re.sub(r"\s+\.$", ".", text) or "the arguments can't be read; see --help"
     flags = {f"--{key.replace('_', '-')}" for key in (*flatten(TrainConfig()), "config", "resume", "overwrite")}
     for arg in args:
         name = arg.partition("=")[0]
-        if name.startswith("--") and name not in flags and f"--{name[2:].replace('_', '-').removeprefix('no-')}" not in flags:
+        if (
+            name.startswith("--")
+            and name not in flags
+            and f"--{name[2:].replace('_', '-').removeprefix('no-')}" not in flags
+        ):
             close = difflib.get_close_matches(name, flags, n=2)
             hint = f"did you mean {' or '.join(close)}?" if close else "see --help for the allowed ones"
             return f"unknown flag {name}; {hint}"
     return f"{text}; see --help"
-

@@ -89,7 +89,7 @@ class OptimConfig:
     """decay biases, norms and positions too"""
     momentum: float | None = None
     """momentum; the optimizer's own by default"""
-    schedule: Literal["constant", "cosine", "linear", "tanh", "step", "wsd", "rsqrt"] = "cosine"
+    schedule: Literal["constant", "cosine", "linear", "tanh", "wsd"] = "cosine"
     """learning-rate schedule, by optimizer step"""
     warmup: float = 0.0
     """fraction of all steps over which the learning rate rises to its peak"""
@@ -193,7 +193,8 @@ def _checked(key: str, value: Any, hint: Any, source: str) -> Any:
     if hint in (int, float) and not isinstance(value, bool):
         try:
             number = float(value)
-            return int(number) if hint is int and number.is_integer() else hint(value)
+            if hint is float or number.is_integer():
+                return hint(number)
         except (TypeError, ValueError):
             pass
     raise UserError(f"{key}: {value!r} in {source} is not of type {getattr(hint, '__name__', hint)}")
@@ -202,7 +203,7 @@ def _checked(key: str, value: Any, hint: Any, source: str) -> Any:
 def validate(config: TrainConfig) -> None:
     """Raise UserError for the first setting that is out of its range."""
     run, data, optim, model = config.run, config.data, config.optim, config.model
-    at_least_one = {
+    at_least_one: dict[str, int | None] = {
         "epochs": run.epochs,
         "batch_size": run.batch_size,
         "eval_batch_size": run.eval_batch_size,
@@ -215,7 +216,7 @@ def validate(config: TrainConfig) -> None:
         "depth": model.depth,
         "num_heads": model.num_heads,
     }
-    not_negative = {
+    not_negative: dict[str, float | None] = {
         "seed": run.seed,
         "save_every": run.save_every,
         "save_model_every": run.save_model_every,
@@ -227,7 +228,7 @@ def validate(config: TrainConfig) -> None:
         "initializer_range": model.initializer_range,
         "mlp_ratio": model.mlp_ratio,
     }
-    below_one = {
+    below_one: dict[str, float | None] = {
         "holdout": data.holdout,
         "warmup": optim.warmup,
         "momentum": optim.momentum,
@@ -236,12 +237,12 @@ def validate(config: TrainConfig) -> None:
         "attn_drop_rate": model.attn_drop_rate,
         "drop_path_rate": model.drop_path_rate,
     }
-    for key, value in at_least_one.items():
-        _require(value is None or value >= 1, key, value, "1 or more")
-    for key, value in not_negative.items():
-        _require(value is None or 0 <= value < float("inf"), key, value, "0 or more")
-    for key, value in below_one.items():
-        _require(value is None or 0 <= value < 1, key, value, "from 0 up to, not including, 1")
+    for key, count in at_least_one.items():
+        _require(count is None or count >= 1, key, count, "1 or more")
+    for key, size in not_negative.items():
+        _require(size is None or 0 <= size < float("inf"), key, size, "0 or more")
+    for key, share in below_one.items():
+        _require(share is None or 0 <= share < 1, key, share, "from 0 up to, not including, 1")
     _require(0 < data.crop_scale <= 1, "crop_scale", data.crop_scale, "above 0, at most 1")
     if run.exp_name is not None and (Path(run.exp_name).name != run.exp_name or run.exp_name in (".", "..", "")):
         raise UserError(f"--exp-name {run.exp_name!r} must be a plain folder name; --runs-dir says where it goes")

@@ -37,7 +37,9 @@ def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelera
             f"the launch started {launched} processes, but this one sees {accelerator.num_processes}; "
             "start them with `accelerate launch --multi_gpu --num_processes N`, on a CPU machine too"
         )
-    missing = sorted(set(trackers) - {tracker if isinstance(tracker, str) else tracker.value for tracker in accelerator.log_with})
+    missing = sorted(
+        set(trackers) - {tracker if isinstance(tracker, str) else tracker.value for tracker in accelerator.log_with}
+    )
     if missing:
         raise UserError(f"--track {' '.join(missing)} is not installed; pip install {' '.join(missing)}")
     return accelerator

@@ -65,7 +65,7 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            trained = [p for p in group["params"] if p.grad is not None]
+            trained: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             matrices = [p for p in trained if p.ndim >= 2 and not group["use_fallback"]]
             for shape in {(p.shape, p.dtype, p.device): None for p in matrices}:
                 self._muon_step([p for p in matrices if (p.shape, p.dtype, p.device) == shape], group)
@@ -78,11 +78,10 @@ class Muon(torch.optim.Optimizer):
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
         averages = [self.state[p]["momentum"] for p in params]
-        gradients = [p.grad for p in params]
+        gradients = _gradients(params)
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-        if group["nesterov"]:
-            averages = torch._foreach_lerp(gradients, averages, group["momentum"])
-        updates = orthogonalize(torch.stack([average.flatten(1) for average in averages]), group["ns_steps"])
+        ahead = torch._foreach_lerp(gradients, averages, group["momentum"]) if group["nesterov"] else averages
+        updates = orthogonalize(torch.stack([average.flatten(1) for average in ahead]), group["ns_steps"])
         scale = 0.2 * max(updates.shape[1:]) ** 0.5
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(updates.reshape(-1, *params[0].shape)), alpha=-group["lr"] * scale)
@@ -100,7 +99,7 @@ class Muon(torch.optim.Optimizer):
         states = [self.state[p] for p in params]
         adamw(
             params,
-            [p.grad for p in params],
+            _gradients(params),
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -114,6 +113,10 @@ class Muon(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _gradients(params: list[Tensor]) -> list[Tensor]:
+    return [p.grad for p in params if p.grad is not None]
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastvit_train.config import OptimConfig
 from fastvit_train.errors import UserError
+from fastvit_train.models import pretrained_cfg
 from fastvit_train.muon import Muon
 
 MUON = ("muon", "nmuon")  # nmuon: with Nesterov momentum
@@ -18,7 +19,7 @@ WARMUP_START = 0.01  # of the peak learning rate
 
 def check_optimizer(name: str) -> None:
     """Raise UserError unless timm has an optimizer of that name."""
-    known = list_optimizers()
+    known = [str(known) for known in list_optimizers()]
     if name.lower().removeprefix("lookahead_") not in known:
         raise UserError(f"unknown optimizer {name!r}; allowed: {', '.join(known)}")
 
@@ -51,7 +52,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 def _outside_blocks(model: nn.Module) -> list[str]:
     """Parameters that AdamW trains under Muon: all but the blocks' matrices; where there are no blocks, the head."""
     names = [name for name, _ in model.named_parameters()]
-    head = str(model.pretrained_cfg["classifier"])
+    head = str(pretrained_cfg(model)["classifier"])
     if any(name.startswith("blocks.") for name in names):
         return [name for name in names if not name.startswith("blocks.")]
     return [name for name in names if name.startswith(head)]
@@ -67,11 +68,11 @@ def build_schedule(
     scheduler, _ = create_scheduler_v2(
         optimizer,
         sched="poly" if config.schedule == "linear" else config.schedule,
-        num_epochs=epochs,
+        num_epochs=epochs * steps_per_epoch,
         decay_rate=1.0 if config.schedule == "linear" else 0.1,
-        warmup_epochs=config.warmup * epochs,
+        warmup_epochs=round(config.warmup * epochs * steps_per_epoch),
         warmup_lr=config.lr * WARMUP_START,
         step_on_epochs=False,
-        updates_per_epoch=steps_per_epoch,
+        updates_per_epoch=1,  # so that everything above counts in optimizer steps
     )
     return scheduler

@@ -44,9 +44,7 @@ class ProgressBar:
     ) -> None:
         self._bar.stop()
 
-    def update(
-        self, progress: checkpoint.Progress, losses: Tensor, correct: Tensor, images_per_step: float
-    ) -> None:
+    def update(self, progress: checkpoint.Progress, losses: Tensor, correct: Tensor, images_per_step: float) -> None:
         """Show this process's mean loss (nats) and accuracy of the epoch so far, and its images/s since last time."""
         now = time.perf_counter()
         then, step = self._last

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -137,36 +138,41 @@ def read_summary(run: Path) -> dict[str, Any]:
     return {**(rows[-1] if rows else {}), **json.loads(path.read_text())}
 
 
-COLUMNS = {
-    "run": lambda run, s: run.name,
-    "model": lambda run, s: s["model"],
-    "data": lambda run, s: f"{s['dataset']}, {s['evaluated_on']}",
-    "parameters": lambda run, s: f"{s['parameters']:,}",
-    "MB": lambda run, s: f"{s['model_size_mb']:.2f}",
-    "epochs": lambda run, s: str(s["epochs"]),
-    "train loss": lambda run, s: f"{s['train_loss']:.4f}",
-    "test loss": lambda run, s: f"{s['test_loss']:.4f}",
-    "accuracy": lambda run, s: f"{s['test_accuracy']:.2%}",
-    "best": lambda run, s: f"{s['best_test_accuracy']:.2%}",
-    "training time": lambda run, s: f"{s['train_seconds']:,.0f} s",
-    "img/s": lambda run, s: f"{s['images_per_second']:,.0f}",
+FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "model": lambda s: s["model"],
+    "data": lambda s: s["dataset"] if s["evaluated_on"] == "test" else f"{s['dataset']}, {s['evaluated_on']}",
+    "recipe": lambda s: s["recipe"],
+    "parameters": lambda s: f"{s['parameters']:,}",
+    "model size, MB": lambda s: f"{s['model_size_mb']:.2f}",
+    "epochs": lambda s: str(s["epochs"]),
+    "train loss": lambda s: f"{s['train_loss']:.4f}",
+    "test loss": lambda s: f"{s['test_loss']:.4f}",
+    "accuracy": lambda s: f"{s['test_accuracy']:.2%}",
+    "best epoch's accuracy": lambda s: f"{s['best_test_accuracy']:.2%}",
+    "training time": lambda s: f"{s['train_seconds']:,.0f} s",
+    "images/s": lambda s: f"{s['images_per_second']:,.0f}",
+    "mixed precision": lambda s: s["mixed_precision"],
+    "device": lambda s: s["device"],
 }
 
 
+def figures(runs: list[Path]) -> list[list[str]]:
+    """Finished runs side by side: a row of names, then a row per figure."""
+    summaries = [read_summary(run) for run in runs]
+    head = ["", *(run.resolve().name for run in runs)]
+    return [head, *([name, *(show(s) for s in summaries)] for name, show in FIGURES.items())]
+
+
 def table(runs: list[Path]) -> Table:
-    """Finished runs side by side."""
-    result = Table(*COLUMNS)
-    for run in runs:
-        summary = read_summary(run)
-        result.add_row(*(cell(run, summary) for cell in COLUMNS.values()))
+    """`figures` for the terminal."""
+    head, *rows = figures(runs)
+    result = Table(*head)
+    for row in rows:
+        result.add_row(*row)
     return result
 
 
 def markdown(runs: list[Path]) -> str:
-    """The same table in Markdown."""
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS)]
-    for run in runs:
-        summary = read_summary(run)
-        rows.append([cell(run, summary) for cell in COLUMNS.values()])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
+    """`figures` in Markdown."""
+    head, *rows = figures(runs)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])

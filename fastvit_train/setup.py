@@ -15,7 +15,7 @@ from fastvit_train.config import TrainConfig, validate
 from fastvit_train.data.datasets import DatasetSpec, Split, check_labels, load_dataset
 from fastvit_train.data.images import Images, ResidentImages, StreamedImages
 from fastvit_train.data.loader import EvalLoader, Place, Preprocess, TrainLoader, fit_batch_size
-from fastvit_train.models import build_model, check_model, native_image_size, resolve_attention
+from fastvit_train.models import build_model, check_model, native_image_size, pretrained_cfg, resolve_attention
 from fastvit_train.tracking import Log, Resume, RunFolder
 
 
@@ -160,7 +160,8 @@ def _open(split: Split, config: TrainConfig, place: Place) -> Images:
 
 
 def _preprocess(config: TrainConfig, model: nn.Module, place: Place) -> Preprocess:
-    return Preprocess(model.pretrained_cfg["mean"], model.pretrained_cfg["std"], image_size(config), place.device)
+    cfg = pretrained_cfg(model)
+    return Preprocess(cfg["mean"], cfg["std"], image_size(config), place.device)
 
 
 def _introduce(job: Job, threads: str, resuming: bool) -> None:
@@ -169,7 +170,8 @@ def _introduce(job: Job, threads: str, resuming: bool) -> None:
     log.line(f"{config.model.model}: {parameters:,} parameters, attention {config.model.attention}")
     log.line(
         f"{job.dataset.name}: {len(job.dataset.train.labels):,} images to train on, "
-        f"{len(job.dataset.test.labels):,} ({job.dataset.evaluated_on}) to evaluate on, {len(job.dataset.classes)} classes"
+        f"{len(job.dataset.test.labels):,} ({job.dataset.evaluated_on}) to evaluate on, "
+        f"{len(job.dataset.classes)} classes"
     )
     log.line(
         f"{launch.device_name(accelerator.device)}; world size {accelerator.num_processes}; "

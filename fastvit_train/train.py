@@ -104,8 +104,9 @@ def _settle(job: Job, losses: Tensor, correct: Tensor) -> None:
     for step, loss in enumerate(progress.epoch_losses, start=progress.step - len(progress.epoch_losses) + 1):
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss became {loss} at step {step} (epoch {progress.epoch + 1}); lower --lr (now {job.config.optim.lr}) "
-                f"or set --clip-grad; {job.folder.checkpoints}/last is the last good checkpoint"
+                f"the loss became {loss} at step {step} (epoch {progress.epoch + 1}); "
+                f"lower --lr (now {job.config.optim.lr}) or set --clip-grad; "
+                f"{job.folder.checkpoints}/last is the last good checkpoint, if there is one"
             )
 
 
@@ -119,4 +120,3 @@ def _close_epoch(job: Job, evaluation: Evaluation, eval_seconds: float) -> None:
     checkpoint.save(job.folder.checkpoints, job.accelerator, job.scheduler, progress)
     if run.save_model_every and progress.epoch % run.save_model_every == 0:
         report.write_weights(job, f"model_epoch_{progress.epoch}.safetensors")
-

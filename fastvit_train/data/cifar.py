@@ -27,6 +27,7 @@ class Variant:
     archive: str
     md5: str
     folder: str
+    num_classes: int
     train_batches: tuple[str, ...]
     test_batch: str
     meta: str
@@ -41,6 +42,7 @@ VARIANTS = {
         archive="cifar-10-python.tar.gz",
         md5="c58f30108f718f92721af3b95e74349a",
         folder="cifar-10-batches-py",
+        num_classes=10,
         train_batches=tuple(f"data_batch_{i}" for i in range(1, 6)),
         test_batch="test_batch",
         meta="batches.meta",
@@ -52,6 +54,7 @@ VARIANTS = {
         archive="cifar-100-python.tar.gz",
         md5="eb9058c3a382ffc7106e4002c42a8d85",
         folder="cifar-100-python",
+        num_classes=100,
         train_batches=("train",),
         test_batch="test",
         meta="meta",
@@ -71,7 +74,7 @@ def load(name: str, data_dir: Path, url: str | None) -> tuple[tuple[str, ...], P
     """
     variant = VARIANTS[name]
     open_batch = _batches(variant, data_dir, url)
-    classes = tuple(str(name) for name in _read(open_batch, variant.meta)[variant.names_key])
+    classes = _class_names(open_batch, variant)
     train = _images(open_batch, variant.train_batches, variant.label_key)
     return classes, train, _images(open_batch, (variant.test_batch,), variant.label_key)
 
@@ -132,6 +135,17 @@ def _read(open_batch: Callable[[str], IO[bytes]], name: str) -> dict[str, Any]:
         raise UserError(f"CIFAR batch {name} is missing ({error}); unpack the archive anew") from None
     except Exception as error:  # a damaged pickle can raise anything
         raise UserError(f"CIFAR batch {name} is damaged ({error}); unpack the archive anew") from None
+
+
+def _class_names(open_batch: Callable[[str], IO[bytes]], variant: Variant) -> tuple[str, ...]:
+    """The names in the meta file; numbers where it is missing or has another number of them."""
+    numbers = tuple(str(label) for label in range(variant.num_classes))
+    try:
+        names = _read(open_batch, variant.meta).get(variant.names_key, [])
+    except UserError:
+        return numbers
+    texts = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+    return texts if len(texts) == variant.num_classes else numbers
 
 
 def _images(open_batch: Callable[[str], IO[bytes]], names: Sequence[str], label_key: str) -> Part:

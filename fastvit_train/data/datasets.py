@@ -76,7 +76,8 @@ def check_labels(labels: Tensor, num_classes: int, what: str) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise UserError(
-            f"{what} has labels from {low} to {high}, outside the {num_classes} classes; allowed: 0 to {num_classes - 1}"
+            f"{what} has labels from {low} to {high}, outside the {num_classes} classes; "
+            f"allowed: 0 to {num_classes - 1}"
         )
 
 
@@ -102,7 +103,7 @@ def _hold_out(dataset: DatasetSpec, fraction: float) -> DatasetSpec:
 
 
 def _digits() -> DatasetSpec:
-    """scikit-learn's digits (UCI, Alpaydin & Kaynak 1998): 1,797 images of 8x8, made 3x32x32; a fifth is the test set."""
+    """scikit-learn's digits (UCI, Alpaydin & Kaynak 1998): 1,797 images of 8x8, made 3x32x32; a fifth to test on."""
     with (files("fastvit_train.data") / "digits.npz").open("rb") as file, np.load(file, allow_pickle=False) as archive:
         images = torch.from_numpy(archive["images"]).float().unsqueeze(1) * (255 / 16)
         labels = torch.from_numpy(archive["labels"]).long()

@@ -25,9 +25,7 @@ class Place:
 class Preprocess:
     """uint8 or float images (0 to 255) to normalised float32 at the model's size, on the device."""
 
-    def __init__(
-        self, mean: tuple[float, ...], std: tuple[float, ...], image_size: int, device: torch.device
-    ) -> None:
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], image_size: int, device: torch.device) -> None:
         self._image_size = image_size
         self._scale = (1 / (255 * torch.tensor(std, device=device)))[:, None, None]
         self._offset = (-torch.tensor(mean, device=device) / torch.tensor(std, device=device))[:, None, None]
@@ -103,9 +101,7 @@ class TrainLoader:
 class EvalLoader:
     """All samples once, in order, cut evenly among the ranks; padding is marked by a mask."""
 
-    def __init__(
-        self, images: Images, labels: Tensor, preprocess: Preprocess, batch_size: int, place: Place
-    ) -> None:
+    def __init__(self, images: Images, labels: Tensor, preprocess: Preprocess, batch_size: int, place: Place) -> None:
         self._images = images
         self._labels = labels.to(place.device)
         self._preprocess = preprocess

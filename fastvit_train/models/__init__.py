@@ -7,18 +7,26 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import fastvit_kernels
 import timm
-from timm.models import load_state_dict
+from timm.models import PretrainedCfg, load_state_dict
 from torch import nn
 
+import fastvit_kernels
 from fastvit_train.config import ModelConfig
 from fastvit_train.errors import UserError
 from fastvit_train.models import registry
 from fastvit_train.models.vit import ViT
 from fastvit_train.models.weights import checkpoint_filter_fn, reset_head_if_other_classes
 
-__all__ = ["OUR_MODELS", "ViT", "build_model", "check_model", "native_image_size", "resolve_attention"]
+__all__ = [
+    "OUR_MODELS",
+    "ViT",
+    "build_model",
+    "check_model",
+    "native_image_size",
+    "pretrained_cfg",
+    "resolve_attention",
+]
 
 log = logging.getLogger(__name__)
 OUR_MODELS = sorted(name.partition(".")[0] for name in registry.default_cfgs)
@@ -51,7 +59,21 @@ def resolve_attention(config: ModelConfig) -> str:
 
 def native_image_size(name: str) -> int:
     """The image side in pixels that the model is made for."""
-    return int(timm.get_pretrained_cfg(name).input_size[-1])
+    return int(_cfg_of_name(name).input_size[-1])
+
+
+def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    """timm's description of a model: its mean and std, its classifier's name, and so on."""
+    cfg = model.pretrained_cfg
+    assert isinstance(cfg, dict)
+    return cfg
+
+
+def _cfg_of_name(name: str) -> PretrainedCfg:
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None:
+        raise UserError(f"timm knows no input size for {name!r}; take another --model")
+    return cfg
 
 
 def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Module:
@@ -66,7 +88,7 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
         if value is not None and key not in ("model", "attention", "weights", "num_classes", "image_size")
     }
     options: dict[str, Any] = {**sizes, "num_classes": num_classes}
-    if timm.get_pretrained_cfg(config.model).fixed_input_size:
+    if _cfg_of_name(config.model).fixed_input_size:
         options["img_size"] = image_size
     if config.model in OUR_MODELS:
         options["attention"] = resolve_attention(config)

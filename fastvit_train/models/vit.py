@@ -53,8 +53,7 @@ class ConvTokenizer(nn.Module):
         stride, padding = max(1, kernel_size // 2 - 1), max(1, kernel_size // 2)
         channels = [in_chans, *[64] * (num_layers - 1), embed_dim]
         self.convs = nn.ModuleList(
-            nn.Conv2d(channels[i], channels[i + 1], kernel_size, stride, padding, bias=False)
-            for i in range(num_layers)
+            nn.Conv2d(channels[i], channels[i + 1], kernel_size, stride, padding, bias=False) for i in range(num_layers)
         )
         with torch.no_grad():
             self.grid_size = tuple(self._maps(torch.zeros(1, in_chans, *image_size)).shape[-2:])
@@ -188,7 +187,7 @@ class ViT(nn.Module):
         _check_choice("global_pool", global_pool, ("cls", "seq"))
         _check_choice("pos_embed", pos_embed, ("learned", "sine"))
         fastvit_kernels.check_implementation(attention)
-        image_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        image_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.global_pool = global_pool
@@ -215,7 +214,7 @@ class ViT(nn.Module):
                     hidden_drop=drop_rate if residual_norm else 0.0,
                     drop=drop_rate,
                 ),
-                drop_path_rate * i / max(depth - 1, 1),
+                drop_path_rate * (i / max(depth - 1, 1)),
                 residual_norm,
             )
             for i in range(depth)
@@ -246,8 +245,9 @@ class ViT(nn.Module):
     def set_attention(self, implementation: str) -> None:
         """Let every block use `implementation` from now on; the parameters stay as they are."""
         fastvit_kernels.check_implementation(implementation)
-        for block in self.blocks:
-            block.attn.implementation = implementation
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.implementation = implementation
 
     def forward_features(self, images_BCHW: Tensor) -> Tensor:
         """(batch, channels, height, width) to the last block's tokens, (batch, tokens, embed_dim)."""

@@ -1,11 +1,10 @@
 """Reads other implementations' state dicts into ours: the published compact family's and the seed's upstream."""
 
 import re
-from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvit_train.models.vit import ViT
 
@@ -103,12 +102,14 @@ def _fit_positions(state_dict: StateDict, model: ViT) -> StateDict:
     return {**state_dict, "pos_embed": fitted}
 
 
-def reset_head_if_other_classes(state_dict: StateDict, model: Any) -> bool:
+def reset_head_if_other_classes(state_dict: StateDict, model: nn.Module) -> bool:
     """Drop a classifier of another number of classes from `state_dict`, in place; True where it did.
 
     `model` is any timm model; the fresh classifier it was built with stays.
     """
-    name = model.pretrained_cfg["classifier"]
+    cfg = model.pretrained_cfg
+    assert isinstance(cfg, dict)
+    name = cfg["classifier"]
     weight = state_dict.get(f"{name}.weight")
     if weight is None or weight.shape == model.state_dict()[f"{name}.weight"].shape:
         return False

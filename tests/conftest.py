@@ -1,0 +1,109 @@
+"""Shared by the tests: printed seeds, small data sets on disk, processes as users start them."""
+
+import os
+import pickle
+import random
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastvit_train.config import TrainConfig, override
+from fastvit_train.recipes import recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def seed() -> int:
+    """A fresh seed for random draws, shown when the test fails; torch is seeded with it."""
+    value = int(os.environ.get("FASTVIT_TEST_SEED", random.SystemRandom().randrange(2**31)))
+    print(f"FASTVIT_TEST_SEED={value}")
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def small_config(tmp_path: Path) -> Callable[..., TrainConfig]:
+    """The quickstart recipe, three short epochs of a tiny model, with settings replaced."""
+
+    def config(**settings: object) -> TrainConfig:
+        small = {
+            "runs_dir": str(tmp_path / "runs"),
+            "epochs": 3,
+            "batch_size": 240,
+            "embed_dim": 16,
+            "depth": 2,
+            "num_heads": 2,
+            "patch_size": 8,
+            "exp_name": "run",
+        }
+        return override(recipe("quickstart"), {**small, **settings}, "the test")
+
+    return config
+
+
+def launch(*args: object, processes: int = 1, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run `accelerate launch -m fastvit_train ARGS` as a user would, in a process of its own."""
+    multi = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *multi, "-m", "fastvit_train"]
+    return run([*command, *map(str, args)], cwd, **env)
+
+
+def run(command: list[str], cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command without the thread settings that pytest itself may have been started with."""
+    kept = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return subprocess.run(command, cwd=cwd, env={**kept, **env}, capture_output=True, text=True, timeout=240)
+
+
+def one_line_error(text: str) -> str:
+    """The message of the one line that a user's mistake is answered with; fails on a traceback of ours."""
+    lines = re.findall(r"^fastvit_train: error: (.*)$", text, re.MULTILINE)
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+def write_folder(
+    root: Path, per_class: int = 12, classes: tuple[str, ...] = ("circle", "square"), size: int = 32
+) -> Path:
+    """A folder of images that a model can learn: one colour per class, with noise."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(per_class):
+                pixels = generator.integers(0, 100, (size, size, 3), dtype=np.uint8)
+                pixels[..., label % 3] += 120
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+def write_cifar10(root: Path, per_batch: int = 20, labels: int = 10) -> Path:
+    """Batches in torchvision's layout, as the original archive holds them."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        data = generator.integers(0, 256, (per_batch, 3072), dtype=np.uint8)
+        batch = {b"data": data, b"labels": [i % labels for i in range(per_batch)], b"filenames": [b"x.png"] * per_batch}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    meta = {b"label_names": [f"class {i}".encode() for i in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
+    return root
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    """`array` in the idx format."""
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()

@@ -1,0 +1,50 @@
+"""Imports run one way, and kernels/ stays a plain folder."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def imported(path: Path) -> set[str]:
+    tree = ast.parse(path.read_text())
+    names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    return names | {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+
+
+def top_levels(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported(path)}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: p.name)
+def test_kernels_know_torch_alone(path: Path) -> None:
+    assert top_levels(path) <= {"torch", "triton", "fastvit_kernels", *sys.stdlib_module_names}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "fastvit_train").rglob("*.py")), ids=lambda p: p.name)
+def test_only_models_import_the_kernels_and_nothing_imports_bench_or_tests(path: Path) -> None:
+    assert not top_levels(path) & {"bench", "tests"}
+    if path.parent.name != "models":
+        assert "fastvit_kernels" not in top_levels(path)
+
+
+def test_only_the_command_line_knows_the_parser() -> None:
+    users = [p.name for p in (ROOT / "fastvit_train").rglob("*.py") if top_levels(p) & {"tyro", "argparse"}]
+    assert users == ["cli.py"]
+
+
+def test_the_configuration_is_library_free() -> None:
+    assert top_levels(ROOT / "fastvit_train" / "config.py") <= {"fastvit_train", *sys.stdlib_module_names}
+
+
+def test_kernels_is_a_folder_not_a_package() -> None:
+    assert not list((ROOT / "kernels").glob("*.py"))
+
+
+def test_the_operator_imports_alone() -> None:
+    code = "import sys, fastvit_kernels; sys.exit('fastvit_train' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
