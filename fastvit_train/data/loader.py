@@ -48,7 +48,7 @@ def fit_batch_size(batch_size: int, num_samples: int, world_size: int, grad_accu
         allowed = [n for n in range(1, batch_size + 1) if batch_size % (n * grad_accum) == 0]
         raise UserError(
             f"--batch-size {batch_size} can't be cut evenly into {world_size} processes x {grad_accum} micro-batches; "
-            f"with --grad-accum {grad_accum} it divides among {', '.join(map(str, allowed)) or 'no number of'} processes"
+            f"with --grad-accum {grad_accum} it can be among {', '.join(map(str, allowed)) or 'no number of'} processes"
         )
     if batch_size <= num_samples:
         return batch_size

@@ -1,0 +1,48 @@
+"""Every command in the README runs, in its order, on small stand-ins for the data it names."""
+
+import gzip
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, idx_bytes, write_cifar10, write_folder
+
+from fastvit_train.cli import main
+
+FAST = ["--epochs", "2", "--depth", "1", "--embed-dim", "24", "--num-heads", "6"]
+IN_CI = ("pip install -e . && accelerate launch -m fastvit_train", 'pip install -e ".[test]" && pytest')
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_the_two_commands_stand_in_the_first_screen_and_ci_runs_them() -> None:
+    first_screen = (ROOT / "README.md").read_text().splitlines()[:24]
+    script = (ROOT / ".ci" / "run").read_text().splitlines()
+    for command in IN_CI:
+        assert command in first_screen and command in script
+
+
+def test_every_other_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_cifar10(tmp_path / "data")
+    write_folder(tmp_path / "photos")
+    for part, count in (("train", 30), ("t10k", 10)):
+        for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
+            path = tmp_path / "data" / f"{part}-{kind}-ubyte.gz"
+            path.write_bytes(gzip.compress(idx_bytes(np.zeros(shape))))
+    ran = [command for command in commands() if command not in IN_CI]
+    assert len(ran) >= 12
+    for number, command in enumerate(ran):
+        print(command)
+        before, _, arguments = command.partition("-m fastvit_train")
+        assert before.startswith(("accelerate launch", "python ")), f"nothing runs this command: {command}"
+        args = shlex.split(arguments)
+        if before.startswith("accelerate"):
+            args += FAST if "--resume" in args else [*FAST, "--stop-after", "1"]
+            args += [] if "--exp-name" in args else ["--exp-name", f"readme-{number}"]
+        main(args)
