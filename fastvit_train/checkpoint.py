@@ -21,6 +21,8 @@ PROGRESS_FILE = "progress.json"
 class Progress:
     """How far a run has come; together with the configuration all that the data order needs."""
 
+    train_samples: int
+    """images in the training set; the data order is a function of their number"""
     epoch: int = 0
     """epochs completed"""
     step_in_epoch: int = 0
@@ -77,11 +79,11 @@ def exists(folder: Path) -> bool:
     return (folder / "last" / PROGRESS_FILE).is_file()
 
 
-def load(folder: Path, accelerator: Accelerator, scheduler: Scheduler) -> Progress:
+def load(folder: Path, accelerator: Accelerator, scheduler: Scheduler, train_samples: int) -> Progress:
     """Restore `last` into everything that was prepared; returns how far it had come.
 
     Raises:
-        UserError: where the checkpoint can't be read.
+        UserError: where the checkpoint can't be read, or the training set or the precision is another one now.
         RuntimeError: where random state, optimizer or schedule did not come back as they were saved.
     """
     path = (folder / "last").resolve()
@@ -99,6 +101,11 @@ def load(folder: Path, accelerator: Accelerator, scheduler: Scheduler) -> Progre
         raise UserError(
             f"{path} was trained with mixed precision {precision!r}, this launch has {accelerator.mixed_precision!r}; "
             f"resume with accelerate launch --mixed_precision {precision}"
+        )
+    if progress.train_samples != train_samples:
+        raise UserError(
+            f"{path} was trained on {progress.train_samples} images, now there are {train_samples}; "
+            "bring the data back as it was, or start another run with --exp-name"
         )
     scheduler.step_update(progress.step)
     if len(saved["rng"]) == accelerator.num_processes and (

@@ -92,7 +92,7 @@ def compare(args: Sequence[str]) -> None:
         print(report.markdown(runs))
     else:
         Console().print(report.table(runs))
-    plots.plot_curves(runs, command.output)
+    plots.plot_curves(runs, command.output, report.datasets(runs))
     print(f"written to {command.output}")
 
 

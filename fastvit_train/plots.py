@@ -4,6 +4,7 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from fastvit_train.errors import UserError
 from fastvit_train.tracking import RunFolder, read_rows
@@ -11,7 +12,7 @@ from fastvit_train.tracking import RunFolder, read_rows
 PANELS = {"train loss": "train_loss", "test loss": "test_loss", "accuracy, %": "test_accuracy"}
 
 
-def plot_curves(runs: list[Path], output: Path) -> None:
+def plot_curves(runs: list[Path], output: Path, title: str) -> None:
     """Train loss, test loss (both nats) and accuracy by epoch, a line per run, as a PNG.
 
     Raises:
@@ -28,9 +29,11 @@ def plot_curves(runs: list[Path], output: Path) -> None:
         for axes, key in zip(panels, PANELS.values(), strict=True):
             scale = 100 if key == "test_accuracy" else 1
             axes.plot(epochs, [scale * row[key] for row in rows], label=run.name, marker="." if len(rows) < 3 else "")
-    for axes, title in zip(panels, PANELS, strict=True):
-        axes.set(title=title, xlabel="epoch")
+    for axes, name in zip(panels, PANELS, strict=True):
+        axes.set(title=name, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].legend(frameon=False)
+    figure.suptitle(title)
     figure.savefig(output, dpi=150)

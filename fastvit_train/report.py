@@ -79,7 +79,7 @@ def finish(job: Job, evaluation: Evaluation) -> dict[str, Any]:
         names = {"label_names": list(job.dataset.classes)} if len(job.dataset.classes) == summary["num_classes"] else {}
         save_config_for_hf(job.bare_model, str(job.folder.root / "config.json"), model_config=names)
         job.folder.write_summary(summary)
-        plot_curves([job.folder.root], job.folder.root / "curves.png")
+        plot_curves([job.folder.root], job.folder.root / "curves.png", job.dataset.name)
         job.log.console.print(table([job.folder.root]))
         job.log.line(f"written to {job.folder.root}")
     job.accelerator.wait_for_everyone()
@@ -161,6 +161,11 @@ def figures(runs: list[Path]) -> list[list[str]]:
     summaries = [read_summary(run) for run in runs]
     head = ["", *(run.resolve().name for run in runs)]
     return [head, *([name, *(show(s) for s in summaries)] for name, show in FIGURES.items())]
+
+
+def datasets(runs: list[Path]) -> str:
+    """The names of the data sets that the runs were trained on."""
+    return ", ".join(dict.fromkeys(read_summary(run)["dataset"] for run in runs))
 
 
 def table(runs: list[Path]) -> Table:

@@ -87,7 +87,9 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     scheduler = optim.build_schedule(optimizer, config.optim, config.run.epochs, train_loader.steps_per_epoch)
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    progress = checkpoint.load(folder.checkpoints, accelerator, scheduler) if resuming else Progress()
+    progress = Progress(len(dataset.train.labels))
+    if resuming:
+        progress = checkpoint.load(folder.checkpoints, accelerator, scheduler, progress.train_samples)
     if accelerator.is_main_process:
         if resuming:
             folder.keep_until(progress.epoch, progress.step - progress.step_in_epoch)

@@ -34,7 +34,7 @@ def fit(config: TrainConfig, *, resume: Resume = "never", overwrite: bool = Fals
     total_steps = config.run.epochs * job.train_loader.steps_per_epoch
     report.start_trackers(job)
     evaluation = None
-    with ProgressBar(job.log.console, total_steps, config.run.epochs) as bar:
+    with ProgressBar(job.log.console, total_steps, config.run.epochs, job.accelerator.num_processes) as bar:
         while progress.epoch < last_epoch:
             train_epoch(job, bar)
             started = time.perf_counter()
@@ -71,7 +71,7 @@ def train_epoch(job: Job, bar: ProgressBar) -> None:
         progress.step += 1
         progress.step_in_epoch += 1
         job.scheduler.step_update(progress.step)
-        bar.update(progress, losses, correct, job.batch_size / accelerator.num_processes)
+        bar.update(progress, losses, correct, job.batch_size)
         if config.run.save_every and progress.step % config.run.save_every == 0 and progress.step_in_epoch < steps:
             _settle(job, losses, correct)
             progress.epoch_seconds += time.perf_counter() - started

@@ -133,6 +133,15 @@ def test_resuming_with_other_settings_lists_them(small_config: SmallConfig, tmp_
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+def test_resuming_on_other_data_is_refused(small_config: SmallConfig, tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "shapes")
+    settings = {"dataset": "folder", "data_dir": str(data), "batch_size": 8}
+    fit(small_config(stop_after=1, **settings))
+    (data / "train" / "circle" / "0.png").unlink()
+    with pytest.raises(UserError, match="was trained on 24 images, now there are 23"):
+        fit(small_config(**settings), resume="auto")
+
+
 def test_a_folder_that_holds_a_run_is_not_touched_unasked(small_config: SmallConfig, tmp_path: Path) -> None:
     fit(small_config(epochs=1))
     run = tmp_path / "runs" / "run"
@@ -208,7 +217,7 @@ def test_curves_and_tables_of_two_runs(small_config: SmallConfig, tmp_path: Path
     for model in ("c_vit_4_4_32", "mc_vit_4_4_32"):
         fit(small_config(model=model, exp_name=model, epochs=1))
         runs.append(tmp_path / "runs" / model)
-    plot_curves(runs, tmp_path / "curves.png")
+    plot_curves(runs, tmp_path / "curves.png", report.datasets(runs))
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     lines = report.markdown(runs).splitlines()
     assert lines[0] == "|  | c_vit_4_4_32 | mc_vit_4_4_32 |"
