@@ -88,6 +88,8 @@ def evaluate(args: Sequence[str]) -> None:
 def compare(args: Sequence[str]) -> None:
     command = _parse(CompareCommand, args)
     runs = list(command.runs)
+    if not runs:
+        raise UserError("compare takes the folders of one or more runs, as in: compare runs/a runs/b")
     if command.markdown:
         print(report.markdown(runs))
     else:

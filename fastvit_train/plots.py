@@ -16,7 +16,7 @@ def plot_curves(runs: list[Path], output: Path, title: str) -> None:
     """Train loss, test loss (both nats) and accuracy by epoch, a line per run, as a PNG.
 
     Raises:
-        UserError: where a run has no metrics.
+        UserError: where a run has no metrics, or the picture can't be written.
     """
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -36,4 +36,9 @@ def plot_curves(runs: list[Path], output: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].legend(frameon=False)
     figure.suptitle(title)
-    figure.savefig(output, dpi=150)
+    try:
+        figure.savefig(output, dpi=150)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"can't write the picture {output} ({error}); give another --output, such as curves.png"
+        ) from None

@@ -3,8 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
 from fastvit_train import launch
 from fastvit_train.config import TrainConfig, override
 from fastvit_train.data.loader import Place
@@ -21,7 +19,7 @@ def evaluate_run(run: Path, attention: str | None = None, data_dir: str | None =
     Raises:
         UserError: where `run` is no finished run, or the attention or the data isn't to be had.
     """
-    config = _read_config(run)
+    config = override(TrainConfig(), RunFolder(run).read_config(), str(RunFolder(run).config))
     weights = run / "model.safetensors"
     if not weights.is_file():
         raise UserError(f"{run} has no model.safetensors: it isn't finished; go on with --resume must")
@@ -42,10 +40,3 @@ def evaluate_run(run: Path, attention: str | None = None, data_dir: str | None =
     )
     accelerator.end_training()
     return result
-
-
-def _read_config(run: Path) -> TrainConfig:
-    path = RunFolder(run).config
-    if not path.is_file():
-        raise UserError(f"{run} is no run: it has no config.yaml; give the folder of a run")
-    return override(TrainConfig(), yaml.safe_load(path.read_text()), str(path))

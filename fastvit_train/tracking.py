@@ -55,7 +55,7 @@ class RunFolder:
         if resume == "must" and not has_checkpoint:
             raise UserError(f"--resume must: {self.root} has no checkpoint to resume from; leave --resume out to start")
         if resume != "never" and has_checkpoint:
-            changed = differences(yaml.safe_load(self.config.read_text()), plain(config))
+            changed = differences(self.read_config(), plain(config))
             if changed:
                 raise UserError(
                     f"{self.root} was started with another configuration ({'; '.join(changed)}); "
@@ -69,12 +69,25 @@ class RunFolder:
             )
         return False
 
+    def read_config(self) -> dict[str, Any]:
+        """The run's settings, flat; UserError where there are none to be read."""
+        try:
+            settings = yaml.safe_load(self.config.read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{self.root} is no run: its config.yaml can't be read ({error})") from None
+        if not isinstance(settings, dict):
+            raise UserError(f"{self.root} is no run: its config.yaml holds no settings")
+        return settings
+
     def create(self, config: TrainConfig) -> None:
-        """Make the folder, emptied of an earlier run, with its config.yaml."""
-        if self.root.exists():
-            shutil.rmtree(self.root)
-        self.root.mkdir(parents=True)
-        write_atomically(self.config, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+        """Make the folder, emptied of an earlier run, with its config.yaml; UserError where it can't be written."""
+        try:
+            if self.root.exists():
+                shutil.rmtree(self.root)
+            self.root.mkdir(parents=True)
+            write_atomically(self.config, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise UserError(f"can't write {self.root} ({error.strerror}); choose another --runs-dir") from None
 
     def keep_until(self, epoch: int, step: int) -> None:
         """Drop metrics after a checkpoint's `epoch` and `step`, which the resumed run will write again."""

@@ -51,6 +51,8 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("frobnicate", "unknown verb 'frobnicate'; allowed: train, eval, compare"),
         ("eval nowhere", "nowhere is no run"),
         ("compare nowhere", "nowhere is no finished run"),
+        ("compare", "compare takes the folders of one or more runs"),
+        ("--runs-dir /dev/null/runs", "can't write /dev/null/runs/digits"),
     ],
 )
 def test_mistakes(
