@@ -2,27 +2,27 @@
 
 import hashlib
 import json
+import pickle
 import shutil
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from timm.scheduler.scheduler import Scheduler
 
 from fastvit_train.errors import UserError
 
 PROGRESS_FILE = "progress.json"
+DAMAGED = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
 @dataclass
 class Progress:
     """How far a run has come; together with the configuration all that the data order needs."""
 
-    train_samples: int
-    """images in the training set; the data order is a function of their number"""
     epoch: int = 0
     """epochs completed"""
     step_in_epoch: int = 0
@@ -47,7 +47,9 @@ class Progress:
         self.step_in_epoch, self.epoch_losses, self.epoch_correct, self.epoch_seconds = 0, [], 0.0, 0.0
 
 
-def save(folder: Path, accelerator: Accelerator, scheduler: Scheduler, progress: Progress) -> None:
+def save(
+    folder: Path, accelerator: Accelerator, scheduler: Scheduler, progress: Progress, data: dict[str, object]
+) -> None:
     """Write step_N below `folder`, point `last` (and `best`) to it, and drop checkpoints neither points to."""
     name = f"step_{progress.step}"
     partial, final = folder / f".{name}.partial", folder / name
@@ -62,8 +64,10 @@ def save(folder: Path, accelerator: Accelerator, scheduler: Scheduler, progress:
         state = {
             "progress": asdict(progress),
             "learning_rates": _learning_rates(scheduler),
+            "optimizer_steps": _optimizer_steps(scheduler),
             "rng": fingerprints,
             "mixed_precision": accelerator.mixed_precision,
+            "data": data,
         }
         (partial / PROGRESS_FILE).write_text(json.dumps(state, indent=1))
         _replace_folder(partial, final)
@@ -79,45 +83,56 @@ def exists(folder: Path) -> bool:
     return (folder / "last" / PROGRESS_FILE).is_file()
 
 
-def load(folder: Path, accelerator: Accelerator, scheduler: Scheduler, train_samples: int) -> Progress:
+def data_identity(folder: Path) -> dict[str, Any]:
+    """The data that a run was trained on, as `DatasetSpec.identity` told it; UserError where that can't be read."""
+    path = folder / "last" / PROGRESS_FILE
+    try:
+        return dict(json.loads(path.read_text())["data"])
+    except DAMAGED as error:
+        raise UserError(f"{path} can't be read ({error}); the run isn't whole") from None
+
+
+def load(folder: Path, accelerator: Accelerator, scheduler: Scheduler, data: dict[str, object]) -> Progress:
     """Restore `last` into everything that was prepared; returns how far it had come.
 
     Raises:
-        UserError: where the checkpoint can't be read, or the training set or the precision is another one now.
+        UserError: where the checkpoint can't be read, or the data or the precision is another one now.
         RuntimeError: where random state, optimizer or schedule did not come back as they were saved.
     """
     path = (folder / "last").resolve()
     try:
         saved = json.loads((path / PROGRESS_FILE).read_text())
         progress = Progress(**saved["progress"])
-        precision = saved["mixed_precision"]
+        _check_same(path, saved, accelerator, data)
         accelerator.load_state(str(path))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+    except DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"checkpoint {path} can't be read ({reason}); remove it, or start over with --overwrite"
-        ) from None
-    if precision != accelerator.mixed_precision:
-        raise UserError(
-            f"{path} was trained with mixed precision {precision!r}, this launch has {accelerator.mixed_precision!r}; "
-            f"resume with accelerate launch --mixed_precision {precision}"
-        )
-    if progress.train_samples != train_samples:
-        raise UserError(
-            f"{path} was trained on {progress.train_samples} images, now there are {train_samples}; "
-            "bring the data back as it was, or start another run with --exp-name"
-        )
+        raise UserError(f"checkpoint {path} can't be read ({reason}); start over with --overwrite") from None
     scheduler.step_update(progress.step)
     if len(saved["rng"]) == accelerator.num_processes and (
-        _rng_fingerprint().tolist() != saved["rng"][accelerator.process_index : accelerator.process_index + 1]
+        int(_rng_fingerprint()) != saved["rng"][accelerator.process_index]
     ):
         raise RuntimeError(f"the random state in {path} did not come back")
     if _learning_rates(scheduler) != saved["learning_rates"]:
         raise RuntimeError(f"the learning rates in {path} did not come back")
-    steps = {float(state["step"]) for state in scheduler.optimizer.state.values() if "step" in state}
-    if steps - {float(progress.step)}:
-        raise RuntimeError(f"the optimizer in {path} has done {steps} steps, the run {progress.step}")
+    if _optimizer_steps(scheduler) != saved["optimizer_steps"]:
+        raise RuntimeError(f"the optimizer in {path} did not come back")
     return progress
+
+
+def _check_same(path: Path, saved: dict[str, Any], accelerator: Accelerator, data: dict[str, object]) -> None:
+    changed = [f"{key}: {saved['data'][key]} -> {data[key]}" for key in data if saved["data"][key] != data[key]]
+    if changed:
+        raise UserError(
+            f"{path} was trained on other data ({'; '.join(changed)}); "
+            "bring the data back as it was, or start another run with --exp-name"
+        )
+    if saved["mixed_precision"] != accelerator.mixed_precision:
+        before, now = saved["mixed_precision"], accelerator.mixed_precision
+        raise UserError(
+            f"{path} was trained with mixed precision {before!r}, this launch has {now!r}; "
+            f"resume with accelerate launch --mixed_precision {before}"
+        )
 
 
 def _rng_fingerprint() -> torch.Tensor:
@@ -128,6 +143,11 @@ def _rng_fingerprint() -> torch.Tensor:
 
 def _learning_rates(scheduler: Scheduler) -> list[float]:
     return [float(group["lr"]) for group in scheduler.optimizer.param_groups]
+
+
+def _optimizer_steps(scheduler: Scheduler) -> list[float]:
+    """The steps that the optimizer counts, fewer than the run's where fp16 skipped some."""
+    return sorted({float(state["step"]) for state in scheduler.optimizer.state.values() if "step" in state})
 
 
 def _replace_folder(source: Path, target: Path) -> None:
@@ -152,17 +172,3 @@ def _prune(folder: Path) -> None:
     for path in folder.glob("step_*"):
         if path.resolve() not in kept:
             shutil.rmtree(path)
-
-
-def agree(accelerator: Accelerator, decide: Callable[[], bool]) -> bool:
-    """What rank 0 decides, on every rank; a UserError there is raised everywhere."""
-    answer: list[object] = [None]
-    if accelerator.is_main_process:
-        try:
-            answer = [decide()]
-        except UserError as error:
-            answer = [str(error)]
-    broadcast_object_list(answer)
-    if isinstance(answer[0], str):
-        raise UserError(answer[0])
-    return bool(answer[0])

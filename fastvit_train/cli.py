@@ -111,20 +111,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError(f"unknown verb {verb!r}; allowed: {', '.join(VERBS)}")
         VERBS[verb](args)
     except UserError as error:
-        _complain(str(error))
+        if not error.everywhere or launch.is_first_process():
+            _complain(str(error))
         sys.exit(2)
     except KeyboardInterrupt:
-        _complain("interrupted; --resume auto goes on from the last checkpoint")
+        if launch.is_first_process():
+            _complain("interrupted; --resume auto goes on from the last checkpoint")
         sys.exit(130)
 
 
 def _complain(message: str) -> None:
-    if not launch.is_first_process():
-        return
     print(f"{PROG}: error: {' '.join(message.split())}", file=sys.stderr)
     if launch.under_launcher():
         print(
-            "(what follows is accelerate's own traceback; --quiet after `accelerate launch` leaves it out)",
+            "(what follows is the launcher's own traceback; `python -m fastvit_train` doesn't add one)",
             file=sys.stderr,
         )
 
@@ -147,7 +147,7 @@ def _base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise UserError(f"--config {path} can't be read: {error}") from None
     if settings is None:
         return {}

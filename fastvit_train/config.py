@@ -217,7 +217,6 @@ def validate(config: TrainConfig) -> None:
         "num_heads": model.num_heads,
     }
     not_negative: dict[str, float | None] = {
-        "seed": run.seed,
         "save_every": run.save_every,
         "save_model_every": run.save_model_every,
         "shift": data.shift,
@@ -226,7 +225,6 @@ def validate(config: TrainConfig) -> None:
         "weight_decay": optim.weight_decay,
         "clip_grad": optim.clip_grad,
         "initializer_range": model.initializer_range,
-        "mlp_ratio": model.mlp_ratio,
     }
     below_one: dict[str, float | None] = {
         "holdout": data.holdout,
@@ -243,9 +241,12 @@ def validate(config: TrainConfig) -> None:
         _require(size is None or 0 <= size < float("inf"), key, size, "0 or more")
     for key, share in below_one.items():
         _require(share is None or 0 <= share < 1, key, share, "from 0 up to, not including, 1")
+    _require(0 <= run.seed < 2**31, "seed", run.seed, "0 to 2147483647")
+    _require(model.mlp_ratio is None or 0 < model.mlp_ratio < 1000, "mlp_ratio", model.mlp_ratio, "above 0, below 1000")
     _require(0 < data.crop_scale <= 1, "crop_scale", data.crop_scale, "above 0, at most 1")
-    if run.exp_name is not None and (Path(run.exp_name).name != run.exp_name or run.exp_name in (".", "..", "")):
-        raise UserError(f"--exp-name {run.exp_name!r} must be a plain folder name; --runs-dir says where it goes")
+    name = "run" if run.exp_name is None else run.exp_name
+    if Path(name).name != name or name in (".", "..", "") or len(name) > 200 or "\0" in name:
+        raise UserError(f"--exp-name {name!r} must be a plain folder name of up to 200 letters; --runs-dir takes paths")
 
 
 def _require(holds: bool, key: str, value: Any, allowed: str) -> None:

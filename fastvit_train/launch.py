@@ -2,15 +2,26 @@
 
 import os
 import sys
+from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar, cast
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    gather_object,
+)
 
+from fastvit_train.data.images import local_processes
 from fastvit_train.errors import UserError
 
+WAIT_FOR_FIRST_PROCESS = timedelta(hours=3)  # while it downloads and decodes
+Result = TypeVar("Result")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -27,7 +38,10 @@ def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelera
             gradient_accumulation_steps=grad_accum,
             log_with=list(trackers) or None,
             project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
-            kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=WAIT_FOR_FIRST_PROCESS),
+            ],
         )
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
@@ -43,6 +57,22 @@ def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelera
     if missing:
         raise UserError(f"--track {' '.join(missing)} is not installed; pip install {' '.join(missing)}")
     return accelerator
+
+
+def everywhere(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
+    """Do `action` on every process and wait for all; a UserError on any of them is raised on all of them.
+
+    Without this, the others would wait in vain for the one that failed.
+    """
+    result, message = None, None
+    try:
+        result = action()
+    except UserError as error:
+        message = str(error)
+    failed = next((text for text in gather_object([message]) if text is not None), None)
+    if failed is not None:
+        raise UserError(failed)
+    return cast(Result, result)
 
 
 def is_first_process() -> bool:
@@ -66,10 +96,10 @@ def use_all_cores() -> str:
     cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
         cores = min(cores, len(os.sched_getaffinity(0)))
-    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    threads = max(1, cores // local_processes)
+    processes = local_processes()
+    threads = max(1, cores // processes)
     torch.set_num_threads(threads)
-    return f"{threads} CPU threads per process ({cores} cores, {local_processes} local processes)"
+    return f"{threads} CPU threads per process ({cores} cores, {processes} local processes)"
 
 
 def _user_set_threads() -> bool:

@@ -44,7 +44,10 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     kwargs: dict[str, Any] = {} if config.momentum is None else {"momentum": config.momentum}
     parameters = [p for p in model.parameters() if p.requires_grad] if config.decay_all else model
     try:
-        return create_optimizer_v2(parameters, config.optimizer, config.lr, config.weight_decay, **kwargs)
+        optimizer = create_optimizer_v2(parameters, config.optimizer, config.lr, config.weight_decay, **kwargs)
+        if getattr(optimizer, "is_second_order", False):
+            raise ValueError("it needs second derivatives, which this loop doesn't compute")
+        return optimizer
     except (TypeError, ValueError, ImportError, AssertionError) as error:
         raise UserError(f"optimizer {config.optimizer!r} can't be used: {error}") from None
 

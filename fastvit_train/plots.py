@@ -28,17 +28,27 @@ def plot_curves(runs: list[Path], output: Path, title: str) -> None:
         epochs = [row["epoch"] for row in rows]
         for axes, key in zip(panels, PANELS.values(), strict=True):
             scale = 100 if key == "test_accuracy" else 1
-            axes.plot(epochs, [scale * row[key] for row in rows], label=run.name, marker="." if len(rows) < 3 else "")
+            axes.plot(
+                epochs,
+                [scale * row[key] for row in rows],
+                label=_literal(run.resolve().name),
+                marker="." if len(rows) < 3 else "",
+            )
     for axes, name in zip(panels, PANELS, strict=True):
         axes.set(title=name, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].legend(frameon=False)
-    figure.suptitle(title)
+    figure.suptitle(_literal(title))
     try:
         figure.savefig(output, dpi=150)
     except (OSError, ValueError) as error:
         raise UserError(
             f"can't write the picture {output} ({error}); give another --output, such as curves.png"
         ) from None
+
+
+def _literal(text: str) -> str:
+    """`text` as matplotlib shows it unchanged: a dollar begins no formula."""
+    return text.replace("$", r"\$")

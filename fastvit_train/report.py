@@ -18,7 +18,7 @@ from fastvit_train.config import flatten
 from fastvit_train.errors import UserError
 from fastvit_train.evaluate import Evaluation
 from fastvit_train.plots import plot_curves
-from fastvit_train.setup import Job
+from fastvit_train.setup import Job, image_size
 from fastvit_train.tracking import RunFolder, read_rows
 
 TRACKER_PROJECT = "fastvit_train"
@@ -77,7 +77,8 @@ def finish(job: Job, evaluation: Evaluation) -> dict[str, Any]:
     write_weights(job, "model.safetensors")
     if job.accelerator.is_main_process:
         names = {"label_names": list(job.dataset.classes)} if len(job.dataset.classes) == summary["num_classes"] else {}
-        save_config_for_hf(job.bare_model, str(job.folder.root / "config.json"), model_config=names)
+        input_size = {"input_size": (3, image_size(job.config), image_size(job.config))}
+        save_config_for_hf(job.bare_model, str(job.folder.root / "config.json"), names, data_config=input_size)
         job.folder.write_summary(summary)
         plot_curves([job.folder.root], job.folder.root / "curves.png", job.dataset.name)
         job.log.console.print(table([job.folder.root]))
@@ -131,11 +132,15 @@ def read_summary(run: Path) -> dict[str, Any]:
     Raises:
         UserError: where `run` is no folder of a finished run.
     """
-    path = run / "summary.json"
-    if not path.is_file():
-        raise UserError(f"{run} is no finished run: it has no summary.json; give the folder of a run")
-    rows = read_rows(RunFolder(run).metrics)
-    return {**(rows[-1] if rows else {}), **json.loads(path.read_text())}
+    try:
+        summary = json.loads((run / "summary.json").read_text())
+        last_epoch = read_rows(RunFolder(run).metrics)[-1]
+        return {"train_loss": last_epoch["train_loss"], **summary}
+    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{run} is no finished run: its summary.json and metrics.jsonl can't be read ({error!r}); "
+            "give the folder of a finished run"
+        ) from None
 
 
 FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -160,7 +165,12 @@ def figures(runs: list[Path]) -> list[list[str]]:
     """Finished runs side by side: a row of names, then a row per figure."""
     summaries = [read_summary(run) for run in runs]
     head = ["", *(run.resolve().name for run in runs)]
-    return [head, *([name, *(show(s) for s in summaries)] for name, show in FIGURES.items())]
+    try:
+        return [head, *([name, *(show(s) for s in summaries)] for name, show in FIGURES.items())]
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"a summary.json of {', '.join(map(str, runs))} lacks or garbles {error}; run it again"
+        ) from None
 
 
 def datasets(runs: list[Path]) -> str:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from fastvit_train import launch
+from fastvit_train import checkpoint, launch
 from fastvit_train.config import TrainConfig, override
 from fastvit_train.data.loader import Place
 from fastvit_train.errors import UserError
@@ -30,6 +30,9 @@ def evaluate_run(run: Path, attention: str | None = None, data_dir: str | None =
     launch.use_all_cores()
     accelerator = launch.start(grad_accum=1, trackers=(), run_dir=run)
     dataset = load_data(config, accelerator)
+    trained = checkpoint.data_identity(RunFolder(run).checkpoints)["classes"]
+    if list(dataset.classes) != trained:
+        raise UserError(f"{run} was trained on the classes {trained}, {dataset.name} has {list(dataset.classes)}")
     model = build_model(config.model, image_size(config), num_classes(config, dataset))
     place = Place(accelerator.device, accelerator.process_index, accelerator.num_processes)
     loader = build_eval_loader(config, dataset, model, place)

@@ -14,7 +14,7 @@ from fastvit_train.checkpoint import Progress
 from fastvit_train.config import TrainConfig, validate
 from fastvit_train.data.datasets import DatasetSpec, Split, check_labels, load_dataset
 from fastvit_train.data.images import Images, ResidentImages, StreamedImages
-from fastvit_train.data.loader import EvalLoader, Place, Preprocess, TrainLoader, fit_batch_size
+from fastvit_train.data.loader import EvalLoader, Place, Preprocess, TrainLoader, check_batch_size, fit_batch_size
 from fastvit_train.models import build_model, check_model, native_image_size, pretrained_cfg, resolve_attention
 from fastvit_train.tracking import Log, Resume, RunFolder
 
@@ -71,7 +71,9 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     folder = RunFolder(Path(config.run.runs_dir) / str(config.run.exp_name))
     accelerator = launch.start(config.optim.grad_accum, config.run.track, folder.root)
     log = Log(accelerator.is_main_process)
-    resuming = checkpoint.agree(accelerator, lambda: folder.check(config, resume, overwrite))
+    resuming = launch.everywhere(accelerator, lambda: folder.check(config, resume, overwrite))
+    check_batch_size(config.run.batch_size, accelerator.num_processes, config.optim.grad_accum)
+    check_buildable(config)
 
     dataset = load_data(config, accelerator)
     batch_size = fit_batch_size(
@@ -87,16 +89,12 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     scheduler = optim.build_schedule(optimizer, config.optim, config.run.epochs, train_loader.steps_per_epoch)
     model, optimizer = accelerator.prepare(model, optimizer)
 
-    progress = Progress(len(dataset.train.labels))
+    progress = Progress()
     if resuming:
-        progress = checkpoint.load(folder.checkpoints, accelerator, scheduler, progress.train_samples)
-    if accelerator.is_main_process:
-        if resuming:
-            folder.keep_until(progress.epoch, progress.step - progress.step_in_epoch)
-        else:
-            folder.create(config)
-        log.attach(folder.root / "train.log")
-    accelerator.wait_for_everyone()
+        progress = launch.everywhere(
+            accelerator, lambda: checkpoint.load(folder.checkpoints, accelerator, scheduler, dataset.identity())
+        )
+    launch.everywhere(accelerator, lambda: _open_folder(folder, config, progress, resuming, accelerator, log))
     job = Job(
         config, folder, log, accelerator, model, optimizer, scheduler, dataset, train_loader, eval_loader,
         batch_size, progress,
@@ -105,17 +103,41 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     return job
 
 
+def check_buildable(config: TrainConfig) -> None:
+    """Raise UserError where model or optimizer can't be built: before the data is fetched, not after."""
+    model = build_model(replace(config.model, weights=None), image_size(config), num_classes=2)
+    optim.build_optimizer(model, config.optim)
+
+
+def _open_folder(
+    folder: RunFolder, config: TrainConfig, progress: Progress, resuming: bool, accelerator: Accelerator, log: Log
+) -> None:
+    """Bring the folder to where the run starts from; the first thing that is written."""
+    if not accelerator.is_main_process:
+        return
+    if resuming:
+        folder.keep_until(progress.epoch, progress.step - progress.step_in_epoch)
+    else:
+        folder.create(config)
+    log.attach(folder.root / "train.log")
+
+
 def load_data(config: TrainConfig, accelerator: Accelerator) -> DatasetSpec:
     """The data set of a resolved configuration; each machine's first process downloads and decodes for the others.
 
     Raises:
         UserError: where it can't be had, or has labels that the model has no output for.
     """
-    with accelerator.local_main_process_first():
+
+    def load() -> DatasetSpec:
         dataset = load_dataset(config.data, image_size(config))
-    labels = torch.cat((dataset.train.labels, dataset.test.labels))
-    check_labels(labels, num_classes(config, dataset), f"{dataset.name}, for a model of this --num-classes,")
-    return dataset
+        labels = torch.cat((dataset.train.labels, dataset.test.labels))
+        check_labels(labels, num_classes(config, dataset), f"{dataset.name}, for a model of this --num-classes,")
+        return dataset
+
+    is_first = accelerator.is_local_main_process
+    first = launch.everywhere(accelerator, lambda: load() if is_first else None)
+    return first or load()
 
 
 def image_size(config: TrainConfig) -> int:

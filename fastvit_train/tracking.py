@@ -62,6 +62,8 @@ class RunFolder:
                     "give the same settings, or another --exp-name"
                 )
             return True
+        if resume == "auto" and any(path.exists() for path in (self.metrics, self.checkpoints)):
+            raise UserError(f"{self.root} holds a run without a checkpoint to go on from; --overwrite starts it over")
         if holds_run and not overwrite and resume == "never":
             raise UserError(
                 f"{self.root} holds a run already; give --resume auto to go on with it, --overwrite to start it over, "
@@ -83,11 +85,16 @@ class RunFolder:
         """Make the folder, emptied of an earlier run, with its config.yaml; UserError where it can't be written."""
         try:
             if self.root.exists():
-                shutil.rmtree(self.root)
-            self.root.mkdir(parents=True)
+                shutil.rmtree(self.root.resolve())
+            self.root.resolve().mkdir(parents=True)
             write_atomically(self.config, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
         except OSError as error:
-            raise UserError(f"can't write {self.root} ({error.strerror}); choose another --runs-dir") from None
+            raise UserError(f"can't write {self.root} ({error.strerror or error}); choose another --runs-dir") from None
+
+    def remove_unless_resumable(self) -> None:
+        """Leave nothing of a run that failed before its first checkpoint."""
+        if not checkpoint.exists(self.checkpoints):
+            shutil.rmtree(self.root.resolve(), ignore_errors=True)
 
     def keep_until(self, epoch: int, step: int) -> None:
         """Drop metrics after a checkpoint's `epoch` and `step`, which the resumed run will write again."""

@@ -29,6 +29,15 @@ def fit(config: TrainConfig, *, resume: Resume = "never", overwrite: bool = Fals
         UserError: for anything wrong with the configuration, the data, the launch or the run's folder.
     """
     job = setup(config, resume, overwrite)
+    try:
+        return _train(job)
+    except UserError:
+        if job.accelerator.is_main_process:
+            job.folder.remove_unless_resumable()
+        raise
+
+
+def _train(job: Job) -> dict[str, Any]:
     config, progress = job.config, job.progress
     last_epoch = min(config.run.epochs, config.run.stop_after or config.run.epochs)
     total_steps = config.run.epochs * job.train_loader.steps_per_epoch
@@ -75,10 +84,15 @@ def train_epoch(job: Job, bar: ProgressBar) -> None:
         if config.run.save_every and progress.step % config.run.save_every == 0 and progress.step_in_epoch < steps:
             _settle(job, losses, correct)
             progress.epoch_seconds += time.perf_counter() - started
-            checkpoint.save(job.folder.checkpoints, accelerator, job.scheduler, progress)
+            save_checkpoint(job)
             started = time.perf_counter()
     _settle(job, losses, correct)
     progress.epoch_seconds += time.perf_counter() - started
+
+
+def save_checkpoint(job: Job) -> None:
+    """Write a checkpoint of the run as it stands."""
+    checkpoint.save(job.folder.checkpoints, job.accelerator, job.scheduler, job.progress, job.dataset.identity())
 
 
 def _restore_sums(job: Job) -> tuple[Tensor, Tensor]:
@@ -117,6 +131,6 @@ def _close_epoch(job: Job, evaluation: Evaluation, eval_seconds: float) -> None:
         progress.best_accuracy, progress.best_step = evaluation.accuracy, progress.step
     report.record_epoch(job, evaluation, eval_seconds)
     progress.close_epoch()
-    checkpoint.save(job.folder.checkpoints, job.accelerator, job.scheduler, progress)
+    save_checkpoint(job)
     if run.save_model_every and progress.epoch % run.save_model_every == 0:
         report.write_weights(job, f"model_epoch_{progress.epoch}.safetensors")

@@ -37,7 +37,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("--optimizer adamx", "unknown optimizer 'adamx'; allowed: "),
         ("--patch-size 5", "image size 32x32 is not a multiple of patch size 5"),
         ("--num-heads 5", "num_heads 5 does not divide embed_dim 48"),
-        ("--model resnet18 --embed-dim 8", "resnet18 does not take"),
+        ("--model resnet18 --embed-dim 8", "resnet18 can't be built with .*embed_dim"),
         ("--num-classes 4", "labels from 0 to 9, outside the 4 classes"),
         ("--grad-accum 3", "--batch-size 64 can't be cut evenly into 1 processes x 3 micro-batches"),
         ("--weights missing.pth", "no weights at missing.pth"),
@@ -46,7 +46,11 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("--resume sometimes", "invalid choice 'sometimes'"),
         ("--dataset folder --data-dir nowhere", "--data-dir nowhere is no folder"),
         ("--dataset cifar10 --data-url http://127.0.0.1:9/x", "can't download .* put cifar-10-python.tar.gz"),
-        ("--dataset cifar10 --data-url ftp://x", "--data-url ftp://x is no URL"),
+        ("--dataset cifar10 --data-url ftp://x", "can't download ftp://x .no URL; allowed are http"),
+        ("--seed 4294967296", "--seed 4294967296 is out of range"),
+        ("--mlp-ratio 0", "--mlp-ratio 0.0 is out of range"),
+        (f"--exp-name {'x' * 300}", "must be a plain folder name of up to 200 letters"),
+        ("--optimizer adahessian", "optimizer 'adahessian' can't be used: it needs second derivatives"),
         ("--exp-name a/b", "--exp-name 'a/b' must be a plain folder name"),
         ("frobnicate", "unknown verb 'frobnicate'; allowed: train, eval, compare"),
         ("eval nowhere", "nowhere is no run"),
@@ -60,7 +64,7 @@ def test_mistakes(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert re.search(message, mistake(capsys, *args.split()))
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.rglob("*"))
 
 
 @pytest.mark.parametrize(
@@ -71,6 +75,7 @@ def test_mistakes(
         ("- a list", "must hold `name: value` lines"),
         ("a: [", "can't be read"),
         ("recipe: nope", "unknown recipe 'nope'"),
+        ("epochs: 2020-99-99", "can't be read"),
     ],
 )
 def test_mistakes_in_a_config_file(text: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Data sets: what is there is read right, what is damaged is named."""
 
 import gzip
+import os
 import pickle
 import shutil
 import tarfile
@@ -69,6 +70,24 @@ def test_cifar10_from_a_local_archive_whose_checksum_is_checked(
     assert len(load("cifar10", tmp_path).train.labels) == 100
 
 
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_cifar_batches_pickled_another_way(tmp_path: Path, protocol: int) -> None:
+    folder = write_cifar10(tmp_path) / "cifar-10-batches-py"
+    batch = {"data": np.zeros((3, 3072), np.uint8), "labels": [np.int64(i) for i in range(3)]}
+    (folder / "test_batch").write_bytes(pickle.dumps(batch, protocol))
+    (folder / "batches.meta").unlink()
+    dataset = load("cifar10", tmp_path)
+    assert dataset.test.labels.tolist() == [0, 1, 2] and dataset.classes == tuple("0123456789")
+
+
+@pytest.mark.parametrize("labels", [["a"] * 3, None, [0.5] * 3, [1, 2]], ids=str)
+def test_cifar_labels_that_are_none(tmp_path: Path, labels: object) -> None:
+    batch = {"data": np.zeros((3, 3072), np.uint8), "labels": labels}
+    (write_cifar10(tmp_path) / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(batch))
+    with pytest.raises(UserError, match="test_batch has uint8 data .* expected uint8"):
+        load("cifar10", tmp_path)
+
+
 def test_a_cifar_batch_that_would_run_code_is_refused(tmp_path: Path) -> None:
     class Evil:
         def __reduce__(self) -> tuple[object, tuple[str]]:
@@ -128,7 +147,16 @@ def test_fashion_mnist_from_raw_and_gzipped_idx_files(tmp_path: Path, where: str
 def test_without_a_network_it_says_where_to_put_the_files(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=rf"can't download http.*put .* into {tmp_path}.*digits.*need no network"):
         load(name, tmp_path)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not list(tmp_path.rglob("*"))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(UserError, match="can't download"):
+        load(name, tmp_path / "file")
+
+
+@pytest.mark.parametrize("url", ["http://exa mple/x", "http://[::1/x", "ftp://x", "nonsense"])
+def test_mirrors_that_are_no_urls(tmp_path: Path, url: str) -> None:
+    with pytest.raises(UserError, match="can't download"):
+        load_dataset(DataConfig(dataset="cifar10", data_dir=str(tmp_path), data_url=url), 32)
 
 
 def test_a_download_from_a_mirror_is_checked_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +168,7 @@ def test_a_download_from_a_mirror_is_checked_and_kept(tmp_path: Path, monkeypatc
     download(source.as_uri(), target, md5_of(source), put="target.bin")
     assert target.read_bytes() == source.read_bytes()
     target.unlink()
-    with pytest.raises(UserError, match="is damaged or another file"):
+    with pytest.raises(UserError, match=r"can't download .*source.bin \(it has MD5"):
         download(source.as_uri(), target, "0" * 32, put="target.bin")
     assert not list(target.parent.iterdir())
 
@@ -210,6 +238,20 @@ def test_folders_that_cannot_be_trained_on(tmp_path: Path, break_it, message: st
     root = write_folder(tmp_path / "shapes")
     break_it(root)
     with pytest.raises(UserError, match=message):
+        load("folder", root)
+
+
+def test_odd_but_legitimate_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_folder(tmp_path / "shapes")
+    circle = root / "train" / "circle"
+    (circle / "loop").symlink_to(circle, target_is_directory=True)
+    os.rename(circle / "0.png", os.fsencode(circle) + b"/caf\xe9.png")
+    (root / "train" / "square").rename(tmp_path / "elsewhere")
+    (root / "train" / "square").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null/cache")
+    assert len(load("folder", root).train.labels) == 24
+    (circle / "broken.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"broken\.png can't be (read|decoded)"):
         load("folder", root)
 
 

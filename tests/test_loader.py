@@ -5,7 +5,7 @@ import torch
 
 from fastvit_train.config import DataConfig
 from fastvit_train.data.images import ResidentImages
-from fastvit_train.data.loader import EvalLoader, Place, Preprocess, TrainLoader, fit_batch_size
+from fastvit_train.data.loader import EvalLoader, Place, Preprocess, TrainLoader, check_batch_size, fit_batch_size
 from fastvit_train.errors import UserError
 
 CPU = torch.device("cpu")
@@ -71,11 +71,12 @@ def test_evaluation_sees_every_sample_exactly_once(world_size: int, batch_size: 
 
 
 def test_batch_sizes_that_cannot_be_cut_say_which_world_sizes_can() -> None:
-    assert fit_batch_size(256, 1000, 8, 2) == 256
+    check_batch_size(256, 8, 2)
     with pytest.raises(
         UserError, match=r"--batch-size 10 can't be cut evenly into 3 processes.* among 1, 2, 5, 10 processes"
     ):
-        fit_batch_size(10, 1000, 3, 1)
+        check_batch_size(10, 3, 1)
+    assert fit_batch_size(256, 1000, 8, 2) == 256
     assert fit_batch_size(256, 53, 4, 1) == 52
     with pytest.raises(UserError, match="3 training images are too few"):
         fit_batch_size(256, 3, 4, 1)

@@ -117,6 +117,36 @@ def test_timms_own_models_build_at_another_size(name: str) -> None:
     assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
 
 
+def test_settings_that_a_model_would_ignore_or_cut_off_are_refused() -> None:
+    with pytest.raises(UserError, match="leave --patch-size 5 out"):
+        build_model(ModelConfig(model="cct_2_3x2_32", patch_size=5), image_size=32, num_classes=10)
+    with pytest.raises(UserError, match="image size 20x20 is not a multiple of patch size 16"):
+        build_model(ModelConfig(model="vit_tiny_patch16_224"), image_size=20, num_classes=10)
+    with pytest.raises(UserError, match="vit_tiny_patch16_224 can't be built with .*pos_embed"):
+        build_model(ModelConfig(model="vit_tiny_patch16_224", pos_embed="sine"), image_size=32, num_classes=10)
+    with pytest.raises(UserError, match="can't be built"):
+        build_model(ModelConfig(model="vit_tiny_patch16_224.nope"), image_size=32, num_classes=10)
+    with pytest.raises(UserError, match=r"mlp_ratio 0\.001"):
+        build_model(ModelConfig(mlp_ratio=0.001), image_size=32, num_classes=10)
+
+
+@pytest.mark.parametrize("name", ["c_vit_4_4_32", "mc_vit_4_4_32"])
+def test_tokens_are_left_unpooled_on_request(name: str) -> None:
+    model = timm.create_model(name, num_classes=0, global_pool="")
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 64 + model.num_prefix_tokens, 48)
+    model.reset_classifier(5, model.pooling)
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
+    model.reset_classifier(5, "")
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 64 + model.num_prefix_tokens, 5)
+    with pytest.raises(ValueError, match="global_pool 'avg' can't be had"):
+        model.reset_classifier(5, "avg")
+
+
+def test_odd_but_legitimate_inputs() -> None:
+    model = timm.create_model("mc_vit_4_4_32", in_chans=1, img_size=(32, 64))
+    assert model(torch.zeros(1, 1, 32, 64)).shape == (1, 10)
+
+
 def test_features_only_is_refused_clearly() -> None:
     with pytest.raises(RuntimeError, match="features_only is not implemented"):
         timm.create_model("mc_vit_4_4_32", features_only=True)

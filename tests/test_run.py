@@ -1,6 +1,7 @@
 """A run in one process: what it learns, what it leaves behind, and that stopping and resuming changes nothing."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,15 +95,18 @@ class Killed(Exception):
     pass
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["resident", "streamed"])
 def test_killed_in_the_middle_of_an_epoch_and_resumed(
-    small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
+    data = write_folder(tmp_path / "shapes", per_class=20)
     settings = {"drop_rate": 0.1, "save_every": 3}
+    settings |= {"dataset": "folder", "data_dir": str(data), "batch_size": 8, "stream": stream}
     fit(small_config(exp_name="whole", **settings))
     save = checkpoint.save
 
-    def save_and_die(folder, accelerator, scheduler, progress):
-        save(folder, accelerator, scheduler, progress)
+    def save_and_die(folder, accelerator, scheduler, progress, data):
+        save(folder, accelerator, scheduler, progress, data)
         if progress.step == 9:  # epoch 2 of 5 steps each: in its middle
             raise Killed
 
@@ -125,6 +129,23 @@ def test_a_resume_that_lost_the_random_state_is_noticed(small_config: SmallConfi
         fit(small_config(drop_rate=0.1), resume="must")
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "progress.json"])
+def test_a_damaged_checkpoint_is_named(small_config: SmallConfig, tmp_path: Path, name: str) -> None:
+    fit(small_config(stop_after=1))
+    (tmp_path / "runs" / "run" / "checkpoints" / "last" / name).write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"checkpoint .*step_5 can't be read"):
+        fit(small_config(), resume="must")
+
+
+def test_a_run_that_lost_its_checkpoints_is_not_started_over_unasked(small_config: SmallConfig, tmp_path: Path) -> None:
+    fit(small_config(epochs=1))
+    run = tmp_path / "runs" / "run"
+    (run / "checkpoints" / "last").unlink()
+    with pytest.raises(UserError, match="without a checkpoint to go on from; --overwrite starts it over"):
+        fit(small_config(epochs=1), resume="auto")
+    assert (run / "model.safetensors").is_file()
+
+
 def test_resuming_with_other_settings_lists_them(small_config: SmallConfig, tmp_path: Path) -> None:
     fit(small_config(stop_after=1))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -137,8 +158,16 @@ def test_resuming_on_other_data_is_refused(small_config: SmallConfig, tmp_path: 
     data = write_folder(tmp_path / "shapes")
     settings = {"dataset": "folder", "data_dir": str(data), "batch_size": 8}
     fit(small_config(stop_after=1, **settings))
+    for split in ("train", "test"):
+        (data / split / "circle").rename(data / split / "ring")
+    with pytest.raises(UserError, match=r"trained on other data \(classes: \['circle', 'square'\] -> \['ring', "):
+        fit(small_config(**settings), resume="auto")
+    with pytest.raises(UserError, match=r"trained on the classes \['circle', 'square'\], shapes has \['ring', "):
+        evaluate_run(tmp_path / "runs" / "run")
+    for split in ("train", "test"):
+        (data / split / "ring").rename(data / split / "circle")
     (data / "train" / "circle" / "0.png").unlink()
-    with pytest.raises(UserError, match="was trained on 24 images, now there are 23"):
+    with pytest.raises(UserError, match=r"trained on other data \(training images: 24 -> 23"):
         fit(small_config(**settings), resume="auto")
 
 
@@ -164,10 +193,23 @@ def test_a_folder_that_holds_a_run_is_not_touched_unasked(small_config: SmallCon
 
 
 def test_nothing_is_written_when_something_is_wrong(small_config: SmallConfig, tmp_path: Path) -> None:
-    for settings in ({"num_heads": 3}, {"dataset": "folder", "data_dir": str(tmp_path / "none")}, {"num_classes": 4}):
+    folder = {"dataset": "folder", "data_dir": str(write_folder(tmp_path / "shapes"))}
+    (tmp_path / "shapes" / "train" / "square" / "1.png").write_bytes(b"broken")
+    (tmp_path / "shapes" / "test" / "square" / "1.png").write_bytes(b"broken")
+    before = set(tmp_path.rglob("*"))
+    mistakes = [
+        {"num_classes": 4},
+        {"optimizer": "adahessian"},
+        {**folder, "num_heads": 3},
+        {**folder, "grad_accum": 7},
+        folder,
+        {**folder, "stream": True},
+    ]
+    for settings in mistakes:
         with pytest.raises(UserError):
             fit(small_config(**settings))
-    assert not (tmp_path / "runs").exists()
+    assert set(tmp_path.rglob("*")) - before <= {tmp_path / "runs"}
+    assert not list(Path(os.environ["XDG_CACHE_HOME"]).rglob("*"))
 
 
 def test_a_run_evaluates_the_same_under_every_attention(small_config: SmallConfig, tmp_path: Path) -> None:
@@ -210,6 +252,8 @@ def test_one_of_timms_own_models_trains(small_config: SmallConfig, tmp_path: Pat
     sizes = dict.fromkeys(("embed_dim", "depth", "num_heads", "patch_size"))
     summary = fit(small_config(model="test_resnet", image_size=32, dataset="synthetic", **sizes))
     assert summary["attention"] == "timm" and summary["test_accuracy"] > 0.3
+    exported = json.loads((tmp_path / "runs" / "run" / "config.json").read_text())
+    assert exported["pretrained_cfg"]["input_size"] == [3, 32, 32]
 
 
 def test_curves_and_tables_of_two_runs(small_config: SmallConfig, tmp_path: Path) -> None:
@@ -223,5 +267,8 @@ def test_curves_and_tables_of_two_runs(small_config: SmallConfig, tmp_path: Path
     assert lines[0] == "|  | c_vit_4_4_32 | mc_vit_4_4_32 |"
     accuracy = json.loads((runs[1] / "summary.json").read_text())["test_accuracy"]
     assert next(line for line in lines if line.startswith("| accuracy")).endswith(f"| {accuracy:.2%} |")
-    with pytest.raises(UserError, match="is no finished run"):
-        report.table([tmp_path])
+    plot_curves(runs, tmp_path / "curves.png", r"a$\frac$b_c")
+    for content in ("", "{}", "[]", '{"model": 3}'):
+        (runs[0] / "summary.json").write_text(content)
+        with pytest.raises(UserError, match="is no finished run|lacks or garbles"):
+            report.table(runs)

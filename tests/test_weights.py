@@ -95,6 +95,32 @@ def test_positions_are_resampled_for_another_image_size(seed: int, tmp_path: Pat
     assert model.pos_embed.shape == (1, 1 + 16 * 16, 48)
 
 
+@pytest.mark.parametrize("num_classes", [100, 10])
+def test_timms_route_keeps_the_classifier_that_fits(seed: int, tmp_path: Path, num_classes: int) -> None:
+    state = compact_state(2, 128, 128, 64, 2, False)
+    state |= {"classifier.fc.weight": torch.randn(100, 128), "classifier.fc.bias": torch.randn(100)}
+    model = load("cct_2_3x2_32", state, tmp_path, ".pth", num_classes=num_classes)
+    assert model.head.weight.shape == (num_classes, 128)
+    assert torch.equal(model.head.weight, state["classifier.fc.weight"]) == (num_classes == 100)
+
+
+@pytest.mark.parametrize("content", [[1], torch.zeros(3), None, {"model": 5}, {3: torch.zeros(2)}, {"a": 1}], ids=repr)
+def test_files_that_hold_something_else_are_refused(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "bad.pth")
+    with pytest.raises(UserError, match=r"bad\.pth can't be read as weights"):
+        build_model(ModelConfig(weights=str(tmp_path / "bad.pth")), image_size=32, num_classes=10)
+
+
+@pytest.mark.parametrize("name", ["mc_vit_4_4_32", "cvt_7_4_32", "cct_2_3x2_32"])
+def test_weights_of_a_model_with_other_tokens_are_refused(seed: int, tmp_path: Path, name: str) -> None:
+    torch.save(seed_state(), tmp_path / "peer.pth")
+    with pytest.raises(UserError, match="doesn't fit the model"):
+        build_model(ModelConfig(model=name, weights=str(tmp_path / "peer.pth")), image_size=32, num_classes=10)
+    (tmp_path / "bad.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="can't be read as weights"):
+        build_model(ModelConfig(model=name, weights=str(tmp_path / "bad.safetensors")), image_size=32, num_classes=10)
+
+
 @pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04"], ids=["empty", "text", "zip"])
 def test_files_that_hold_no_weights_are_refused_by_name(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "bad.pth"

@@ -114,6 +114,10 @@ class _ArrayUnpickler(pickle.Unpickler):
             ("numpy", "dtype"),
             ("numpy.core.multiarray", "_reconstruct"),
             ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy.core.multiarray", "scalar"),
+            ("numpy._core.multiarray", "scalar"),
+            ("numpy.core.numeric", "_frombuffer"),
+            ("numpy._core.numeric", "_frombuffer"),
             ("_codecs", "encode"),
         }
     )
@@ -153,12 +157,12 @@ def _images(open_batch: Callable[[str], IO[bytes]], names: Sequence[str], label_
     for name in names:
         batch = _read(open_batch, name)
         data = np.asarray(batch.get("data"))
-        label = batch.get(label_key, [])
-        if data.dtype != np.uint8 or data.ndim != 2 or data.shape != (len(label), 3 * 32 * 32):
+        label = np.asarray(batch.get(label_key))
+        if data.dtype != np.uint8 or label.dtype.kind not in "iu" or data.shape != (label.size, 3 * 32 * 32):
             raise UserError(
-                f"CIFAR batch {name} has data of {data.dtype} {data.shape} for {len(label)} {label_key}; "
-                f"expected uint8 (samples, {3 * 32 * 32}); unpack the archive anew"
+                f"CIFAR batch {name} has {data.dtype} data {data.shape} and {label.dtype} {label_key} {label.shape}; "
+                f"expected uint8 (samples, {3 * 32 * 32}) and an integer per sample; unpack the archive anew"
             )
         images.append(torch.from_numpy(data.copy()).view(-1, 3, 32, 32))
-        labels.append(torch.tensor(label, dtype=torch.long))
+        labels.append(torch.from_numpy(label.astype(np.int64)))
     return torch.cat(images), torch.cat(labels)

@@ -1,5 +1,6 @@
 """Data sets by name."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -43,6 +44,16 @@ class DatasetSpec:
     train: Split
     test: Split
     evaluated_on: str = "test"
+
+    def identity(self) -> dict[str, object]:
+        """What must be the same for a run to go on: the classes, and which sample has which label."""
+        labels = torch.cat((self.train.labels, self.test.labels)).numpy().tobytes()
+        return {
+            "classes": list(self.classes),
+            "training images": len(self.train.labels),
+            "test images": len(self.test.labels),
+            "labels": hashlib.blake2b(labels, digest_size=8).hexdigest(),
+        }
 
 
 def load_dataset(config: DataConfig, image_size: int) -> DatasetSpec:

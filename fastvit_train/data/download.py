@@ -1,11 +1,14 @@
 """Downloads with progress and checksum."""
 
+import contextlib
 import hashlib
+import http.client
 import os
 import sys
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import IO
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
@@ -33,34 +36,37 @@ def download(url: str, target: Path, md5: str, put: str) -> None:
     Raises:
         UserError: where there is no network or the file is not the expected one; says to place `put` by hand.
     """
-    if urllib.parse.urlsplit(url).scheme not in ("http", "https", "file"):
-        raise UserError(f"--data-url {url} is no URL; allowed: http://, https:// or file://")
     partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if urllib.parse.urlsplit(url).scheme not in ("http", "https", "file"):
+            raise ValueError("no URL; allowed are http://, https:// and file://")
         _fetch(url, partial)
-        check_md5(partial, md5)
+        if (found := md5_of(partial)) != md5:
+            raise ValueError(f"it has MD5 {found}, expected {md5}")
         partial.replace(target)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise UserError(
             f"can't download {url} ({reason}); put {put} into {target.parent}, name a mirror with --data-url, "
             "or train on the digits (--dataset digits), which need no network"
         ) from None
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 def _fetch(url: str, target: Path) -> None:
     columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with (
-        urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response,
-        target.open("wb") as file,
-        Progress(*columns, disable=not sys.stderr.isatty()) as progress,
-    ):
+    with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
+        target.parent.mkdir(parents=True, exist_ok=True)
         print(f"downloading {url}", file=sys.stderr)
         length = response.headers.get("Content-Length")
-        task = progress.add_task(target.name.partition(".")[0], total=int(length) if length else None)
-        while chunk := response.read(CHUNK_BYTES):
-            file.write(chunk)
-            progress.update(task, advance=len(chunk))
+        with target.open("wb") as file, Progress(*columns, disable=not sys.stderr.isatty()) as progress:
+            _copy(response, file, progress, target.name.partition(".")[0], int(length) if length else None)
+
+
+def _copy(source: IO[bytes], target: IO[bytes], progress: Progress, title: str, total: int | None) -> None:
+    task = progress.add_task(title, total=total)
+    while chunk := source.read(CHUNK_BYTES):
+        target.write(chunk)
+        progress.update(task, advance=len(chunk))

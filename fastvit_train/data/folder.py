@@ -1,5 +1,6 @@
 """A folder of images: train/ and test/ (or val/), in each a folder per class; decoded once and cached."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastvit_train.data.images import StreamedImages
+from fastvit_train.data.images import StreamedImages, local_processes
 from fastvit_train.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ def _class_files(split: Path, classes: Sequence[str]) -> tuple[list[Path], Tenso
     for label, name in enumerate(classes):
         found = sorted(
             Path(where) / file
-            for where, _, names in os.walk(split / name, followlinks=True)
+            for where, _, names in os.walk(split / name)
             for file in names
             if Path(file).suffix.lower() in EXTENSIONS and not file.startswith(".")
         )
@@ -116,7 +117,8 @@ def load(listing: Listing, image_size: int, stream: bool | None) -> tuple[Part, 
 
 
 def _free_memory() -> int:
-    host = psutil.virtual_memory().available
+    """Bytes that this process may count on: its share of the host's, or its GPU's where that is less."""
+    host = psutil.virtual_memory().available // local_processes()
     return min(host, torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else host
 
 
@@ -134,16 +136,19 @@ def _cache_path(listing: Listing, image_size: int) -> Path:
     """Named after the files' paths, sizes and times: anything that changes makes another cache."""
     digest = hashlib.sha256(repr((CACHE_FORMAT, image_size, str(listing.root.resolve()))).encode())
     for path in (*listing.train[0], *listing.test[0]):
-        stat = path.stat()
-        digest.update(f"{path}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "fastvit_train" / f"{listing.root.resolve().name}-{digest.hexdigest()[:16]}.safetensors"
+        try:
+            stat = path.stat()
+        except OSError as error:
+            raise UserError(f"{path} can't be read ({error.strerror}); replace or remove it") from None
+        digest.update(os.fsencode(path) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return base / "fastvit_train" / f"{digest.hexdigest()[:32]}.safetensors"
 
 
 def _read_cache(path: Path) -> dict[str, Tensor] | None:
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in ("train", "test")}
     except (SafetensorError, OSError) as error:
@@ -155,8 +160,9 @@ def _write_cache(path: Path, tensors: dict[str, Tensor], listing: Listing) -> No
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"root": str(listing.root.resolve()), "classes": json.dumps(listing.classes)})
+        save_file(tensors, partial, {"root": json.dumps(str(listing.root.resolve()))})
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         log.warning("the decoded images can't be cached in %s (%s): going on without", path.parent, error)
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)

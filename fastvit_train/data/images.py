@@ -1,5 +1,6 @@
 """Where a set's images come from, batch by batch: memory on the device, or files decoded on the way."""
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -53,14 +54,20 @@ class StreamedImages:
         loader = DataLoader(
             self._files,
             batch_sampler=[samples_B.tolist() for samples_B in samples],
-            num_workers=psutil.cpu_count(logical=False) or 1,
+            num_workers=min(len(samples), max(1, (psutil.cpu_count(logical=False) or 1) // local_processes())),
             collate_fn=_collate,
+            generator=torch.Generator(),  # else the loader draws from the global stream, which dropout uses too
             pin_memory=self._device.type == "cuda",
         )
         for batch in loader:
             if isinstance(batch, _Unreadable):
-                raise UserError(batch.message)
+                raise UserError(batch.message, everywhere=False)
             yield batch.to(self._device, non_blocking=True)
+
+
+def local_processes() -> int:
+    """How many processes of this run share the machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class _Unreadable:

@@ -37,24 +37,26 @@ class Preprocess:
         return torch.addcmul(self._offset, images_BCHW, self._scale)
 
 
-def fit_batch_size(batch_size: int, num_samples: int, world_size: int, grad_accum: int) -> int:
-    """The batch size to train with: `batch_size`, or where the set is smaller the largest that can be cut evenly.
-
-    Raises:
-        UserError: where world_size * grad_accum does not divide batch_size, or the set is too small to cut.
-    """
-    parts = world_size * grad_accum
-    if batch_size % parts:
+def check_batch_size(batch_size: int, world_size: int, grad_accum: int) -> None:
+    """Raise UserError unless world_size * grad_accum divides batch_size; says which world sizes can."""
+    if batch_size % (world_size * grad_accum):
         allowed = [n for n in range(1, batch_size + 1) if batch_size % (n * grad_accum) == 0]
         raise UserError(
             f"--batch-size {batch_size} can't be cut evenly into {world_size} processes x {grad_accum} micro-batches; "
             f"with --grad-accum {grad_accum} it can be among {', '.join(map(str, allowed)) or 'no number of'} processes"
         )
-    if batch_size <= num_samples:
-        return batch_size
+
+
+def fit_batch_size(batch_size: int, num_samples: int, world_size: int, grad_accum: int) -> int:
+    """`batch_size`, or where the training set is smaller the largest that can be cut evenly.
+
+    Raises:
+        UserError: where the set is too small to cut.
+    """
+    parts = world_size * grad_accum
     if num_samples < parts:
         raise UserError(f"{num_samples} training images are too few for {parts} processes x micro-batches")
-    return num_samples - num_samples % parts
+    return min(batch_size, num_samples - num_samples % parts)
 
 
 class TrainLoader:

@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors import SafetensorError
 from timm.models import PretrainedCfg, load_state_dict
-from torch import nn
+from torch import Tensor, nn
 
 import fastvit_kernels
 from fastvit_train.config import ModelConfig
 from fastvit_train.errors import UserError
 from fastvit_train.models import registry
-from fastvit_train.models.vit import ViT
-from fastvit_train.models.weights import checkpoint_filter_fn, reset_head_if_other_classes
+from fastvit_train.models.vit import ConvTokenizer, ViT
+from fastvit_train.models.weights import checkpoint_filter_fn, pretrained_cfg, reset_head_if_other_classes
 
 __all__ = [
     "OUR_MODELS",
@@ -29,6 +30,10 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
+UNREADABLE = (
+    *(RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, OSError),
+    *(ValueError, KeyError, AttributeError, TypeError),
+)
 OUR_MODELS = sorted(name.partition(".")[0] for name in registry.default_cfgs)
 
 
@@ -62,15 +67,11 @@ def native_image_size(name: str) -> int:
     return int(_cfg_of_name(name).input_size[-1])
 
 
-def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
-    """timm's description of a model: its mean and std, its classifier's name, and so on."""
-    cfg = model.pretrained_cfg
-    assert isinstance(cfg, dict)
-    return cfg
-
-
 def _cfg_of_name(name: str) -> PretrainedCfg:
-    cfg = timm.get_pretrained_cfg(name)
+    try:
+        cfg = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UserError(f"{name} can't be built: {error}") from None
     if cfg is None:
         raise UserError(f"timm knows no input size for {name!r}; take another --model")
     return cfg
@@ -94,13 +95,25 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
         options["attention"] = resolve_attention(config)
     try:
         model = timm.create_model(config.model, **options)
-    except TypeError as error:
-        raise UserError(f"{config.model} does not take one of {', '.join(sizes)}: {error}") from None
-    except (ValueError, AssertionError) as error:
-        raise UserError(str(error)) from None
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        if config.model in OUR_MODELS:
+            raise UserError(str(error)) from None
+        raise UserError(f"{config.model} can't be built with {options}: {error}") from None
+    _check_patches(model, config, image_size)
     if config.weights is not None:
         _load_weights(model, Path(config.weights))
     return model
+
+
+def _check_patches(model: nn.Module, config: ModelConfig, image_size: int) -> None:
+    """Refuse a patch size that the model would ignore, and images that timm's models would cut off silently."""
+    tokenizer = getattr(model, "patch_embed", None)
+    if isinstance(tokenizer, ConvTokenizer) and config.patch_size is not None:
+        raise UserError(f"{config.model} makes tokens by convolutions: leave --patch-size {config.patch_size} out")
+    patch = getattr(tokenizer, "patch_size", None) or 1
+    sides = (patch, patch) if isinstance(patch, int) else tuple(patch)
+    if any(image_size % side for side in sides):
+        raise UserError(f"image size {image_size}x{image_size} is not a multiple of patch size {max(sides)}")
 
 
 def _load_weights(model: nn.Module, path: Path) -> None:
@@ -108,7 +121,9 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         raise UserError(f"no weights at {path}; --weights takes a .pth, .pt or .safetensors file")
     try:
         state_dict = load_state_dict(str(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError, KeyError) as error:
+        if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()):
+            raise ValueError("it holds something else than tensors by name")
+    except UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} can't be read as weights: {reason}") from None
     if isinstance(model, ViT):

@@ -61,34 +61,34 @@ def _create(name: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[
 @register_model
 def c_vit_4_4_32(pretrained: bool = False, **kwargs: Any) -> ViT:
     """The seed's baseline: class token, no final LayerNorm; 119,098 parameters."""
-    return _create("c_vit_4_4_32", pretrained, {**SEED, "global_pool": "cls", "final_norm": False}, kwargs)
+    return _create("c_vit_4_4_32", pretrained, {**SEED, "pooling": "cls", "final_norm": False}, kwargs)
 
 
 @register_model
 def mc_vit_4_4_32(pretrained: bool = False, **kwargs: Any) -> ViT:
     """The seed's modified compact ViT: sequence pooling; 119,147 parameters."""
-    return _create("mc_vit_4_4_32", pretrained, {**SEED, "global_pool": "seq"}, kwargs)
+    return _create("mc_vit_4_4_32", pretrained, {**SEED, "pooling": "seq"}, kwargs)
 
 
 @register_model
 def vit_lite_7_4_32(pretrained: bool = False, **kwargs: Any) -> ViT:
     """ViT-Lite-7/4: patches, class token; 3,716,874 parameters."""
-    return _create("vit_lite_7_4_32", pretrained, {**COMPACT_7, "global_pool": "cls"}, kwargs)
+    return _create("vit_lite_7_4_32", pretrained, {**COMPACT_7, "pooling": "cls"}, kwargs)
 
 
 @register_model
 def cvt_7_4_32(pretrained: bool = False, **kwargs: Any) -> ViT:
     """CVT-7/4: patches, sequence pooling; 3,716,619 parameters."""
-    return _create("cvt_7_4_32", pretrained, {**COMPACT_7, "global_pool": "seq"}, kwargs)
+    return _create("cvt_7_4_32", pretrained, {**COMPACT_7, "pooling": "seq"}, kwargs)
 
 
 @register_model
 def cct_2_3x2_32(pretrained: bool = False, **kwargs: Any) -> ViT:
     """CCT-2/3x2: two convolutions, sequence pooling; 283,723 parameters."""
-    return _create("cct_2_3x2_32", pretrained, {**COMPACT_2, "global_pool": "seq", "conv_layers": 2}, kwargs)
+    return _create("cct_2_3x2_32", pretrained, {**COMPACT_2, "pooling": "seq", "conv_layers": 2}, kwargs)
 
 
 @register_model
 def cct_7_3x1_32(pretrained: bool = False, **kwargs: Any) -> ViT:
     """CCT-7/3x1: one convolution, sequence pooling; 3,760,139 parameters."""
-    return _create("cct_7_3x1_32", pretrained, {**COMPACT_7, "global_pool": "seq", "conv_layers": 1}, kwargs)
+    return _create("cct_7_3x1_32", pretrained, {**COMPACT_7, "pooling": "seq", "conv_layers": 1}, kwargs)

@@ -136,8 +136,9 @@ class ViT(nn.Module):
         img_size: pixels, one number or (height, width); a multiple of patch_size where patches are cut.
         in_chans: image channels.
         num_classes: outputs; 0 leaves the classifier out.
-        global_pool: "cls" puts a class token first and classifies on it; "seq" pools all tokens with learned
+        pooling: "cls" puts a class token first and classifies on it; "seq" pools all tokens with learned
             weights (sequence pooling).
+        global_pool: timm's name for the same; "" leaves the tokens unpooled, whatever `pooling` is.
         patch_size: pixels; ignored where conv_layers > 0.
         conv_layers: convolutions of the tokenizer; 0 cuts patches instead.
         kernel_size: of those convolutions.
@@ -163,7 +164,8 @@ class ViT(nn.Module):
         img_size: Size = 32,
         in_chans: int = 3,
         num_classes: int = 10,
-        global_pool: Literal["cls", "seq"] = "cls",
+        pooling: Literal["cls", "seq"] = "cls",
+        global_pool: str | None = None,
         patch_size: int = 4,
         conv_layers: int = 0,
         kernel_size: int = 3,
@@ -184,14 +186,20 @@ class ViT(nn.Module):
         attention: str = fastvit_kernels.DEFAULT,
     ) -> None:
         super().__init__()
-        _check_choice("global_pool", global_pool, ("cls", "seq"))
+        _check_choice("pooling", pooling, ("cls", "seq"))
+        hidden_dim = round(embed_dim * mlp_ratio)
+        if hidden_dim < 1:
+            raise ValueError(
+                f"mlp_ratio {mlp_ratio} leaves an MLP of width {embed_dim} x {mlp_ratio} nothing; raise it"
+            )
         _check_choice("pos_embed", pos_embed, ("learned", "sine"))
         fastvit_kernels.check_implementation(attention)
         image_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
-        self.global_pool = global_pool
-        self.num_prefix_tokens = 1 if global_pool == "cls" else 0
+        self.pooling = pooling
+        self.global_pool = self._checked_pool(global_pool)
+        self.num_prefix_tokens = 1 if pooling == "cls" else 0
         self.grad_checkpointing = False
 
         self.patch_embed: PatchTokenizer | ConvTokenizer = (
@@ -200,7 +208,7 @@ class ViT(nn.Module):
             else PatchTokenizer(in_chans, embed_dim, image_size, patch_size)
         )
         tokens = self.patch_embed.grid_size[0] * self.patch_embed.grid_size[1] + self.num_prefix_tokens
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if global_pool == "cls" else None
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if pooling == "cls" else None
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=pos_embed == "learned")
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(
@@ -209,7 +217,7 @@ class ViT(nn.Module):
                 Attention(embed_dim, num_heads, qkv_bias, attn_drop_rate, drop_rate, attention),
                 Mlp(
                     embed_dim,
-                    round(embed_dim * mlp_ratio),
+                    hidden_dim,
                     gelu,
                     hidden_drop=drop_rate if residual_norm else 0.0,
                     drop=drop_rate,
@@ -220,7 +228,7 @@ class ViT(nn.Module):
             for i in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim) if final_norm else nn.Identity()
-        self.attention_pool = nn.Linear(embed_dim, 1) if global_pool == "seq" else None
+        self.attention_pool = nn.Linear(embed_dim, 1) if pooling == "seq" else None
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self._init_weights(init, initializer_range)
 
@@ -263,8 +271,13 @@ class ViT(nn.Module):
         return self.norm(x_BND)
 
     def forward_head(self, x_BND: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens to logits, (batch, num_classes); with `pre_logits` to the pooled features, (batch, embed_dim)."""
-        if self.attention_pool is None:
+        """Tokens to logits, (batch, num_classes); with `pre_logits` to the pooled features, (batch, embed_dim).
+
+        With global_pool "" both keep the tokens: (batch, tokens, ...).
+        """
+        if self.global_pool == "":
+            pooled_BD = x_BND
+        elif self.attention_pool is None:
             pooled_BD = x_BND[:, 0]
         else:
             weights_BN1 = self.attention_pool(x_BND).softmax(1)
@@ -279,10 +292,15 @@ class ViT(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by a fresh one, on the model's device and in its dtype."""
-        if global_pool not in (None, self.global_pool):
-            raise ValueError(f"global_pool is {self.global_pool!r} by construction, can't become {global_pool!r}")
+        if global_pool is not None:
+            self.global_pool = self._checked_pool(global_pool)
         self.num_classes = num_classes
         self.head = nn.Linear(self.embed_dim, num_classes).to(self.pos_embed) if num_classes else nn.Identity()
+
+    def _checked_pool(self, global_pool: str | None) -> str:
+        if global_pool not in (None, "", self.pooling):
+            raise ValueError(f"global_pool {global_pool!r} can't be had; allowed: {self.pooling!r}, or '' for none")
+        return self.pooling if global_pool is None else global_pool
 
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed", "cls_token"}

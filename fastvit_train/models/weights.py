@@ -1,6 +1,8 @@
 """Reads other implementations' state dicts into ours: the published compact family's and the seed's upstream."""
 
+import math
 import re
+from typing import Any
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -47,7 +49,17 @@ def checkpoint_filter_fn(state_dict: StateDict, model: ViT) -> StateDict:
         state_dict = _rename(state_dict, COMPACT_PATCH_NAMES if patches else COMPACT_NAMES)
     elif any(key.startswith("encoder.blocks.") for key in state_dict):
         state_dict = _name_by_shape(_rename(_merge_heads(state_dict), SEED_NAMES), model)
+    if "head.weight" in state_dict:
+        # timm decides by this whether the classifier fits the model; only the file knows.
+        pretrained_cfg(model)["num_classes"] = len(state_dict["head.weight"])
     return _fit_positions(state_dict, model)
+
+
+def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
+    """timm's description of a model: its mean and std, its classifier's name, and so on."""
+    cfg = getattr(model, "pretrained_cfg", {})
+    assert isinstance(cfg, dict)
+    return cfg
 
 
 def _rename(state_dict: StateDict, names: list[tuple[str, str]]) -> StateDict:
@@ -94,8 +106,10 @@ def _name_by_shape(state_dict: StateDict, model: ViT) -> StateDict:
 
 def _fit_positions(state_dict: StateDict, model: ViT) -> StateDict:
     positions = state_dict.get("pos_embed")
-    if positions is None or positions.shape[1] == model.pos_embed.shape[1]:
+    if positions is None or positions.ndim != 3 or positions.shape[1] == model.pos_embed.shape[1]:
         return state_dict
+    if math.isqrt(patches := positions.shape[1] - model.num_prefix_tokens) ** 2 != patches:
+        return state_dict  # of a model with other prefix tokens: the strict load says so
     fitted = resample_abs_pos_embed(
         positions, new_size=list(model.patch_embed.grid_size), num_prefix_tokens=model.num_prefix_tokens
     )
@@ -107,9 +121,7 @@ def reset_head_if_other_classes(state_dict: StateDict, model: nn.Module) -> bool
 
     `model` is any timm model; the fresh classifier it was built with stays.
     """
-    cfg = model.pretrained_cfg
-    assert isinstance(cfg, dict)
-    name = cfg["classifier"]
+    name = pretrained_cfg(model)["classifier"]
     weight = state_dict.get(f"{name}.weight")
     if weight is None or weight.shape == model.state_dict()[f"{name}.weight"].shape:
         return False
