@@ -61,8 +61,8 @@ class DataConfig:
     """download from this mirror instead of the data set's own host"""
     holdout: float = 0.0
     """evaluate on this fraction of the training set, held out of it, instead of on the test set (for tuning)"""
-    stream: bool | None = None
-    """decode a folder's images anew every epoch; by default only where they don't fit in memory"""
+    stream: Literal["auto", "always", "never"] = "auto"
+    """decode a folder's images anew every epoch; auto does where they don't fit in memory"""
     crop: Literal["none", "shift", "resized"] = "none"
     """shift by whole pixels with reflected borders, or random resized crop"""
     shift: int = 4

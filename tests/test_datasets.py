@@ -189,7 +189,7 @@ def test_folder_is_decoded_once_and_then_read_from_the_cache(tmp_path: Path, mon
 
 def test_streamed_images_are_the_decoded_ones(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "shapes", size=40)
-    decoded, streamed = load("folder", root), load("folder", root, stream=True)
+    decoded, streamed = load("folder", root), load("folder", root, stream="always")
     assert not isinstance(streamed.train.images, torch.Tensor)
     samples = [torch.tensor([3, 0, 20]), torch.tensor([7])]
     batches = StreamedImages(streamed.train.images, 32, torch.device("cpu")).batches(samples)

@@ -66,7 +66,7 @@ def test_mistakes_on_two_processes_are_told_once(tmp_path: Path) -> None:
     result = launch("--dataset", "folder", "--data-dir", data, "--runs-dir", tmp_path / "runs", processes=2)
     assert result.returncode != 0 and "circle/3.png can't be decoded" in one_line_error(result.stderr)
     assert "fastvit_train/" not in result.stderr, "a traceback of ours"
-    streamed = ("--dataset", "folder", "--data-dir", data, "--runs-dir", tmp_path / "streamed", "--stream")
+    streamed = ("--dataset", "folder", "--data-dir", data, "--runs-dir", tmp_path / "streamed", "--stream", "always")
     result = launch(*streamed, "--batch-size", 8, processes=2)
     assert result.returncode != 0 and "circle/3.png can't be decoded" in one_line_error(result.stderr)
     result = launch("--batch-size", 65, "--runs-dir", tmp_path / "runs", processes=2)

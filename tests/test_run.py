@@ -101,7 +101,7 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(
 ) -> None:
     data = write_folder(tmp_path / "shapes", per_class=20)
     settings = {"drop_rate": 0.1, "save_every": 3}
-    settings |= {"dataset": "folder", "data_dir": str(data), "batch_size": 8, "stream": stream}
+    settings |= {"dataset": "folder", "data_dir": str(data), "batch_size": 8, "stream": "always" if stream else "never"}
     fit(small_config(exp_name="whole", **settings))
     save = checkpoint.save
 
@@ -203,7 +203,7 @@ def test_nothing_is_written_when_something_is_wrong(small_config: SmallConfig, t
         {**folder, "num_heads": 3},
         {**folder, "grad_accum": 7},
         folder,
-        {**folder, "stream": True},
+        {**folder, "stream": "always"},
     ]
     for settings in mistakes:
         with pytest.raises(UserError):
@@ -237,7 +237,7 @@ def test_folders_streamed_and_resident_train_alike(small_config: SmallConfig, tm
     data = write_folder(tmp_path / "shapes")
     settings = {"dataset": "folder", "data_dir": str(data), "batch_size": 8, "epochs": 2}
     summary = fit(small_config(exp_name="resident", **settings))
-    fit(small_config(exp_name="streamed", stream=True, **settings))
+    fit(small_config(exp_name="streamed", stream="always", **settings))
     assert same_weights(tmp_path / "runs" / "resident", tmp_path / "runs" / "streamed")
     assert summary["num_classes"] == 2 and summary["dataset"] == "shapes"
 

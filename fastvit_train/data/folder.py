@@ -91,19 +91,20 @@ def _class_files(split: Path, classes: Sequence[str]) -> tuple[list[Path], Tenso
     return paths, torch.tensor(labels)
 
 
-def load(listing: Listing, image_size: int, stream: bool | None) -> tuple[Part, Part]:
+def load(listing: Listing, image_size: int, stream: str) -> tuple[Part, Part]:
     """Both splits: decoded to uint8 (samples, 3, image_size, image_size), or left as files to be streamed.
 
-    `stream=None` streams what would take more than half of the free memory.
+    `stream` is "always", "never", or "auto", which streams what would take more than half of the free memory.
 
     Raises:
         UserError: naming the first file that can't be decoded.
     """
     num_images = len(listing.train[0]) + len(listing.test[0])
     needed = num_images * 3 * image_size**2
-    if stream is None and (stream := needed > _free_memory() / 2):
+    too_large = stream == "auto" and needed > _free_memory() / 2
+    if too_large:
         log.warning("%d images of %d pixels take %.1f GB: streaming from disk", num_images, image_size, needed / 1e9)
-    if stream:
+    if too_large or stream == "always":
         return listing.train, listing.test
     cache = _cache_path(listing, image_size)
     tensors = _read_cache(cache)
