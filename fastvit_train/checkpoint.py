@@ -136,9 +136,11 @@ def _check_same(path: Path, saved: dict[str, Any], accelerator: Accelerator, dat
 
 
 def _rng_fingerprint() -> torch.Tensor:
-    """A 1-element int64 tensor that tells this process's torch random state."""
-    state = torch.get_rng_state().numpy().tobytes()
-    return torch.tensor([int.from_bytes(hashlib.blake2b(state, digest_size=7).digest())])
+    """A 1-element int64 tensor that tells this process's torch random state, the GPU's included."""
+    digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=7)
+    if torch.cuda.is_available():
+        digest.update(torch.cuda.get_rng_state().numpy().tobytes())
+    return torch.tensor([int.from_bytes(digest.digest())])
 
 
 def _learning_rates(scheduler: Scheduler) -> list[float]:

@@ -20,8 +20,8 @@ from accelerate.utils import (
 from fastvit_train.data.images import local_processes
 from fastvit_train.errors import UserError
 
-WAIT_FOR_FIRST_PROCESS = timedelta(hours=3)  # while it downloads and decodes
 Result = TypeVar("Result")
+WAIT_FOR_FIRST_PROCESS = timedelta(hours=3)  # while it downloads and decodes
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
@@ -105,7 +105,7 @@ def use_all_cores() -> str:
 def _user_set_threads() -> bool:
     if not any(name in os.environ for name in THREAD_VARIABLES):
         return False
-    if not under_launcher() or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+    if not (under_launcher() or "TORCHELASTIC_RUN_ID" in os.environ) or os.environ.get("OMP_NUM_THREADS", "1") != "1":
         return True
     try:
         launcher = psutil.Process().parent()
