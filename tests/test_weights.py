@@ -76,10 +76,13 @@ def test_an_mc_vit_of_the_seed_loads_whatever_its_new_layers_are_called(seed: in
     assert torch.equal(model.norm.weight, norm)
 
 
-def test_weights_flag_loads_wrapped_files_and_resets_a_head_of_other_classes(seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("wrapping", ["state_dict", "model", "model_state_dict"])
+def test_weights_flag_loads_wrapped_files_and_resets_a_head_of_other_classes(
+    seed: int, tmp_path: Path, wrapping: str
+) -> None:
     state = seed_state()
     path = tmp_path / "peer.pth"
-    torch.save({"state_dict": {f"module.{key}": value for key, value in state.items()}}, path)
+    torch.save({"epoch": 3, wrapping: {f"module.{key}": value for key, value in state.items()}}, path)
     config = ModelConfig(model="c_vit_4_4_32", weights=str(path))
     same = build_model(config, image_size=32, num_classes=10)
     assert torch.equal(same.head.weight, state["classifier.weight"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 from safetensors import SafetensorError
-from timm.models import PretrainedCfg, load_state_dict
+from timm.models import PretrainedCfg, clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
 import fastvit_kernels
@@ -121,6 +121,8 @@ def _load_weights(model: nn.Module, path: Path) -> None:
         raise UserError(f"no weights at {path}; --weights takes a .pth, .pt or .safetensors file")
     try:
         state_dict = load_state_dict(str(path))
+        if "model_state_dict" in state_dict:  # the one common wrapping that timm doesn't know
+            state_dict = clean_state_dict(state_dict["model_state_dict"])
         if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()):
             raise ValueError("it holds something else than tensors by name")
     except UNREADABLE as error:
