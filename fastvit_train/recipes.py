@@ -12,7 +12,7 @@ def quickstart() -> TrainConfig:
     return TrainConfig(
         run=RunConfig(recipe="quickstart", epochs=30, batch_size=64),
         data=DataConfig(dataset="digits", crop="shift", shift=3),
-        optim=OptimConfig(optimizer="muon", lr=6e-3, weight_decay=0.05, schedule="cosine", warmup=0.1),
+        optim=OptimConfig(optimizer="nmuon", lr=6e-3, weight_decay=0.05, schedule="cosine", warmup=0.1),
     )
 
 
@@ -36,11 +36,11 @@ def seed_cifar100() -> TrainConfig:
 
 
 def fast_cifar10() -> TrainConfig:
-    """Muon, cosine, shift and alternating flip: the seed's 100-epoch accuracy in a fraction of its epochs."""
+    """Muon with Nesterov momentum, cosine, shift and alternating flip: the seed's 100-epoch accuracy in a fraction of its epochs."""
     return TrainConfig(
         run=RunConfig(recipe="fast-cifar10", epochs=12, batch_size=256),
         data=DataConfig(dataset="cifar10", crop="shift", shift=4, flip="alternating"),
-        optim=OptimConfig(optimizer="muon", lr=6e-3, weight_decay=0.05, schedule="cosine", warmup=0.1),
+        optim=OptimConfig(optimizer="nmuon", lr=6e-3, weight_decay=0.05, schedule="cosine", warmup=0.1),
     )
 
 

@@ -31,6 +31,7 @@ def test_every_other_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     write_cifar10(tmp_path / "data")
     write_folder(tmp_path / "photos")
+    write_folder(tmp_path / "CIFAR-10 (JPEG copy)")
     for part, count in (("train", 30), ("t10k", 10)):
         for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
             path = tmp_path / "data" / f"{part}-{kind}-ubyte.gz"
