@@ -36,7 +36,7 @@ def seed_cifar100() -> TrainConfig:
 
 
 def fast_cifar10() -> TrainConfig:
-    """Muon with Nesterov momentum, cosine, shift and alternating flip: the seed's 100-epoch accuracy in a fraction of its epochs."""
+    """Muon with Nesterov momentum, cosine, shifts and alternating flips: the seed's accuracy, eight times sooner."""
     return TrainConfig(
         run=RunConfig(recipe="fast-cifar10", epochs=12, batch_size=256),
         data=DataConfig(dataset="cifar10", crop="shift", shift=4, flip="alternating"),
