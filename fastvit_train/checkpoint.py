@@ -83,15 +83,6 @@ def exists(folder: Path) -> bool:
     return (folder / "last" / PROGRESS_FILE).is_file()
 
 
-def data_identity(folder: Path) -> dict[str, Any]:
-    """The data that a run was trained on, as `DatasetSpec.identity` told it; UserError where that can't be read."""
-    path = folder / "last" / PROGRESS_FILE
-    try:
-        return dict(json.loads(path.read_text())["data"])
-    except DAMAGED as error:
-        raise UserError(f"{path} can't be read ({error}); the run isn't whole") from None
-
-
 def load(folder: Path, accelerator: Accelerator, scheduler: Scheduler, data: dict[str, object]) -> Progress:
     """Restore `last` into everything that was prepared; returns how far it had come.
 

@@ -8,8 +8,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastvit_train.errors import UserError
 
-DATASETS = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder", "synthetic")
-
 
 @dataclass(frozen=True)
 class ModelConfig:

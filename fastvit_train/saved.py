@@ -1,10 +1,12 @@
 """Runs that were made, read back."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
-from fastvit_train import checkpoint, launch
+from fastvit_train import launch
 from fastvit_train.config import TrainConfig, override
+from fastvit_train.data.datasets import DatasetSpec
 from fastvit_train.data.loader import Place
 from fastvit_train.errors import UserError
 from fastvit_train.evaluate import Evaluation, evaluate
@@ -30,9 +32,7 @@ def evaluate_run(run: Path, attention: str | None = None, data_dir: str | None =
     launch.use_all_cores()
     accelerator = launch.start(grad_accum=1, trackers=(), run_dir=run)
     dataset = load_data(config, accelerator)
-    trained = checkpoint.data_identity(RunFolder(run).checkpoints)["classes"]
-    if list(dataset.classes) != trained:
-        raise UserError(f"{run} was trained on the classes {trained}, {dataset.name} has {list(dataset.classes)}")
+    _check_classes(run, dataset)
     model = build_model(config.model, image_size(config), num_classes(config, dataset))
     place = Place(accelerator.device, accelerator.process_index, accelerator.num_processes)
     loader = build_eval_loader(config, dataset, model, place)
@@ -43,3 +43,13 @@ def evaluate_run(run: Path, attention: str | None = None, data_dir: str | None =
     )
     accelerator.end_training()
     return result
+
+
+def _check_classes(run: Path, dataset: DatasetSpec) -> None:
+    """Raise UserError unless the data set's classes are those that the run's model names its outputs by."""
+    try:
+        trained = json.loads((run / "config.json").read_text()).get("label_names", list(dataset.classes))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{run} is no finished run: its config.json can't be read ({error})") from None
+    if trained != list(dataset.classes):
+        raise UserError(f"{run} was trained on the classes {trained}, {dataset.name} has {list(dataset.classes)}")
