@@ -99,7 +99,6 @@ def load(folder: Path, accelerator: Accelerator, scheduler: Scheduler, data: dic
     except DAMAGED as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} can't be read ({reason}); start over with --overwrite") from None
-    scheduler.step_update(progress.step)
     if len(saved["rng"]) == accelerator.num_processes and (
         int(_rng_fingerprint()) != saved["rng"][accelerator.process_index]
     ):
