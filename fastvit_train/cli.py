@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import difflib
 import io
 import logging
 import re
@@ -17,7 +16,7 @@ import yaml
 from rich.console import Console
 
 from fastvit_train import launch, plots, report
-from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, flatten, override
+from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, override
 from fastvit_train.errors import UserError
 from fastvit_train.recipes import recipe
 from fastvit_train.saved import evaluate_run
@@ -172,11 +171,11 @@ def _parse(command: type[Command], args: Sequence[str], default: Command | None 
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(_one_line(complaint.getvalue(), args)) from None
+        raise UserError(_one_line(complaint.getvalue())) from None
 
 
-def _one_line(box: str, args: Sequence[str]) -> str:
-    """The first paragraph of tyro's box; for an unknown flag, the nearest known one."""
+def _one_line(box: str) -> str:
+    """The first paragraph of tyro's box; for an unknown flag, the known ones that it finds near."""
     rows = [line.strip("│ ") for line in box.splitlines() if line.strip() and line[0] not in "╭╰"]
     if len(rows) > 1 and not rows[1].strip("-"):  # without UTF-8 there is no frame, but a title and a rule
         rows = rows[2:]
@@ -188,15 +187,7 @@ def _one_line(box: str, args: Sequence[str]) -> str:
         return f"{flag} {value} is not allowed; allowed: {wanted}"
     if "nrecognized" not in text:
         return re.sub(r"\s+\.$", ".", text) or "the arguments can't be read; see --help"
-    flags = {f"--{key.replace('_', '-')}" for key in (*flatten(TrainConfig()), "config", "resume", "overwrite")}
-    for arg in args:
-        name = arg.partition("=")[0]
-        if (
-            name.startswith("--")
-            and name not in flags
-            and f"--{name[2:].replace('_', '-').removeprefix('no-')}" not in flags
-        ):
-            close = difflib.get_close_matches(name, flags, n=2)
-            hint = f"did you mean {' or '.join(close)}?" if close else "see --help for the allowed ones"
-            return f"unknown flag {name}; {hint}"
-    return f"{text}; see --help"
+    unknown = text.partition(": ")[2].partition(",")[0]
+    close = [row.split()[0] for row in rows if re.match("--[a-z]", row)]
+    hint = f"did you mean {' or '.join(close)}?" if close else "see --help for the allowed ones"
+    return f"unknown {'flag' if unknown.startswith('-') else 'argument'} {unknown}; {hint}"

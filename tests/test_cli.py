@@ -55,6 +55,8 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("frobnicate", "unknown verb 'frobnicate'; allowed: train, eval, compare"),
         ("eval nowhere", "nowhere is no run"),
         ("compare nowhere", "nowhere is no finished run"),
+        ("compare --out x.png", "unknown flag --out; did you mean --output"),
+        ("train foo", "unknown argument foo; see --help"),
         ("compare", "compare takes the folders of one or more runs"),
         ("--runs-dir /dev/null/runs", "can't write /dev/null/runs/digits"),
     ],
@@ -138,3 +140,5 @@ def test_python_m_gives_the_line_alone_with_status_2() -> None:
     assert result.stderr.count("\n") == 1
     result = run([sys.executable, "-m", "fastvit_train", "--flip", "up"], PYTHONIOENCODING="ascii", LC_ALL="C")
     assert "invalid choice 'up' for argument '--flip'" in one_line_error(result.stderr)
+    result = run([sys.executable, "-m", "fastvit_train", "--epoch", "3"], PYTHONIOENCODING="ascii", LC_ALL="C")
+    assert one_line_error(result.stderr) == "unknown flag --epoch; did you mean --epochs?"

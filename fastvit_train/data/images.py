@@ -18,8 +18,6 @@ from fastvit_train.errors import UserError
 class Images(Protocol):
     """A set of images of one size."""
 
-    def __len__(self) -> int: ...
-
     def batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor]:
         """For each tensor of sample indices their images, uint8 (batch, 3, height, width), on the device."""
         ...
@@ -30,9 +28,6 @@ class ResidentImages:
 
     def __init__(self, images: Tensor, device: torch.device) -> None:
         self._images = images.to(device)
-
-    def __len__(self) -> int:
-        return len(self._images)
 
     def batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor]:
         for samples_B in samples:
@@ -45,9 +40,6 @@ class StreamedImages:
     def __init__(self, paths: Sequence[Path], image_size: int, device: torch.device) -> None:
         self._files = _Files(paths, image_size)
         self._device = device
-
-    def __len__(self) -> int:
-        return len(self._files)
 
     def batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor]:
         """Raises UserError naming the first file that can't be decoded."""
