@@ -15,8 +15,8 @@ class ModelConfig:
 
     model: str = "mc_vit_4_4_32"
     """a model of ours or any of timm's names"""
-    attention: str | None = None
-    """how attention is computed: naive, fused (the default) or sdpa; same weights under each"""
+    attention: str = "auto"
+    """naive, fused, sdpa, compiled, triton, or auto, which takes the fastest here; same weights under each"""
     weights: str | None = None
     """start from this .pth or .safetensors file; the compact family's and the seed's layouts are understood"""
     num_classes: int | None = None
@@ -139,7 +139,7 @@ class TrainConfig:
 
 # What may change between a run and its resumption.
 NOT_COMPARED = frozenset(
-    {"recipe", "exp_name", "runs_dir", "data_dir", "data_url", "stream", "weights", "eval_batch_size"}
+    {"recipe", "exp_name", "runs_dir", "data_dir", "data_url", "stream", "weights", "attention", "eval_batch_size"}
     | {"save_every", "save_model_every", "stop_after", "track"}
 )
 

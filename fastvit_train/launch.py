@@ -1,5 +1,6 @@
 """How this process fits among the others: the Accelerator, the CPU threads, and what can be wrong with a launch."""
 
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -31,6 +32,8 @@ def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelera
     Raises:
         UserError: where a tracker isn't installed, or the launch started more processes than joined up.
     """
+    # torch.compile would begin on a CPU machine with a warning about a CUDA that it found no runtime of.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         accelerator = Accelerator(
             # Without this, processes on a machine without an accelerator would each believe they are alone.

@@ -109,7 +109,7 @@ def _summary(job: Job, evaluation: Evaluation) -> dict[str, Any]:
         "best_test_accuracy": progress.best_accuracy,
         "test_loss": evaluation.loss,
         "train_seconds": progress.train_seconds,
-        "compile_seconds": None,
+        "compile_seconds": job.compile_seconds,
         "images_per_second": images / progress.train_seconds if progress.train_seconds else None,
         "peak_memory_mib": launch.peak_memory_mib(accelerator.device),
         "energy_joules": None,

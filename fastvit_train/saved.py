@@ -11,7 +11,8 @@ from fastvit_train.data.loader import Place
 from fastvit_train.errors import UserError
 from fastvit_train.evaluate import Evaluation, evaluate
 from fastvit_train.models import build_model
-from fastvit_train.setup import build_eval_loader, image_size, load_data, num_classes, resolve
+from fastvit_train.models.attention import AUTO
+from fastvit_train.setup import build_eval_loader, choose_attention, image_size, load_data, num_classes, resolve
 from fastvit_train.tracking import Log, RunFolder
 
 
@@ -36,10 +37,13 @@ def evaluate_run(run: Path, attention: str | None = None, data_dir: str | None =
     model = build_model(config.model, image_size(config), num_classes(config, dataset))
     place = Place(accelerator.device, accelerator.process_index, accelerator.num_processes)
     loader = build_eval_loader(config, dataset, model, place)
+    name = config.model.attention
+    if name == AUTO:
+        name, _ = choose_attention(model, loader.batch_size, image_size(config), accelerator)
     result = evaluate(accelerator.prepare(model), loader, accelerator)
     Log(accelerator.is_main_process).line(
         f"{run}: {dataset.name} ({dataset.evaluated_on}, {result.samples:,} images) accuracy {result.accuracy:.2%}, "
-        f"loss {result.loss:.6f}, attention {config.model.attention}"
+        f"loss {result.loss:.6f}, attention {name}"
     )
     accelerator.end_training()
     return result

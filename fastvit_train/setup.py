@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
@@ -15,7 +16,17 @@ from fastvit_train.config import TrainConfig, validate
 from fastvit_train.data.datasets import DatasetSpec, Split, check_labels, load_dataset
 from fastvit_train.data.images import Images, ResidentImages, StreamedImages
 from fastvit_train.data.loader import EvalLoader, Place, Preprocess, TrainLoader, check_batch_size, fit_batch_size
-from fastvit_train.models import build_model, check_model, native_image_size, pretrained_cfg, resolve_attention
+from fastvit_train.models import (
+    build_model,
+    check_attention,
+    check_model,
+    native_image_size,
+    pick_attention,
+    pretrained_cfg,
+    set_attention,
+    warm_up,
+)
+from fastvit_train.models.attention import AUTO, COMPILED
 from fastvit_train.tracking import Log, Resume, RunFolder
 
 
@@ -35,6 +46,8 @@ class Job:
     eval_loader: EvalLoader
     batch_size: int
     progress: Progress
+    compile_seconds: float | None
+    """spent on first passes before the first step; None where nothing is compiled"""
 
     @property
     def bare_model(self) -> nn.Module:
@@ -50,12 +63,9 @@ def resolve(config: TrainConfig) -> TrainConfig:
     """
     validate(config)
     check_model(config.model.model)
+    check_attention(config.model)
     optim.check_optimizer(config.optim.optimizer)
-    model = replace(
-        config.model,
-        attention=resolve_attention(config.model),
-        image_size=image_size(config),
-    )
+    model = replace(config.model, image_size=image_size(config))
     name = f"{config.data.dataset}-{model.model}-seed{config.run.seed}"
     return replace(config, model=model, run=replace(config.run, exp_name=config.run.exp_name or name))
 
@@ -71,6 +81,9 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     folder = RunFolder(Path(config.run.runs_dir) / str(config.run.exp_name))
     accelerator = launch.start(config.optim.grad_accum, config.run.track, folder.root)
     log = Log(accelerator.is_main_process)
+    if resume != "never":
+        config = folder.with_recorded_attention(config)
+        check_attention(config.model)
     resuming = launch.everywhere(accelerator, lambda: folder.check(config, resume, overwrite))
     check_batch_size(config.run.batch_size, accelerator.num_processes, config.optim.grad_accum)
     check_buildable(config)
@@ -82,9 +95,18 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     set_seed(config.run.seed)
     model = build_model(config.model, image_size(config), num_classes(config, dataset))
     set_seed(config.run.seed, device_specific=True)  # dropout must differ between ranks, weights must not
+    micro_batch = batch_size // accelerator.num_processes // config.optim.grad_accum
+    said: list[str] = []
+    if config.model.attention == AUTO:
+        name, said = choose_attention(model, micro_batch, image_size(config), accelerator)
+        config = replace(config, model=replace(config.model, attention=name))
     place = Place(accelerator.device, accelerator.process_index, accelerator.num_processes)
     train_loader = build_train_loader(config, dataset, model, batch_size, place)
     eval_loader = build_eval_loader(config, dataset, model, place)
+    compile_seconds = None
+    if config.model.attention in COMPILED:
+        with accelerator.autocast():
+            compile_seconds = warm_up(model, micro_batch, eval_loader.batch_size, image_size(config), place.device)
     optimizer = optim.build_optimizer(model, config.optim)
     scheduler = optim.build_schedule(optimizer, config.optim, config.run.epochs, train_loader.steps_per_epoch)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -97,10 +119,26 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     launch.everywhere(accelerator, lambda: _open_folder(folder, config, progress, resuming, accelerator, log))
     job = Job(
         config, folder, log, accelerator, model, optimizer, scheduler, dataset, train_loader, eval_loader,
-        batch_size, progress,
+        batch_size, progress, compile_seconds,
     )  # fmt: skip
-    _introduce(job, threads, resuming)
+    _introduce(job, threads, resuming, said)
     return job
+
+
+def choose_attention(
+    model: nn.Module, micro_batch: int, image_size: int, accelerator: Accelerator
+) -> tuple[str, list[str]]:
+    """Put the attention that is fastest here into `model`; returns its name and what was measured, in words.
+
+    The first process decides for all: a run computes in one way.
+    """
+    found: list[Any] = [None]
+    if accelerator.is_main_process:
+        with accelerator.autocast():
+            found = [pick_attention(model, micro_batch, image_size, accelerator.device)]
+    name, said = broadcast_object_list(found)[0]
+    set_attention(model, name)
+    return name, said
 
 
 def check_buildable(config: TrainConfig) -> None:
@@ -188,10 +226,14 @@ def _preprocess(config: TrainConfig, model: nn.Module, place: Place) -> Preproce
     return Preprocess(cfg["mean"], cfg["std"], image_size(config), place.device)
 
 
-def _introduce(job: Job, threads: str, resuming: bool) -> None:
+def _introduce(job: Job, threads: str, resuming: bool, attention: list[str]) -> None:
     config, accelerator, log = job.config, job.accelerator, job.log
     parameters = sum(p.numel() for p in job.bare_model.parameters())
     log.line(f"{config.model.model}: {parameters:,} parameters, attention {config.model.attention}")
+    for line in attention:
+        log.line(line)
+    if job.compile_seconds is not None:
+        log.line(f"first passes, in which the attention compiles: {job.compile_seconds:.1f} s")
     log.line(
         f"{job.dataset.name}: {len(job.dataset.train.labels):,} images to train on, "
         f"{len(job.dataset.test.labels):,} ({job.dataset.evaluated_on}) to evaluate on, "

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +80,13 @@ class RunFolder:
         if not isinstance(settings, dict):
             raise UserError(f"{self.root} is no run: its config.yaml holds no settings")
         return settings
+
+    def with_recorded_attention(self, config: TrainConfig) -> TrainConfig:
+        """`config` with the attention that the run here was started with, where the choice is left open."""
+        if config.model.attention != "auto" or not self.config.is_file():
+            return config
+        recorded = self.read_config().get("attention", "auto")
+        return replace(config, model=replace(config.model, attention=recorded))
 
     def create(self, config: TrainConfig) -> None:
         """Make the folder, emptied of an earlier run, with its config.yaml; UserError where it can't be written."""

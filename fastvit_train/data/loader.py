@@ -108,13 +108,14 @@ class EvalLoader:
         self._labels = labels.to(place.device)
         self._preprocess = preprocess
         self._place = place
-        self._batch_size = min(batch_size, -(-len(labels) // place.world_size))
+        self.batch_size = min(batch_size, -(-len(labels) // place.world_size))
+        """images of this rank in each batch"""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yields (images, labels, mask); the same number of equally large batches on every rank."""
-        total, stride = len(self._labels), self._batch_size * self._place.world_size
+        total, stride = len(self._labels), self.batch_size * self._place.world_size
         padded = torch.arange(-(-total // stride) * stride)
-        own = padded.view(-1, self._place.world_size, self._batch_size)[:, self._place.rank]
+        own = padded.view(-1, self._place.world_size, self.batch_size)[:, self._place.rank]
         samples = list(own.clamp(max=total - 1))
         for index_B, samples_B, images in zip(own, samples, self._images.batches(samples), strict=True):
             mask_B = (index_B < total).to(self._place.device)

@@ -12,10 +12,10 @@ from safetensors import SafetensorError
 from timm.models import PretrainedCfg, clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
-import fastvit_kernels
 from fastvit_train.config import ModelConfig
 from fastvit_train.errors import UserError
-from fastvit_train.models import registry
+from fastvit_train.models.attention import check_attention, pick_attention, set_attention, warm_up
+from fastvit_train.models.registry import OUR_MODELS
 from fastvit_train.models.vit import ConvTokenizer, ViT
 from fastvit_train.models.weights import checkpoint_filter_fn, pretrained_cfg, reset_head_if_other_classes
 
@@ -23,10 +23,13 @@ __all__ = [
     "OUR_MODELS",
     "ViT",
     "build_model",
+    "check_attention",
     "check_model",
     "native_image_size",
+    "pick_attention",
     "pretrained_cfg",
-    "resolve_attention",
+    "set_attention",
+    "warm_up",
 ]
 
 log = logging.getLogger(__name__)
@@ -34,7 +37,6 @@ UNREADABLE = (
     *(RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, OSError),
     *(ValueError, KeyError, AttributeError, TypeError),
 )
-OUR_MODELS = sorted(name.partition(".")[0] for name in registry.default_cfgs)
 
 
 def check_model(name: str) -> None:
@@ -43,23 +45,6 @@ def check_model(name: str) -> None:
         close = get_close_matches(name, timm.list_models(), n=3)
         hint = f" (did you mean {' or '.join(close)}?)" if close else ""
         raise UserError(f"unknown model {name!r}{hint}; allowed: {', '.join(OUR_MODELS)}, or any of timm's names")
-
-
-def resolve_attention(config: ModelConfig) -> str:
-    """The attention implementation that `config` means: ours by name, "timm" where a model of timm's has its own."""
-    if config.model not in OUR_MODELS:
-        if config.attention not in (None, "timm"):
-            raise UserError(
-                f"attention {config.attention!r} can't be swapped into {config.model!r}; "
-                f"models that take it: {', '.join(OUR_MODELS)}"
-            )
-        return "timm"
-    name = config.attention or fastvit_kernels.DEFAULT
-    try:
-        fastvit_kernels.check_implementation(name)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    return name
 
 
 def native_image_size(name: str) -> int:
@@ -81,7 +66,8 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
     """The model that `config` describes, with `config.weights` loaded where given.
 
     Raises:
-        UserError: for sizes that don't fit together, options the model doesn't take, or weights that don't fit.
+        UserError: for sizes that don't fit together, options the model doesn't take, an attention that
+            can't serve it, or weights that don't fit.
     """
     sizes = {
         key: value
@@ -91,8 +77,6 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
     options: dict[str, Any] = {**sizes, "num_classes": num_classes}
     if _cfg_of_name(config.model).fixed_input_size:
         options["img_size"] = image_size
-    if config.model in OUR_MODELS:
-        options["attention"] = resolve_attention(config)
     try:
         model = timm.create_model(config.model, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -100,6 +84,7 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
             raise UserError(str(error)) from None
         raise UserError(f"{config.model} can't be built with {options}: {error}") from None
     _check_patches(model, config, image_size)
+    set_attention(model, config.attention)
     if config.weights is not None:
         _load_weights(model, Path(config.weights))
     return model

@@ -37,6 +37,8 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
+OUR_MODELS = sorted(name.partition(".")[0] for name in default_cfgs)
+
 SEED = {"patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 4}
 COMPACT = {
     "qkv_bias": False,

@@ -67,34 +67,6 @@ class ConvTokenizer(nn.Module):
         return self._maps(images_BCHW).flatten(2).transpose(1, 2)
 
 
-class Attention(nn.Module):
-    """Owns the merged QKV parameters and the output projection; the operator is chosen by name."""
-
-    def __init__(
-        self, dim: int, num_heads: int, qkv_bias: bool, attn_drop: float, proj_drop: float, implementation: str
-    ) -> None:
-        super().__init__()
-        if num_heads < 1 or dim % num_heads:
-            raise ValueError(f"num_heads {num_heads} does not divide embed_dim {dim}")
-        self.num_heads = num_heads
-        self.implementation = implementation
-        self.attn_drop = attn_drop
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        heads_BND = fastvit_kernels.attention(
-            x_BND,
-            self.qkv.weight,
-            self.qkv.bias,
-            self.num_heads,
-            dropout_p=self.attn_drop if self.training else 0.0,
-            implementation=self.implementation,
-        )
-        return self.proj_drop(self.proj(heads_BND))
-
-
 class Mlp(nn.Module):
     """Two linear layers with a GELU between; `hidden_drop` is the compact family's dropout after the GELU."""
 
@@ -113,7 +85,9 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm attention and MLP; with `residual_norm` the second norm sits on the residual stream itself."""
 
-    def __init__(self, dim: int, attn: Attention, mlp: Mlp, drop_path_rate: float, residual_norm: bool) -> None:
+    def __init__(
+        self, dim: int, attn: fastvit_kernels.SelfAttention, mlp: Mlp, drop_path_rate: float, residual_norm: bool
+    ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn
@@ -183,7 +157,7 @@ class ViT(nn.Module):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        attention: str = fastvit_kernels.DEFAULT,
+        attention: str = fastvit_kernels.AUTO,
     ) -> None:
         super().__init__()
         _check_choice("pooling", pooling, ("cls", "seq"))
@@ -193,7 +167,6 @@ class ViT(nn.Module):
                 f"mlp_ratio {mlp_ratio} leaves an MLP of width {embed_dim} x {mlp_ratio} nothing; raise it"
             )
         _check_choice("pos_embed", pos_embed, ("learned", "sine"))
-        fastvit_kernels.check_implementation(attention)
         image_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
@@ -214,7 +187,14 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(
                 embed_dim,
-                Attention(embed_dim, num_heads, qkv_bias, attn_drop_rate, drop_rate, attention),
+                fastvit_kernels.SelfAttention(
+                    nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias),
+                    nn.Linear(embed_dim, embed_dim),
+                    num_heads,
+                    attn_drop_rate,
+                    nn.Dropout(drop_rate),
+                    attention,
+                ),
                 Mlp(
                     embed_dim,
                     hidden_dim,
@@ -249,13 +229,6 @@ class ViT(nn.Module):
             nn.init.trunc_normal_(self.pos_embed, std=0.2 if init == "compact" else std)
         if self.cls_token is not None and init == "seed":
             nn.init.trunc_normal_(self.cls_token, std=std)
-
-    def set_attention(self, implementation: str) -> None:
-        """Let every block use `implementation` from now on; the parameters stay as they are."""
-        fastvit_kernels.check_implementation(implementation)
-        for module in self.modules():
-            if isinstance(module, Attention):
-                module.implementation = implementation
 
     def forward_features(self, images_BCHW: Tensor) -> Tensor:
         """(batch, channels, height, width) to the last block's tokens, (batch, tokens, embed_dim)."""

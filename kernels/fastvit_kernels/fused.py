@@ -17,14 +17,19 @@ def split_heads(
     return q_BHNC, k_BHNC, v_BHNC
 
 
+def probabilities(q_BHNC: Tensor, k_BHNC: Tensor) -> Tensor:
+    """Softmax of the scaled scores, (batch, heads, tokens, tokens)."""
+    # Scaling the query costs head_dim/tokens of what scaling the scores would.
+    scale = q_BHNC.shape[-1] ** -0.5
+    return ((q_BHNC * scale) @ k_BHNC.transpose(-2, -1)).softmax(-1)
+
+
 def fused_attention(
     x_BND: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, num_heads: int, dropout_p: float
 ) -> Tensor:
     """See `fastvit_kernels.attention`."""
     q_BHNC, k_BHNC, v_BHNC = split_heads(x_BND, qkv_weight, qkv_bias, num_heads)
-    # Scaling the query costs head_dim/tokens of what scaling the scores would.
-    scale = q_BHNC.shape[-1] ** -0.5
-    probs_BHNN = ((q_BHNC * scale) @ k_BHNC.transpose(-2, -1)).softmax(-1)
+    probs_BHNN = probabilities(q_BHNC, k_BHNC)
     if dropout_p:
         probs_BHNN = F.dropout(probs_BHNN, dropout_p)
     return (probs_BHNN @ v_BHNC).transpose(1, 2).flatten(2)

@@ -1,0 +1,110 @@
+"""Which attention a model computes with: checked by name, chosen by measurement, put in, and warmed up."""
+
+import copy
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import fastvit_kernels
+from fastvit_train.config import ModelConfig
+from fastvit_train.errors import UserError
+from fastvit_train.models.registry import OUR_MODELS
+
+AUTO = fastvit_kernels.AUTO
+TIMM = "timm"
+"""the attention that a model of timm's comes with"""
+COMPILED = ("compiled", "triton")
+"""implementations whose first call takes seconds"""
+
+
+def check_attention(config: ModelConfig) -> None:
+    """Raise UserError unless `config.attention` is the name of an attention that can run here."""
+    if config.attention == TIMM and config.model not in OUR_MODELS:
+        return
+    try:
+        fastvit_kernels.check_implementation(config.attention)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def set_attention(model: nn.Module, name: str) -> None:
+    """Let every attention of `model` compute with `name`; "auto" and "timm" leave it as it is.
+
+    Raises:
+        UserError: naming the modules that the operator can't serve.
+    """
+    if name in (AUTO, TIMM):
+        return
+    try:
+        fastvit_kernels.swap_attention(model, name)
+    except ValueError as error:
+        raise UserError(f"{error}; take --attention {TIMM}, the model's own") from None
+
+
+def pick_attention(model: nn.Module, batch_size: int, image_size: int, device: torch.device) -> tuple[str, list[str]]:
+    """The attention that trains `model` fastest, measured, and what to say of it, a line per shape.
+
+    Args:
+        model: on any device; it is left as it is.
+        batch_size: images per forward pass of one process.
+        image_size: side of the input, pixels.
+        device: where it will be trained, under the autocast that is on.
+    """
+    if not fastvit_kernels.swappable(model):
+        return TIMM, [f"attention {TIMM}: the model's own, as the others can't serve it"]
+    totals: Counter[str] = Counter()
+    choices = []
+    for case, calls in _cases(model, batch_size, image_size, device).items():
+        choice = fastvit_kernels.choose(**dict(case), device=device)
+        choices.append(choice)
+        totals.update({name: calls * ms for name, ms in choice.milliseconds.items()})
+    fits_all = set.intersection(*(set(choice.milliseconds) for choice in choices))
+    return min(fits_all, key=totals.__getitem__), [str(choice) for choice in choices]
+
+
+def _cases(
+    model: nn.Module, batch_size: int, image_size: int, device: torch.device
+) -> Counter[tuple[tuple[str, Any], ...]]:
+    """What the attentions of `model` are called with, as arguments of `fastvit_kernels.choose`, and how often."""
+    seen: Counter[tuple[tuple[str, Any], ...]] = Counter()
+
+    def record(module: Any, arguments: tuple[Tensor]) -> None:
+        x = arguments[0]
+        seen[
+            ("shape", (x.shape[0] * batch_size, *x.shape[1:])),
+            ("num_heads", module.num_heads),
+            ("dtype", x.dtype),
+            ("weight_dtype", module.qkv.weight.dtype),
+            ("has_bias", module.qkv.bias is not None),
+            ("dropout_p", module.attn_drop),
+        ] += 1
+
+    probe = copy.deepcopy(model).to(device).eval()
+    fastvit_kernels.swap_attention(probe, "fused")
+    for module in probe.modules():
+        if isinstance(module, fastvit_kernels.SelfAttention):
+            module.register_forward_pre_hook(record)
+    with torch.no_grad():
+        probe(torch.zeros(1, 3, image_size, image_size, device=device))
+    return seen
+
+
+def warm_up(model: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device) -> float:
+    """Seconds that the first passes of a copy of `model` take, in training and in evaluation.
+
+    Compiling in them would else be hidden in the first step. Weights and random state stay as they are.
+    """
+    started = time.perf_counter()
+    probe = copy.deepcopy(model).to(device)
+    gpus = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(gpus, device_type="cuda" if device.type == "cpu" else device.type):
+        images = torch.zeros(train_batch, 3, image_size, image_size, device=device)
+        probe.train()(images).float().sum().backward()
+        with torch.no_grad():
+            probe.eval()(images.new_zeros(eval_batch, 3, image_size, image_size))
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - started

@@ -1,0 +1,47 @@
+"""torch.compile of `fused`: one graph, forward and backward, for each signature that it is called with."""
+
+import functools
+import os
+import shutil
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastvit_kernels.fused import fused_attention
+
+
+def unavailable() -> str | None:
+    """Why torch.compile can't be had here, or None."""
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        return f"needs a C++ compiler ({', '.join(compilers)}); install one, or set CXX"
+    return None
+
+
+def compiled_attention(
+    x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, num_heads: int, dropout_p: float
+) -> Tensor:
+    """See `fastvit_kernels.attention`. The first call with a new shape, dtype or device takes seconds: it compiles."""
+    if torch.compiler.is_compiling():  # what is around compiles this too
+        return fused_attention(x, qkv_weight, qkv_bias, num_heads, dropout_p)
+    tensors = tuple(
+        None if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in (x, qkv_weight, qkv_bias)
+    )
+    kind = x.device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    function = _compiled_for(tensors, num_heads, dropout_p, torch.is_grad_enabled(), autocast)
+    return function(x, qkv_weight, qkv_bias, num_heads, dropout_p)
+
+
+@functools.cache
+def _compiled_for(*signature: object) -> Callable[..., Tensor]:
+    """A compiled copy of `fused_attention`, with a code object of its own.
+
+    Dynamo counts recompilations by code object and gives up after eight, which a model of several shapes, trained
+    and evaluated, can come to.
+    """
+    code = fused_attention.__code__.replace(co_name="compiled_attention")
+    copy = types.FunctionType(code, fused_attention.__globals__)
+    return torch.compile(copy, fullgraph=True, dynamic=False)
