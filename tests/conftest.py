@@ -15,10 +15,20 @@ import pytest
 import torch
 from PIL import Image
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before anything of ours is imported
+
 from fastvit_train.config import TrainConfig, override
 from fastvit_train.recipes import recipe
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 @pytest.fixture
@@ -49,6 +59,7 @@ def small_config(tmp_path: Path) -> Callable[..., TrainConfig]:
             "num_heads": 2,
             "patch_size": 8,
             "exp_name": "run",
+            "attention": "fused",  # auto measures for seconds
         }
         return override(recipe("quickstart"), {**small, **settings}, "the test")
 
@@ -63,8 +74,9 @@ def launch(*args: object, processes: int = 1, cwd: Path | None = None, **env: st
 
 
 def run(command: list[str], cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a command without the thread settings that pytest itself may have been started with."""
-    kept = {key: value for key, value in os.environ.items() if key not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    """Run a command without the thread settings that pytest may have been started with, and the interpreter's."""
+    ours = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET")
+    kept = {key: value for key, value in os.environ.items() if key not in ours}
     return subprocess.run(command, cwd=cwd, env={**kept, **env}, capture_output=True, text=True, timeout=240)
 
 

@@ -89,6 +89,7 @@ def test_mistakes_in_a_config_file(text: str, message: str, capsys: pytest.Captu
 def test_a_run_can_be_run_again_from_its_saved_configuration(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     small = ["--epochs", "2", "--embed-dim", "16", "--depth", "1", "--seed", "3", "--track", "tensorboard"]
+    small += ["--attention", "fused"]  # auto measures for seconds
     main(["--runs-dir", str(runs), "--exp-name", "a", *small])
     main(["train", "--config", str(runs / "a" / "config.yaml"), "--exp-name", "b"])
     first, second = (torch.load(runs / n / "checkpoints/last/optimizer.bin", weights_only=True) for n in "ab")
@@ -108,6 +109,7 @@ def test_eval_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_cifar_and_folders_by_flag(tmp_path: Path) -> None:
     small = ["--epochs", "1", "--depth", "1", "--embed-dim", "16", "--runs-dir", str(tmp_path / "runs")]
+    small += ["--attention", "fused"]
     cifar = write_cifar10(tmp_path / "cifar")
     main([*small, "--recipe", "fast-cifar10", "--data-dir", str(cifar)])
     main([*small, "--recipe", "seed-cifar10", "--data-dir", str(cifar), "--model", "c_vit_4_4_32"])

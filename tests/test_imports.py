@@ -45,6 +45,21 @@ def test_kernels_is_a_folder_not_a_package() -> None:
     assert not list((ROOT / "kernels").glob("*.py"))
 
 
-def test_the_operator_imports_alone() -> None:
-    code = "import sys, fastvit_kernels; sys.exit('fastvit_train' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True)
+def test_the_operator_works_with_nothing_of_ours_around_it() -> None:
+    code = """
+import sys
+sys.modules["fastvit_train"] = sys.modules["timm"] = sys.modules["accelerate"] = None  # importing them fails
+import torch, fastvit_kernels
+print(fastvit_kernels.attention(torch.ones(1, 2, 4), torch.ones(12, 4), None, 2, implementation="fused").sum())
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout == "tensor(32.)\n"
+
+
+def test_another_package_may_be_called_kernels(tmp_path: Path) -> None:
+    """The one on PyPI is, and our folder of that name must not hide it from who works in this repository."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("name = 'the other'")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.name)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
+    assert done.stdout == "the other\n"

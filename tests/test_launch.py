@@ -47,7 +47,21 @@ def test_two_processes_are_one_run_with_the_losses_of_one_process(tmp_path: Path
 
 
 def test_a_bare_launch_uses_all_the_cores_unless_told_otherwise(tmp_path: Path) -> None:
-    small = ("--runs-dir", tmp_path, "--epochs", 1, "--embed-dim", 8, "--depth", 1, "--overwrite", "--exp-name", "x")
+    small = (
+        "--runs-dir",
+        tmp_path,
+        "--epochs",
+        1,
+        "--embed-dim",
+        8,
+        "--depth",
+        1,
+        "--overwrite",
+        "--exp-name",
+        "x",
+        "--attention",
+        "fused",
+    )
     assert f"cpu, {CORES} threads" in launch(*small).stdout
     assert "cpu, 1 threads" in launch(*small, OMP_NUM_THREADS="1").stdout
 
@@ -67,6 +81,7 @@ def test_mistakes_on_two_processes_are_told_once(tmp_path: Path) -> None:
     assert result.returncode != 0 and "circle/3.png can't be decoded" in one_line_error(result.stderr)
     assert "fastvit_train/" not in result.stderr, "a traceback of ours"
     streamed = ("--dataset", "folder", "--data-dir", data, "--runs-dir", tmp_path / "streamed", "--stream", "always")
+    streamed += ("--attention", "fused")
     result = launch(*streamed, "--batch-size", 8, processes=2)
     assert result.returncode != 0 and "circle/3.png can't be decoded" in one_line_error(result.stderr)
     result = launch("--batch-size", 65, "--runs-dir", tmp_path / "runs", processes=2)

@@ -7,7 +7,7 @@ from timm.optim import param_groups_layer_decay
 
 from fastvit_train.config import ModelConfig
 from fastvit_train.errors import UserError
-from fastvit_train.models import OUR_MODELS, build_model, check_model, resolve_attention
+from fastvit_train.models import OUR_MODELS, build_model, check_attention, check_model
 
 PARAMETERS = {
     "c_vit_4_4_32": 119_098,
@@ -105,10 +105,12 @@ def test_sizes_that_do_not_fit(settings: dict[str, object], message: str) -> Non
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
     with pytest.raises(UserError, match=r"unknown model 'mc_vit_4_4_33' \(did you mean .*mc_vit_4_4_32"):
         check_model("mc_vit_4_4_33")
-    with pytest.raises(UserError, match="unknown attention implementation 'flash'; allowed: naive, fused, sdpa"):
-        resolve_attention(ModelConfig(attention="flash"))
-    with pytest.raises(UserError, match="can't be swapped into 'resnet18'"):
-        resolve_attention(ModelConfig(model="resnet18", attention="naive"))
+    with pytest.raises(UserError, match="unknown attention implementation 'flash'; allowed: naive, .*, triton, auto$"):
+        check_attention(ModelConfig(attention="flash"))
+    with pytest.raises(UserError, match="unknown attention implementation 'timm'"):
+        check_attention(ModelConfig(attention="timm"))
+    with pytest.raises(UserError, match="ResNet has no attention"):
+        build_model(ModelConfig(model="resnet18", attention="naive"), image_size=32, num_classes=10)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t"])

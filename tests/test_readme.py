@@ -45,5 +45,6 @@ def test_every_other_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         args = shlex.split(arguments)
         if before.startswith("accelerate"):
             args += FAST if "--resume" in args else [*FAST, "--stop-after", "1"]
+            args += [] if "--attention" in args else ["--attention", "fused"]  # auto measures for seconds
             args += [] if "--exp-name" in args else ["--exp-name", f"readme-{number}"]
         main(args)

@@ -250,7 +250,7 @@ def test_a_set_smaller_than_a_batch_is_one_batch(small_config: SmallConfig, tmp_
 
 def test_one_of_timms_own_models_trains(small_config: SmallConfig, tmp_path: Path) -> None:
     sizes = dict.fromkeys(("embed_dim", "depth", "num_heads", "patch_size"))
-    summary = fit(small_config(model="test_resnet", image_size=32, dataset="synthetic", **sizes))
+    summary = fit(small_config(model="test_resnet", attention="auto", image_size=32, dataset="synthetic", **sizes))
     assert summary["attention"] == "timm" and summary["test_accuracy"] > 0.3
     exported = json.loads((tmp_path / "runs" / "run" / "config.json").read_text())
     assert exported["pretrained_cfg"]["input_size"] == [3, 32, 32]

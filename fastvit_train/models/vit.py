@@ -157,7 +157,7 @@ class ViT(nn.Module):
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
-        attention: str = fastvit_kernels.AUTO,
+        attention: str = "fused",
     ) -> None:
         super().__init__()
         _check_choice("pooling", pooling, ("cls", "seq"))

@@ -31,8 +31,8 @@ from fastvit_kernels.triton_parts import (
 )
 
 MAX_DIM = 64
-PROGRAMS_PER_MULTIPROCESSOR = 3
-"""of the kernel for the weights' gradients; as many as its registers admit"""
+PROGRAMS_PER_MULTIPROCESSOR = 2
+"""of the kernel for the weights' gradients, as many as its registers admit"""
 
 
 def fits(tokens: int, dim: int, dtype: torch.dtype) -> bool:
@@ -178,7 +178,7 @@ def backward_weight_kernel(
     """A program has one head and every so-manieth sample, and its own slice of dw (programs, 3*D, D) and dbias
     (programs, 3*D), both float32."""
     C: tl.constexpr = D // H
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     head = tl.program_id(1)
     row_N = tl.arange(0, N_PAD)
     column_D = tl.arange(0, D_PAD)
@@ -190,7 +190,8 @@ def backward_weight_kernel(
     dbq_C = tl.zeros((C_PAD,), tl.float32)
     dbk_C = tl.zeros((C_PAD,), tl.float32)
     dbv_C = tl.zeros((C_PAD,), tl.float32)
-    for sample in range(program, batch, tl.num_programs(0)):
+    for index in range(program, batch, tl.num_programs(0)):
+        sample = tl.cast(index, tl.int64)
         x_ND = _load_tokens(x_ptr + sample * stride_xb, row_N, column_D, stride_xn, stride_xd, N, D)
         head_dout_ptr = dout_ptr + sample * stride_ob + head * C * stride_od
         dout_MC = _load_tokens(head_dout_ptr, row_N, channel_C, stride_on, stride_od, N, C)
@@ -233,7 +234,7 @@ def constants(
         "HAS_BIAS": has_bias,
         "DROPOUT": dropout_p > 0,
         "PRECISION": dot_precision(dtype),
-        "num_warps": 4 if padded(tokens) <= 64 and dtype != torch.float32 else 8,
+        "num_warps": 8 if padded(tokens) > 64 or dtype == torch.float32 or dropout_p else 4,
     }
 
 

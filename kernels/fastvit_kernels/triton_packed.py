@@ -34,15 +34,19 @@ class Tiles(NamedTuple):
 
 
 def forward_tiles(tokens: int, dtype: torch.dtype) -> Tiles:
-    """Chosen, as those of the backward pass, by the spilled registers that fastvit_kernels.resources reports."""
-    return Tiles(16, 8) if dtype == torch.float32 else Tiles(min(padded(tokens), 64), 4)
+    """By the tensor cores' 64 rows, and by the spilled registers that fastvit_kernels.resources reports."""
+    if dtype == torch.float32:
+        return Tiles(16, 8)
+    return Tiles(min(padded(tokens), 64), 4 if padded(tokens) <= 128 else 8)
 
 
 def backward_tiles(tokens: int, dtype: torch.dtype) -> Tiles:
-    keys = padded(tokens)
+    """As `forward_tiles`; here the gradients of all keys and values take registers too."""
     if dtype == torch.float32:
         return Tiles(16, 8)
-    return Tiles(min(keys, 64), 4 if keys <= 64 else 8) if keys <= 128 else Tiles(32, 8)
+    if padded(tokens) > 128:
+        return Tiles(32, 8)
+    return Tiles(min(padded(tokens), 64), 4 if padded(tokens) <= 64 else 8)
 
 
 def constants(

@@ -48,7 +48,7 @@ def cast(value, dtype: tl.constexpr):
     """float32 `value` to `dtype`, rounded to nearest, ties to even."""
     if INTERPRETED and dtype == tl.bfloat16:  # which it cuts off instead of rounding
         bits = value.to(tl.int32, bitcast=True)
-        value = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        value = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return value.to(dtype)
 
 

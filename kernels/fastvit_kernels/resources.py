@@ -1,0 +1,157 @@
+"""What the Triton kernels take of a GPU, without one: compiled ahead of time to machine code, for every shape in use.
+
+    python -m fastvit_kernels.resources [--json]
+
+prints registers, spilled bytes and shared memory of each, from the code itself. On a GPU a kernel that spills is
+slower, one that needs more shared memory than there is doesn't start.
+"""
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fastvit_kernels import triton_fused, triton_packed
+
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+"""bytes of shared memory for one program, by compute capability (CUDA C++ Programming Guide, table 21)"""
+SHAPES = {
+    "mc_vit_4_4_32": (64, 48, 4),
+    "c_vit_4_4_32": (65, 48, 4),
+    "cct_2_3x2_32": (64, 128, 2),
+    "cvt_7_4_32": (64, 256, 4),
+    "vit_lite_7_4_32": (65, 256, 4),
+    "cct_7_3x1_32": (256, 256, 4),
+    "vit_tiny_patch16_224": (197, 192, 3),
+    "patches of 2 pixels": (256, 48, 4),
+    "one token": (1, 8, 1),
+    "odd sizes": (7, 24, 3),
+    "heads of 16": (50, 96, 6),
+    "heads of 24": (50, 96, 4),
+}
+"""(tokens, dim, heads)"""
+WITH_DROPOUT = ("cvt_7_4_32", "cct_7_3x1_32")
+"""whose published training has it on attention weights"""
+FUSED = ("fused.forward", "fused.backward_x", "fused.backward_weight")
+PACKED = ("packed.forward", "packed.backward")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Job(NamedTuple):
+    """One kernel for one shape, dtype and chip."""
+
+    shape: str
+    kernel: str
+    dtype: str
+    capability: int
+    dropout: bool
+
+
+def jobs() -> Iterator[Job]:
+    """Everything in use."""
+    for shape, dtype, capability in itertools.product(SHAPES, DTYPES, SHARED_LIMIT):
+        tokens, dim, _ = SHAPES[shape]
+        fused = triton_fused.fits(tokens, dim, DTYPES[dtype])
+        kernels = FUSED if fused else PACKED
+        for kernel, dropout in itertools.product(kernels, (False, True) if shape in WITH_DROPOUT else (False,)):
+            yield Job(shape, kernel, dtype, capability, dropout)
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """Compile `job`; its row of the table, sizes in bytes, registers per thread."""
+    kernel, arguments = _arguments(job)
+    warps = arguments.pop("num_warps")
+    source = ASTSource(fn=kernel, **_signature(kernel.arg_names, arguments, job.dtype))
+    code = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options={"num_warps": warps})
+    return {
+        **job._asdict(),
+        "warps": warps,
+        **_usage(code.asm["cubin"]),
+        "shared": code.metadata.shared,
+        "shared_limit": SHARED_LIMIT[job.capability],
+        "tensor_core_instructions": len(re.findall(r"wgmma\.mma_async|mma\.sync", code.asm["ptx"])),
+    }
+
+
+def _arguments(job: Job) -> tuple[Any, dict[str, Any]]:
+    """The kernel, and the compile-time arguments that it is launched with."""
+    tokens, dim, heads = SHAPES[job.shape]
+    dtype, dropout_p = DTYPES[job.dtype], 0.1 if job.dropout else 0.0
+    module, _, name = job.kernel.partition(".")
+    if module == "fused":
+        constants = triton_fused.constants(tokens, dim, heads, True, dropout_p, dtype)
+        return getattr(triton_fused, f"{name}_kernel"), constants
+    tiles = (triton_packed.forward_tiles if name == "forward" else triton_packed.backward_tiles)(tokens, dtype)
+    constants = triton_packed.constants(tokens, dim, heads, dropout_p, dtype, tiles)
+    return getattr(triton_packed, f"{name}_kernel"), constants
+
+
+def _signature(names: list[str], constants: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Types as the launcher finds them for contiguous tensors of torch's, which are aligned to 16 bytes.
+
+    It specialises on what 16 divides, and on what is 1.
+    """
+    strides = {"b": constants["N"] * constants["D"], "n": constants["D"]}
+    constants = constants | {name: 1 for name in names if name in ("stride_xd", "stride_od")}
+    signature, attributes = {}, {}
+    for position, name in enumerate(names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            kind = {"dw_ptr": "fp32", "dbias_ptr": "fp32", "seed_ptr": "i64"}.get(name, dtype)
+            signature[name] = f"*{kind}"
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif name.startswith("stride") or name == "batch":
+            signature[name] = "i32"
+            if name != "batch" and strides[name[-1]] % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    return {"signature": signature, "constexprs": constants, "attrs": attributes}
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    """Registers and spilled bytes per thread, as cuobjdump reads them from the machine code."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {text!r}")
+    return {"registers": int(found[1]), "spilled": int(found[2])}
+
+
+def main() -> None:
+    """Print the table, or the rows as JSON."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        sys.exit("fastvit_kernels.resources: unset TRITON_INTERPRET: the interpreter has no machine code")
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        rows = list(pool.map(measure, jobs()))
+    if "--json" in sys.argv[1:]:
+        print(json.dumps(rows))
+        return
+    for row in rows:
+        print(
+            f"{row['shape']:<22} {row['kernel']:<22} {row['dtype']} sm_{row['capability']}"
+            f"{' dropout' if row['dropout'] else '':<8} {row['warps']} warps {row['registers']:>3} registers "
+            f"{row['spilled']:>5} spilled {row['shared']:>6} of {row['shared_limit']} shared"
+        )
+
+
+if __name__ == "__main__":
+    main()
