@@ -26,7 +26,7 @@ from fastvit_train.models import (
     set_attention,
     warm_up,
 )
-from fastvit_train.models.attention import AUTO, COMPILED
+from fastvit_train.models.attention import AUTO, COMPILING
 from fastvit_train.tracking import Log, Resume, RunFolder
 
 
@@ -104,7 +104,7 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     train_loader = build_train_loader(config, dataset, model, batch_size, place)
     eval_loader = build_eval_loader(config, dataset, model, place)
     compile_seconds = None
-    if config.model.attention in COMPILED:
+    if config.model.attention in COMPILING:
         with accelerator.autocast():
             compile_seconds = warm_up(model, micro_batch, eval_loader.batch_size, image_size(config), place.device)
     optimizer = optim.build_optimizer(model, config.optim)

@@ -86,8 +86,8 @@ def test_what_does_not_take_the_shape_is_left_out_without_a_warning(monkeypatch:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.filterwarnings("error:attention auto")
-def test_ours_pass_the_check(dtype: torch.dtype, seed: int) -> None:
-    choice = fastvit_kernels.choose((8, 64, 48), 4, dtype=dtype, device=torch.device("cpu"))
+def test_ours_pass_the_check_and_large_batches_stay_within_float16(dtype: torch.dtype, seed: int) -> None:
+    choice = fastvit_kernels.choose((1024, 16, 16), 2, dtype=dtype, device="cpu", dropout_p=0.1)
     assert set(choice.milliseconds) == {"naive", "fused", "sdpa", "compiled"}
     assert choice.name == min(choice.milliseconds, key=choice.milliseconds.__getitem__)
 
@@ -107,6 +107,24 @@ def test_one_line_for_each_new_shape_and_the_random_state_stays(
         "attention auto: fused, by ms per forward and backward at 2x5x16, 2 heads, float32, cpu: "
     )
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_what_is_hopelessly_slow_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def hopeless(*arguments: object) -> Tensor:
+        calls.append(1)
+        return slow(*arguments)
+
+    only(monkeypatch, hopeless=hopeless)
+    assert fastvit_kernels.choose((2, 5, 16), 2, **CASE).name == "fused"
+    assert len(calls) <= 4
+
+
+def test_nothing_to_measure() -> None:
+    assert fastvit_kernels.attention(torch.zeros(0, 5, 16), torch.zeros(48, 16), None, 2).shape == (0, 5, 16)
+    with pytest.raises(ValueError, match="a token at least"):
+        fastvit_kernels.attention(torch.zeros(2, 0, 16), torch.zeros(48, 16), None, 2)
 
 
 def test_inside_a_compiled_graph(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:

@@ -41,6 +41,8 @@ def test_inside_a_larger_compiled_graph(seed: int) -> None:
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "needs a C++ compiler (no-such-compiler)" in str(fastvit_kernels.implementations()["compiled"])
+    assert "needs a C++ compiler, and no-such-compiler is not to be found" in str(
+        fastvit_kernels.implementations()["compiled"]
+    )
     with pytest.raises(ValueError, match=r"'compiled' needs a C\+\+ compiler.*here there are: naive, fused, sdpa"):
         fastvit_kernels.check_implementation("compiled")

@@ -48,3 +48,12 @@ def test_every_other_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             args += [] if "--attention" in args else ["--attention", "fused"]  # auto measures for seconds
             args += [] if "--exp-name" in args else ["--exp-name", f"readme-{number}"]
         main(args)
+
+
+def test_the_operators_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "kernels" / "README.md").read_text()
+    examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "kernels/README.md", "exec"), {})
+    assert "'naive': None" in capsys.readouterr().out

@@ -47,9 +47,13 @@ def test_it_keeps_dropout_and_mode_and_can_be_swapped_again() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("vit_tiny_patch16_224", {**TINY, "qk_norm": True}, r"blocks\.0\.attn \(Attention: QK-norm\); blocks\.1\.attn"),
+        (
+            "vit_tiny_patch16_224",
+            {**TINY, "qk_norm": True},
+            r"serve blocks\.0\.attn, blocks\.1\.attn \(Attention: QK-norm\)",
+        ),
         ("vit_relpos_small_patch16_224", {"depth": 1}, r"blocks\.0\.attn \(RelPosAttention: relative position\)"),
-        ("swin_tiny_patch4_window7_224", {}, r"blocks\.0\.attn \(WindowAttention: relative position\)"),
+        ("swin_tiny_patch4_window7_224", {}, r"blocks\.0\.attn, .*\(WindowAttention: relative position\)"),
         ("eva02_tiny_patch14_224", {"depth": 1}, r"blocks\.0\.attn \(EvaAttention: "),
         ("resnet18", {}, "ResNet has no attention that 'fused' could be put into"),
     ],

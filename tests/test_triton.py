@@ -25,16 +25,17 @@ triton_attention = functools.partial(fastvit_kernels.attention, implementation="
 
 
 def test_each_kernel_serves_what_it_is_for() -> None:
-    assert triton_fused.fits(64, 48, torch.bfloat16)
-    assert triton_fused.fits(65, 48, torch.bfloat16)
-    assert not triton_fused.fits(65, 48, torch.float32)  # its scores would not fit into the registers
-    assert not triton_fused.fits(64, 96, torch.bfloat16)
+    assert triton_fused.fits(64, 48, 4, torch.bfloat16)
+    assert triton_fused.fits(65, 48, 4, torch.bfloat16)
+    assert not triton_fused.fits(65, 48, 4, torch.float32)  # its scores would not fit into the registers
+    assert not triton_fused.fits(64, 96, 4, torch.bfloat16)
+    assert not triton_fused.fits(64, 64, 1, torch.float32)  # nor into an A100's shared memory
 
 
 @pytest.mark.parametrize(
     ("x", "heads", "message"),
     [
-        (torch.zeros(1, 257, 8), 1, "up to 256 tokens, got 257; take sdpa"),
+        (torch.zeros(1, 257, 8), 1, "up to 256 tokens here, got 257; take sdpa"),
         (torch.zeros(1, 4, 130), 2, "up to 64 channels, got 65; take sdpa"),
         (torch.zeros(1, 4, 8, dtype=torch.float64), 2, "float32, bfloat16, float16, got torch.float64; take fused"),
     ],

@@ -16,8 +16,7 @@ from fastvit_train.models.registry import OUR_MODELS
 AUTO = fastvit_kernels.AUTO
 TIMM = "timm"
 """the attention that a model of timm's comes with"""
-COMPILED = ("compiled", "triton")
-"""implementations whose first call takes seconds"""
+COMPILING = fastvit_kernels.COMPILING
 
 
 def check_attention(config: ModelConfig) -> None:

@@ -7,10 +7,11 @@ per head), so swapping one for another never touches a checkpoint.
 from fastvit_kernels.autotune import Choice, choose
 from fastvit_kernels.module import SelfAttention, swap_attention, swappable
 from fastvit_kernels.operator import attention, attention_weights
-from fastvit_kernels.registry import AUTO, check_implementation, implementations
+from fastvit_kernels.registry import AUTO, COMPILING, check_implementation, implementations
 
 __all__ = [
     "AUTO",
+    "COMPILING",
     "Choice",
     "SelfAttention",
     "attention",

@@ -12,18 +12,19 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fastvit_kernels.registry import AUTO, IMPLEMENTATIONS, implementations, triton_interpreted
+from fastvit_kernels.registry import AUTO, COMPILING, IMPLEMENTATIONS, implementations, triton_interpreted
 
 REFERENCE = "fused"
 SECONDS = 0.5
-"""that the measuring takes, first calls not counted"""
-MIN_ROUNDS, MAX_ROUNDS = 5, 50
-COMPILE = ("compiled", "triton")
-"""whose first call compiles"""
+"""that the measuring goes on for, first calls not counted, unless its fewest rounds take longer"""
+MIN_ROUNDS, MAX_ROUNDS = 4, 50
+HOPELESS = 3
+"""times the fastest first pass"""
+CHECKED_SAMPLES = 8
+TF32_EPS = 2**-10
+"""what float32 products on a GPU may be rounded to"""
 GPU_CALLS = 10
 """calls between two synchronisations: one of some microseconds is drowned by its own synchronisation"""
-
-Arguments = tuple[Tensor, Tensor, Tensor | None, int, float]
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def choose(
     num_heads: int,
     *,
     dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device | str,
     weight_dtype: torch.dtype | None = None,
     has_bias: bool = True,
     dropout_p: float = 0.0,
@@ -93,6 +94,7 @@ def choose(
         has_bias: whether query, key and value have one.
         dropout_p: as in `attention`.
     """
+    device = torch.device(device)
     autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     case = Case(shape, num_heads, dtype, weight_dtype or dtype, has_bias, dropout_p, device, autocast)
     if case not in _choices:
@@ -122,35 +124,45 @@ def auto_name(
 
 
 def _measure(case: Case) -> Choice:
+    milliseconds: dict[str, float] = {}
     passes: dict[str, Callable[[], list[Tensor]]] = {}
     left_out: dict[str, str] = {}
     compile_seconds = 0.0
-    with _apart(case.device):
-        tensors = _draw(case)
-        expected = _forward_backward(REFERENCE, (*tensors, case.num_heads, 0.0))
+    with _apart(case):
+        sample = _draw(case, min(case.shape[0], CHECKED_SAMPLES))
+        expected = _forward_backward(REFERENCE, *sample, case.num_heads, 0.0)
+        whole = _draw(case, case.shape[0])
         for name in _candidates():
-            problem = IMPLEMENTATIONS[name].refusal(tensors[0], case.num_heads)
+            problem = IMPLEMENTATIONS[name].refusal(whole[0], case.num_heads)
             if problem is None:
                 started = time.perf_counter()
-                problem = _defect(name, (*tensors, case.num_heads, 0.0), expected)
-                compile_seconds += time.perf_counter() - started if name in COMPILE else 0.0
+                run = functools.partial(_forward_backward, name, *whole, case.num_heads, case.dropout_p)
+                check = functools.partial(_forward_backward, name, *sample, case.num_heads, 0.0)
+                problem = _defect(name, check, expected) or _failure(run)
+                compile_seconds += time.perf_counter() - started if name in COMPILING else 0.0
                 if problem is not None:
                     warnings.warn(f"attention auto leaves out {name}: {problem}", stacklevel=4)
             if problem is None:
-                passes[name] = functools.partial(_forward_backward, name, (*tensors, case.num_heads, case.dropout_p))
+                passes[name] = run
             else:
                 left_out[name] = problem
         milliseconds = _medians(passes, case.device)
+    if not milliseconds:
+        raise RuntimeError(f"no attention can be measured at {case}: {left_out}")
     fastest = min(milliseconds, key=milliseconds.__getitem__)
     return Choice(fastest, str(case), milliseconds, compile_seconds, left_out)
 
 
 @contextmanager
-def _apart(device: torch.device) -> Iterator[None]:
-    """Gradients on and torch's random state put back after, whatever the caller is in the middle of."""
-    devices = [] if device.type == "cpu" else [device]
-    kind = "cuda" if device.type == "cpu" else device.type
-    with torch.random.fork_rng(devices, device_type=kind), torch.inference_mode(False), torch.enable_grad():
+def _apart(case: Case) -> Iterator[None]:
+    """Gradients on, and torch's random state put back after, whatever the caller is in the middle of.
+
+    Autocast without its cache of cast weights: in training each step casts them anew.
+    """
+    kind = case.device.type
+    devices, fork = ([], "cuda") if kind == "cpu" else ([case.device], kind)
+    autocast = torch.autocast(kind, case.autocast, enabled=case.autocast is not None, cache_enabled=False)
+    with torch.random.fork_rng(devices, device_type=fork), torch.inference_mode(False), torch.enable_grad(), autocast:
         yield
 
 
@@ -164,56 +176,74 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _draw(case: Case) -> tuple[Tensor, Tensor, Tensor | None]:
+def _draw(case: Case, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Tokens of variance 1, and weights that project them to about as much."""
-    dim = case.shape[-1]
-    x = torch.randn(case.shape, dtype=case.dtype, device=case.device).requires_grad_()
+    _, tokens, dim = case.shape
+    x = torch.randn(batch, tokens, dim, dtype=case.dtype, device=case.device).requires_grad_()
     weight = torch.randn(3 * dim, dim, dtype=case.weight_dtype, device=case.device).mul_(dim**-0.5).requires_grad_()
     bias = torch.randn(3 * dim, dtype=case.weight_dtype, device=case.device).requires_grad_()
     return x, weight, bias if case.has_bias else None
 
 
-def _forward_backward(name: str, arguments: Arguments) -> list[Tensor]:
-    """The output and the gradients of half its sum of squares, which depends on all of them."""
-    output = IMPLEMENTATIONS[name].function(*arguments)
-    inputs = [t for t in arguments[:3] if t is not None]
-    return [output.detach(), *torch.autograd.grad(output, inputs, output.detach())]
+def _forward_backward(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int, dropout_p: float
+) -> list[Tensor]:
+    """The output, and the gradients of half its squares' sum over the square root of its rows, which float16 holds."""
+    output = IMPLEMENTATIONS[name].function(x, weight, bias, num_heads, dropout_p)
+    inputs = [t for t in (x, weight, bias) if t is not None]
+    upstream = output.detach() * (output.shape[0] * output.shape[1]) ** -0.5
+    return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
 
 
-def _defect(name: str, arguments: Arguments, expected: list[Tensor]) -> str | None:
-    """Why `name` is no candidate: it raises, or differs from the reference by more than rounding."""
+def _failure(run: Callable[[], object]) -> str | None:
+    """What `run` raises, in a line, or None."""
     try:
-        results = _forward_backward(name, arguments)
+        run()
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-    tf32 = arguments[0].is_cuda and torch.get_float32_matmul_precision() != "highest"
-    eps = max(torch.finfo(expected[0].dtype).eps, 2**-10 if tf32 else 0.0)
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return None
+
+
+def _defect(name: str, check: Callable[[], list[Tensor]], expected: list[Tensor]) -> str | None:
+    """Why `name` is no candidate: it raises, or differs from the reference by more than rounding."""
+    failure = _failure(check)
+    if failure is not None:
+        return failure
+    results = check()
+    allowed = max(torch.finfo(expected[0].dtype).eps, TF32_EPS if results[0].is_cuda else 0.0) ** 0.5
     names = ("output", "gradient of x", "gradient of the weight", "gradient of the bias")
     for what, result, right in zip(names, results, expected, strict=False):
         off = float((result - right).abs().max() / right.abs().max())
-        if not off <= eps**0.5:
+        if not off <= allowed:
             return f"its {what} differs from that of {REFERENCE} by {off:.1e} of the largest value"
     return None
 
 
 def _medians(passes: dict[str, Callable[[], list[Tensor]]], device: torch.device) -> dict[str, float]:
-    """Median milliseconds of each pass, in turn, so that what slows the machine for a while slows all alike."""
-    calls = 1 if device.type == "cpu" else GPU_CALLS
-    times: dict[str, list[float]] = {name: [] for name in passes}
-    for run in passes.values():
-        run()
+    """Median milliseconds of each pass, in turn, so that what slows the machine for a while slows all alike.
+
+    One whose first time is hopeless is not timed again.
+    """
+    times = {name: [_milliseconds(run, device)] for name, run in passes.items()}
+    best = min((values[0] for values in times.values()), default=0.0)
+    close = [name for name in passes if times[name][0] <= HOPELESS * best]
     started = time.perf_counter()
     for turn in range(MAX_ROUNDS):
         if turn >= MIN_ROUNDS and time.perf_counter() - started > SECONDS:
             break
-        for name, run in passes.items():
-            _synchronize(device)
-            before = time.perf_counter()
-            for _ in range(calls):
-                run()
-            _synchronize(device)
-            times[name].append((time.perf_counter() - before) / calls * 1e3)
+        for name in close:
+            times[name].append(_milliseconds(passes[name], device))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    calls = 1 if device.type == "cpu" else GPU_CALLS
+    _synchronize(device)
+    before = time.perf_counter()
+    for _ in range(calls):
+        run()
+    _synchronize(device)
+    return (time.perf_counter() - before) / calls * 1e3
 
 
 def _synchronize(device: torch.device) -> None:

@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+import sys
 import types
 from collections.abc import Callable
 
@@ -14,10 +15,15 @@ from fastvit_kernels.fused import fused_attention
 
 def unavailable() -> str | None:
     """Why torch.compile can't be had here, or None."""
-    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++", "c++", "cl"]
-    if not any(shutil.which(compiler) for compiler in compilers):
-        return f"needs a C++ compiler ({', '.join(compilers)}); install one, or set CXX"
-    return None
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if _found(compiler, os.environ.get("PATH")):
+        return None
+    return f"needs a C++ compiler, and {compiler} is not to be found; install it, or set CXX"
+
+
+@functools.cache
+def _found(compiler: str, path: str | None) -> bool:
+    return shutil.which(compiler, path=path) is not None
 
 
 def compiled_attention(

@@ -92,8 +92,12 @@ def swappable(model: nn.Module) -> bool:
 
 def unserved(model: nn.Module) -> list[str]:
     """The attentions of `model` that the operator is not equal to, each with the reason."""
-    reasons = ((name, type(module).__name__, _difference(module)) for name, module in model.named_modules())
-    return [f"{name} ({kind}: {reason})" for name, kind, reason in reasons if reason]
+    names: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        reason = _difference(module)
+        if reason:
+            names.setdefault(f"{type(module).__name__}: {reason}", []).append(name)
+    return [f"{', '.join(where)} ({what})" for what, where in names.items()]
 
 
 def _is_timms(module: nn.Module) -> bool:
@@ -121,6 +125,7 @@ def _difference(module: Any) -> str | None:
         "QK-norm": _does_something(module, "q_norm") or _does_something(module, "k_norm"),
         "a norm after the heads": _does_something(module, "norm"),
         "a gate": getattr(module, "gate", None) is not None,
+        f"a {type(module.qkv).__name__} for qkv": type(module.qkv) is not nn.Linear,
         "heads wider than dim / num_heads": module.qkv.out_features != 3 * module.qkv.in_features,
     }
     found = [extra for extra, present in extras.items() if present]

@@ -37,6 +37,8 @@ def attention(
     """
     check_implementation(implementation)
     _check_arguments(x, qkv_weight, qkv_bias, num_heads, dropout_p)
+    if implementation == AUTO and not x.numel():
+        implementation = "fused"  # of nothing, nothing can be measured
     if implementation == AUTO:
         implementation = auto_name(
             tuple(x.shape), num_heads, x.dtype, x.device, qkv_weight.dtype, qkv_bias is not None, dropout_p
@@ -64,6 +66,8 @@ def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: 
         raise ValueError(f"x must be (batch, tokens, dim), got shape {tuple(x.shape)}")
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}")
+    if not x.shape[1]:
+        raise ValueError(f"x must have a token at least, got shape {tuple(x.shape)}")
     dim = x.shape[-1]
     if weight.shape != (3 * dim, dim):
         raise ValueError(f"qkv_weight must be (3*dim, dim) = {(3 * dim, dim)}, got {tuple(weight.shape)}")

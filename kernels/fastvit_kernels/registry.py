@@ -16,6 +16,8 @@ from fastvit_kernels.sdpa import sdpa_attention
 
 AUTO = "auto"
 """the name of the measured choice"""
+COMPILING = ("compiled", "triton")
+"""implementations whose first call with a new shape takes seconds"""
 MIN_CAPABILITY = (8, 0)
 
 
@@ -50,9 +52,9 @@ def _triton_unavailable() -> str | None:
 def _triton_refusal(x: Tensor, num_heads: int) -> str | None:
     from fastvit_kernels.triton_attention import refusal  # not everyone has triton
 
-    if x.device.type == "cpu" and not triton_interpreted():
-        return "triton takes tensors on a GPU, got cpu; take fused"
-    return refusal(x.shape[1], x.shape[2], num_heads, compute_dtype(x))
+    if x.device.type != "cuda" and not triton_interpreted():
+        return f"triton takes tensors on a GPU, got {x.device}; take fused"
+    return refusal(x, num_heads, compute_dtype(x))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -25,8 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastvit_kernels import triton_fused, triton_packed
+from fastvit_kernels.triton_attention import MAX_TOKENS_SMALL, SHARED_MEMORY
 
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 """bytes of shared memory for one program, by compute capability (CUDA C++ Programming Guide, table 21)"""
 SHAPES = {
     "mc_vit_4_4_32": (64, 48, 4),
@@ -37,14 +38,15 @@ SHAPES = {
     "cct_7_3x1_32": (256, 256, 4),
     "vit_tiny_patch16_224": (197, 192, 3),
     "patches of 2 pixels": (256, 48, 4),
+    "one wide head": (64, 64, 1),
+    "one wide head, 65": (65, 64, 1),
     "one token": (1, 8, 1),
     "odd sizes": (7, 24, 3),
     "heads of 16": (50, 96, 6),
     "heads of 24": (50, 96, 4),
 }
 """(tokens, dim, heads)"""
-WITH_DROPOUT = ("cvt_7_4_32", "cct_7_3x1_32")
-"""whose published training has it on attention weights"""
+WITH_DROPOUT = ("mc_vit_4_4_32", "c_vit_4_4_32", "cvt_7_4_32", "cct_7_3x1_32")
 FUSED = ("fused.forward", "fused.backward_x", "fused.backward_weight")
 PACKED = ("packed.forward", "packed.backward")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -63,9 +65,9 @@ class Job(NamedTuple):
 def jobs() -> Iterator[Job]:
     """Everything in use."""
     for shape, dtype, capability in itertools.product(SHAPES, DTYPES, SHARED_LIMIT):
-        tokens, dim, _ = SHAPES[shape]
-        fused = triton_fused.fits(tokens, dim, DTYPES[dtype])
-        kernels = FUSED if fused else PACKED
+        if SHARED_LIMIT[capability] < SHARED_MEMORY and SHAPES[shape][0] > MAX_TOKENS_SMALL:
+            continue
+        kernels = FUSED if triton_fused.fits(*SHAPES[shape], DTYPES[dtype]) else PACKED
         for kernel, dropout in itertools.product(kernels, (False, True) if shape in WITH_DROPOUT else (False,)):
             yield Job(shape, kernel, dtype, capability, dropout)
 

@@ -35,9 +35,11 @@ PROGRAMS_PER_MULTIPROCESSOR = 2
 """of the kernel for the weights' gradients, as many as its registers admit"""
 
 
-def fits(tokens: int, dim: int, dtype: torch.dtype) -> bool:
-    """True where the sample's tokens and the scores of one head fit into the registers of a program."""
-    return dim <= MAX_DIM and padded(tokens) <= (64 if dtype == torch.float32 else 128)
+def fits(tokens: int, dim: int, num_heads: int, dtype: torch.dtype) -> bool:
+    """True where a sample's tokens, a head and its scores fit into the registers and shared memory of a program."""
+    if dtype == torch.float32:
+        return dim <= MAX_DIM and padded(tokens) <= 64 and padded(dim // num_heads) <= 32
+    return dim <= MAX_DIM and padded(tokens) <= 128 and padded(dim // num_heads) * padded(tokens) <= 64 * 64
 
 
 @triton.jit
@@ -244,13 +246,15 @@ def fused_attention(
 ) -> Tensor:
     """See `fastvit_kernels.attention`; `seed`, (1,) int64, is for dropout."""
     batch, tokens, dim = x.shape
+    x = _within_int32(x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     scale_log2 = LOG2_E * (dim // num_heads) ** -0.5
     fixed = constants(tokens, dim, num_heads, qkv_bias is not None, dropout_p, x.dtype)
     bias = None if qkv_bias is None else qkv_bias.contiguous()
-    forward_kernel[(batch,)](
-        x, qkv_weight.contiguous(), bias, out, seed, *x.stride(), scale_log2, dropout_p, **fixed
-    )  # fmt: skip
+    with torch.cuda.device_of(x):
+        forward_kernel[(batch,)](
+            x, qkv_weight.contiguous(), bias, out, seed, *x.stride(), scale_log2, dropout_p, **fixed
+        )  # fmt: skip
     return out
 
 
@@ -271,6 +275,7 @@ def fused_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; the last is of no use where there is no bias."""
     batch, tokens, dim = x.shape
+    x, dout = _within_int32(x), _within_int32(dout)
     weight, bias = qkv_weight.contiguous(), None if qkv_bias is None else qkv_bias.contiguous()
     scale = (dim // num_heads) ** -0.5
     numbers = (scale, LOG2_E * scale, dropout_p)
@@ -278,13 +283,14 @@ def fused_attention_backward(
     strides = (*x.stride(), *dout.stride())
 
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    backward_x_kernel[(batch,)](x, weight, bias, dout, dx, seed, *strides, *numbers, **fixed)
     programs = min(batch, triton.cdiv(_multiprocessors(x.device) * PROGRAMS_PER_MULTIPROCESSOR, num_heads))
     dweight = x.new_empty(programs, 3 * dim, dim, dtype=torch.float32)
     dbias = x.new_empty(programs, 3 * dim, dtype=torch.float32)
-    backward_weight_kernel[(programs, num_heads)](
-        x, weight, bias, dout, dweight, dbias, seed, *strides, batch, *numbers, **fixed
-    )
+    with torch.cuda.device_of(x):
+        backward_x_kernel[(batch,)](x, weight, bias, dout, dx, seed, *strides, *numbers, **fixed)
+        backward_weight_kernel[(programs, num_heads)](
+            x, weight, bias, dout, dweight, dbias, seed, *strides, batch, *numbers, **fixed
+        )
     return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
 
 
@@ -292,6 +298,11 @@ def fused_attention_backward(
 def _(dout: Tensor, x: Tensor, qkv_weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     return dx, qkv_weight.new_empty(qkv_weight.shape), qkv_weight.new_empty(qkv_weight.shape[0])
+
+
+def _within_int32(tokens: Tensor) -> Tensor:
+    """The kernels count within a sample in 32 bits, which the strides of a huge transposed tensor would pass."""
+    return tokens if tokens.numel() < 2**31 else tokens.contiguous()
 
 
 @functools.cache

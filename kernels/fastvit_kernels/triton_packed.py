@@ -153,7 +153,8 @@ def packed_attention(qkv: Tensor, num_heads: int, dropout_p: float, seed: Tensor
     grid = (batch * num_heads, triton.cdiv(tokens, tiles.block))
     scale_log2 = LOG2_E * (dim // num_heads) ** -0.5
     fixed = constants(tokens, dim, num_heads, dropout_p, qkv.dtype, tiles)
-    forward_kernel[grid](qkv, out, seed, scale_log2, dropout_p, **fixed)
+    with torch.cuda.device_of(qkv):
+        forward_kernel[grid](qkv, out, seed, scale_log2, dropout_p, **fixed)
     return out
 
 
@@ -173,7 +174,8 @@ def packed_attention_backward(
     scale = (dim // num_heads) ** -0.5
     fixed = constants(tokens, dim, num_heads, dropout_p, qkv.dtype, backward_tiles(tokens, qkv.dtype))
     grid = (batch * num_heads,)
-    backward_kernel[grid](qkv, dout, dqkv, seed, scale, LOG2_E * scale, dropout_p, **fixed)
+    with torch.cuda.device_of(qkv):
+        backward_kernel[grid](qkv, dout, dqkv, seed, scale, LOG2_E * scale, dropout_p, **fixed)
     return dqkv
 
 

@@ -21,8 +21,8 @@ def padded(size: int) -> int:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How tl.dot multiplies: float32 as torch's own matmul does at `torch.get_float32_matmul_precision()`."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """How tl.dot multiplies: float32 in full, or in TF32 where torch's own matmul is allowed to."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def new_seed(x: Tensor) -> Tensor:
