@@ -127,6 +127,13 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_mib` count from here on; on a CPU nothing can."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory_mib(device: torch.device) -> float:
     """MiB: the most that tensors took on a GPU; on a CPU the most that the process had resident."""
     if device.type == "cuda":

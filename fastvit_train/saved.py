@@ -10,8 +10,8 @@ from fastvit_train.data.datasets import DatasetSpec
 from fastvit_train.data.loader import Place
 from fastvit_train.errors import UserError
 from fastvit_train.evaluate import Evaluation, evaluate
-from fastvit_train.models import build_model
-from fastvit_train.models.attention import AUTO
+from fastvit_train.models import build_model, check_attention, warm_up
+from fastvit_train.models.attention import AUTO, COMPILING
 from fastvit_train.setup import build_eval_loader, choose_attention, image_size, load_data, num_classes, resolve
 from fastvit_train.tracking import Log, RunFolder
 
@@ -28,7 +28,9 @@ def evaluate_run(run: Path, attention: str | None = None, data_dir: str | None =
         raise UserError(f"{run} has no model.safetensors: it isn't finished; go on with --resume must")
     model_config = replace(config.model, weights=str(weights), attention=attention or config.model.attention)
     data_config = replace(config.data, data_dir=data_dir or config.data.data_dir)
-    config = resolve(replace(config, model=model_config, data=data_config))
+    config = replace(config, model=model_config, data=data_config)
+    check_attention(config.model, recorded_in=None if attention else RunFolder(run).config)
+    config = resolve(config)
 
     launch.use_all_cores()
     accelerator = launch.start(grad_accum=1, trackers=(), run_dir=run)
@@ -40,6 +42,9 @@ def evaluate_run(run: Path, attention: str | None = None, data_dir: str | None =
     name = config.model.attention
     if name == AUTO:
         name, _ = choose_attention(model, loader.batch_size, image_size(config), accelerator)
+    if name in COMPILING:
+        with accelerator.autocast():
+            warm_up(model, 0, loader.batch_size, image_size(config), accelerator.device)
     result = evaluate(accelerator.prepare(model), loader, accelerator)
     Log(accelerator.is_main_process).line(
         f"{run}: {dataset.name} ({dataset.evaluated_on}, {result.samples:,} images) accuracy {result.accuracy:.2%}, "

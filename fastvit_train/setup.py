@@ -81,10 +81,10 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     folder = RunFolder(Path(config.run.runs_dir) / str(config.run.exp_name))
     accelerator = launch.start(config.optim.grad_accum, config.run.track, folder.root)
     log = Log(accelerator.is_main_process)
-    if resume != "never":
-        config = folder.with_recorded_attention(config)
-        check_attention(config.model)
     resuming = launch.everywhere(accelerator, lambda: folder.check(config, resume, overwrite))
+    if resuming and config.model.attention == AUTO:
+        config = folder.with_recorded_attention(config)
+        check_attention(config.model, recorded_in=folder.config)
     check_batch_size(config.run.batch_size, accelerator.num_processes, config.optim.grad_accum)
     check_buildable(config)
 
@@ -107,6 +107,7 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     if config.model.attention in COMPILING:
         with accelerator.autocast():
             compile_seconds = warm_up(model, micro_batch, eval_loader.batch_size, image_size(config), place.device)
+    launch.forget_peak_memory(accelerator.device)
     optimizer = optim.build_optimizer(model, config.optim)
     scheduler = optim.build_schedule(optimizer, config.optim, config.run.epochs, train_loader.steps_per_epoch)
     model, optimizer = accelerator.prepare(model, optimizer)

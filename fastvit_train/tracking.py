@@ -82,10 +82,8 @@ class RunFolder:
         return settings
 
     def with_recorded_attention(self, config: TrainConfig) -> TrainConfig:
-        """`config` with the attention that the run here was started with, where the choice is left open."""
-        if config.model.attention != "auto" or not self.config.is_file():
-            return config
-        recorded = self.read_config().get("attention", "auto")
+        """`config` with the attention that the run here was started with."""
+        recorded = self.read_config().get("attention", config.model.attention)
         return replace(config, model=replace(config.model, attention=recorded))
 
     def create(self, config: TrainConfig) -> None:

@@ -40,6 +40,14 @@ def seed() -> int:
     return value
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def triton_device(request: pytest.FixtureRequest) -> str:
+    """Where Triton's kernels run: in its interpreter where there is no GPU, on the GPU where there is one."""
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton's interpreter and a GPU don't go together in a process")
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

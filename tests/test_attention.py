@@ -60,15 +60,16 @@ def test_error_is_at_most_twice_that_of_torchs_own_chain(
 def test_without_bias_and_with_tensors_that_are_not_contiguous(name: str, device: str, seed: int) -> None:
     _, weight, bias = draw((1, 1, 24, 3), True, torch.float32, device)
     inputs = [
-        (torch.randn(7, 4, 24).transpose(0, 1), weight, bias),
-        (torch.randn(1, 7, 24).expand(4, -1, -1), weight, None),
-        (torch.randn(4, 7, 30)[..., 3:27], weight, None),
-        (torch.randn(4, 24, 7).transpose(1, 2), weight.detach().t().contiguous().t(), bias),
+        (torch.randn(7, 4, 24, device=device).transpose(0, 1), weight, bias),
+        (torch.randn(1, 7, 24, device=device).expand(4, -1, -1), weight, None),
+        (torch.randn(4, 7, 30, device=device)[..., 3:27], weight, None),
+        (torch.randn(4, 24, 7, device=device).transpose(1, 2), weight.detach().t().contiguous().t(), bias),
     ]
+    upstreams = (torch.ones(1, device=device).expand(4, 7, 24), torch.randn(7, 4, 24, device=device).transpose(0, 1))
     for x, w, b in inputs:
-        arguments = (x.to(device).requires_grad_(), w.detach().requires_grad_(), b)
-        for upstream in (torch.ones(1, 1, 1).expand(4, 7, 24), torch.randn(7, 4, 24).transpose(0, 1)):
-            ours = passes(operator(name, 3, device), arguments, upstream.to(device))
+        arguments = (x.requires_grad_(), w.detach().requires_grad_(), b)
+        for upstream in upstreams:
+            ours = passes(operator(name, 3, device), arguments, upstream)
             doubles = cast(tuple(None if t is None else t.double() for t in arguments), torch.float64)
             for got, right in zip(ours, passes(functools.partial(chain, heads=3), doubles, upstream), strict=True):
                 assert torch.allclose(got, right, rtol=1e-4, atol=1e-4)
@@ -94,22 +95,27 @@ def test_every_element_is_written(name: str, shape: tuple[int, int, int, int], d
     assert all(result.isfinite().all() for result in results)
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", NAMES)
-def test_dropout_zeroes_weights_and_keeps_the_mean(name: str, seed: int) -> None:
-    x, weight, bias = (t.detach() for t in draw((1, 16, 8, 2), True, torch.float32))
+def test_dropout_zeroes_weights_and_keeps_the_mean(name: str, device: str, seed: int) -> None:
+    x, weight, bias = (t.detach() for t in draw((1, 16, 8, 2), True, torch.float32, device))
     many = x.expand(300 if name == "triton" else 4000, -1, -1)
-    outputs = operator(name, 2, dropout_p=0.3)(many, weight, bias)
+    outputs = operator(name, 2, device, dropout_p=0.3)(many, weight, bias)
     off = outputs.mean(0) - chain(x, weight, bias, 2)[0]
     assert (off.abs() < 6 * outputs.std(0) / len(many) ** 0.5).all()
     assert outputs.std(0).min() > 0.01
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(4, 9, 24, 3), (2, 9, 96, 4)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_dropout_is_the_same_in_the_backward_pass(name: str, seed: int) -> None:
+def test_dropout_is_the_same_in_the_backward_pass(
+    name: str, shape: tuple[int, int, int, int], device: str, seed: int
+) -> None:
     """The gradient is the slope of the function that the forward pass computed, drawn weights and all."""
-    arguments = draw((4, 9, 24, 3), True, torch.float32)
-    function = operator(name, 3, dropout_p=0.4)
-    upstream, directions = torch.randn(4, 9, 24), [torch.randn_like(t) for t in arguments]
+    arguments = draw(shape, True, torch.float32, device)
+    function = operator(name, shape[-1], device, dropout_p=0.4)
+    upstream, directions = torch.randn(shape[:3], device=device), [torch.randn_like(t) for t in arguments]
 
     def value(step: float) -> float:
         torch.manual_seed(7)
@@ -123,9 +129,11 @@ def test_dropout_is_the_same_in_the_backward_pass(name: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("model_name", ["c_vit_4_4_32", "mc_vit_4_4_32", "cct_2_3x2_32"])
-def test_one_checkpoint_gives_the_same_logits_and_gradients_under_each(model_name: str, seed: int) -> None:
-    model = timm.create_model(model_name, initializer_range=0.2, depth=2).eval()
-    images = torch.randn(4, 3, 32, 32)
+def test_one_checkpoint_gives_the_same_logits_and_gradients_under_each(
+    model_name: str, triton_device: str, seed: int
+) -> None:
+    model = timm.create_model(model_name, initializer_range=0.2, depth=2).eval().to(triton_device)
+    images = torch.randn(4, 3, 32, 32, device=triton_device)
     results = {}
     for name in NAMES:
         fastvit_kernels.swap_attention(model, name)

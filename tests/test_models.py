@@ -107,7 +107,7 @@ def test_unknown_names_are_answered_with_the_known_ones() -> None:
         check_model("mc_vit_4_4_33")
     with pytest.raises(UserError, match="unknown attention implementation 'flash'; allowed: naive, .*, triton, auto$"):
         check_attention(ModelConfig(attention="flash"))
-    with pytest.raises(UserError, match="unknown attention implementation 'timm'"):
+    with pytest.raises(UserError, match="attention 'timm' is what models of timm's come with"):
         check_attention(ModelConfig(attention="timm"))
     with pytest.raises(UserError, match="ResNet has no attention"):
         build_model(ModelConfig(model="resnet18", attention="naive"), image_size=32, num_classes=10)

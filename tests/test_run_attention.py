@@ -60,6 +60,25 @@ def test_a_resumed_run_takes_another_attention_if_it_is_named(small_config: Conf
     assert fit(small_config(attention="fused"), resume="must")["attention"] == "fused"
 
 
+def test_a_recorded_attention_that_cant_run_here_is_said_to_be_recorded(
+    small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(small_config(stop_after=1, attention="compiled"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    message = r"'compiled' needs a C\+\+ compiler.*recorded in .*config.yaml, --attention takes another"
+    with pytest.raises(UserError, match=message):
+        fit(small_config(attention="auto"), resume="must")
+    with pytest.raises(UserError, match=message):
+        evaluate_run(tmp_path / "runs" / "run")
+    evaluate_run(tmp_path / "runs" / "run", attention="fused")
+
+
+def test_tokens_that_the_attention_cant_serve_are_one_line(small_config: Config, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="triton holds whole rows of up to 256 tokens here, got 1024; take sdpa"):
+        fit(small_config(attention="triton", patch_size=1, epochs=1))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_compiling_is_warmed_up_without_a_trace_in_the_run(
     small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,14 +17,14 @@ def tiny(**options: object) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", ["naive", "sdpa", "triton"])
-def test_the_same_function_of_the_same_parameters(name: str, seed: int) -> None:
-    timms = tiny(init_values=0.5, class_token=True, proj_drop_rate=0.1).eval()
+def test_the_same_function_of_the_same_parameters(name: str, triton_device: str, seed: int) -> None:
+    timms = tiny(init_values=0.5, class_token=True, proj_drop_rate=0.1).eval().to(triton_device)
     ours = copy.deepcopy(timms)
     parameters = dict(ours.named_parameters())
     fastvit_kernels.swap_attention(ours, name)
     assert {key: id(p) for key, p in ours.named_parameters()} == {key: id(p) for key, p in parameters.items()}
     assert list(ours.state_dict()) == list(timms.state_dict())
-    images = torch.randn(3, 3, 32, 32)
+    images = torch.randn(3, 3, 32, 32, device=triton_device)
     results = []
     for model in (timms, ours):
         logits = model(images)

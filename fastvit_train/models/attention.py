@@ -3,6 +3,7 @@
 import copy
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +20,24 @@ TIMM = "timm"
 COMPILING = fastvit_kernels.COMPILING
 
 
-def check_attention(config: ModelConfig) -> None:
-    """Raise UserError unless `config.attention` is the name of an attention that can run here."""
-    if config.attention == TIMM and config.model not in OUR_MODELS:
-        return
+def check_attention(config: ModelConfig, recorded_in: Path | None = None) -> None:
+    """Raise UserError unless `config.attention` is the name of an attention that can run here.
+
+    Args:
+        config: the model's.
+        recorded_in: the file that the name was read from, if the user did not give it.
+    """
+    ours = config.model in OUR_MODELS
+    if config.attention == TIMM:
+        if not ours:
+            return
+        raise UserError(f"attention {TIMM!r} is what models of timm's come with; {config.model} takes any other name")
     try:
         fastvit_kernels.check_implementation(config.attention)
     except ValueError as error:
-        raise UserError(str(error)) from None
+        own = "" if ours else f", {TIMM} (the model's own)"
+        where = f"; that name is recorded in {recorded_in}, --attention takes another" if recorded_in else ""
+        raise UserError(f"{error}{own}{where}") from None
 
 
 def set_attention(model: nn.Module, name: str) -> None:
@@ -92,18 +103,28 @@ def _cases(
 
 
 def warm_up(model: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device) -> float:
-    """Seconds that the first passes of a copy of `model` take, in training and in evaluation.
+    """Seconds that the first passes of a copy of `model` take, in training (not with train_batch 0) and in evaluation.
 
     Compiling in them would else be hidden in the first step. Weights and random state stay as they are.
+
+    Raises:
+        UserError: where the attention can't serve the model's tokens.
     """
+    try:
+        return _first_passes(model, train_batch, eval_batch, image_size, device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _first_passes(model: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device) -> float:
     started = time.perf_counter()
     probe = copy.deepcopy(model).to(device)
     gpus = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(gpus, device_type="cuda" if device.type == "cpu" else device.type):
-        images = torch.zeros(train_batch, 3, image_size, image_size, device=device)
-        probe.train()(images).float().sum().backward()
+        if train_batch:
+            probe.train()(torch.zeros(train_batch, 3, image_size, image_size, device=device)).float().sum().backward()
         with torch.no_grad():
-            probe.eval()(images.new_zeros(eval_batch, 3, image_size, image_size))
+            probe.eval()(torch.zeros(eval_batch, 3, image_size, image_size, device=device))
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter() - started
