@@ -26,7 +26,7 @@ def summary(folder: Path) -> dict[str, object]:
 
 def test_two_processes_are_one_run_with_the_losses_of_one_process(tmp_path: Path) -> None:
     common = ("--runs-dir", tmp_path, "--stop-after", 1, "--drop-path-rate", 0)
-    alone = launch(*common, "--exp-name", "one")
+    alone = launch(*common, "--exp-name", "one", "--attention", "fused")
     together = launch(*common, "--exp-name", "two", processes=2)
     assert alone.returncode == together.returncode == 0, alone.stderr + together.stderr
     assert "world size 2" in together.stdout and together.stdout.count("digits accuracy") == 1
