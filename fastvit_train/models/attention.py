@@ -119,8 +119,7 @@ def warm_up(model: nn.Module, train_batch: int, eval_batch: int, image_size: int
 def _first_passes(model: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device) -> float:
     started = time.perf_counter()
     probe = copy.deepcopy(model).to(device)
-    gpus = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(gpus, device_type="cuda" if device.type == "cpu" else device.type):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if train_batch:
             probe.train()(torch.zeros(train_batch, 3, image_size, image_size, device=device)).float().sum().backward()
         with torch.no_grad():

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,32 +124,37 @@ def auto_name(
     return choice.name
 
 
+class Data(NamedTuple):
+    """Random arguments and the gradient of the output, which is zero but for the first samples."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    upstream: Tensor
+
+    def first(self, samples: int) -> "Data":
+        """What those samples alone would be; all that is not zero in the whole batch's gradients comes from them."""
+        return Data(self.x.detach()[:samples].requires_grad_(), self.weight, self.bias, self.upstream[:samples])
+
+
 def _measure(case: Case) -> Choice:
-    milliseconds: dict[str, float] = {}
     passes: dict[str, Callable[[], list[Tensor]]] = {}
     left_out: dict[str, str] = {}
     compile_seconds = 0.0
     with _apart(case):
-        sample = _draw(case, min(case.shape[0], CHECKED_SAMPLES))
-        expected = _forward_backward(REFERENCE, *sample, case.num_heads, 0.0)
-        whole = _draw(case, case.shape[0])
+        data = _draw(case)
+        expected = _forward_backward(REFERENCE, data.first(CHECKED_SAMPLES), case.num_heads, 0.0)
         for name in _candidates():
-            problem = IMPLEMENTATIONS[name].refusal(whole[0], case.num_heads)
+            started = time.perf_counter()
+            problem = IMPLEMENTATIONS[name].refusal(data.x, case.num_heads) or _defect(name, case, data, expected)
+            compile_seconds += time.perf_counter() - started if name in COMPILING else 0.0
             if problem is None:
-                started = time.perf_counter()
-                run = functools.partial(_forward_backward, name, *whole, case.num_heads, case.dropout_p)
-                check = functools.partial(_forward_backward, name, *sample, case.num_heads, 0.0)
-                problem = _defect(name, check, expected) or _failure(run)
-                compile_seconds += time.perf_counter() - started if name in COMPILING else 0.0
-                if problem is not None:
-                    warnings.warn(f"attention auto leaves out {name}: {problem}", stacklevel=4)
-            if problem is None:
-                passes[name] = run
+                passes[name] = functools.partial(_forward_backward, name, data, case.num_heads, case.dropout_p)
             else:
                 left_out[name] = problem
+        if not passes:
+            raise RuntimeError(f"no attention can be measured at {case}: {left_out}")
         milliseconds = _medians(passes, case.device)
-    if not milliseconds:
-        raise RuntimeError(f"no attention can be measured at {case}: {left_out}")
     fastest = min(milliseconds, key=milliseconds.__getitem__)
     return Choice(fastest, str(case), milliseconds, compile_seconds, left_out)
 
@@ -159,10 +165,9 @@ def _apart(case: Case) -> Iterator[None]:
 
     Autocast without its cache of cast weights: in training each step casts them anew.
     """
-    kind = case.device.type
-    devices, fork = ([], "cuda") if kind == "cpu" else ([case.device], kind)
-    autocast = torch.autocast(kind, case.autocast, enabled=case.autocast is not None, cache_enabled=False)
-    with torch.random.fork_rng(devices, device_type=fork), torch.inference_mode(False), torch.enable_grad(), autocast:
+    gpus = [case.device] if case.device.type == "cuda" else []
+    autocast = torch.autocast(case.device.type, case.autocast, enabled=case.autocast is not None, cache_enabled=False)
+    with torch.random.fork_rng(gpus), torch.inference_mode(False), torch.enable_grad(), autocast:
         yield
 
 
@@ -176,44 +181,45 @@ def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _draw(case: Case, batch: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _draw(case: Case) -> Data:
     """Tokens of variance 1, and weights that project them to about as much."""
-    _, tokens, dim = case.shape
-    x = torch.randn(batch, tokens, dim, dtype=case.dtype, device=case.device).requires_grad_()
-    weight = torch.randn(3 * dim, dim, dtype=case.weight_dtype, device=case.device).mul_(dim**-0.5).requires_grad_()
-    bias = torch.randn(3 * dim, dtype=case.weight_dtype, device=case.device).requires_grad_()
-    return x, weight, bias if case.has_bias else None
+    dim = case.shape[-1]
+    of_x: dict[str, Any] = {"dtype": case.dtype, "device": case.device}
+    of_weight: dict[str, Any] = {"dtype": case.weight_dtype, "device": case.device}
+    x = torch.randn(case.shape, **of_x)
+    weight = torch.randn(3 * dim, dim, **of_weight) * dim**-0.5
+    bias = torch.randn(3 * dim, **of_weight).requires_grad_() if case.has_bias else None
+    upstream = torch.zeros(case.shape, dtype=case.autocast or case.dtype, device=case.device)
+    upstream[:CHECKED_SAMPLES].normal_()
+    return Data(x.requires_grad_(), weight.requires_grad_(), bias, upstream)
 
 
-def _forward_backward(
-    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int, dropout_p: float
-) -> list[Tensor]:
-    """The output, and the gradients of half its squares' sum over the square root of its rows, which float16 holds."""
-    output = IMPLEMENTATIONS[name].function(x, weight, bias, num_heads, dropout_p)
-    inputs = [t for t in (x, weight, bias) if t is not None]
-    upstream = output.detach() * (output.shape[0] * output.shape[1]) ** -0.5
-    return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
+def _forward_backward(name: str, data: Data, num_heads: int, dropout_p: float) -> list[Tensor]:
+    """The output and all gradients."""
+    output = IMPLEMENTATIONS[name].function(data.x, data.weight, data.bias, num_heads, dropout_p)
+    inputs = [t for t in (data.x, data.weight, data.bias) if t is not None]
+    return [output.detach(), *torch.autograd.grad(output, inputs, data.upstream)]
 
 
-def _failure(run: Callable[[], object]) -> str | None:
-    """What `run` raises, in a line, or None."""
+def _defect(name: str, case: Case, data: Data, expected: list[Tensor]) -> str | None:
+    """Why `name` is no candidate: it raises, or differs from the reference by more than rounding; warns of it."""
     try:
-        run()
+        if case.dropout_p:
+            _forward_backward(name, data, case.num_heads, case.dropout_p)
+        results = _forward_backward(name, data, case.num_heads, 0.0)
+        problem = _difference(results, expected)
     except Exception as error:
-        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    return None
+        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if problem is not None:
+        warnings.warn(f"attention auto leaves out {name}: {problem}", stacklevel=5)
+    return problem
 
 
-def _defect(name: str, check: Callable[[], list[Tensor]], expected: list[Tensor]) -> str | None:
-    """Why `name` is no candidate: it raises, or differs from the reference by more than rounding."""
-    failure = _failure(check)
-    if failure is not None:
-        return failure
-    results = check()
-    allowed = max(torch.finfo(expected[0].dtype).eps, TF32_EPS if results[0].is_cuda else 0.0) ** 0.5
+def _difference(results: list[Tensor], expected: list[Tensor]) -> str | None:
+    allowed = max(torch.finfo(expected[0].dtype).eps, TF32_EPS if expected[0].is_cuda else 0.0) ** 0.5
     names = ("output", "gradient of x", "gradient of the weight", "gradient of the bias")
     for what, result, right in zip(names, results, expected, strict=False):
-        off = float((result - right).abs().max() / right.abs().max())
+        off = float((result[: len(right)] - right).abs().max() / right.abs().max())
         if not off <= allowed:
             return f"its {what} differs from that of {REFERENCE} by {off:.1e} of the largest value"
     return None
