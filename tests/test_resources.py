@@ -21,9 +21,12 @@ def rows() -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
-def test_every_shape_compiles_for_both_chips_in_every_dtype(rows: list[dict[str, Any]]) -> None:
-    seen = {(row["shape"], row["dtype"], row["capability"]) for row in rows}
-    assert seen == {(shape, dtype, chip) for shape in SHAPES for dtype in ("fp32", "bf16", "fp16") for chip in (80, 90)}
+def test_every_shape_compiles_for_every_chip_in_every_dtype(rows: list[dict[str, Any]]) -> None:
+    for chip in (80, 86, 90):
+        small = chip == 86  # and refuses more than 128 tokens
+        shapes = {shape for shape, (tokens, _, _) in SHAPES.items() if tokens <= 128 or not small}
+        seen = {(row["shape"], row["dtype"]) for row in rows if row["capability"] == chip}
+        assert seen == {(shape, dtype) for shape in shapes for dtype in ("fp32", "bf16", "fp16")}
 
 
 def test_shared_memory_is_within_the_chips(rows: list[dict[str, Any]]) -> None:

@@ -39,7 +39,7 @@ SHAPES = {
     "vit_tiny_patch16_224": (197, 192, 3),
     "patches of 2 pixels": (256, 48, 4),
     "one wide head": (64, 64, 1),
-    "one wide head, 65": (65, 64, 1),
+    "two wide heads": (65, 64, 2),
     "one token": (1, 8, 1),
     "odd sizes": (7, 24, 3),
     "heads of 16": (50, 96, 6),
@@ -68,7 +68,8 @@ def jobs() -> Iterator[Job]:
         if SHARED_LIMIT[capability] < SHARED_MEMORY and SHAPES[shape][0] > MAX_TOKENS_SMALL:
             continue
         kernels = FUSED if triton_fused.fits(*SHAPES[shape], DTYPES[dtype]) else PACKED
-        for kernel, dropout in itertools.product(kernels, (False, True) if shape in WITH_DROPOUT else (False,)):
+        both = shape in WITH_DROPOUT and dtype == "bf16"
+        for kernel, dropout in itertools.product(kernels, (False, True) if both else (False,)):
             yield Job(shape, kernel, dtype, capability, dropout)
 
 

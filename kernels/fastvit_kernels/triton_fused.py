@@ -31,15 +31,15 @@ from fastvit_kernels.triton_parts import (
 )
 
 MAX_DIM = 64
+MAX_HEAD_DIM = 32
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """of the kernel for the weights' gradients, as many as its registers admit"""
 
 
 def fits(tokens: int, dim: int, num_heads: int, dtype: torch.dtype) -> bool:
     """True where a sample's tokens, a head and its scores fit into the registers and shared memory of a program."""
-    if dtype == torch.float32:
-        return dim <= MAX_DIM and padded(tokens) <= 64 and padded(dim // num_heads) <= 32
-    return dim <= MAX_DIM and padded(tokens) <= 128 and padded(dim // num_heads) * padded(tokens) <= 64 * 64
+    max_tokens = 64 if dtype == torch.float32 else 128
+    return dim <= MAX_DIM and padded(tokens) <= max_tokens and padded(dim // num_heads) <= MAX_HEAD_DIM
 
 
 @triton.jit
