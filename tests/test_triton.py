@@ -140,6 +140,7 @@ def test_gradient_checkpointing_recomputes_the_same_dropout(triton_device: str, 
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs on the GPU, which has no second process here")
 def test_two_processes_train_as_one_does_with_fused(tmp_path: Path) -> None:
     data = write_folder(tmp_path / "shapes")
