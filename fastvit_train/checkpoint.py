@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from timm.scheduler.scheduler import Scheduler
 
 from fastvit_train.errors import UserError
+from fastvit_train.telemetry import Usage
 
 PROGRESS_FILE = "progress.json"
 DAMAGED = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
@@ -39,12 +40,34 @@ class Progress:
     """training samples classified right in the epoch under way, over all processes"""
     epoch_seconds: float = 0.0
     """spent training in the epoch under way"""
+    energy_joules: float | None = 0.0
+    """that the GPUs took in `train_seconds`; None once it was not measured"""
+    busy_seconds: float | None = 0.0
+    """of `train_seconds` in which the GPUs had something to do, on average"""
+    energy_unmeasured: str | None = None
+    """why there is no energy"""
+    epoch_joules: float | None = 0.0
+    epoch_busy_seconds: float | None = 0.0
+
+    def spend(self, usage: Usage) -> None:
+        """Count what training took towards the epoch under way."""
+        self.epoch_seconds += usage.seconds
+        self.energy_unmeasured = self.energy_unmeasured or usage.unmeasured
+        self.epoch_joules = _add(self.epoch_joules, usage.energy_joules)
+        self.epoch_busy_seconds = _add(self.epoch_busy_seconds, usage.busy_seconds)
 
     def close_epoch(self) -> None:
         """Count the epoch under way as completed."""
         self.epoch += 1
         self.train_seconds += self.epoch_seconds
-        self.step_in_epoch, self.epoch_losses, self.epoch_correct, self.epoch_seconds = 0, [], 0.0, 0.0
+        self.energy_joules = _add(self.energy_joules, self.epoch_joules)
+        self.busy_seconds = _add(self.busy_seconds, self.epoch_busy_seconds)
+        self.step_in_epoch, self.epoch_losses, self.epoch_correct = 0, [], 0.0
+        self.epoch_seconds, self.epoch_joules, self.epoch_busy_seconds = 0.0, 0.0, 0.0
+
+
+def _add(total: float | None, more: float | None) -> float | None:
+    return None if total is None or more is None else total + more
 
 
 def save(

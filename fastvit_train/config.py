@@ -125,6 +125,8 @@ class RunConfig:
     """stop after this epoch; go on later with --resume"""
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """trackers to log to besides the run's own files"""
+    telemetry: bool = True
+    """measure the GPU's energy and utilisation; sent nowhere"""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ class TrainConfig:
 # What may change between a run and its resumption.
 NOT_COMPARED = frozenset(
     {"recipe", "exp_name", "runs_dir", "data_dir", "data_url", "stream", "weights", "attention", "eval_batch_size"}
-    | {"save_every", "save_model_every", "stop_after", "track"}
+    | {"save_every", "save_model_every", "stop_after", "track", "telemetry"}
 )
 
 

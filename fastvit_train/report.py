@@ -47,6 +47,8 @@ def record_epoch(job: Job, evaluation: Evaluation, eval_seconds: float) -> None:
         "images_per_second": images / seconds,
         "seconds": seconds,
         "eval_seconds": eval_seconds,
+        "peak_memory_mib": launch.peak_memory_mib(job.accelerator.device),
+        **_gpu_usage(seconds, progress.epoch_joules, progress.epoch_busy_seconds),
     }
     if job.accelerator.is_main_process:
         job.folder.append(job.folder.metrics, [metrics])
@@ -57,9 +59,31 @@ def record_epoch(job: Job, evaluation: Evaluation, eval_seconds: float) -> None:
         f"epoch {metrics['epoch']:>3}/{config.run.epochs}  train loss {metrics['train_loss']:.4f}  "
         f"{job.dataset.evaluated_on} loss {evaluation.loss:.4f}  "
         f"{job.dataset.name} accuracy {evaluation.accuracy:.2%}  "
-        f"{metrics['images_per_second']:,.0f} img/s  {seconds + eval_seconds:.1f} s"
+        f"{metrics['images_per_second']:,.0f} img/s  {seconds + eval_seconds:.1f} s{_gpu_words(metrics)}"
     )
-    job.accelerator.log({k: v for k, v in metrics.items() if k not in ("epoch", "step")}, step=progress.step)
+    known = {k: v for k, v in metrics.items() if k not in ("epoch", "step") and v is not None}
+    job.accelerator.log(known, step=progress.step)
+
+
+def _gpu_usage(seconds: float, joules: float | None, busy_seconds: float | None) -> dict[str, float | None]:
+    """What the GPUs took and did, as metrics.jsonl and summary.json hold it; null where not measured."""
+    spent = seconds > 0
+    return {
+        "energy_joules": joules if spent else None,
+        "mean_power_watts": joules / seconds if spent and joules is not None else None,
+        "gpu_utilization": busy_seconds / seconds if spent and busy_seconds is not None else None,
+    }
+
+
+def _gpu_words(metrics: dict[str, Any]) -> str:
+    """The end of an epoch's line: what the GPUs took and did, as far as it was measured."""
+    words = {
+        "energy_joules": lambda joules: f"{joules:,.0f} J",
+        "mean_power_watts": lambda watts: f"{watts:,.0f} W",
+        "gpu_utilization": lambda share: f"GPU {share:.0%}",
+    }
+    said = [word(metrics[key]) for key, word in words.items() if metrics[key] is not None]
+    return "".join(f"  {word}" for word in [*said, f"{metrics['peak_memory_mib']:,.0f} MiB"] if said)
 
 
 def write_weights(job: Job, name: str) -> None:
@@ -112,7 +136,8 @@ def _summary(job: Job, evaluation: Evaluation) -> dict[str, Any]:
         "compile_seconds": job.compile_seconds,
         "images_per_second": images / progress.train_seconds if progress.train_seconds else None,
         "peak_memory_mib": launch.peak_memory_mib(accelerator.device),
-        "energy_joules": None,
+        **_gpu_usage(progress.train_seconds, progress.energy_joules, progress.busy_seconds),
+        "energy_unmeasured": progress.energy_unmeasured,
         "attention": config.model.attention,
         "mixed_precision": accelerator.mixed_precision,
         "world_size": accelerator.num_processes,

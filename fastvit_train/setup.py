@@ -27,6 +27,7 @@ from fastvit_train.models import (
     warm_up,
 )
 from fastvit_train.models.attention import AUTO, COMPILING
+from fastvit_train.telemetry import Meter
 from fastvit_train.tracking import Log, Resume, RunFolder
 
 
@@ -48,6 +49,7 @@ class Job:
     progress: Progress
     compile_seconds: float | None
     """spent on first passes before the first step; None where nothing is compiled"""
+    meter: Meter
 
     @property
     def bare_model(self) -> nn.Module:
@@ -120,7 +122,7 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     launch.everywhere(accelerator, lambda: _open_folder(folder, config, progress, resuming, accelerator, log))
     job = Job(
         config, folder, log, accelerator, model, optimizer, scheduler, dataset, train_loader, eval_loader,
-        batch_size, progress, compile_seconds,
+        batch_size, progress, compile_seconds, Meter(accelerator.device, config.run.telemetry),
     )  # fmt: skip
     _introduce(job, threads, resuming, said)
     return job

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit_train import checkpoint, report
+from fastvit_train import checkpoint, report, telemetry
 from fastvit_train.config import TrainConfig
 from fastvit_train.errors import UserError
 from fastvit_train.evaluate import Evaluation, evaluate
@@ -63,7 +63,7 @@ def train_epoch(job: Job, bar: ProgressBar) -> None:
     losses, correct = _restore_sums(job)
     micro_batches = job.train_loader.micro_batches(progress.epoch, progress.step_in_epoch)
     model.train()
-    started = time.perf_counter()
+    job.meter.start()
     while progress.step_in_epoch < steps:
         for _ in range(config.optim.grad_accum):
             images, labels = next(micro_batches)
@@ -83,11 +83,9 @@ def train_epoch(job: Job, bar: ProgressBar) -> None:
         bar.update(progress, losses, correct, job.batch_size)
         if config.run.save_every and progress.step % config.run.save_every == 0 and progress.step_in_epoch < steps:
             _settle(job, losses, correct)
-            progress.epoch_seconds += time.perf_counter() - started
             save_checkpoint(job)
-            started = time.perf_counter()
+            job.meter.start()
     _settle(job, losses, correct)
-    progress.epoch_seconds += time.perf_counter() - started
 
 
 def save_checkpoint(job: Job) -> None:
@@ -106,7 +104,7 @@ def _restore_sums(job: Job) -> tuple[Tensor, Tensor]:
 
 
 def _settle(job: Job, losses: Tensor, correct: Tensor) -> None:
-    """Bring the epoch's sums of all processes into `job.progress`; the epoch's one host synchronisation.
+    """Bring the epoch's sums of all processes and what it took into `job.progress`; the one host synchronisation.
 
     Raises:
         UserError: naming the first step whose loss is not a finite number.
@@ -115,6 +113,7 @@ def _settle(job: Job, losses: Tensor, correct: Tensor) -> None:
     done = losses[: progress.step_in_epoch]
     progress.epoch_losses = job.accelerator.reduce(done, "mean").tolist()
     progress.epoch_correct = float(job.accelerator.reduce(correct, "sum"))
+    progress.spend(telemetry.together(job.accelerator, job.meter, job.meter.stop()))
     for step, loss in enumerate(progress.epoch_losses, start=progress.step - len(progress.epoch_losses) + 1):
         if not math.isfinite(loss):
             raise UserError(

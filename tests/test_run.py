@@ -34,7 +34,8 @@ def same_weights(a: Path, b: Path) -> bool:
 
 
 def without_clock(rows: list[dict[str, object]]) -> list[dict[str, object]]:
-    clock = ("seconds", "eval_seconds", "images_per_second")
+    clock = ("seconds", "eval_seconds", "images_per_second", "peak_memory_mib")
+    clock += ("energy_joules", "mean_power_watts", "gpu_utilization")
     return [{key: value for key, value in row.items() if key not in clock} for row in rows]
 
 

@@ -1,0 +1,217 @@
+"""What a GPU takes and does while it works: energy, utilisation and clock, through NVML (nvidia-ml-py).
+
+NVML's order of GPUs is not CUDA's, so a GPU is found by its UUID, or by its place on the PCI bus.
+"""
+
+import socket
+import threading
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+INTERVAL = 0.1
+"""seconds between two samples"""
+CLOCK_SM = 1  # NVML_CLOCK_SM
+
+
+class Gpu(NamedTuple):
+    """What a GPU is found by."""
+
+    uuid: str | None
+    """without a prefix"""
+    pci_bus_id: str | None
+    """domain:bus:device.function, hexadecimal"""
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What some seconds of work took; None for what was not measured, never 0."""
+
+    seconds: float
+    energy_joules: float | None = None
+    utilization: float | None = None
+    """share of the time in which the GPU had something to do"""
+    sm_clock_mhz: float | None = None
+    unmeasured: str | None = None
+    """why there is no energy"""
+
+    @property
+    def mean_power_watts(self) -> float | None:
+        return None if self.energy_joules is None else self.energy_joules / self.seconds
+
+    @property
+    def busy_seconds(self) -> float | None:
+        return None if self.utilization is None else self.utilization * self.seconds
+
+
+class Unmeasured(Exception):
+    """Why a device can't be measured."""
+
+
+class Meter:
+    """A stopwatch that measures the GPU too, with a thread that takes samples ten times a second.
+
+    It never raises: whatever fails in NVML becomes a None and the reason for it.
+
+    Args:
+        device: the one that does the work.
+        enabled: False leaves NVML alone; the meter is a stopwatch then.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool = True) -> None:
+        self._nvml: ModuleType | None = None
+        self._handle: Any = None
+        self._faults: dict[str, str] = {}
+        self.gpu: Gpu | None = None
+        self._unmeasured: str | None = None
+        self._samples: list[tuple[float, float | None, float | None, float | None]] = []
+        try:
+            self.gpu = identify(device, enabled)
+            self._nvml, self._handle = _open(self.gpu)
+        except Unmeasured as reason:
+            self._unmeasured = str(reason)
+        self._has_counter = self._read("nvmlDeviceGetTotalEnergyConsumption") is not None
+
+    def start(self) -> None:
+        """Begin to measure."""
+        self._faults, self._samples = {}, []
+        self._started = time.perf_counter()
+        if self._handle is not None:
+            self._stopped = threading.Event()
+            self._thread = threading.Thread(target=self._keep_sampling, name="nvml", daemon=True)
+            self._counter = self._read_counter()
+            self._sample()
+            self._thread.start()
+
+    def stop(self) -> Usage:
+        """End what `start` began; the device's work must be done by now."""
+        seconds = time.perf_counter() - self._started
+        if self._handle is None:
+            return Usage(seconds, unmeasured=self._unmeasured)
+        self._stopped.set()
+        self._thread.join()
+        self._sample()
+        energy = self._energy()
+        return Usage(
+            seconds,
+            energy,
+            utilization=_mean([utilization for _, _, utilization, _ in self._samples]),
+            sm_clock_mhz=_mean([clock for _, _, _, clock in self._samples]),
+            unmeasured=None
+            if energy is not None
+            else "; ".join(self._faults.values()) or "the card's count of energy went back",
+        )
+
+    def _keep_sampling(self) -> None:
+        while not self._stopped.wait(INTERVAL):
+            self._sample()
+
+    def _sample(self) -> None:
+        power = None if self._has_counter else self._read("nvmlDeviceGetPowerUsage")
+        rates = self._read("nvmlDeviceGetUtilizationRates")
+        clock = self._read("nvmlDeviceGetClockInfo", CLOCK_SM)
+        self._samples.append((time.perf_counter(), power, None if rates is None else rates.gpu / 100, clock))
+
+    def _energy(self) -> float | None:
+        """Joules since `start`: by the card's counter, or where it has none by the power's integral."""
+        if self._has_counter:
+            before, after = self._counter, self._read_counter()
+            return None if before is None or after is None or after < before else (after - before) / 1e3
+        powers = [(at, power) for at, power, _, _ in self._samples if power is not None]
+        if len(powers) < len(self._samples):
+            return None
+        return sum((then - at) * (first + second) / 2 for (at, first), (then, second) in pairwise(powers)) / 1e3
+
+    def _read_counter(self) -> float | None:
+        return self._read("nvmlDeviceGetTotalEnergyConsumption") if self._has_counter else None
+
+    def _read(self, name: str, *arguments: Any) -> Any:
+        """What NVML's function says of the GPU, or None with the fault noted."""
+        if self._nvml is None:
+            return None
+        try:
+            return getattr(self._nvml, name)(self._handle, *arguments)
+        except self._nvml.NVMLError as error:
+            self._faults.setdefault(name, f"{name}: {error}")
+            return None
+
+
+def identify(device: torch.device, enabled: bool = True) -> Gpu:
+    """What NVML knows the GPU by; raises Unmeasured where there is none."""
+    if not enabled:
+        raise Unmeasured("switched off with --no-telemetry")
+    if device.type != "cuda" or torch.version.hip:
+        raise Unmeasured("no NVIDIA GPU")
+    properties = torch.cuda.get_device_properties(device)
+    uuid = getattr(properties, "uuid", None)
+    domain, bus, slot = (getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device"))
+    place = None if bus is None else f"{domain or 0:08x}:{bus:02x}:{slot or 0:02x}.0"
+    return Gpu(None if uuid is None else str(uuid), place)
+
+
+def _open(gpu: Gpu) -> tuple[ModuleType, Any]:
+    """NVML and its handle of `gpu`; raises Unmeasured where they aren't to be had."""
+    try:
+        import pynvml
+    except ImportError:
+        raise Unmeasured("nvidia-ml-py is not installed") from None
+    try:
+        pynvml.nvmlInit()
+        handle = _find(pynvml, gpu)
+    except pynvml.NVMLError as error:
+        raise Unmeasured(f"NVML: {error}") from None
+    if _in_mig_mode(pynvml, handle):
+        raise Unmeasured("MIG: a slice of a GPU has no energy counter of its own")
+    return pynvml, handle
+
+
+def _find(nvml: ModuleType, gpu: Gpu) -> Any:
+    for prefix in ("GPU-", "MIG-"):
+        if gpu.uuid is not None:
+            try:
+                return nvml.nvmlDeviceGetHandleByUUID(prefix + gpu.uuid)
+            except nvml.NVMLError:
+                continue
+    if gpu.pci_bus_id is None:
+        raise Unmeasured("NVML knows no GPU of this UUID, and torch does not tell its place on the PCI bus")
+    return nvml.nvmlDeviceGetHandleByPciBusId(gpu.pci_bus_id)
+
+
+def _in_mig_mode(nvml: ModuleType, handle: Any) -> bool:
+    try:
+        return bool(nvml.nvmlDeviceIsMigDeviceHandle(handle)) or bool(nvml.nvmlDeviceGetMigMode(handle)[0])
+    except nvml.NVMLError:  # a card that can't
+        return False
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def together(accelerator: Accelerator, meter: Meter, usage: Usage) -> Usage:
+    """This process's `usage` with the energy of all processes' GPUs, each counted once, and their mean utilisation."""
+    if accelerator.num_processes == 1 or accelerator.device.type != "cuda":
+        return usage
+    own = ((socket.gethostname(), meter.gpu or accelerator.process_index), usage)
+    usages = list(dict(gather_object([own])).values())
+    return merge(usage.seconds, usages)
+
+
+def merge(seconds: float, usages: list[Usage]) -> Usage:
+    """The usage of several GPUs in the same `seconds`; no energy where that of one is not known."""
+    joules = [usage.energy_joules for usage in usages]
+    known = [value for value in joules if value is not None]
+    return Usage(
+        seconds,
+        energy_joules=sum(known) if len(known) == len(joules) else None,
+        utilization=_mean([usage.utilization for usage in usages]),
+        sm_clock_mhz=_mean([usage.sm_clock_mhz for usage in usages]),
+        unmeasured=next((usage.unmeasured for usage in usages if usage.unmeasured), None),
+    )
