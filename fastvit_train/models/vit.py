@@ -19,12 +19,22 @@ import fastvit_kernels
 Size = int | tuple[int, int]
 
 
-def drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
-    """Zero whole samples of a residual branch with probability `rate` (Huang et al. 2016), scaling the rest."""
-    if not training or rate == 0.0:
-        return x
-    keep = torch.empty(x.shape[0], *[1] * (x.ndim - 1), dtype=x.dtype, device=x.device).bernoulli_(1 - rate)
-    return x * keep / (1 - rate)
+class DropPath(nn.Module):
+    """Zeroes whole samples of a residual branch with probability `rate` (Huang et al. 2016), scaling the rest.
+
+    The probability is a tensor, so that blocks that differ in nothing else share their compiled code.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self._active = rate > 0
+        self.register_buffer("keep_prob", torch.tensor(1 - rate), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and self._active):
+            return x
+        kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) < self.keep_prob
+        return x * kept / self.keep_prob
 
 
 class PatchTokenizer(nn.Module):
@@ -94,13 +104,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = mlp
         self.drop_path_rate = drop_path_rate
+        self.drop_path = DropPath(drop_path_rate)
         self.residual_norm = residual_norm
 
     def forward(self, x_BND: Tensor) -> Tensor:
-        x_BND = x_BND + drop_path(self.attn(self.norm1(x_BND)), self.drop_path_rate, self.training)
+        x_BND = x_BND + self.drop_path(self.attn(self.norm1(x_BND)))
         normed_BND = self.norm2(x_BND)
         residual_BND = normed_BND if self.residual_norm else x_BND
-        return residual_BND + drop_path(self.mlp(normed_BND), self.drop_path_rate, self.training)
+        return residual_BND + self.drop_path(self.mlp(normed_BND))
 
 
 class ViT(nn.Module):
