@@ -25,6 +25,8 @@ class DropPath(nn.Module):
     The probability is a tensor, so that blocks that differ in nothing else share their compiled code.
     """
 
+    keep_prob: Tensor
+
     def __init__(self, rate: float) -> None:
         super().__init__()
         self._active = rate > 0

@@ -1,0 +1,66 @@
+"""Inference: what one image takes from the model's input to its logits, and how many a second go through at most."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.bench_attention import replayed, unavailable
+from bench.bench_step import EAGER, Training, model_batch
+from bench.case import DTYPES, Case, Work, assert_close, device
+from bench.measure import count_flops
+
+MODELS = ("mc_vit_4_4_32", "cvt_7_4_32")
+LATENCY, THROUGHPUT = "inference latency", "inference throughput"
+ROWS = {**{name: (name, False, False) for name in EAGER}, "fused, compiled blocks": ("fused", True, False)}
+"""row to attention implementation, whether blocks are compiled, whether a CUDA graph is replayed"""
+if torch.cuda.is_available():
+    ROWS |= {"fused, compiled blocks, CUDA graph": ("fused", True, True)}
+
+
+def build(name: str, implementation: str, compiled: bool, graph: bool, dtype: str, batch: int) -> Work:
+    training = Training(name, implementation, compiled, dtype, batch)
+
+    def logits_of(training: Training) -> Callable[[], tuple[Tensor, ...]]:
+        training.model.eval()
+
+        def logits() -> tuple[Tensor, ...]:
+            with torch.inference_mode(), training.precision():
+                return (training.model(training.images_BCHW),)
+
+        return logits
+
+    run = logits_of(training)
+    if graph:
+        run = replayed(run)
+
+    def check() -> None:
+        reference = logits_of(Training(name, "naive", False, "fp32", batch))
+        assert_close(run()[0], reference()[0], dtype, f"{name}'s logits")
+
+    flops = count_flops(logits_of(Training(name, "fused", False, dtype, batch)))
+    return Work(run, check, batch, flops, calls={"cpu": 1, "cuda": 20}[device().type])
+
+
+def cases() -> Iterator[Case]:
+    for what, name, dtype in product((LATENCY, THROUGHPUT), MODELS, DTYPES):
+        batch = 1 if what == LATENCY else model_batch(name)
+        for row, (implementation, compiled, graph) in ROWS.items():
+            yield Case(
+                what,
+                f"{name} B{batch}",
+                dtype,
+                row,
+                batch,
+                partial(build, name, implementation, compiled, graph, dtype),
+                unavailable(implementation),
+                slow_check="compiled" in row and name != MODELS[0],
+            )
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.id)
+def test_inference(case: Case, measure: Callable[[Case], None]) -> None:
+    measure(case)

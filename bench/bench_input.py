@@ -1,0 +1,82 @@
+"""The input alone: augmented, normalised batches of 256, ours and torchvision's transforms in a DataLoader."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision import transforms
+
+from bench.case import Case, Work, device
+from bench.typical import HALF, Pictures, loader
+from fastvit_train.config import DataConfig
+from fastvit_train.data.images import ResidentImages
+from fastvit_train.data.loader import Place, Preprocess, TrainLoader
+
+BATCH = 256
+IMAGES = {"cpu": 4096, "cuda": 51200}
+WHAT = "input pipeline"
+
+
+def pictures(count: int) -> tuple[Tensor, Tensor]:
+    """Random uint8 images (count, 3, 32, 32), the same each time, and labels that tell each from its neighbours."""
+    draws = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=draws), torch.arange(count)
+
+
+def ours(count: int, crop: str = "resized") -> TrainLoader:
+    images, labels = pictures(count)
+    place = Place(device())
+    config = DataConfig(crop=crop, flip="random" if crop != "none" else "none")  # type: ignore[arg-type]
+    preprocess = Preprocess(HALF, HALF, 32, place.device)
+    return TrainLoader(ResidentImages(images, place.device), labels, config, preprocess, min(BATCH, count), 1, 0, place)
+
+
+def build_ours(count: int) -> Work:
+    train_loader = ours(count)
+    epoch = iter(range(10**9))
+
+    def run() -> None:
+        for _ in train_loader.micro_batches(next(epoch)):
+            pass
+
+    def check() -> None:
+        plain = list(ours(count, crop="none").micro_batches(0))
+        labels = torch.cat([labels for _, labels in plain])
+        assert sorted(labels.tolist()) == list(range(count)), "an epoch is not every image once"
+        wanted = pictures(count)[0].to(device())[labels] / 255 * 2 - 1
+        torch.testing.assert_close(torch.cat([images for images, _ in plain]), wanted, atol=1e-5, rtol=0)
+        augmented = torch.cat([images for images, _ in train_loader.micro_batches(0)])
+        assert augmented.shape == wanted.shape and augmented.abs().max() <= 1 + 1e-5
+        assert not torch.equal(augmented, wanted)
+
+    return Work(run, check, count)
+
+
+def build_typical(count: int) -> Work:
+    images, labels = pictures(count)
+    batches = loader(Pictures(images, labels), min(BATCH, count))
+
+    def run() -> None:
+        for batch, targets in batches:
+            batch.to(device()), targets.to(device())
+
+    def check() -> None:
+        plain = transforms.Compose([transforms.ToTensor(), transforms.Normalize(HALF, HALF)])
+        first, label = Pictures(images, labels, plain)[3]
+        torch.testing.assert_close(first, images[3] / 255 * 2 - 1)
+        assert label == 3
+        assert sorted(int(label) for _, targets in batches for label in targets) == list(range(count))
+
+    return Work(run, check, count)
+
+
+def cases() -> Iterator[Case]:
+    count = IMAGES[device().type]
+    for name, build in (("fastvit_train", build_ours), ("torchvision in a DataLoader", build_typical)):
+        yield Case(WHAT, f"{count} images of 3x32x32, batch {BATCH}", "fp32", name, count, build)
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.id)
+def test_input(case: Case, measure: Callable[[Case], None]) -> None:
+    measure(case)

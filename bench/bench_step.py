@@ -1,0 +1,136 @@
+"""A whole training step: forward, loss, backward and optimizer, on a batch that lies on the device."""
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.bench_attention import unavailable
+from bench.case import DTYPES, Case, Work, assert_close, device
+from bench.measure import count_flops
+from fastvit_train.config import OptimConfig
+from fastvit_train.models import compile_blocks, pretrained_cfg
+from fastvit_train.optim import build_optimizer
+
+MODELS = {"c_vit_4_4_32": 256, "mc_vit_4_4_32": 256, "cvt_7_4_32": 32, "cct_7_3x1_32": 32}
+"""with the batch for two CPU cores; a GPU takes eight times as many"""
+GPU_FACTOR = 8
+EAGER = ("naive", "fused", "sdpa", "compiled", "triton")
+COMPILED = ("naive", "fused", "sdpa", "triton")
+WHAT = "training step"
+
+
+class Training:
+    """A model with its optimizer and a batch to train on, the same for every row.
+
+    Args:
+        name: of the model.
+        implementation: of its attention.
+        compiled: compile its blocks.
+        dtype: "fp32", or "bf16" under autocast.
+        batch: images.
+        settings: of the model.
+    """
+
+    def __init__(self, name: str, implementation: str, compiled: bool, dtype: str, batch: int, **settings: Any) -> None:
+        draws = torch.Generator().manual_seed(0)
+        torch.manual_seed(0)
+        self.model = timm.create_model(name, attention=implementation, **settings).to(device())
+        self.dtype = dtype
+        self.optimizer = build_optimizer(self.model, OptimConfig())
+        size = pretrained_cfg(self.model)["input_size"][-1]
+        self.images_BCHW = torch.randn(batch, 3, size, size, generator=draws).to(device())
+        self.labels_B = torch.randint(0, 10, (batch,), generator=draws).to(device())
+        if compiled:
+            compile_blocks(self.model)
+
+    def precision(self) -> torch.autocast:
+        """What forward passes run under."""
+        return torch.autocast(device().type, torch.bfloat16, enabled=self.dtype == "bf16")
+
+    def loss(self) -> Tensor:
+        """Forward pass and loss."""
+        with self.precision():
+            logits = self.model(self.images_BCHW)
+        return F.cross_entropy(logits.float(), self.labels_B)
+
+    def step(self) -> Tensor:
+        """One training step; returns the loss."""
+        loss = self.loss()
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss
+
+    def loss_and_gradients(self) -> tuple[Tensor, list[Tensor]]:
+        """What a step computes, without dropout so that it can be compared."""
+        dropouts = (getattr(m, "attn_drop", 0) or (isinstance(m, nn.Dropout) and m.p) for m in self.model.modules())
+        self.model.train(not any(dropouts))
+        loss = self.loss()
+        gradients = list(torch.autograd.grad(loss, list(self.model.parameters())))
+        self.model.train()
+        return loss, gradients
+
+
+def build(name: str, implementation: str, compiled: bool, dtype: str, batch: int, **settings: Any) -> Work:
+    training = Training(name, implementation, compiled, dtype, batch, **settings)
+    start = copy.deepcopy(training.model.state_dict())
+
+    def check() -> None:
+        training.model.load_state_dict(start)
+        reference = Training(name, "naive", False, "fp32", batch, **settings)
+        reference.model.load_state_dict(start)
+        loss, gradients = training.loss_and_gradients()
+        right_loss, right_gradients = reference.loss_and_gradients()
+        assert_close(loss, right_loss, dtype, f"{implementation}'s loss")
+        flat, right_flat = (torch.cat([g.flatten() for g in each]) for each in (gradients, right_gradients))
+        assert_close(flat, right_flat, dtype, f"{implementation}'s gradients")
+        before = training.loss().item()
+        for _ in range(3):
+            training.step()
+        assert training.loss().item() < before, "three steps on one batch did not lower its loss"
+
+    plain = Training(name, "fused", False, dtype, batch, **settings)
+    return Work(
+        training.step,
+        check,
+        batch,
+        count_flops(plain.step),
+        tuple(training.model.parameters()),
+        calls={"cpu": 1, "cuda": 20}[device().type],
+    )
+
+
+def model_batch(name: str) -> int:
+    """Images per step of a model on this device."""
+    return MODELS[name] * (GPU_FACTOR if device().type == "cuda" else 1)
+
+
+def cases() -> Iterator[Case]:
+    for name in MODELS:
+        batch = model_batch(name)
+        for dtype in DTYPES:
+            for compiled, names in ((False, EAGER), (True, COMPILED)):
+                for implementation in names:
+                    yield Case(
+                        WHAT,
+                        f"{name} B{batch}",
+                        dtype,
+                        f"{implementation}, compiled blocks" if compiled else implementation,
+                        batch,
+                        partial(build, name, implementation, compiled, dtype),
+                        unavailable(implementation),
+                        slow_check=(compiled or implementation == "compiled")
+                        and (name, implementation) != ("mc_vit_4_4_32", "fused"),
+                    )
+
+
+@pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.id)
+def test_step(case: Case, measure: Callable[[Case], None]) -> None:
+    measure(case)

@@ -1,0 +1,68 @@
+"""What the numbers depend on."""
+
+import os
+import subprocess
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.case import device_name
+
+ROOT = Path(__file__).parents[1]
+
+
+@cache
+def environment() -> dict[str, Any]:
+    """Device, driver, versions, threads, precision and commit; null for what there is not."""
+    return {
+        "device": device_name(),
+        "driver": driver(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "timm": installed("timm"),
+        "accelerate": installed("accelerate"),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "commit": commit(),
+    }
+
+
+def installed(package: str) -> str | None:
+    """A package's version, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def driver() -> str | None:
+    """The NVIDIA driver's version, None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    except Exception:  # NVML's errors have no base class until it is imported, and nothing here may stop a bench
+        return None
+
+
+def commit() -> str | None:
+    """The commit that is checked out, with "+changes" where files differ from it; None outside of git."""
+    try:
+        head = git("rev-parse", "--short=12", "HEAD")
+        return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def git(*arguments: str) -> str:
+    """What git prints."""
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True)
+    return done.stdout.strip()

@@ -1,0 +1,80 @@
+"""A process that trains an epoch whenever it is told to: `python -m bench.epoch_worker ROW BATCH HOLDOUT`.
+
+Several of them take turns on the same images, each with its process to itself, as a user's training has it. Reads a
+line per epoch from standard input and answers with a line of JSON.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any, cast
+
+import psutil
+from torch import Tensor
+
+from bench.measure import peak_rss_mib
+from bench.typical import Script
+from fastvit_train.config import TrainConfig, override
+from fastvit_train.data.datasets import load_dataset
+from fastvit_train.progress import ProgressBar
+from fastvit_train.recipes import recipe
+from fastvit_train.setup import setup
+from fastvit_train.train import train_epoch
+
+MODEL = "mc_vit_4_4_32"
+PRECISIONS = {"fp32": "no", "bf16": "bf16"}
+Epoch = Callable[[], tuple[float, int]]
+"""trains for one; returns the mean loss and the number of images"""
+
+
+def config(batch: int, holdout: float, runs_dir: str = "runs") -> TrainConfig:
+    """The seed's recipe on synthetic images; the typical script trains on the same images with the same optimizer."""
+    settings: dict[str, Any] = {"dataset": "synthetic", "holdout": holdout, "batch_size": batch, "epochs": 10**6}
+    return override(recipe("seed-cifar10"), {**settings, "runs_dir": runs_dir, "exp_name": "bench"}, "the bench")
+
+
+def typical(batch: int, holdout: float) -> tuple[Epoch, int]:
+    """The typical script's epoch, and its model's parameters."""
+    train = load_dataset(config(batch, holdout).data, 32).train
+    script = Script(MODEL, cast(Tensor, train.images), train.labels, batch)
+    return script.epoch, sum(p.numel() for p in script.model.parameters())
+
+
+def ours(precision: str, batch: int, holdout: float, runs_dir: str) -> tuple[Epoch, int]:
+    """Our trainer's epoch, and its model's parameters."""
+    os.environ["ACCELERATE_MIXED_PRECISION"] = PRECISIONS[precision]
+    job = setup(config(batch, holdout, runs_dir), "never", overwrite=False)
+    bar = ProgressBar(job.log.console, 1, 1, 1)
+
+    def epoch() -> tuple[float, int]:
+        train_epoch(job, bar)
+        loss = sum(job.progress.epoch_losses) / len(job.progress.epoch_losses)
+        job.progress.close_epoch()
+        return loss, job.train_loader.steps_per_epoch * job.batch_size
+
+    return epoch, sum(p.numel() for p in job.bare_model.parameters())
+
+
+def peak_mib() -> float:
+    """MiB that this process had resident at most, with what its loader's workers have now."""
+    children = psutil.Process().children(recursive=True)
+    return peak_rss_mib() + sum(child.memory_info().rss for child in children) / 2**20
+
+
+def main() -> None:
+    row, batch, holdout = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        made = ours(row, batch, holdout, folder) if row in PRECISIONS else typical(batch, holdout)
+        epoch, parameters = made
+        answers.write(json.dumps({"parameters": parameters}) + "\n")
+        for _ in sys.stdin:
+            loss, images = epoch()
+            answers.write(json.dumps({"loss": loss, "images": images, "peak_rss_mib": peak_mib()}) + "\n")
+
+
+if __name__ == "__main__":
+    main()

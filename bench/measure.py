@@ -1,0 +1,183 @@
+"""Measuring one row: the clock's block, FLOPs, the matrix product's ceiling, memory, energy."""
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.case import DTYPES, Case, Work, device, synchronize
+from bench.environment import environment
+from fastvit_train import launch
+from fastvit_train.telemetry import Meter, Usage
+
+WARM_UP_CALLS = 2
+CEILING_SIZES = {"cpu": 2048, "cuda": 8192}
+CEILING_ROUNDS = 10
+
+
+class Row:
+    """A case that was built, called for the first time, checked and warmed up: ready for the clock.
+
+    Args:
+        case: the row.
+        batch: images per call; the case's own by default.
+    """
+
+    def __init__(self, case: Case, batch: int | None = None) -> None:
+        self.case = case
+        self.work: Work = case.build(batch or case.batch)
+        started = time.perf_counter()
+        self.work.run()
+        synchronize()
+        self.first_call_seconds = time.perf_counter() - started
+        self.work.check()
+        self._meter = Meter(device())
+        self._blocks = 0
+
+    def warm_up(self) -> None:
+        """Calls outside the clock."""
+        for _ in range(WARM_UP_CALLS):
+            self.work.run()
+        synchronize()
+
+    def block(self) -> None:
+        """What is timed: some calls, and waiting for the device."""
+        for _ in range(self.work.calls):
+            self.work.run()
+        synchronize()
+        self._blocks += 1
+
+    def metered(self, run: Callable[[], Any]) -> Usage:
+        """What `run`, which calls `block` some times, took of the GPU."""
+        self._blocks = 0
+        self._meter.start()
+        run()
+        return self._meter.stop()
+
+    def facts(self, block_seconds: float, usage: Usage) -> dict[str, Any]:
+        """What stands beside the time: speed, FLOPs, memory, energy and the environment; null with the reason.
+
+        Args:
+            block_seconds: of one `block`, the median.
+            usage: what the blocks since `metered` took of the GPU.
+        """
+        work, case = self.work, self.case
+        seconds = block_seconds / work.calls
+        ceiling = matmul_ceiling(case.dtype) if work.flops is not None else None
+        images = self._blocks * work.calls * work.images
+        return {
+            "what": case.what,
+            "shape": case.shape,
+            "dtype": case.dtype,
+            "images_per_call": work.images,
+            "calls_per_block": work.calls,
+            "images_per_second": work.images / seconds,
+            "flops_per_image": None if work.flops is None else work.flops / work.images,
+            "matmul_ceiling_flops": ceiling,
+            "mfu": None if work.flops is None or ceiling is None else work.flops / seconds / ceiling,
+            "first_call_seconds": self.first_call_seconds,
+            **memory(work),
+            "energy_joules_per_image": None if usage.energy_joules is None else usage.energy_joules / images,
+            "energy_unmeasured": usage.unmeasured,
+            "mean_power_watts": usage.mean_power_watts,
+            "gpu_utilization": usage.utilization,
+            "sm_clock_mhz": usage.sm_clock_mhz,
+            "environment": environment(),
+            **work.extra(),
+        }
+
+
+def count_flops(run: Callable[[], object]) -> float:
+    """Floating-point operations of matrix products and convolutions in one call of `run`, which is not compiled."""
+    counter = FlopCounterMode(display=False)
+    with counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+@cache
+def matmul_ceiling(dtype: str) -> float:
+    """FLOP/s of a large square matrix product, the best of some: what this device can do at most."""
+    size = CEILING_SIZES[device().type]
+    a, b = (torch.randn(size, size, device=device()).to(DTYPES[dtype]) for _ in range(2))
+    best = float("inf")
+    for _ in range(CEILING_ROUNDS):
+        synchronize()
+        started = time.perf_counter()
+        a @ b
+        synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def memory(work: Work) -> dict[str, float | None]:
+    """MiB that one call takes: on a GPU by CUDA's count; on a CPU what autograd saves, and the process's peak."""
+    if device().type == "cuda":
+        launch.forget_peak_memory(device())
+        before = torch.cuda.memory_allocated()
+        work.run()
+        synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        return {"peak_memory_mib": peak / 2**20, "peak_memory_of_call_mib": (peak - before) / 2**20}
+    saved = None if work.parameters is None else saved_for_backward(work.run, work.parameters) / 2**20
+    forget_peak_rss()
+    work.run()
+    return {"saved_for_backward_mib": saved, "peak_rss_mib": peak_rss_mib()}
+
+
+def saved_for_backward(run: Callable[[], object], parameters: tuple[Tensor, ...]) -> int:
+    """Bytes that autograd keeps between forward and backward in one call of `run`.
+
+    Counted by saved-tensor hooks: each storage once, however many views of it are saved, in full; the storages of
+    `parameters` are not counted, as they are there anyway.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in parameters}
+    storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is given out twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in storages.values())
+
+
+def forget_peak_rss() -> None:
+    """Let `peak_rss_mib` count from here on; elsewhere than on Linux it can't."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_rss_mib() -> float:
+    """MiB that the process had resident at most, since `forget_peak_rss` where that works."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
+    return launch.peak_memory_mib(torch.device("cpu"))
+
+
+def seconds_of(run: Callable[[], object]) -> float:
+    """Seconds that `run` takes."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """First quartile, median, third quartile; of one value three times the value."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, method="inclusive")
+    return low, middle, high

@@ -1,0 +1,81 @@
+"""The typical training script, as people copy it: the same model and images, everything else as it is mostly done.
+
+A loop over the heads, eager float32, torchvision transforms on PIL images in a DataLoader with two workers, AdamW,
+and `.item()` on every step's loss and accuracy. Its workers stay alive from epoch to epoch, which is kinder than most.
+"""
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+import fastvit_train  # noqa: F401  registers the models
+
+HALF = (0.5, 0.5, 0.5)
+WORKERS = 2
+TRANSFORM = transforms.Compose(
+    [
+        transforms.ToTensor(),
+        transforms.RandomHorizontalFlip(p=0.5),
+        transforms.RandomResizedCrop((32, 32), scale=(0.8, 1.0), ratio=(0.75, 1.3333333333333333), antialias=True),
+        transforms.Normalize(HALF, HALF),
+    ]
+)
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """uint8 images (count, 3, height, width) and their labels, an image at a time, as torchvision's CIFAR10 does."""
+
+    def __init__(self, images: Tensor, labels: Tensor, transform: transforms.Compose = TRANSFORM) -> None:
+        self.images: np.ndarray = images.permute(0, 2, 3, 1).contiguous().numpy()
+        self.labels = labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.transform(Image.fromarray(self.images[index])), self.labels[index]
+
+
+def loader(pictures: Pictures, batch_size: int) -> DataLoader[tuple[Tensor, int]]:
+    """Shuffled batches; a ragged last one is left out, as the trainer does."""
+    return DataLoader(
+        pictures,
+        batch_size,
+        shuffle=True,
+        num_workers=WORKERS,
+        drop_last=True,
+        persistent_workers=True,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+class Script:
+    """The script's state: model, optimizer and loader."""
+
+    def __init__(self, model: str, images: Tensor, labels: Tensor, batch_size: int) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.loader = loader(Pictures(images, labels), batch_size)
+        self.model = timm.create_model(model, attention="naive").to(self.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, weight_decay=0.01)
+
+    def epoch(self) -> tuple[float, int]:
+        """Train for one epoch; returns the mean loss and how many images there were."""
+        self.model.train()
+        total_loss, total_correct, seen = 0.0, 0.0, 0
+        for images, labels in self.loader:
+            images, labels = images.to(self.device), labels.to(self.device)
+            self.optimizer.zero_grad()
+            logits = self.model(images)
+            loss = F.cross_entropy(logits, labels)
+            loss.backward()
+            self.optimizer.step()
+            total_loss += loss.item() * len(images)
+            total_correct += (logits.argmax(1) == labels).sum().item()
+            seen += len(images)
+        return total_loss / seen, seen
