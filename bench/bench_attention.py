@@ -1,7 +1,7 @@
 """Self-attention over one batch: the operator's implementations, and the whole module beside torch's and timm's."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 from typing import cast
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastvit_kernels
 from bench.case import DTYPES, Case, Work, assert_close, device
-from bench.measure import count_flops
+from fastvit_train.roofline import count_flops
 
 SHAPES = {
     "cpu": [(256, 64, 48, 4), (64, 256, 256, 4)],
@@ -20,7 +20,7 @@ SHAPES = {
 }
 CALLS = {"cpu": 1, "cuda": 20}
 OPERATOR, MODULE = "attention operator", "attention module"
-PASSES = ("forward", "forward+backward")
+FORWARD, BOTH = PASSES = "forward", "forward+backward"
 TORCH, TIMM = "torch MultiheadAttention", "timm Attention"
 
 
@@ -81,49 +81,55 @@ def self_attention(dim: int, heads: int, implementation: str) -> fastvit_kernels
     return module
 
 
-def build(level: str, passes: str, name: str, shape: tuple[int, int, int], dtype: str, graph: bool, batch: int) -> Work:
+def made(
+    level: str, passes: str, row: str, shape: tuple[int, int, int], dtype: torch.dtype, batch: int
+) -> tuple[nn.Module, Callable[[], tuple[Tensor, ...]]]:
+    """A row's module and what is timed: a pass over the same tokens, with the same weights, for every row."""
     tokens, dim, heads = shape
-    draws = torch.Generator().manual_seed(1)
-    x, upstream = torch.randn(2, batch, tokens, dim, generator=draws)
+    implementation = row if row in fastvit_kernels.implementations() else "fused"
+    module = ROWS[level][row](self_attention(dim, heads, implementation).to(device(), dtype))
+    x, upstream = torch.randn(2, batch, tokens, dim, generator=torch.Generator().manual_seed(1))
+    inputs = x.to(device(), dtype, copy=True).requires_grad_()
+    if passes == FORWARD:
+        return module, partial(forward, module, inputs)
+    return module, partial(forward_and_backward, module, inputs, upstream.to(device(), dtype))
 
-    def module_of(row: str, dtype: torch.dtype) -> nn.Module:
-        implementation = row if row in fastvit_kernels.implementations() else "fused"
-        return ROWS[level][row](self_attention(dim, heads, implementation).to(device(), dtype))
 
-    def passes_of(module: nn.Module, dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
-        inputs = x.to(device(), dtype, copy=True).requires_grad_()
-        return once(module, inputs, upstream.to(device(), dtype) if passes == PASSES[1] else None)
+@lru_cache(maxsize=1)  # the rows of a group follow each other
+def reference(level: str, passes: str, shape: tuple[int, int, int], batch: int) -> tuple[Tensor, ...]:
+    """What every row should compute, in float64."""
+    _, run = made(level, passes, "naive", shape, torch.float64, batch)
+    return run()
 
-    module = module_of(name, DTYPES[dtype])
-    run = passes_of(module, DTYPES[dtype])
+
+def build(level: str, passes: str, name: str, shape: tuple[int, int, int], dtype: str, graph: bool, batch: int) -> Work:
+    module, run = made(level, passes, name, shape, DTYPES[dtype], batch)
     if graph:
         run = replayed(run)
 
     def check() -> None:
-        for found, right in zip(run(), passes_of(module_of("naive", torch.float64), torch.float64)(), strict=True):
+        for found, right in zip(run(), reference(level, passes, shape, batch), strict=True):
             assert_close(found, right, dtype, f"{name}'s {passes}")
 
-    flops = count_flops(passes_of(module_of("fused", DTYPES[dtype]), DTYPES[dtype]))
-    parameters = tuple(module.parameters()) if passes == PASSES[1] else None
-    return Work(run, check, batch, flops, parameters, calls=CALLS[device().type])
+    flops = batch * count_flops(made(level, passes, "fused", shape, torch.float32, 1)[1])
+    saves = tuple(module.parameters()) if passes == BOTH else None
+    return Work(run, check, batch, flops, saves, calls=CALLS[device().type])
 
 
-def once(module: nn.Module, x: Tensor, upstream: Tensor | None) -> Callable[[], tuple[Tensor, ...]]:
-    """One pass: the output alone without `upstream`, else with the gradients of x and of the weights by size."""
+def forward(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """The output alone."""
+    with torch.no_grad():
+        return (module(x),)
+
+
+def forward_and_backward(module: nn.Module, x: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    """The output, and the gradients of x and of the weights by size."""
     leaves: list[Tensor] = [x, *sorted(module.parameters(), key=Tensor.numel)]
-
-    def forward() -> tuple[Tensor, ...]:
-        with torch.no_grad():
-            return (module(x),)
-
-    def forward_and_backward() -> tuple[Tensor, ...]:
-        for leaf in leaves:
-            leaf.grad = None
-        output = module(x)
-        output.backward(upstream)
-        return output.detach(), *(cast(Tensor, leaf.grad) for leaf in leaves)
-
-    return forward if upstream is None else forward_and_backward
+    for leaf in leaves:
+        leaf.grad = None
+    output = module(x)
+    output.backward(upstream)
+    return output.detach(), *(cast(Tensor, leaf.grad) for leaf in leaves)
 
 
 def replayed(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.bench_attention import replayed, unavailable
 from bench.bench_step import EAGER, Training, model_batch
 from bench.case import DTYPES, Case, Work, assert_close, device
-from bench.measure import count_flops
+from fastvit_train.roofline import count_flops
 
 MODELS = ("mc_vit_4_4_32", "cvt_7_4_32")
 LATENCY, THROUGHPUT = "inference latency", "inference throughput"
@@ -41,7 +41,7 @@ def build(name: str, implementation: str, compiled: bool, graph: bool, dtype: st
         reference = logits_of(Training(name, "naive", False, "fp32", batch))
         assert_close(run()[0], reference()[0], dtype, f"{name}'s logits")
 
-    flops = count_flops(logits_of(Training(name, "fused", False, dtype, batch)))
+    flops = batch * count_flops(logits_of(Training(name, "fused", False, "fp32", 1)))
     return Work(run, check, batch, flops, calls={"cpu": 1, "cuda": 20}[device().type])
 
 

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from bench.bench_attention import unavailable
 from bench.case import DTYPES, Case, Work, assert_close, device
-from bench.measure import count_flops
 from fastvit_train.config import OptimConfig
 from fastvit_train.models import compile_blocks, pretrained_cfg
 from fastvit_train.optim import build_optimizer
+from fastvit_train.roofline import count_flops
 
 MODELS = {"c_vit_4_4_32": 256, "mc_vit_4_4_32": 256, "cvt_7_4_32": 32, "cct_7_3x1_32": 32}
 """with the batch for two CPU cores; a GPU takes eight times as many"""
@@ -68,14 +68,20 @@ class Training:
         self.optimizer.zero_grad()
         return loss
 
-    def loss_and_gradients(self) -> tuple[Tensor, list[Tensor]]:
-        """What a step computes, without dropout so that it can be compared."""
+    def loss_and_gradients(self) -> tuple[Tensor, Tensor]:
+        """What a step computes, all gradients in one tensor; without dropout, so that it can be compared."""
         dropouts = (getattr(m, "attn_drop", 0) or (isinstance(m, nn.Dropout) and m.p) for m in self.model.modules())
         self.model.train(not any(dropouts))
         loss = self.loss()
-        gradients = list(torch.autograd.grad(loss, list(self.model.parameters())))
+        gradients = torch.autograd.grad(loss, list(self.model.parameters()))
         self.model.train()
-        return loss, gradients
+        return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+
+@lru_cache(maxsize=1)  # the rows of a group follow each other
+def reference(name: str, batch: int, settings: tuple[tuple[str, Any], ...]) -> tuple[Tensor, Tensor]:
+    """The loss and the gradients that every row's first step should have."""
+    return Training(name, "naive", False, "fp32", batch, **dict(settings)).loss_and_gradients()
 
 
 def build(name: str, implementation: str, compiled: bool, dtype: str, batch: int, **settings: Any) -> Work:
@@ -84,27 +90,17 @@ def build(name: str, implementation: str, compiled: bool, dtype: str, batch: int
 
     def check() -> None:
         training.model.load_state_dict(start)
-        reference = Training(name, "naive", False, "fp32", batch, **settings)
-        reference.model.load_state_dict(start)
         loss, gradients = training.loss_and_gradients()
-        right_loss, right_gradients = reference.loss_and_gradients()
+        right_loss, right_gradients = reference(name, batch, tuple(settings.items()))
         assert_close(loss, right_loss, dtype, f"{implementation}'s loss")
-        flat, right_flat = (torch.cat([g.flatten() for g in each]) for each in (gradients, right_gradients))
-        assert_close(flat, right_flat, dtype, f"{implementation}'s gradients")
-        before = training.loss().item()
+        assert_close(gradients, right_gradients, dtype, f"{implementation}'s gradients")
         for _ in range(3):
             training.step()
-        assert training.loss().item() < before, "three steps on one batch did not lower its loss"
+        assert training.loss().item() < loss.item(), "three steps on one batch did not lower its loss"
 
-    plain = Training(name, "fused", False, dtype, batch, **settings)
-    return Work(
-        training.step,
-        check,
-        batch,
-        count_flops(plain.step),
-        tuple(training.model.parameters()),
-        calls={"cpu": 1, "cuda": 20}[device().type],
-    )
+    flops = batch * count_flops(Training(name, "fused", False, "fp32", 1, **settings).step)
+    parameters = tuple(training.model.parameters())
+    return Work(training.step, check, batch, flops, parameters, calls={"cpu": 1, "cuda": 20}[device().type])
 
 
 def model_batch(name: str) -> int:

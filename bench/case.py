@@ -21,12 +21,6 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def synchronize() -> None:
-    """Wait until the device has done its work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 @dataclass(frozen=True)
 class Work:
     """Something ready to be timed.

@@ -10,7 +10,7 @@ from bench.case import CHECK_BATCH, Case, many_compiled_at_once
 from bench.measure import Row
 from fastvit_train.launch import use_all_cores
 
-ROUNDS_IN_TURN = 7
+ROUNDS_IN_TURN = 5
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -4,23 +4,20 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
 
-from bench.case import DTYPES, Case, Work, device, synchronize
+from bench.case import DTYPES, Case, Work, device
 from bench.environment import environment
 from fastvit_train import launch
+from fastvit_train.roofline import matmul_ceiling, synchronize
 from fastvit_train.telemetry import Meter, Usage
 
 WARM_UP_CALLS = 2
-CEILING_SIZES = {"cpu": 2048, "cuda": 8192}
-CEILING_ROUNDS = 10
 
 
 class Row:
@@ -36,7 +33,7 @@ class Row:
         self.work: Work = case.build(batch or case.batch)
         started = time.perf_counter()
         self.work.run()
-        synchronize()
+        synchronize(device())
         self.first_call_seconds = time.perf_counter() - started
         self.work.check()
         self._meter = Meter(device())
@@ -46,13 +43,13 @@ class Row:
         """Calls outside the clock."""
         for _ in range(WARM_UP_CALLS):
             self.work.run()
-        synchronize()
+        synchronize(device())
 
     def block(self) -> None:
         """What is timed: some calls, and waiting for the device."""
         for _ in range(self.work.calls):
             self.work.run()
-        synchronize()
+        synchronize(device())
         self._blocks += 1
 
     def metered(self, run: Callable[[], Any]) -> Usage:
@@ -71,7 +68,7 @@ class Row:
         """
         work, case = self.work, self.case
         seconds = block_seconds / work.calls
-        ceiling = matmul_ceiling(case.dtype) if work.flops is not None else None
+        ceiling = matmul_ceiling(DTYPES[case.dtype], device()) if work.flops is not None else None
         images = self._blocks * work.calls * work.images
         return {
             "what": case.what,
@@ -95,36 +92,13 @@ class Row:
         }
 
 
-def count_flops(run: Callable[[], object]) -> float:
-    """Floating-point operations of matrix products and convolutions in one call of `run`, which is not compiled."""
-    counter = FlopCounterMode(display=False)
-    with counter:
-        run()
-    return float(counter.get_total_flops())
-
-
-@cache
-def matmul_ceiling(dtype: str) -> float:
-    """FLOP/s of a large square matrix product, the best of some: what this device can do at most."""
-    size = CEILING_SIZES[device().type]
-    a, b = (torch.randn(size, size, device=device()).to(DTYPES[dtype]) for _ in range(2))
-    best = float("inf")
-    for _ in range(CEILING_ROUNDS):
-        synchronize()
-        started = time.perf_counter()
-        a @ b
-        synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
 def memory(work: Work) -> dict[str, float | None]:
     """MiB that one call takes: on a GPU by CUDA's count; on a CPU what autograd saves, and the process's peak."""
     if device().type == "cuda":
         launch.forget_peak_memory(device())
         before = torch.cuda.memory_allocated()
         work.run()
-        synchronize()
+        synchronize(device())
         peak = torch.cuda.max_memory_allocated()
         return {"peak_memory_mib": peak / 2**20, "peak_memory_of_call_mib": (peak - before) / 2**20}
     saved = None if work.parameters is None else saved_for_backward(work.run, work.parameters) / 2**20

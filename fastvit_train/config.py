@@ -117,6 +117,8 @@ class RunConfig:
     """images per evaluation step and process"""
     seed: int = 0
     """of the weights, the order and the augmentation"""
+    compile: bool = False
+    """torch.compile the transformer blocks; what compiling takes is reported apart"""
     save_every: int = 0
     """checkpoint every so many optimizer steps, besides at every epoch's end"""
     save_model_every: int = 0
@@ -141,8 +143,8 @@ class TrainConfig:
 
 # What may change between a run and its resumption.
 NOT_COMPARED = frozenset(
-    {"recipe", "exp_name", "runs_dir", "data_dir", "data_url", "stream", "weights", "attention", "eval_batch_size"}
-    | {"save_every", "save_model_every", "stop_after", "track", "telemetry"}
+    {"recipe", "exp_name", "runs_dir", "data_dir", "data_url", "stream", "weights", "attention", "compile"}
+    | {"eval_batch_size", "save_every", "save_model_every", "stop_after", "track", "telemetry"}
 )
 
 

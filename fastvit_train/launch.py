@@ -62,6 +62,13 @@ def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelera
     return accelerator
 
 
+def check_compiled_once(compiled: bool) -> None:
+    """Raise UserError where --compile meets a launch that compiles the model too."""
+    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
+    if compiled and backend.upper() != "NO":
+        raise UserError(f"--compile and the launch's dynamo backend {backend!r} both compile the model; leave one out")
+
+
 def everywhere(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
     """Do `action` on every process and wait for all; a UserError on any of them is raised on all of them.
 

@@ -20,6 +20,7 @@ from fastvit_train.models import (
     build_model,
     check_attention,
     check_model,
+    compile_blocks,
     native_image_size,
     pick_attention,
     pretrained_cfg,
@@ -81,6 +82,7 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     config = resolve(config)
     threads = launch.use_all_cores()
     folder = RunFolder(Path(config.run.runs_dir) / str(config.run.exp_name))
+    launch.check_compiled_once(config.run.compile)
     accelerator = launch.start(config.optim.grad_accum, config.run.track, folder.root)
     log = Log(accelerator.is_main_process)
     resuming = launch.everywhere(accelerator, lambda: folder.check(config, resume, overwrite))
@@ -106,9 +108,12 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     train_loader = build_train_loader(config, dataset, model, batch_size, place)
     eval_loader = build_eval_loader(config, dataset, model, place)
     compile_seconds = None
-    if config.model.attention in COMPILING:
+    if config.run.compile or config.model.attention in COMPILING:
+        sizes = (micro_batch, eval_loader.batch_size, image_size(config))
         with accelerator.autocast():
-            compile_seconds = warm_up(model, micro_batch, eval_loader.batch_size, image_size(config), place.device)
+            compile_seconds = warm_up(model, *sizes, place.device, config.run.compile)
+    if config.run.compile:
+        compile_blocks(model)
     launch.forget_peak_memory(accelerator.device)
     optimizer = optim.build_optimizer(model, config.optim)
     scheduler = optim.build_schedule(optimizer, config.optim, config.run.epochs, train_loader.steps_per_epoch)
@@ -236,7 +241,9 @@ def _introduce(job: Job, threads: str, resuming: bool, attention: list[str]) -> 
     for line in attention:
         log.line(line)
     if job.compile_seconds is not None:
-        log.line(f"first passes, in which the attention compiles: {job.compile_seconds:.1f} s")
+        what = "the model" if config.run.compile else "the attention"
+        what = "the model" if config.run.compile else "the attention"
+        log.line(f"first passes, in which {what} compiles: {job.compile_seconds:.1f} s")
     log.line(
         f"{job.dataset.name}: {len(job.dataset.train.labels):,} images to train on, "
         f"{len(job.dataset.test.labels):,} ({job.dataset.evaluated_on}) to evaluate on, "

@@ -2,11 +2,14 @@
 
 import math
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 
 from fastvit_train import checkpoint, report, telemetry
 from fastvit_train.config import TrainConfig
@@ -15,6 +18,8 @@ from fastvit_train.evaluate import Evaluation, evaluate
 from fastvit_train.progress import ProgressBar
 from fastvit_train.setup import Job, setup
 from fastvit_train.tracking import Resume
+
+Phase = Callable[[str], AbstractContextManager[Any]]
 
 
 def fit(config: TrainConfig, *, resume: Resume = "never", overwrite: bool = False) -> dict[str, Any]:
@@ -56,8 +61,11 @@ def _train(job: Job) -> dict[str, Any]:
     return summary
 
 
-def train_epoch(job: Job, bar: ProgressBar) -> None:
-    """Train to the end of the epoch under way; `job.progress` keeps the step, the losses and the time."""
+def train_epoch(job: Job, bar: ProgressBar, phase: Phase = record_function) -> None:
+    """Train to the end of the epoch under way; `job.progress` keeps the step, the losses and the time.
+
+    Each part of a step runs within `phase(its name)`: "input", "forward", "backward", "optimizer".
+    """
     config, accelerator, progress, model = job.config, job.accelerator, job.progress, job.model
     steps = job.train_loader.steps_per_epoch
     losses, correct = _restore_sums(job)
@@ -66,15 +74,19 @@ def train_epoch(job: Job, bar: ProgressBar) -> None:
     job.meter.start()
     while progress.step_in_epoch < steps:
         for _ in range(config.optim.grad_accum):
-            images, labels = next(micro_batches)
+            with phase("input"):
+                images, labels = next(micro_batches)
             with accelerator.accumulate(model):
-                logits = model(images)
-                loss = F.cross_entropy(logits, labels, label_smoothing=config.optim.label_smoothing)
-                accelerator.backward(loss)
-                if config.optim.clip_grad is not None and accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
-                job.optimizer.step()
-                job.optimizer.zero_grad()
+                with phase("forward"):
+                    logits = model(images)
+                    loss = F.cross_entropy(logits, labels, label_smoothing=config.optim.label_smoothing)
+                with phase("backward"):
+                    accelerator.backward(loss)
+                with phase("optimizer"):
+                    if config.optim.clip_grad is not None and accelerator.sync_gradients:
+                        accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
+                    job.optimizer.step()
+                    job.optimizer.zero_grad()
             losses[progress.step_in_epoch] += loss.detach() / config.optim.grad_accum
             correct += (logits.detach().argmax(1) == labels).sum()
         progress.step += 1

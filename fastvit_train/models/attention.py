@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import fastvit_kernels
 from fastvit_train.config import ModelConfig
 from fastvit_train.errors import UserError
+from fastvit_train.models.compiling import compile_blocks
 from fastvit_train.models.registry import OUR_MODELS
 
 AUTO = fastvit_kernels.AUTO
@@ -102,23 +103,28 @@ def _cases(
     return seen
 
 
-def warm_up(model: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device) -> float:
+def warm_up(
+    model: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device, compiled: bool = False
+) -> float:
     """Seconds that the first passes of a copy of `model` take, in training (not with train_batch 0) and in evaluation.
 
-    Compiling in them would else be hidden in the first step. Weights and random state stay as they are.
+    With `compiled` its blocks are compiled, and those of `model` will share the code. Compiling in these passes would
+    else be hidden in the first step. Weights and random state stay as they are.
 
     Raises:
         UserError: where the attention can't serve the model's tokens.
     """
     try:
-        return _first_passes(model, train_batch, eval_batch, image_size, device)
+        probe = copy.deepcopy(model).to(device)
+        if compiled:
+            compile_blocks(probe)
+        return _first_passes(probe, train_batch, eval_batch, image_size, device)
     except ValueError as error:
         raise UserError(str(error)) from None
 
 
-def _first_passes(model: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device) -> float:
+def _first_passes(probe: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device) -> float:
     started = time.perf_counter()
-    probe = copy.deepcopy(model).to(device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         if train_batch:
             probe.train()(torch.zeros(train_batch, 3, image_size, image_size, device=device)).float().sum().backward()

@@ -1,0 +1,94 @@
+"""Rows measured in turn: every round times each once, so that what slows the machine slows all of them alike."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from bench.case import Case, device
+from bench.measure import Row, quartiles, seconds_of
+from fastvit_train.roofline import synchronize
+
+FEWEST, MOST = 9, 41
+"""rounds"""
+METERED_SECONDS = 1.0
+"""of work, at least, for a GPU's energy"""
+
+Result = dict[str, Any]
+
+
+def controls() -> dict[str, Callable[[], None]]:
+    """What no commit changes, timed in every round: a matrix product, and a copy that no cache holds."""
+    factor = 1 if device().type == "cpu" else 8
+    matrix = torch.randn(1024 * factor, 1024 * factor, device=device())
+    source = torch.zeros(64 * 2**20 * factor, dtype=torch.uint8, device=device())
+    target = torch.zeros_like(source)
+
+    def product() -> None:
+        matrix @ matrix
+        synchronize(device())
+
+    def copy() -> None:
+        target.copy_(source)
+        synchronize(device())
+
+    return {"matrix product": product, "copy": copy}
+
+
+def measure(groups: dict[str, list[Case]], seconds: float, console: Console) -> Iterator[list[Result]]:
+    """Each group's rows, measured; the last list holds the controls, over all groups.
+
+    Args:
+        groups: cases by group.
+        seconds: to spend on timing each row, about; no row is timed fewer than `FEWEST` times.
+        console: says what is under way.
+    """
+    control = controls()
+    control_seconds: dict[str, list[float]] = {name: [] for name in control}
+    for run in control.values():
+        run()
+    for name, cases in groups.items():
+        with ExitStack() as stack:
+            rows = []
+            for case in cases:
+                console.print(f"[dim]{case.id}: building, checking", end="\r")
+                row = Row(case)
+                stack.callback(row.work.close)
+                rows.append(row)
+            console.print(f"[dim]{name}: {len(rows)} rows in turn", end="\r")
+            yield _in_turn(rows, seconds, control, control_seconds)
+    yield [{"name": name, "seconds": values} for name, values in control_seconds.items()]
+
+
+def _in_turn(
+    rows: list[Row], seconds: float, control: dict[str, Callable[[], None]], control_seconds: dict[str, list[float]]
+) -> list[Result]:
+    for row in rows:
+        row.warm_up()
+    times = [[seconds_of(row.block)] for row in rows]
+    round_seconds = sum(first for (first,) in times)
+    rounds = min(MOST, max(FEWEST, math.ceil(seconds * len(rows) / round_seconds)))
+    for _ in range(rounds - 1):
+        for name, run in control.items():
+            control_seconds[name].append(seconds_of(run))
+        for row, values in zip(rows, times, strict=True):
+            values.append(seconds_of(row.block))
+    return [_result(row, values) for row, values in zip(rows, times, strict=True)]
+
+
+def _result(row: Row, block_seconds: list[float]) -> Result:
+    _, median, _ = quartiles(block_seconds)
+    blocks = math.ceil(METERED_SECONDS / median) if device().type == "cuda" else 1
+
+    def work() -> None:
+        for _ in range(blocks):
+            row.block()
+
+    usage = row.metered(work)
+    facts = row.facts(median, usage)
+    del facts["environment"]  # the same for all rows
+    seconds = [value / row.work.calls for value in block_seconds]
+    return {"id": row.case.id, "group": row.case.group, "name": row.case.name, "seconds": seconds, **facts}
