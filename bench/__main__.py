@@ -106,7 +106,7 @@ def run(groups: dict[str, list[Case]], arguments: Arguments) -> None:
         console.print(f"written to {path}", soft_wrap=True)
 
 
-HEAD = ("", "ms (quartiles)", "images/s", "against the first", "MFU", "MiB", "first call, s")
+HEAD = ("", "ms", "quartiles", "images/s", "of the first's", "MFU", "MiB", "first call, s")
 
 
 def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
@@ -114,7 +114,7 @@ def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     return [
         (
             row["name"],
-            "{1:,.2f} ({0:,.2f} to {2:,.2f})".format(*(value * 1e3 for value in quartiles(row["seconds"]))),
+            *_milliseconds(row["seconds"]),
             f"{row['images_per_second']:,.0f}",
             f"{row['images_per_second'] / rows[0]['images_per_second']:.2f}x",
             "" if row["mfu"] is None else f"{row['mfu']:.0%}",
@@ -125,14 +125,20 @@ def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     ]
 
 
+def _milliseconds(seconds: list[float]) -> tuple[str, str]:
+    low, median, high = (value * 1e3 for value in quartiles(seconds))
+    return f"{median:,.1f}", f"{low:,.1f} to {high:,.1f}"
+
+
 def _memory(row: dict[str, Any]) -> str:
-    keys = ("peak_memory_of_call_mib", "saved_for_backward_mib", "peak_rss_mib")
+    keys = ["peak_memory_of_call_mib", "saved_for_backward_mib"]
+    keys += ["peak_rss_mib"] if row["what"] == bench_epoch.WHAT else []
     return next((f"{row[key]:,.0f}" for key in keys if row.get(key) is not None), "")
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     """A group for the terminal."""
-    result = Table(*HEAD, title=rows[0]["group"], title_justify="left")
+    result = Table(*HEAD, title=rows[0]["group"], title_justify="left", min_width=100)
     for row in cells(rows):
         result.add_row(*row)
     return result

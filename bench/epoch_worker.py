@@ -13,10 +13,11 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import psutil
+import torch
 from torch import Tensor
 
-from bench.measure import peak_rss_mib
 from bench.typical import Script
+from fastvit_train import memory
 from fastvit_train.config import TrainConfig, override
 from fastvit_train.data.datasets import load_dataset
 from fastvit_train.progress import ProgressBar
@@ -61,7 +62,7 @@ def ours(precision: str, batch: int, holdout: float, runs_dir: str) -> tuple[Epo
 def peak_mib() -> float:
     """MiB that this process had resident at most, with what its loader's workers have now."""
     children = psutil.Process().children(recursive=True)
-    return peak_rss_mib() + sum(child.memory_info().rss for child in children) / 2**20
+    return memory.peak_mib(torch.device("cpu")) + sum(child.memory_info().rss for child in children) / 2**20
 
 
 def main() -> None:

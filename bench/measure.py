@@ -3,8 +3,6 @@
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from bench.case import DTYPES, Case, Work, device
 from bench.environment import environment
-from fastvit_train import launch
+from fastvit_train import memory
 from fastvit_train.roofline import matmul_ceiling, synchronize
 from fastvit_train.telemetry import Meter, Usage
 
@@ -81,7 +79,7 @@ class Row:
             "matmul_ceiling_flops": ceiling,
             "mfu": None if work.flops is None or ceiling is None else work.flops / seconds / ceiling,
             "first_call_seconds": self.first_call_seconds,
-            **memory(work),
+            **memory_of(work),
             "energy_joules_per_image": None if usage.energy_joules is None else usage.energy_joules / images,
             "energy_unmeasured": usage.unmeasured,
             "mean_power_watts": usage.mean_power_watts,
@@ -92,19 +90,19 @@ class Row:
         }
 
 
-def memory(work: Work) -> dict[str, float | None]:
+def memory_of(work: Work) -> dict[str, float | None]:
     """MiB that one call takes: on a GPU by CUDA's count; on a CPU what autograd saves, and the process's peak."""
-    if device().type == "cuda":
-        launch.forget_peak_memory(device())
-        before = torch.cuda.memory_allocated()
-        work.run()
-        synchronize(device())
-        peak = torch.cuda.max_memory_allocated()
-        return {"peak_memory_mib": peak / 2**20, "peak_memory_of_call_mib": (peak - before) / 2**20}
-    saved = None if work.parameters is None else saved_for_backward(work.run, work.parameters) / 2**20
-    forget_peak_rss()
+    saved = None
+    if device().type == "cpu" and work.parameters is not None:
+        saved = saved_for_backward(work.run, work.parameters) / 2**20
+    before = torch.cuda.memory_allocated() if device().type == "cuda" else 0
+    memory.forget_peak(device())
     work.run()
-    return {"saved_for_backward_mib": saved, "peak_rss_mib": peak_rss_mib()}
+    synchronize(device())
+    peak = memory.peak_mib(device())
+    if device().type == "cpu":
+        return {"saved_for_backward_mib": saved, "peak_rss_mib": peak}
+    return {"peak_memory_mib": peak, "peak_memory_of_call_mib": peak - before / 2**20}
 
 
 def saved_for_backward(run: Callable[[], object], parameters: tuple[Tensor, ...]) -> int:
@@ -125,21 +123,6 @@ def saved_for_backward(run: Callable[[], object], parameters: tuple[Tensor, ...]
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         run()
     return sum(storage.nbytes() for storage in storages.values())
-
-
-def forget_peak_rss() -> None:
-    """Let `peak_rss_mib` count from here on; elsewhere than on Linux it can't."""
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_rss_mib() -> float:
-    """MiB that the process had resident at most, since `forget_peak_rss` where that works."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    return launch.peak_memory_mib(torch.device("cpu"))
 
 
 def seconds_of(run: Callable[[], object]) -> float:

@@ -54,11 +54,11 @@ def measure(groups: dict[str, list[Case]], seconds: float, console: Console) -> 
         with ExitStack() as stack:
             rows = []
             for case in cases:
-                console.print(f"[dim]{case.id}: building, checking", end="\r")
-                row = Row(case)
+                with console.status(f"building and checking: {case.id}"):
+                    row = Row(case)
                 stack.callback(row.work.close)
                 rows.append(row)
-            console.print(f"[dim]{name}: {len(rows)} rows in turn", end="\r")
+            console.print(f"{name}: {len(rows)} rows in turn")  # nothing moves while the clock runs
             yield _in_turn(rows, seconds, control, control_seconds)
     yield [{"name": name, "seconds": values} for name, values in control_seconds.items()]
 

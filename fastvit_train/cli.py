@@ -18,6 +18,7 @@ from rich.console import Console
 from fastvit_train import launch, plots, report
 from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, override
 from fastvit_train.errors import UserError
+from fastvit_train.profiling import profile_run
 from fastvit_train.recipes import recipe
 from fastvit_train.saved import evaluate_run
 from fastvit_train.train import fit
@@ -31,7 +32,7 @@ class TrainCommand:
     """Train a small Vision Transformer from scratch.
 
     Recipe < --config < flags. The resolved settings are saved with the run as config.yaml.
-    Other verbs: eval RUN, compare RUN [RUN...]; each has its own --help.
+    Other verbs: profile, eval RUN, compare RUN [RUN...]; each has its own --help.
     """
 
     config: str | None = None
@@ -40,6 +41,22 @@ class TrainCommand:
     """go on from the run's last checkpoint: auto if there is one, must insists"""
     overwrite: bool = False
     """start over where the folder holds a run already"""
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass(frozen=True)
+class ProfileCommand:
+    """Where a training step's time goes, and what to change first; takes the flags of a training."""
+
+    config: str | None = None
+    """YAML file of settings, named as the flags are"""
+    steps: int = 20
+    """to measure at a time"""
+    output: Path = Path("profile")
+    """folder for the trace and the figures"""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -79,6 +96,16 @@ def train(args: Sequence[str]) -> None:
     fit(config, resume=command.resume, overwrite=command.overwrite)
 
 
+def profile(args: Sequence[str]) -> None:
+    base, source = _base_config(args)
+    default = ProfileCommand(config=source, run=base.run, model=base.model, data=base.data, optim=base.optim)
+    command = _parse(ProfileCommand, args, default=default)
+    if command.steps < 1:
+        raise UserError(f"--steps {command.steps} is out of range; allowed: 1 or more")
+    config = TrainConfig(command.run, command.model, command.data, command.optim)
+    profile_run(config, command.steps, command.output)
+
+
 def evaluate(args: Sequence[str]) -> None:
     command = _parse(EvalCommand, args)
     evaluate_run(command.run, attention=command.attention, data_dir=command.data_dir)
@@ -97,7 +124,12 @@ def compare(args: Sequence[str]) -> None:
     print(f"written to {command.output}")
 
 
-VERBS: dict[str, Callable[[Sequence[str]], None]] = {"train": train, "eval": evaluate, "compare": compare}
+VERBS: dict[str, Callable[[Sequence[str]], None]] = {
+    "train": train,
+    "profile": profile,
+    "eval": evaluate,
+    "compare": compare,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
-from fastvit_train import launch
+from fastvit_train import launch, memory
 from fastvit_train.config import flatten
 from fastvit_train.errors import UserError
 from fastvit_train.evaluate import Evaluation
@@ -47,7 +47,7 @@ def record_epoch(job: Job, evaluation: Evaluation, eval_seconds: float) -> None:
         "images_per_second": images / seconds,
         "seconds": seconds,
         "eval_seconds": eval_seconds,
-        "peak_memory_mib": launch.peak_memory_mib(job.accelerator.device),
+        "peak_memory_mib": memory.peak_mib(job.accelerator.device),
         **_gpu_usage(seconds, progress.epoch_joules, progress.epoch_busy_seconds),
     }
     if job.accelerator.is_main_process:
@@ -135,7 +135,7 @@ def _summary(job: Job, evaluation: Evaluation) -> dict[str, Any]:
         "train_seconds": progress.train_seconds,
         "compile_seconds": job.compile_seconds,
         "images_per_second": images / progress.train_seconds if progress.train_seconds else None,
-        "peak_memory_mib": launch.peak_memory_mib(accelerator.device),
+        "peak_memory_mib": memory.peak_mib(accelerator.device),
         **_gpu_usage(progress.train_seconds, progress.energy_joules, progress.busy_seconds),
         "energy_unmeasured": progress.energy_unmeasured,
         "attention": config.model.attention,

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from fastvit_train import checkpoint, launch, optim
+from fastvit_train import checkpoint, launch, memory, optim
 from fastvit_train.checkpoint import Progress
 from fastvit_train.config import TrainConfig, validate
 from fastvit_train.data.datasets import DatasetSpec, Split, check_labels, load_dataset
@@ -114,7 +114,7 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
             compile_seconds = warm_up(model, *sizes, place.device, config.run.compile)
     if config.run.compile:
         compile_blocks(model)
-    launch.forget_peak_memory(accelerator.device)
+    memory.forget_peak(accelerator.device)
     optimizer = optim.build_optimizer(model, config.optim)
     scheduler = optim.build_schedule(optimizer, config.optim, config.run.epochs, train_loader.steps_per_epoch)
     model, optimizer = accelerator.prepare(model, optimizer)

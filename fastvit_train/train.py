@@ -64,7 +64,8 @@ def _train(job: Job) -> dict[str, Any]:
 def train_epoch(job: Job, bar: ProgressBar, phase: Phase = record_function) -> None:
     """Train to the end of the epoch under way; `job.progress` keeps the step, the losses and the time.
 
-    Each part of a step runs within `phase(its name)`: "input", "forward", "backward", "optimizer".
+    Each part of a step runs within `phase(its name)`: "input", "forward", "backward", "optimizer"; the epoch's end,
+    where the host waits for the device, within "waiting".
     """
     config, accelerator, progress, model = job.config, job.accelerator, job.progress, job.model
     steps = job.train_loader.steps_per_epoch
@@ -97,7 +98,8 @@ def train_epoch(job: Job, bar: ProgressBar, phase: Phase = record_function) -> N
             _settle(job, losses, correct)
             save_checkpoint(job)
             job.meter.start()
-    _settle(job, losses, correct)
+    with phase("waiting"):
+        _settle(job, losses, correct)
 
 
 def save_checkpoint(job: Job) -> None:

@@ -55,6 +55,16 @@ def set_attention(model: nn.Module, name: str) -> None:
         raise UserError(f"{error}; take --attention {TIMM}, the model's own") from None
 
 
+def alternatives(model: nn.Module, name: str) -> list[str]:
+    """The attentions other than `name` that `model` could compute with here, and fast; none where it keeps its own."""
+    if name == TIMM or not fastvit_kernels.swappable(model):
+        return []
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    slow = () if on_gpu else ("triton",)  # its interpreter
+    names = (other for other, reason in fastvit_kernels.implementations().items() if reason is None)
+    return [other for other in names if other not in (name, AUTO, *slow)]
+
+
 def pick_attention(model: nn.Module, batch_size: int, image_size: int, device: torch.device) -> tuple[str, list[str]]:
     """The attention that trains `model` fastest, measured, and what to say of it, a line per shape.
 
