@@ -28,6 +28,7 @@ from bench.environment import ROOT, environment
 from bench.measure import quartiles
 from fastvit_train.errors import UserError
 from fastvit_train.launch import use_all_cores
+from fastvit_train.tracking import write_atomically
 
 SUITES = (bench_epoch, bench_step, bench_input, bench_attention, bench_inference, bench_scaling, bench_telemetry)
 MAIN = (
@@ -95,12 +96,11 @@ def run(groups: dict[str, list[Case]], arguments: Arguments) -> None:
     facts = environment()
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), soft_wrap=True)
     rows: list[dict[str, Any]] = []
-    measured = turns.measure(groups, arguments.seconds, console)
-    for _, results in zip(groups, measured, strict=False):
+    for results, controls in turns.measure(groups, arguments.seconds, console):
         rows += results
         console.print(table(results))
-    document = {"environment": facts, "controls": next(measured), "rows": rows}
-    (folder / "bench.json").write_text(json.dumps(document, indent=1) + "\n")
+        document = {"environment": facts, "controls": controls, "rows": rows}
+        write_atomically(folder / "bench.json", json.dumps(document, indent=1) + "\n")
     (folder / "table.md").write_text(markdown(rows, facts))
     for path in (folder / "bench.json", folder / "table.md", *plots.draw(rows, facts, folder)):
         console.print(f"written to {path}", soft_wrap=True)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from bench.bench_attention import replayed, unavailable
-from bench.bench_step import EAGER, Training, model_batch
+from bench.bench_step import EAGER, MODELS, Training
 from bench.case import DTYPES, Case, Work, assert_close, device
 from fastvit_train.roofline import count_flops
 
-MODELS = ("mc_vit_4_4_32", "cvt_7_4_32")
 LATENCY, THROUGHPUT = "inference latency", "inference throughput"
 ROWS = {**{name: (name, False, False) for name in EAGER}, "fused, compiled blocks": ("fused", True, False)}
 """row to attention implementation, whether blocks are compiled, whether a CUDA graph is replayed"""
@@ -46,8 +45,8 @@ def build(name: str, implementation: str, compiled: bool, graph: bool, dtype: st
 
 
 def cases() -> Iterator[Case]:
-    for what, name, dtype in product((LATENCY, THROUGHPUT), MODELS, DTYPES):
-        batch = 1 if what == LATENCY else model_batch(name)
+    for what, name, dtype in product((LATENCY, THROUGHPUT), ("mc_vit_4_4_32", "cvt_7_4_32"), DTYPES):
+        batch = 1 if what == LATENCY else max(MODELS[device().type][name])
         for row, (implementation, compiled, graph) in ROWS.items():
             yield Case(
                 what,
@@ -57,7 +56,7 @@ def cases() -> Iterator[Case]:
                 batch,
                 partial(build, name, implementation, compiled, graph, dtype),
                 unavailable(implementation),
-                slow_check="compiled" in row and name != MODELS[0],
+                slow_check="compiled" in row and name != "mc_vit_4_4_32",
             )
 
 

@@ -18,6 +18,7 @@ METERED_SECONDS = 1.0
 """of work, at least, for a GPU's energy"""
 
 Result = dict[str, Any]
+Results = list[Result]
 
 
 def controls() -> dict[str, Callable[[], None]]:
@@ -38,8 +39,8 @@ def controls() -> dict[str, Callable[[], None]]:
     return {"matrix product": product, "copy": copy}
 
 
-def measure(groups: dict[str, list[Case]], seconds: float, console: Console) -> Iterator[list[Result]]:
-    """Each group's rows, measured; the last list holds the controls, over all groups.
+def measure(groups: dict[str, list[Case]], seconds: float, console: Console) -> Iterator[tuple[Results, Results]]:
+    """Each group's rows, measured, and with them the controls of all groups so far.
 
     Args:
         groups: cases by group.
@@ -59,13 +60,13 @@ def measure(groups: dict[str, list[Case]], seconds: float, console: Console) -> 
                 stack.callback(row.work.close)
                 rows.append(row)
             console.print(f"{name}: {len(rows)} rows in turn")  # nothing moves while the clock runs
-            yield _in_turn(rows, seconds, control, control_seconds)
-    yield [{"name": name, "seconds": values} for name, values in control_seconds.items()]
+            results = _in_turn(rows, seconds, control, control_seconds)
+        yield results, [{"name": name, "seconds": values} for name, values in control_seconds.items()]
 
 
 def _in_turn(
     rows: list[Row], seconds: float, control: dict[str, Callable[[], None]], control_seconds: dict[str, list[float]]
-) -> list[Result]:
+) -> Results:
     for row in rows:
         row.warm_up()
     times = [[seconds_of(row.block)] for row in rows]
