@@ -93,6 +93,8 @@ def run(groups: dict[str, list[Case]], arguments: Arguments) -> None:
     use_all_cores()
     many_compiled_at_once()
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 120
     facts = environment()
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), soft_wrap=True)
     rows: list[dict[str, Any]] = []

@@ -15,7 +15,7 @@ from fastvit_train import memory
 from fastvit_train.roofline import matmul_ceiling, synchronize
 from fastvit_train.telemetry import Meter, Usage
 
-WARM_UP_CALLS = 2
+WARM_UP_SECONDS = 0.5
 
 
 class Row:
@@ -38,10 +38,10 @@ class Row:
         self._blocks = 0
 
     def warm_up(self) -> None:
-        """Calls outside the clock."""
-        for _ in range(WARM_UP_CALLS):
-            self.work.run()
-        synchronize(device())
+        """Blocks outside the clock."""
+        started = time.perf_counter()
+        while time.perf_counter() - started < WARM_UP_SECONDS:
+            self.block()
 
     def block(self) -> None:
         """What is timed: some calls, and waiting for the device."""

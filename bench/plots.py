@@ -54,7 +54,7 @@ def bars(rows: Rows, figure: str, label: str, environment: dict[str, Any], path:
         panel.set(title=shape, xlabel=label)
         panel.invert_yaxis()
         panel.margins(x=0.18)
-    panels[0][-1].legend(loc="lower right")
+    picture.legend(*panels[0][0].get_legend_handles_labels(), loc="lower right", ncols=2)
     return _save(picture, environment, path)
 
 
@@ -64,10 +64,10 @@ def lines(rows: Rows, environment: dict[str, Any], path: Path) -> Path:
     picture, panels = plt.subplots(1, len(kinds), figsize=(1 + 4.5 * len(kinds), 4.2), squeeze=False)
     for panel, kind in zip(panels[0], kinds, strict=True):
         own = [row for row in rows if row["what"] == kind]
+        panel.set(title=kind, xscale="log", yscale="log", ylabel="µs per image")
         for shape, dtype in dict.fromkeys((row["shape"], row["dtype"]) for row in own):
             _line(panel, [row for row in own if (row["shape"], row["dtype"]) == (shape, dtype)])
-        panel.set(title=kind, xscale="log", yscale="log", ylabel="µs per image")
-        panel.grid(alpha=0.3, which="both")
+        panel.grid(alpha=0.3)
     panels[0][-1].legend(fontsize=8)
     return _save(picture, environment, path)
 
@@ -84,7 +84,7 @@ def _line(panel: Axes, rows: Rows) -> None:
         label=f"{implementation}, {rows[0]['dtype']}",
     )
     panel.set_xticks(sizes, [row["name"] for row in rows])
-    panel.minorticks_off()
+    panel.xaxis.minorticks_off()
 
 
 def _save(picture: Any, environment: dict[str, Any], path: Path) -> Path:

@@ -242,7 +242,6 @@ def _introduce(job: Job, threads: str, resuming: bool, attention: list[str]) -> 
         log.line(line)
     if job.compile_seconds is not None:
         what = "the model" if config.run.compile else "the attention"
-        what = "the model" if config.run.compile else "the attention"
         log.line(f"first passes, in which {what} compiles: {job.compile_seconds:.1f} s")
     log.line(
         f"{job.dataset.name}: {len(job.dataset.train.labels):,} images to train on, "
