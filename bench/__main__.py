@@ -23,11 +23,10 @@ from bench import (
     plots,
     turns,
 )
-from bench.case import Case, device, many_compiled_at_once
+from bench.case import Case, device, many_compiled_at_once, prepare_process
 from bench.environment import ROOT, environment
 from bench.measure import quartiles
 from fastvit_train.errors import UserError
-from fastvit_train.launch import use_all_cores
 from fastvit_train.tracking import write_atomically
 
 SUITES = (bench_epoch, bench_step, bench_input, bench_attention, bench_inference, bench_scaling, bench_telemetry)
@@ -66,7 +65,8 @@ def main() -> None:
         if arguments.list:
             print("\n".join(case.id for cases in groups.values() for case in cases))
             return
-        run(groups, arguments)
+        with many_compiled_at_once():
+            run(groups, arguments)
     except UserError as error:
         print(f"bench: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -90,8 +90,7 @@ def run(groups: dict[str, list[Case]], arguments: Arguments) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"can't write {folder} ({error.strerror}); choose another --output") from None
-    use_all_cores()
-    many_compiled_at_once()
+    prepare_process()
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120

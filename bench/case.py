@@ -2,12 +2,15 @@
 
 import platform
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from fastvit_train import launch, memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
@@ -95,8 +98,14 @@ def assert_close(found: Tensor, wanted: Tensor, dtype: str, what: str) -> None:
     assert distance <= TOLERANCES[dtype], f"{what}: {distance:.1e} from the reference, allowed {TOLERANCES[dtype]:.0e}"
 
 
-def many_compiled_at_once() -> None:
-    """Let rows that compile the same code for other shapes live side by side, each for its own shape."""
-    torch._dynamo.config.recompile_limit = 256
-    torch._dynamo.config.accumulated_recompile_limit = 4096
-    torch._dynamo.config.automatic_dynamic_shapes = False
+def prepare_process() -> None:
+    """Threads and memory as a training on this device sets them."""
+    launch.use_all_cores()
+    if device().type == "cpu":
+        memory.keep_freed()
+
+
+def many_compiled_at_once() -> AbstractContextManager[None]:
+    """Within it, rows that compile the same code for other shapes live side by side, each for its own shape."""
+    limits = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
+    return torch._dynamo.config.patch(automatic_dynamic_shapes=False, **limits)

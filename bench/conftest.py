@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.case import CHECK_BATCH, Case, many_compiled_at_once
+from bench.case import CHECK_BATCH, Case, many_compiled_at_once, prepare_process
 from bench.measure import Row
-from fastvit_train.launch import use_all_cores
 
 ROUNDS_IN_TURN = 5
 
@@ -18,24 +17,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_disable = not config.getoption("benchmark_enable")
     elif config.args_source is pytest.Config.ArgsSource.TESTPATHS:
         config.args = [str(Path(__file__).parent)]
-    many_compiled_at_once()
+    prepare_process()
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        case = (
-            item.callspec.params.get("case")
-            if isinstance(item, pytest.Function) and hasattr(item, "callspec")
-            else None
-        )
+        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
         if isinstance(case, Case) and case.slow_check and config.option.benchmark_disable:
             item.add_marker("slow")
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _threads() -> None:
-    use_all_cores()
 
 
 @pytest.fixture
@@ -45,14 +35,15 @@ def measure(benchmark: BenchmarkFixture) -> Callable[[Case], None]:
     def time_row(case: Case) -> None:
         if case.unavailable:
             pytest.skip(case.unavailable)
-        row = Row(case, CHECK_BATCH if benchmark.disabled else None)
-        try:
-            if benchmark.disabled:
-                benchmark(row.block)
-            else:
-                _time(benchmark, row)
-        finally:
-            row.work.close()
+        with many_compiled_at_once():
+            row = Row(case, CHECK_BATCH if benchmark.disabled else None)
+            try:
+                if benchmark.disabled:
+                    benchmark(row.block)
+                else:
+                    _time(benchmark, row)
+            finally:
+                row.work.close()
 
     return time_row
 

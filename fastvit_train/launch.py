@@ -16,6 +16,7 @@ from accelerate.utils import (
     ProjectConfiguration,
     gather_object,
 )
+from torch import nn
 
 from fastvit_train.data.images import local_processes
 from fastvit_train.errors import UserError
@@ -59,6 +60,13 @@ def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelera
     if missing:
         raise UserError(f"--track {' '.join(missing)} is not installed; pip install {' '.join(missing)}")
     return accelerator
+
+
+def broadcast_only_what_changes(accelerator: Accelerator, model: nn.Module) -> None:
+    """Let DDP broadcast the model's buffers, in every forward pass, only where training changes them: batch norm."""
+    if accelerator.ddp_handler is not None:
+        norms = (isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        accelerator.ddp_handler.broadcast_buffers = any(norms)
 
 
 def check_compiled_once(compiled: bool) -> None:

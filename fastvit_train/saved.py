@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from fastvit_train import launch
+from fastvit_train import launch, memory
 from fastvit_train.config import TrainConfig, override
 from fastvit_train.data.datasets import DatasetSpec
 from fastvit_train.data.loader import Place
@@ -34,6 +34,8 @@ def evaluate_run(run: Path, attention: str | None = None, data_dir: str | None =
 
     launch.use_all_cores()
     accelerator = launch.start(grad_accum=1, trackers=(), run_dir=run)
+    if accelerator.device.type == "cpu":
+        memory.keep_freed()
     dataset = load_data(config, accelerator)
     _check_classes(run, dataset)
     model = build_model(config.model, image_size(config), num_classes(config, dataset))

@@ -84,6 +84,8 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     folder = RunFolder(Path(config.run.runs_dir) / str(config.run.exp_name))
     launch.check_compiled_once(config.run.compile)
     accelerator = launch.start(config.optim.grad_accum, config.run.track, folder.root)
+    if accelerator.device.type == "cpu":
+        memory.keep_freed()
     log = Log(accelerator.is_main_process)
     resuming = launch.everywhere(accelerator, lambda: folder.check(config, resume, overwrite))
     if resuming and config.model.attention == AUTO:
@@ -117,6 +119,7 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     memory.forget_peak(accelerator.device)
     optimizer = optim.build_optimizer(model, config.optim)
     scheduler = optim.build_schedule(optimizer, config.optim, config.run.epochs, train_loader.steps_per_epoch)
+    launch.broadcast_only_what_changes(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
 
     progress = Progress()

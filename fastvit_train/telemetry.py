@@ -17,6 +17,8 @@ from accelerate.utils import gather_object
 
 INTERVAL = 0.1
 """seconds between two samples"""
+COUNTED_SECONDS = 1.0
+"""from here on the card's energy counter is exact enough: it moves on some ten times a second"""
 CLOCK_SM = 1  # NVML_CLOCK_SM
 
 
@@ -97,32 +99,40 @@ class Meter:
         self._stopped.set()
         self._thread.join()
         self._sample()
-        energy = self._energy()
+        energy = self._energy(seconds)
         return Usage(
             seconds,
             energy,
-            utilization=_mean([utilization for _, _, utilization, _ in self._samples]),
+            utilization=_mean([utilization for _, _, utilization, _ in self._samples[1:]]),
             sm_clock_mhz=_mean([clock for _, _, _, clock in self._samples]),
-            unmeasured=None
-            if energy is not None
-            else "; ".join(self._faults.values()) or "the card's count of energy went back",
+            unmeasured=None if energy is not None else self._why_not(),
         )
+
+    def _why_not(self) -> str:
+        return "; ".join(self._faults.values()) or "the card's count of energy did not grow"
 
     def _keep_sampling(self) -> None:
         while not self._stopped.wait(INTERVAL):
             self._sample()
 
     def _sample(self) -> None:
-        power = None if self._has_counter else self._read("nvmlDeviceGetPowerUsage")
+        power = self._read("nvmlDeviceGetPowerUsage")
         rates = self._read("nvmlDeviceGetUtilizationRates")
         clock = self._read("nvmlDeviceGetClockInfo", CLOCK_SM)
         self._samples.append((time.perf_counter(), power, None if rates is None else rates.gpu / 100, clock))
 
-    def _energy(self) -> float | None:
-        """Joules since `start`: by the card's counter, or where it has none by the power's integral."""
-        if self._has_counter:
-            before, after = self._counter, self._read_counter()
-            return None if before is None or after is None or after < before else (after - before) / 1e3
+    def _energy(self, seconds: float) -> float | None:
+        """Joules since `start`: by the card's counter, or where it has none or the time was short by the power."""
+        counted = self._counted()
+        integrated = self._integrated()
+        preferred = (counted, integrated) if seconds >= COUNTED_SECONDS else (integrated, counted)
+        return next((joules for joules in preferred if joules is not None), None)
+
+    def _counted(self) -> float | None:
+        before, after = self._counter, self._read_counter()
+        return None if before is None or after is None or after <= before else (after - before) / 1e3
+
+    def _integrated(self) -> float | None:
         powers = [(at, power) for at, power, _, _ in self._samples if power is not None]
         if len(powers) < len(self._samples):
             return None

@@ -197,7 +197,6 @@ def test_rows_of_a_group_take_turns() -> None:
 def test_the_main_comparison_is_written_compared_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", torch._dynamo.config.recompile_limit)
     only = ["--only", "attention operator forward, B256 N64 D48 H4, bf16, fused", "--seconds", "0.3"]
     before, after = tmp_path / "before", tmp_path / "after"
     bench(monkeypatch, *only, "--output", str(before))

@@ -33,7 +33,7 @@ def test_every_model_is_counted() -> None:
 def test_timm_interface(name: str, seed: int) -> None:
     model = timm.create_model(name, num_classes=7, drop_rate=0.1, attn_drop_rate=0.1, drop_path_rate=0.2)
     images = torch.randn(2, 3, 32, 32)
-    assert [block.drop_path_rate for block in model.blocks][-1] == 0.2
+    assert model.blocks[-1].drop_path.keep_prob == pytest.approx(0.8)
     assert not torch.equal(model.train()(images), model(images)), "dropout does nothing in training"
     model.eval()
     logits = model(images)
@@ -73,7 +73,9 @@ def test_every_size_is_settable() -> None:
     block = model.blocks[-1]
     assert model.pos_embed.shape == (1, 36, 32) and not model.pos_embed.requires_grad
     assert (len(model.blocks), block.attn.num_heads, block.mlp.fc1.out_features) == (2, 8, 64)
-    assert block.attn.qkv.bias is None and block.attn.attn_drop == 0.2 and block.drop_path_rate == 0.3
+    assert (
+        block.attn.qkv.bias is None and block.attn.attn_drop == 0.2 and block.drop_path.keep_prob == pytest.approx(0.7)
+    )
     assert block.attn.proj_drop.p == block.mlp.drop.p == model.pos_drop.p == 0.1
     assert 0.4 < float(block.mlp.fc1.weight.detach().std()) < 0.6
 

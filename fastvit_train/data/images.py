@@ -19,7 +19,10 @@ class Images(Protocol):
     """A set of images of one size."""
 
     def batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor]:
-        """For each tensor of sample indices their images, uint8 (batch, 3, height, width), on the device."""
+        """For each tensor of sample indices their images, uint8 (batch, 3, height, width), on the device.
+
+        The tensors are of one size and on the CPU.
+        """
         ...
 
 
@@ -30,8 +33,13 @@ class ResidentImages:
         self._images = images.to(device)
 
     def batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor]:
-        for samples_B in samples:
-            yield self._images.index_select(0, samples_B.to(self._images.device))
+        for samples_B in to_device(samples, self._images.device):
+            yield self._images.index_select(0, samples_B)
+
+
+def to_device(samples: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
+    """Sample indices on the device, moved at once: a copy for each batch would make the host wait each time."""
+    return torch.stack(list(samples)).to(device).unbind() if samples else ()
 
 
 class StreamedImages:

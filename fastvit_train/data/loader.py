@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvit_train.config import DataConfig
 from fastvit_train.data.augment import Augment, generator
-from fastvit_train.data.images import Images
+from fastvit_train.data.images import Images, to_device
 from fastvit_train.errors import UserError
 
 
@@ -94,8 +94,8 @@ class TrainLoader:
         self._augment.start_epoch(epoch)
         own = self.sample_order(epoch)[first_step:, :, self._place.rank :: self._place.world_size]
         samples = list(own.flatten(0, 1))
-        for samples_B, images in zip(samples, self._images.batches(samples), strict=True):
-            samples_B = samples_B.to(self._place.device)
+        on_device = to_device(samples, self._place.device)
+        for samples_B, images in zip(on_device, self._images.batches(samples), strict=True):
             images = self._augment.crop_and_flip(images, samples_B)
             yield self._augment.cutout(self._preprocess(images), samples_B), self._labels[samples_B]
 
@@ -117,6 +117,7 @@ class EvalLoader:
         padded = torch.arange(-(-total // stride) * stride)
         own = padded.view(-1, self._place.world_size, self.batch_size)[:, self._place.rank]
         samples = list(own.clamp(max=total - 1))
-        for index_B, samples_B, images in zip(own, samples, self._images.batches(samples), strict=True):
-            mask_B = (index_B < total).to(self._place.device)
-            yield self._preprocess(images), self._labels[samples_B.to(self._place.device)], mask_B
+        on_device = to_device(samples, self._place.device)
+        masks = (own < total).to(self._place.device)
+        for mask_B, samples_B, images in zip(masks, on_device, self._images.batches(samples), strict=True):
+            yield self._preprocess(images), self._labels[samples_B], mask_B

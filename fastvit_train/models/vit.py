@@ -29,11 +29,10 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float) -> None:
         super().__init__()
-        self._active = rate > 0
         self.register_buffer("keep_prob", torch.tensor(1 - rate), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and self._active):
+        if not self.training:
             return x
         kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) < self.keep_prob
         return x * kept / self.keep_prob
@@ -105,8 +104,7 @@ class Block(nn.Module):
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = mlp
-        self.drop_path_rate = drop_path_rate
-        self.drop_path = DropPath(drop_path_rate)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
         self.residual_norm = residual_norm
 
     def forward(self, x_BND: Tensor) -> Tensor:
