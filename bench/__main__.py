@@ -132,7 +132,7 @@ def _milliseconds(seconds: list[float]) -> tuple[str, str]:
 
 
 def _memory(row: dict[str, Any]) -> str:
-    keys = ["peak_memory_of_call_mib", "saved_for_backward_mib"]
+    keys = ["peak_memory_mib", "saved_for_backward_mib"]
     keys += ["peak_rss_mib"] if row["what"] == bench_epoch.WHAT else []
     return next((f"{row[key]:,.0f}" for key in keys if row.get(key) is not None), "")
 

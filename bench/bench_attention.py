@@ -91,7 +91,7 @@ def made(
     x, upstream = torch.randn(2, batch, tokens, dim, generator=torch.Generator().manual_seed(1))
     inputs = x.to(device(), dtype, copy=True).requires_grad_()
     if passes == FORWARD:
-        return module, partial(forward, module, inputs)
+        return module, partial(forward, module.eval(), inputs)  # torch's module has a faster path for evaluation
     return module, partial(forward_and_backward, module, inputs, upstream.to(device(), dtype))
 
 
@@ -113,7 +113,7 @@ def build(level: str, passes: str, name: str, shape: tuple[int, int, int], dtype
 
     flops = batch * count_flops(made(level, passes, "fused", shape, torch.float32, 1)[1])
     saves = tuple(module.parameters()) if passes == BOTH else None
-    return Work(run, check, batch, flops, saves, calls=CALLS[device().type])
+    return Work(run, check, batch, flops, saves, calls=CALLS[device().type], replayed=graph)
 
 
 def forward(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
@@ -125,16 +125,18 @@ def forward(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 def forward_and_backward(module: nn.Module, x: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
     """The output, and the gradients of x and of the weights by size."""
     leaves: list[Tensor] = [x, *sorted(module.parameters(), key=Tensor.numel)]
-    for leaf in leaves:
-        leaf.grad = None
     output = module(x)
     output.backward(upstream)
-    return output.detach(), *(cast(Tensor, leaf.grad) for leaf in leaves)
+    gradients = [cast(Tensor, leaf.grad) for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    return output.detach(), *gradients
 
 
 def replayed(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
     """`run` recorded into a CUDA graph: what is left without the host."""
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             run()

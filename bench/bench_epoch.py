@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -27,17 +28,20 @@ class Worker:
 
     def __init__(self, row: str, batch: int, holdout: float) -> None:
         command = [sys.executable, "-m", "bench.epoch_worker", row, str(batch), str(holdout)]
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  a pipe would fill up
         self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True
         )
         self.parameters = self._answer()["parameters"]
         self.losses: list[float] = []
-        self.peak_rss_mib = 0.0
+        self.memory: dict[str, float] = {}
 
     def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None and self._process.stderr is not None
+        assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        assert line, f"the worker died: {self._process.stderr.read()[-2000:]}"
+        if not line:
+            self._said.seek(0)
+            raise RuntimeError(f"the worker died: {self._said.read()[-2000:]}")
         return json.loads(line)
 
     def epoch(self) -> int:
@@ -47,7 +51,7 @@ class Worker:
         self._process.stdin.flush()
         answer = self._answer()
         self.losses.append(answer["loss"])
-        self.peak_rss_mib = answer["peak_rss_mib"]
+        self.memory = answer["memory"]
         return answer["images"]
 
     def close(self) -> None:
@@ -82,7 +86,7 @@ def build(row: str, images: int) -> Work:
         calls=CALLS[device().type],
         alternate=other,
         close=close,
-        extra=lambda: {"peak_rss_mib": worker.peak_rss_mib},
+        extra=lambda: worker.memory,
     )
 
 

@@ -41,7 +41,7 @@ def build(name: str, implementation: str, compiled: bool, graph: bool, dtype: st
         assert_close(run()[0], reference()[0], dtype, f"{name}'s logits")
 
     flops = batch * count_flops(logits_of(Training(name, "fused", False, "fp32", 1)))
-    return Work(run, check, batch, flops, calls={"cpu": 1, "cuda": 20}[device().type])
+    return Work(run, check, batch, flops, calls={"cpu": 1, "cuda": 20}[device().type], replayed=graph)
 
 
 def cases() -> Iterator[Case]:

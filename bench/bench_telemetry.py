@@ -1,6 +1,6 @@
 """What reading the GPU ten times a second costs a training: its steps with and without, and the thread's own time.
 
-Without a GPU the thread reads a stand-in for NVML, each of whose calls waits as long as a slow card's driver does.
+Without a GPU the thread reads a stand-in for NVML, each of whose calls takes half a millisecond, as a driver's do.
 """
 
 import sys
@@ -15,20 +15,25 @@ import pytest
 
 from bench.bench_step import Training
 from bench.case import Case, Work, device
+from bench.compare import NOTCH
+from bench.measure import quartiles, seconds_of
 from fastvit_train import telemetry
+from fastvit_train.roofline import synchronize
 from fastvit_train.telemetry import Gpu, Meter, Usage
 
 WHAT = "telemetry's cost"
 MODEL, BATCH = "mc_vit_4_4_32", 64
-STEPS = {"cpu": 20, "cuda": 400}
-"""per call: some seconds of training"""
-DRIVER_SECONDS = 0.002
+STEPS = {"cpu": 40, "cuda": 1000}
+"""per call: about a second of training, a short epoch"""
+DRIVER_SECONDS = 0.0005
 MOST = 0.005
-"""of the time that the thread may take"""
+"""of throughput that it may cost"""
+PAIRS = 16
+"""of some steps with and without"""
 
 
-class SlowDriver:
-    """The functions of nvidia-ml-py that the meter calls, each as slow as a driver's, letting go of the interpreter."""
+class StandIn:
+    """The functions of nvidia-ml-py that the meter calls; each takes a driver's time, without the interpreter."""
 
     NVMLError = OSError
 
@@ -45,13 +50,22 @@ class SlowDriver:
 
 
 class TimedMeter(Meter):
-    """A meter that knows how long its thread has worked for, in all."""
+    """A meter that knows which share of the measured time its thread has worked for."""
 
-    thread_seconds = 0.0
+    thread_seconds, metered_seconds = 0.0, 0.0
 
     def _keep_sampling(self) -> None:
         super()._keep_sampling()
         self.thread_seconds += time.thread_time()
+
+    def stop(self) -> Usage:
+        usage = super().stop()
+        self.metered_seconds += usage.seconds
+        return usage
+
+    @property
+    def thread_share(self) -> float:
+        return self.thread_seconds / self.metered_seconds
 
 
 def meter(enabled: bool) -> TimedMeter:
@@ -59,30 +73,44 @@ def meter(enabled: bool) -> TimedMeter:
     if device().type == "cuda" or not enabled:
         return TimedMeter(device(), enabled)
     with (
-        mock.patch.dict(sys.modules, pynvml=SlowDriver()),
+        mock.patch.dict(sys.modules, pynvml=StandIn()),
         mock.patch.object(telemetry, "identify", return_value=Gpu("stand-in", None)),
     ):
         return TimedMeter(device())
 
 
 def build(enabled: bool, batch: int) -> Work:
-    training, watch, usages = Training(MODEL, "fused", False, "bf16", batch), meter(enabled), list[Usage]()
+    training = Training(MODEL, "fused", False, "bf16", batch)
+    watches, usages = {on: meter(on) for on in (False, True)}, list[Usage]()
 
-    def run() -> None:
+    def steps(watch: TimedMeter) -> Usage:
         watch.start()
         for _ in range(STEPS[device().type]):
             training.step()
-        usages.append(watch.stop())
+        synchronize(device())
+        return watch.stop()
 
-    def share() -> float:
-        return watch.thread_seconds / sum(usage.seconds for usage in usages)
+    def seconds(watch: TimedMeter) -> float:
+        """Of some steps, with what starting and stopping the meter takes."""
+        return seconds_of(lambda: steps(watch))
+
+    def run() -> None:
+        usages.append(steps(watches[enabled]))
 
     def check() -> None:
         assert (usages[-1].energy_joules is not None) == enabled, usages[-1].unmeasured
-        assert share() < MOST, f"the thread takes {share():.2%} of the time, allowed {MOST:.1%}"
+        share = watches[enabled].thread_share
+        assert share < MOST, f"the thread takes {share:.2%} of a core's time, allowed {MOST:.1%}"
 
-    images = batch * STEPS[device().type]
-    return Work(run, check, images, extra=lambda: {"thread_share": share()})
+    def cost() -> dict[str, float]:
+        """Of throughput, with and without in turn; no more than allowed, or than the pairs tell apart."""
+        pairs = [(seconds(watches[True]), seconds(watches[False])) for _ in range(PAIRS)]
+        low, middle, high = quartiles([on / off - 1 for on, off in pairs])
+        uncertainty = NOTCH * (high - low) / PAIRS**0.5
+        assert middle - uncertainty < MOST, f"it costs {middle:.2%} ± {uncertainty:.2%} of throughput"
+        return {"throughput_cost": middle, "uncertainty": uncertainty, "thread_share": watches[True].thread_share}
+
+    return Work(run, check, batch * STEPS[device().type], extra=cost if enabled else dict)
 
 
 def cases() -> Iterator[Case]:

@@ -35,6 +35,7 @@ class Work:
         flops: of one call by definition: unpadded, nothing recomputed; None where counting makes no sense.
         parameters: not counted among what autograd saves for backward; None where nothing is saved.
         calls: of `run` between two synchronisations of the device.
+        replayed: `run` replays a CUDA graph, whose memory was taken when it was recorded.
         alternate: something else to do before each timed round, so that both are measured in turn.
         close: frees what garbage collection doesn't.
         extra: figures of this kind of work, asked for after the timing.
@@ -46,6 +47,7 @@ class Work:
     flops: float | None = None
     parameters: tuple[Tensor, ...] | None = None
     calls: int = 1
+    replayed: bool = False
     alternate: Callable[[], object] | None = None
     close: Callable[[], object] = lambda: None
     extra: Callable[[], dict[str, Any]] = dict
@@ -107,5 +109,5 @@ def prepare_process() -> None:
 
 def many_compiled_at_once() -> AbstractContextManager[None]:
     """Within it, rows that compile the same code for other shapes live side by side, each for its own shape."""
-    limits = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
+    limits: dict[str, Any] = {"recompile_limit": 256, "accumulated_recompile_limit": 4096}
     return torch._dynamo.config.patch(automatic_dynamic_shapes=False, **limits)

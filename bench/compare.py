@@ -43,10 +43,13 @@ class Change:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result; UserError where `path` holds none."""
+    """A result's environment, and the seconds of its rows and controls by name; UserError where `path` holds none."""
     try:
         result = json.loads(path.read_text())
-        return {**result, "rows": {row["id"]: row for row in result["rows"]}}
+        controls = {control["name"]: control["seconds"] for control in result["controls"]}
+        facts = {key: result["environment"][key] for key in ("device", "commit")}
+        rows = {row["id"]: row["seconds"] for row in result["rows"]}
+        return {"environment": facts, "controls": controls, "rows": rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is no result of `python -m bench` ({error!r})") from None
 
@@ -59,8 +62,10 @@ def uncertainty(seconds: list[float]) -> float:
 
 def machine_shift(before: dict[str, Any], after: dict[str, Any]) -> float:
     """The most that a control moved by between two results, as a natural logarithm."""
-    pairs = zip(before["controls"], after["controls"], strict=True)
-    return max(abs(math.log(quartiles(b["seconds"])[1] / quartiles(a["seconds"])[1])) for a, b in pairs)
+    medians = [
+        {name: quartiles(values)[1] for name, values in result["controls"].items()} for result in (before, after)
+    ]
+    return max(abs(math.log(medians[1].get(name, median) / median)) for name, median in medians[0].items())
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
@@ -77,9 +82,9 @@ def changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
     for name, old in before["rows"].items():
         new = after["rows"].get(name)
         if new is not None:
-            own = uncertainty(old["seconds"]) + uncertainty(new["seconds"])
-            medians = [quartiles(row["seconds"])[1] for row in (old, new)]
-            found.append(Change(name, medians[0], medians[1], noise=math.exp(own + shift + FLOOR)))
+            own = uncertainty(old) + uncertainty(new)
+            noise = math.exp(own + shift + FLOOR)
+            found.append(Change(name, quartiles(old)[1], quartiles(new)[1], noise))
     if not found:
         raise UserError("the two results have no row in common")
     return found

@@ -49,7 +49,8 @@ def measure(benchmark: BenchmarkFixture) -> Callable[[Case], None]:
 
 
 def _time(benchmark: BenchmarkFixture, row: Row) -> None:
-    benchmark.group, benchmark.name = row.case.group, row.case.name
+    calls = f", {row.work.calls} calls a round" if row.work.calls > 1 else ""
+    benchmark.group, benchmark.name = row.case.group + calls, row.case.name
     row.warm_up()
     alternate = row.work.alternate
     if alternate is None:

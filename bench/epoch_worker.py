@@ -59,10 +59,14 @@ def ours(precision: str, batch: int, holdout: float, runs_dir: str) -> tuple[Epo
     return epoch, sum(p.numel() for p in job.bare_model.parameters())
 
 
-def peak_mib() -> float:
-    """MiB that this process had resident at most, with what its loader's workers have now."""
-    children = psutil.Process().children(recursive=True)
-    return memory.peak_mib(torch.device("cpu")) + sum(child.memory_info().rss for child in children) / 2**20
+def peak_mib() -> dict[str, float]:
+    """MiB: on a GPU CUDA's count; on a CPU what this process had resident at most, with its loader's workers now."""
+    if torch.cuda.is_available():
+        return {"peak_memory_mib": memory.peak_mib(torch.device("cuda"))}
+    children = [child.memory_full_info() for child in psutil.Process().children(recursive=True)]
+    own = memory.peak_mib(torch.device("cpu"))
+    # what workers share with this process counts once
+    return {"peak_rss_mib": own + sum(getattr(child, "uss", child.rss) for child in children) / 2**20}
 
 
 def main() -> None:
@@ -72,9 +76,10 @@ def main() -> None:
         made = ours(row, batch, holdout, folder) if row in PRECISIONS else typical(batch, holdout)
         epoch, parameters = made
         answers.write(json.dumps({"parameters": parameters}) + "\n")
+        memory.forget_peak(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         for _ in sys.stdin:
             loss, images = epoch()
-            answers.write(json.dumps({"loss": loss, "images": images, "peak_rss_mib": peak_mib()}) + "\n")
+            answers.write(json.dumps({"loss": loss, "images": images, "memory": peak_mib()}) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,9 +3,10 @@
 #
 #     bench/gpu_check.sh OUT [IMAGES]
 #
-# OUT takes a JSON file per part; a part that has one is not done again, so a check that was cut short goes on where it
-# was; remove a part's file to do it again. IMAGES is a folder of images to train on (train/CLASS/, test/CLASS/), for the time to an accuracy; left out
-# without. PARTS="tests kernels steps accuracy" names the parts; ANY_DEVICE=1 tries the script without a GPU.
+# OUT takes a JSON file per part. A part that was done is not done again, so a check that was cut short goes on where it
+# was; remove a part's file to do it again. IMAGES is a folder of images (train/CLASS/, test/CLASS/) for the time to an
+# accuracy; without it that part is left out. PARTS="tests kernels steps epochs accuracy" names the parts to do;
+# ANY_DEVICE=1 tries the script without a GPU.
 set -uo pipefail
 
 [ $# -ge 1 ] || { echo "usage: bench/gpu_check.sh OUT [IMAGES]" >&2; exit 2; }
@@ -19,28 +20,35 @@ if [ -z "${ANY_DEVICE:-}" ] && ! python -c 'import sys, torch; sys.exit(not torc
     exit 2
 fi
 
-part() { # NAME SECONDS COMMAND...: a part that leaves OUT/NAME.json where it isn't there yet
+part() { # NAME SECONDS COMMAND...: a part that leaves OUT/NAME.json, unless it was done
     local name=$1 limit=$2
     shift 2
-    case " ${PARTS:-tests kernels steps accuracy} " in *" $name "*) ;; *) return ;; esac
-    if [ -s "$out/$name.json" ]; then
+    case " ${PARTS:-tests kernels steps epochs accuracy} " in *" $name "*) ;; *) return ;; esac
+    if grep -qs '"exit_status": 0' "$out/$name.json"; then
         echo "== $name: done before"
         return
     fi
     echo "== $name (at most $limit s)"
+    rm -rf "${out:?}/$name" "$out/$name.json"
     timeout "$limit" "$@" >"$out/$name.log" 2>&1
     local status=$?
     [ $status -eq 0 ] || { echo "   exit status $status; the end of $out/$name.log:" && tail -n 5 "$out/$name.log"; }
     python -m bench.gpu_table --collect "$name" "$status" "$out"
 }
 
-part tests 110 python -m pytest -m gpu -q -p no:cacheprovider
-part kernels 150 python -m bench --only "attention operator" --seconds 0.3 --output "$out/kernels"
-part steps 190 python -m bench --only "epoch" "training step, mc_vit" "training step, cct_7_3x1_32 B256, bf16" \
-    --seconds 0.3 --output "$out/steps"
+bench() { # NAME SECONDS ROWS...
+    part "$1" "$2" python -m bench --seconds 0.3 --output "$out/$1" --only "${@:3}"
+}
+
+narrow="B4096 N64 D48 H4, bf16" wide="B1024 N256 D256 H4, bf16"
+part tests 100 python -m pytest -m gpu -q -p no:cacheprovider
+bench kernels 110 "attention operator forward+backward, $narrow" "attention operator forward, $narrow" \
+    "attention operator forward+backward, $wide" "attention operator forward, $wide"
+bench steps 130 "training step, mc_vit_4_4_32 B256, bf16" "training step, mc_vit_4_4_32 B4096, bf16" \
+    "training step, cvt_7_4_32 B256, bf16, fused" "training step, cct_7_3x1_32 B256, bf16, fused"
+bench epochs 90 "epoch"
 if [ -n "$images" ]; then
-    part accuracy 120 python -m accelerate.commands.accelerate_cli launch --mixed_precision bf16 -m fastvit_train \
-        --recipe fast-cifar10 --dataset folder --data-dir "$images" --runs-dir "$out/runs" --exp-name accuracy \
-        --resume auto
+    part accuracy 100 python -m accelerate.commands.accelerate_cli launch --mixed_precision bf16 -m fastvit_train \
+        --recipe fast-cifar10 --dataset folder --data-dir "$images" --runs-dir "$out/accuracy" --exp-name run
 fi
 python -m bench.gpu_table "$out"

@@ -5,7 +5,6 @@ python -m bench.gpu_table --collect PART STATUS OUT
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,21 @@ from fastvit_train.tracking import read_rows
 
 TARGET = 0.74
 """accuracy of the seed's recipe after 100 epochs on CIFAR-10 (JPEG copy)"""
-PARTS = ("tests", "kernels", "steps", "accuracy")
+PARTS = ("tests", "kernels", "steps", "epochs", "accuracy")
 
 
 def collect(part: str, status: int, out: Path) -> None:
-    """Make OUT/PART.json of what the part left; a training or bench without a result leaves none, to be done again."""
+    """Make OUT/PART.json of what a part left, with its exit status: only one of 0 is not done again."""
     made = out / part / "bench.json"
-    if part in ("kernels", "steps") and made.is_file():  # complete groups, even where the time was up
-        shutil.copyfile(made, out / f"{part}.json")
-    elif part == "tests":
+    found: dict[str, Any] = {"environment": environment()}
+    if part == "tests":
         said = (out / "tests.log").read_text().strip().splitlines()
-        write(out, part, {"exit_status": status, "summary": said[-1] if said else ""})
+        found["summary"] = said[-1] if said else ""
     elif part == "accuracy" and status == 0:
-        write(out, part, accuracy(out / "runs" / "accuracy"))
-
-
-def write(out: Path, part: str, content: dict[str, Any]) -> None:
-    """OUT/PART.json, with the environment."""
-    (out / f"{part}.json").write_text(json.dumps({"environment": environment(), **content}, indent=1) + "\n")
+        found |= accuracy(out / part / "run")
+    elif made.is_file():  # complete groups, even where the time was up
+        found |= json.loads(made.read_text())
+    (out / f"{part}.json").write_text(json.dumps({"exit_status": status, **found}, indent=1) + "\n")
 
 
 def accuracy(run: Path) -> dict[str, Any]:
@@ -51,16 +47,18 @@ def accuracy(run: Path) -> dict[str, Any]:
 
 def rows(part: str, found: dict[str, Any]) -> list[tuple[str, str]]:
     """A part's lines of the table."""
+    status = found["exit_status"]
+    cut = [] if status == 0 else [(part, "the time was up" if status == 124 else f"exit status {status}")]
     if part == "tests":
-        return [("GPU tests", found["summary"])]
-    if part == "accuracy":
+        return [("GPU tests", found["summary"]), *cut]
+    if part == "accuracy" and status == 0:
         run, seconds = found["summary"], found["seconds_to_target"]
         reached = "not reached" if seconds is None else f"{seconds:,.1f} s"
         return [
             (f"{run['dataset']}, {run['epochs']} epochs", f"{run['test_accuracy']:.2%} in {found['seconds']:,.1f} s"),
             (f"to {found['target']:.1%}", reached),
         ]
-    return [best(group) for group in by_group(found["rows"])]
+    return [*(best(group) for group in by_group(found.get("rows", []))), *cut]
 
 
 def by_group(found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

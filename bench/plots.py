@@ -15,7 +15,7 @@ from bench.bench_step import WHAT as STEP
 COLORS = {"fp32": "#4477aa", "bf16": "#cc6677"}
 MARKS = {"naive": ":", "fused": "-", "sdpa": "--", "triton": "-."}
 MEMORY = {
-    "peak_memory_of_call_mib": "memory of a step, MiB (CUDA's count)",
+    "peak_memory_mib": "memory of a step, MiB (CUDA's count)",
     "saved_for_backward_mib": "kept for the backward pass, MiB",
 }
 

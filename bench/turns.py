@@ -14,8 +14,6 @@ from fastvit_train.roofline import synchronize
 
 FEWEST, MOST = 9, 41
 """rounds"""
-METERED_SECONDS = 1.0
-"""of work, at least, for a GPU's energy"""
 
 Result = dict[str, Any]
 Results = list[Result]
@@ -77,12 +75,12 @@ def _in_turn(
             control_seconds[name].append(seconds_of(run))
         for row, values in zip(rows, times, strict=True):
             values.append(seconds_of(row.block))
-    return [_result(row, values) for row, values in zip(rows, times, strict=True)]
+    return [_result(row, values, seconds) for row, values in zip(rows, times, strict=True)]
 
 
-def _result(row: Row, block_seconds: list[float]) -> Result:
+def _result(row: Row, block_seconds: list[float], seconds_metered: float) -> Result:
     _, median, _ = quartiles(block_seconds)
-    blocks = math.ceil(METERED_SECONDS / median) if device().type == "cuda" else 1
+    blocks = math.ceil(seconds_metered / median) if device().type == "cuda" else 1
 
     def work() -> None:
         for _ in range(blocks):

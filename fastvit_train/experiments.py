@@ -31,6 +31,15 @@ class Candidate:
     """how a user makes it"""
     gain: float
     """images/s over those of the step as it is"""
+    sure: bool = True
+    """the quartiles of its times and of the present ones are apart"""
+    same_training: bool = True
+    """the change leaves what is learned as it is, but for rounding"""
+    failed: str | None = None
+    """why it could not be tried"""
+
+    def __str__(self) -> str:
+        return f"{self.what} {self.gain:.2f}x" if self.failed is None else f"{self.what} failed ({self.failed})"
 
 
 @dataclass(frozen=True)
@@ -49,16 +58,31 @@ def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
 
 
 def measure_candidates(job: Job) -> list[Candidate]:
-    """All that can be tried with this run on this device, by gain."""
-    tried = {(what, how): (step_of(job, variant), variant.batch_factor) for what, how, variant in _variants(job)}
-    baseline = step_of(job, Variant())
-    runs = [baseline, *(run for run, _ in tried.values())]
-    base, *others = in_turn(runs, STEPS.get(job.accelerator.device.type, GPU_STEPS), job.accelerator.device)
+    """All that can be tried with this run on this device, by gain; what fails is among them, with a gain of 0."""
+    device = job.accelerator.device
+    steps, failed = {Variant(): step_of(job, Variant())}, []
+    with torch._dynamo.config.patch(recompile_limit=64):  # beyond it candidates would silently not be compiled
+        for what, how, variant in _variants(job):
+            try:
+                steps[variant] = step_of(job, variant)
+            except Exception as error:  # out of memory, no compiler, a shape that an attention refuses: all say why
+                reason = next(iter(str(error).splitlines()), type(error).__name__)
+                failed.append(Candidate(what, how, gain=0.0, sure=False, failed=reason))
+        calls = STEPS.get(device.type, GPU_STEPS)
+        times = dict(zip(steps, in_turn(list(steps.values()), calls, device), strict=True))
+    low, now, _ = times.pop(Variant())
     found = [
-        Candidate(what, how, gain=factor * base / seconds)
-        for ((what, how), (_, factor)), seconds in zip(tried.items(), others, strict=True)
+        Candidate(
+            what,
+            how,
+            gain=variant.batch_factor * now / times[variant][1],
+            sure=variant.batch_factor * low > times[variant][2],
+            same_training=variant.batch_factor == 1,
+        )
+        for what, how, variant in _variants(job)
+        if variant in times
     ]
-    return sorted(found, key=lambda candidate: -candidate.gain)
+    return sorted(found, key=lambda candidate: -candidate.gain) + failed
 
 
 def _variants(job: Job) -> list[tuple[str, str, Variant]]:
@@ -96,6 +120,8 @@ def step_of(job: Job, variant: Variant) -> Callable[[], None]:
             logits = model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.optim.label_smoothing)
         loss.backward()
+        if config.optim.clip_grad is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -105,8 +131,8 @@ def step_of(job: Job, variant: Variant) -> Callable[[], None]:
     return step
 
 
-def in_turn(runs: list[Callable[[], None]], calls: int, device: torch.device) -> list[float]:
-    """The median seconds of `calls` calls of each, all of them in every round."""
+def in_turn(runs: list[Callable[[], None]], calls: int, device: torch.device) -> list[tuple[float, float, float]]:
+    """Quartiles of the seconds that `calls` calls of each take, all of them in every round."""
     seconds: list[list[float]] = [[] for _ in runs]
     for _ in range(ROUNDS):
         for run, values in zip(runs, seconds, strict=True):
@@ -115,4 +141,4 @@ def in_turn(runs: list[Callable[[], None]], calls: int, device: torch.device) ->
                 run()
             synchronize(device)
             values.append(time.perf_counter() - started)
-    return [statistics.median(values) for values in seconds]
+    return [tuple(statistics.quantiles(values)) for values in seconds]  # type: ignore[misc]  # three of them

@@ -2,13 +2,14 @@
 
 import copy
 import json
+import math
 import os
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastvit_train import memory
@@ -24,7 +26,6 @@ from fastvit_train.config import TrainConfig
 from fastvit_train.errors import UserError
 from fastvit_train.experiments import Candidate, autocast_dtype, measure_candidates
 from fastvit_train.models import set_attention
-from fastvit_train.models.attention import TIMM
 from fastvit_train.progress import ProgressBar
 from fastvit_train.roofline import count_flops, matmul_ceiling, synchronize
 from fastvit_train.setup import Job, setup
@@ -99,7 +100,7 @@ def profile_run(config: TrainConfig, steps: int, output: Path) -> Profile:
     Args:
         config: of the run; nothing is written into its folder.
         steps: per round; there are some rounds.
-        output: folder for trace.json (open it in Chrome's about:tracing or ui.perfetto.dev) and profile.json.
+        output: folder for profile.json and trace-rankN.json (open it in Chrome's about:tracing or ui.perfetto.dev).
 
     Raises:
         UserError: for anything wrong with the configuration, the data or the launch, or an `output` that can't be
@@ -107,6 +108,7 @@ def profile_run(config: TrainConfig, steps: int, output: Path) -> Profile:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=output).close()
     except OSError as error:
         raise UserError(f"can't write {output} ({error.strerror or error}); choose another --output") from None
     with tempfile.TemporaryDirectory() as folder:
@@ -142,13 +144,14 @@ def _measure(job: Job, trace: Path) -> Profile:
     together = Phases(device, apart=False)
     rounds = [epoch(together) for _ in range(ROUNDS)]
     recompilations = counters["stats"]["unique_graphs"] - compiled
+    graph_breaks = sum(counters["graph_break"].values())
     apart = Phases(device, apart=True)
     epoch(apart)
     kernels, busy_seconds = _trace(job, bar, trace)
 
     step = statistics.median(rounds)
-    phases = {name: together.seconds[name] / steps / ROUNDS for name in PHASES}
-    phases[HOST] = max(0.0, sum(rounds) / ROUNDS - sum(phases.values()))
+    shares = {name: together.seconds[name] / steps / sum(rounds) for name in PHASES}
+    phases = {name: step * share for name, share in {**shares, HOST: 1 - sum(shares.values())}.items()}
     busy = None if busy_seconds is None else min(1.0, busy_seconds / step)
     images = job.batch_size / job.accelerator.num_processes / step
     flops = flops_per_image(job)
@@ -165,7 +168,7 @@ def _measure(job: Job, trace: Path) -> Profile:
         {name: apart.peak_mib[name] for name in PHASES[:-1]},
         kernels,
         busy,
-        sum(counters["graph_break"].values()),
+        graph_breaks,
         recompilations,
         flops,
         flops * images / ceiling,
@@ -185,12 +188,8 @@ def _trace(job: Job, bar: ProgressBar, path: Path) -> tuple[float, float | None]
     profiler.export_chrome_trace(str(path))
     events = profiler.events() or []
     if on_gpu:
-        kernels = [
-            event
-            for event in events
-            if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-        ]
-        return len(kernels) / steps, sum(event.device_time for event in kernels) / 1e6 / steps
+        kernels = [event for event in events if event.device_type == DeviceType.CUDA and _computes(event)]
+        return len(kernels) / steps, covered((k.time_range.start, k.time_range.end) for k in kernels) / 1e6 / steps
     leaves = [event for event in events if event.name.startswith("aten::") and not event.cpu_children]
     return len(leaves) / steps, None
 
@@ -208,10 +207,25 @@ def _without_kinetos_chatter() -> Iterator[None]:
         os.close(nowhere)
 
 
+def _computes(event: FunctionEvent) -> bool:
+    """False for copies, for what waits for other GPUs, and for the marks of parts in a trace."""
+    idle = event.name.lower().startswith(("nccl", "memcpy", "memset"))
+    return not idle and not getattr(event, "is_user_annotation", False)
+
+
+def covered(intervals: Iterable[tuple[float, float]]) -> float:
+    """Length of the union of intervals: kernels of several streams may run at the same time."""
+    total, end = 0.0, -math.inf
+    for start, stop in sorted(intervals):
+        total += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return total
+
+
 def flops_per_image(job: Job) -> float:
     """Of a forward and backward pass, by definition: unpadded, nothing recomputed."""
     model = copy.deepcopy(job.bare_model).train()  # a copy is not compiled
-    if job.config.model.attention != TIMM:
+    with suppress(UserError):  # a model that keeps its own attention
         set_attention(model, "fused")
     images, labels = next(job.train_loader.micro_batches(0))
 
@@ -223,23 +237,32 @@ def flops_per_image(job: Job) -> float:
 
 def input_share(step: float, host: dict[str, float], device: dict[str, float]) -> float:
     """Of a step, what the input holds up: the host, where it isn't waiting for the device anyway, or the device."""
-    return max(0.0, host["input"] - host["waiting"], device["input"] / sum(device.values()) * step) / step
+    held_up = max(0.0, host["input"] - host["waiting"], device["input"] / sum(device.values()) * step)
+    return min(held_up / step, 0.99)
 
 
 def verdict(busy: float | None, input_share: float, streamed: bool, candidates: list[Candidate]) -> str:
-    """What to change first, in a line: the most that something measured would bring to the whole step."""
-    how = "--stream never keeps the decoded images in memory" if streamed else "--crop shift and no cutout cost least"
-    free_input = Candidate(f"a free input, which takes {input_share:.0%} of a step,", how, 1 / (1 - input_share))
-    best = max([free_input, *candidates], key=lambda candidate: candidate.gain)
-    if best.gain < WORTH_SAYING:
-        return f"nothing that was tried would make it more than {WORTH_SAYING - 1:.0%} faster"
+    """What to change first, in a line: the most that something measured would bring to the whole step.
+
+    A gain counts where the quartiles of its times and the present ones are apart; one that changes the training
+    counts where nothing else does.
+    """
+    worth = [candidate for candidate in candidates if candidate.sure and candidate.gain >= WORTH_SAYING]
+    best = max(worth, key=lambda candidate: (candidate.same_training, candidate.gain), default=None)
+    free_input = 1 / (1 - input_share)
+    if free_input >= max(WORTH_SAYING, best.gain if best else 0.0):
+        how = "--stream never keeps the decoded images in memory" if streamed else "--crop and --cutout are its cost"
+        return f"input-bound: it takes {input_share:.0%} of a step, without it {free_input:.1f}x at most ({how})"
+    if best is None:
+        return f"nothing that was tried makes it more than {WORTH_SAYING - 1:.0%} faster beyond the noise"
     bound = f"launch-bound, the GPU computes {busy:.0%} of the time: " if busy and busy < LAUNCH_BOUND else ""
-    bound = "input-bound: " if best is free_input else bound
     return f"{bound}{best.what} would help: measured {best.gain:.1f}x ({best.how})"
 
 
 def of_whole_step(candidate: Candidate, input_share: float) -> Candidate:
     """A gain that was measured without the input, as one of the step with it."""
+    if candidate.failed:
+        return candidate
     return replace(candidate, gain=1 / (input_share + (1 - input_share) / candidate.gain))
 
 
@@ -262,7 +285,7 @@ def lines(result: Profile) -> list[str]:
     """What stands below the table."""
     low, high = (seconds * 1e3 for seconds in result.spread)
     busy = "" if result.busy is None else f", the GPU computes {result.busy:.0%} of the time"
-    tried = ", ".join(f"{candidate.what} {candidate.gain:.2f}x" for candidate in result.candidates)
+    tried = ", ".join(str(candidate) for candidate in result.candidates)
     return [
         f"step {result.step * 1e3:,.2f} ms ({low:,.2f} to {high:,.2f}), {result.images_per_second:,.0f} img/s{busy}",
         f"{result.kernels:,.0f} kernels per step, {result.graph_breaks} graph breaks, "

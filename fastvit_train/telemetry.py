@@ -73,6 +73,7 @@ class Meter:
         self.gpu: Gpu | None = None
         self._unmeasured: str | None = None
         self._samples: list[tuple[float, float | None, float | None, float | None]] = []
+        self._counts: list[float | None] = []
         try:
             self.gpu = identify(device, enabled)
             self._nvml, self._handle = _open(self.gpu)
@@ -82,14 +83,12 @@ class Meter:
 
     def start(self) -> None:
         """Begin to measure."""
-        self._faults, self._samples = {}, []
-        self._started = time.perf_counter()
+        self._faults, self._samples, self._counts = {}, [], []
         if self._handle is not None:
             self._stopped = threading.Event()
             self._thread = threading.Thread(target=self._keep_sampling, name="nvml", daemon=True)
-            self._counter = self._read_counter()
-            self._sample()
             self._thread.start()
+        self._started = time.perf_counter()
 
     def stop(self) -> Usage:
         """End what `start` began; the device's work must be done by now."""
@@ -98,7 +97,6 @@ class Meter:
             return Usage(seconds, unmeasured=self._unmeasured)
         self._stopped.set()
         self._thread.join()
-        self._sample()
         energy = self._energy(seconds)
         return Usage(
             seconds,
@@ -112,8 +110,12 @@ class Meter:
         return "; ".join(self._faults.values()) or "the card's count of energy did not grow"
 
     def _keep_sampling(self) -> None:
+        self._count()
+        self._sample()
         while not self._stopped.wait(INTERVAL):
             self._sample()
+        self._sample()
+        self._count()
 
     def _sample(self) -> None:
         power = self._read("nvmlDeviceGetPowerUsage")
@@ -129,7 +131,7 @@ class Meter:
         return next((joules for joules in preferred if joules is not None), None)
 
     def _counted(self) -> float | None:
-        before, after = self._counter, self._read_counter()
+        before, after = self._counts
         return None if before is None or after is None or after <= before else (after - before) / 1e3
 
     def _integrated(self) -> float | None:
@@ -138,8 +140,8 @@ class Meter:
             return None
         return sum((then - at) * (first + second) / 2 for (at, first), (then, second) in pairwise(powers)) / 1e3
 
-    def _read_counter(self) -> float | None:
-        return self._read("nvmlDeviceGetTotalEnergyConsumption") if self._has_counter else None
+    def _count(self) -> None:
+        self._counts.append(self._read("nvmlDeviceGetTotalEnergyConsumption") if self._has_counter else None)
 
     def _read(self, name: str, *arguments: Any) -> Any:
         """What NVML's function says of the GPU, or None with the fault noted."""

@@ -34,6 +34,7 @@ def nvml(cards: list[Card], monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     see_gpu(monkeypatch, uuid="ours")
     monkeypatch.setattr(telemetry, "INTERVAL", 0.002)
+    monkeypatch.setattr(telemetry, "COUNTED_SECONDS", 0.0)
     return fake
 
 
@@ -55,7 +56,6 @@ def test_energy_is_the_cards_own_count(nvml: FakeNvml) -> None:
     assert usage.mean_power_watts == pytest.approx(300, rel=0.05)
     assert usage.energy_joules == pytest.approx(300 * usage.seconds, rel=0.05)
     assert (usage.utilization, usage.sm_clock_mhz, usage.unmeasured) == (pytest.approx(0.8), 1980, None)
-    assert POWER not in nvml.calls
     assert nvml.calls.count("nvmlDeviceGetUtilizationRates") >= 5  # the thread's, besides one at each end
 
 
@@ -88,16 +88,26 @@ def test_a_gpu_that_is_lost_midway_is_no_measurement_and_no_crash(nvml: FakeNvml
     meter = Meter(CUDA)
     meter.start()
     time.sleep(0.02)
-    cards[1].faults |= {COUNTER, "nvmlDeviceGetUtilizationRates", "nvmlDeviceGetClockInfo"}
+    cards[1].faults |= {COUNTER, POWER, "nvmlDeviceGetUtilizationRates", "nvmlDeviceGetClockInfo"}
     time.sleep(0.02)
     usage = meter.stop()
     assert usage.energy_joules is None and usage.unmeasured and COUNTER in usage.unmeasured
 
 
-def test_a_counter_that_went_back_is_no_measurement(nvml: FakeNvml) -> None:
-    nvml.seconds = iter([5.0, 4.0, 3.0]).__next__
+@pytest.mark.parametrize("counts", [[5.0, 4.0, 3.0], [5.0, 5.0, 5.0]], ids=["back", "not at all"])
+def test_a_counter_that_does_not_grow_is_no_measurement(nvml: FakeNvml, cards: list[Card], counts: list[float]) -> None:
+    cards[1].faults.add(POWER)
+    nvml.seconds = iter(counts).__next__
     usage = measured()
     assert usage.energy_joules is None and usage.unmeasured
+
+
+def test_a_short_time_goes_by_the_power_as_the_counter_moves_in_steps(
+    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "COUNTED_SECONDS", 1.0)
+    nvml.seconds = lambda: 0.0
+    assert measured().mean_power_watts == pytest.approx(300, rel=0.05)
 
 
 def test_utilisation_alone_may_be_missing(nvml: FakeNvml, cards: list[Card]) -> None:
