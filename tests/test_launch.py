@@ -2,15 +2,18 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import torch
+from accelerate.utils import DistributedDataParallelKwargs
 from conftest import ROOT, launch, one_line_error, write_folder
+from torch import nn
 
 import fastvit_train.launch
 from fastvit_train.errors import UserError
-from fastvit_train.launch import start
+from fastvit_train.launch import broadcast_only_what_changes, start
 from fastvit_train.tracking import read_rows
 
 CORES = psutil.cpu_count(logical=False)
@@ -106,3 +109,10 @@ def test_accelerate_reads_every_launch_configuration(name: str) -> None:
 
     config = load_config_from_file(str(ROOT / "accelerate_configs" / name))
     assert config.num_processes >= 1 and config.mixed_precision in ("no", "bf16", "fp16")
+
+
+@pytest.mark.parametrize(("norm", "broadcast"), [(nn.BatchNorm2d(4), True), (nn.LayerNorm(4), False)])
+def test_buffers_are_broadcast_only_where_training_changes_them(norm: nn.Module, broadcast: bool) -> None:
+    accelerator = SimpleNamespace(ddp_handler=DistributedDataParallelKwargs())
+    broadcast_only_what_changes(accelerator, nn.Sequential(nn.Linear(4, 4), norm))
+    assert accelerator.ddp_handler.broadcast_buffers is broadcast
