@@ -95,7 +95,7 @@ def run(groups: dict[str, list[Case]], arguments: Arguments) -> None:
     if not console.is_terminal:
         console.width = 120
     facts = environment()
-    console.print(", ".join(f"{key} {value}" for key, value in facts.items()), soft_wrap=True)
+    console.print(words(facts), soft_wrap=True)
     rows: list[dict[str, Any]] = []
     for results, controls in turns.measure(groups, arguments.seconds, console):
         rows += results
@@ -105,6 +105,11 @@ def run(groups: dict[str, list[Case]], arguments: Arguments) -> None:
     (folder / "table.md").write_text(markdown(rows, facts))
     for path in (folder / "bench.json", folder / "table.md", *plots.draw(rows, facts, folder)):
         console.print(f"written to {path}", soft_wrap=True)
+
+
+def words(facts: dict[str, Any]) -> str:
+    """The environment in a line."""
+    return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
 
 
 HEAD = ("", "ms", "quartiles", "images/s", "of the first's", "MFU", "MiB", "first call, s")
@@ -147,7 +152,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     """All groups in Markdown."""
-    lines = [", ".join(f"{key} {value}" for key, value in facts.items())]
+    lines = [words(facts)]
     for group in dict.fromkeys(row["group"] for row in rows):
         own = [row for row in rows if row["group"] == group]
         lines += ["", f"**{group}**", ""]

@@ -20,21 +20,23 @@ Results = list[Result]
 
 
 def controls() -> dict[str, Callable[[], None]]:
-    """What no commit changes, timed in every round: a matrix product, and a copy that no cache holds."""
+    """What no commit changes, timed in every round: matrix products in both dtypes, and a softmax."""
     factor = 1 if device().type == "cpu" else 8
     matrix = torch.randn(1024 * factor, 1024 * factor, device=device())
-    source = torch.zeros(64 * 2**20 * factor, dtype=torch.uint8, device=device())
-    target = torch.zeros_like(source)
+    half, scores = matrix.bfloat16(), torch.randn(1024, 4096 * factor, device=device())
 
-    def product() -> None:
-        matrix @ matrix
-        synchronize(device())
+    def waited_for(run: Callable[[], object]) -> Callable[[], None]:
+        def work() -> None:
+            run()
+            synchronize(device())
 
-    def copy() -> None:
-        target.copy_(source)
-        synchronize(device())
+        return work
 
-    return {"matrix product": product, "copy": copy}
+    return {
+        "matrix product, fp32": waited_for(lambda: matrix @ matrix),
+        "matrix product, bf16": waited_for(lambda: half @ half),
+        "softmax": waited_for(lambda: scores.softmax(-1)),
+    }
 
 
 def measure(groups: dict[str, list[Case]], seconds: float, console: Console) -> Iterator[tuple[Results, Results]]:

@@ -206,7 +206,7 @@ def test_the_main_comparison_is_written_compared_and_drawn(
     spoil(monkeypatch, "fused", lambda *arguments: time.sleep(0.02) or spoil_speed(*arguments))
     bench(monkeypatch, *only, "--output", str(after))
     written = json.loads((before / "bench.json").read_text())
-    assert written["environment"]["commit"] == environment()["commit"] and len(written["controls"]) == 2
+    assert written["environment"]["commit"] == environment()["commit"] and len(written["controls"]) == 3
     assert "| fused |" in (before / "table.md").read_text()
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
