@@ -61,11 +61,16 @@ def uncertainty(seconds: list[float]) -> float:
 
 
 def machine_shift(before: dict[str, Any], after: dict[str, Any]) -> float:
-    """The most that a control moved by between two results, as a natural logarithm."""
-    medians = [
-        {name: quartiles(values)[1] for name, values in result["controls"].items()} for result in (before, after)
-    ]
-    return max(abs(math.log(medians[1].get(name, median) / median)) for name, median in medians[0].items())
+    """The most that a control moved by between two results, as a natural logarithm.
+
+    Raises:
+        UserError: where they have no control in common.
+    """
+    old, new = before["controls"], after["controls"]
+    medians = [(quartiles(old[name])[1], quartiles(new[name])[1]) for name in old if name in new]
+    if not medians:
+        raise UserError("the two results were measured with different controls; measure the older one again")
+    return max(abs(math.log(later / earlier)) for earlier, later in medians)
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:

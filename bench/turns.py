@@ -33,8 +33,8 @@ def controls() -> dict[str, Callable[[], None]]:
         return work
 
     return {
-        "matrix product, fp32": waited_for(lambda: matrix @ matrix),
-        "matrix product, bf16": waited_for(lambda: half @ half),
+        "matrix product": waited_for(lambda: matrix @ matrix),
+        "matrix product in bf16": waited_for(lambda: half @ half),
         "softmax": waited_for(lambda: scores.softmax(-1)),
     }
 

@@ -176,6 +176,8 @@ def test_results_that_cant_be_compared_are_refused(tmp_path: Path) -> None:
         compare.changes(result(1, 0), result(1, 1, device="gpu"))
     with pytest.raises(UserError, match="no row in common"):
         compare.changes(result(1, 0), {**result(1, 1), "rows": {}})
+    with pytest.raises(UserError, match="different controls"):
+        compare.changes(result(1, 0), {**result(1, 1), "controls": {"other": [1.0]}})
     for content in ("[]", "{", '{"rows": []}'):
         (tmp_path / "x.json").write_text(content)
         with pytest.raises(UserError, match="no result of"):
