@@ -25,7 +25,7 @@ from bench import (
 )
 from bench.case import Case, device, many_compiled_at_once, prepare_process
 from bench.environment import ROOT, environment
-from bench.measure import quartiles
+from bench.measure import by_group, quartiles
 from fastvit_train.errors import UserError
 from fastvit_train.tracking import write_atomically
 
@@ -153,9 +153,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
     """All groups in Markdown."""
     lines = [words(facts)]
-    for group in dict.fromkeys(row["group"] for row in rows):
-        own = [row for row in rows if row["group"] == group]
-        lines += ["", f"**{group}**", ""]
+    for own in by_group(rows):
+        lines += ["", f"**{own[0]['group']}**", ""]
         lines += [f"| {' | '.join(row)} |" for row in (HEAD, ("---",) * len(HEAD), *cells(own))]
     return "\n".join(lines) + "\n"
 

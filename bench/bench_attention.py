@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 import fastvit_kernels
-from bench.case import DTYPES, Case, Work, assert_close, device
+from bench.case import CALLS, DTYPES, Case, Work, assert_close, device
 from fastvit_train.roofline import count_flops
 
 SHAPES = {
     "cpu": [(256, 64, 48, 4), (64, 256, 256, 4)],
     "cuda": [(256, 64, 48, 4), (4096, 64, 48, 4), (1024, 256, 256, 4)],
 }
-CALLS = {"cpu": 1, "cuda": 20}
 OPERATOR, MODULE = "attention operator", "attention module"
 FORWARD, BOTH = PASSES = "forward", "forward+backward"
 TORCH, TIMM = "torch MultiheadAttention", "timm Attention"

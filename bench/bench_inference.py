@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.bench_attention import replayed, unavailable
 from bench.bench_step import EAGER, MODELS, Training
-from bench.case import DTYPES, Case, Work, assert_close, device
+from bench.case import CALLS, DTYPES, Case, Work, assert_close, device
 from fastvit_train.roofline import count_flops
 
 LATENCY, THROUGHPUT = "inference latency", "inference throughput"
@@ -41,7 +41,7 @@ def build(name: str, implementation: str, compiled: bool, graph: bool, dtype: st
         assert_close(run()[0], reference()[0], dtype, f"{name}'s logits")
 
     flops = batch * count_flops(logits_of(Training(name, "fused", False, "fp32", 1)))
-    return Work(run, check, batch, flops, calls={"cpu": 1, "cuda": 20}[device().type], replayed=graph)
+    return Work(run, check, batch, flops, calls=CALLS[device().type], replayed=graph)
 
 
 def cases() -> Iterator[Case]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.bench_attention import unavailable
-from bench.case import DTYPES, Case, Work, assert_close, device
+from bench.case import CALLS, DTYPES, Case, Work, assert_close, device
 from fastvit_train.config import OptimConfig
 from fastvit_train.models import compile_blocks, pretrained_cfg
 from fastvit_train.optim import build_optimizer
@@ -103,7 +103,7 @@ def build(name: str, implementation: str, compiled: bool, dtype: str, batch: int
 
     flops = batch * count_flops(Training(name, "fused", False, "fp32", 1, **settings).step)
     parameters = tuple(training.model.parameters())
-    return Work(training.step, check, batch, flops, parameters, calls={"cpu": 1, "cuda": 20}[device().type])
+    return Work(training.step, check, batch, flops, parameters, calls=CALLS[device().type])
 
 
 def cases() -> Iterator[Case]:

@@ -15,6 +15,8 @@ from fastvit_train import launch, memory
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
 """largest distance from the reference, over the reference's norm"""
+CALLS = {"cpu": 1, "cuda": 20}
+"""of a step or a pass between two synchronisations: outer timing would inflate what takes microseconds"""
 CHECK_BATCH = 4
 """images with which a row is checked where nothing is timed"""
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.environment import environment
+from bench.measure import by_group
 from fastvit_train.tracking import read_rows
 
 TARGET = 0.74
@@ -59,12 +60,6 @@ def rows(part: str, found: dict[str, Any]) -> list[tuple[str, str]]:
             (f"to {found['target']:.1%}", reached),
         ]
     return [*(best(group) for group in by_group(found.get("rows", []))), *cut]
-
-
-def by_group(found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Rows that are compared with each other."""
-    groups = dict.fromkeys(row["group"] for row in found)
-    return [[row for row in found if row["group"] == group] for group in groups]
 
 
 def best(group: list[dict[str, Any]]) -> tuple[str, str]:

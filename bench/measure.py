@@ -140,3 +140,9 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, method="inclusive")
     return low, middle, high
+
+
+def by_group(found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows that are compared with each other."""
+    groups = dict.fromkeys(row["group"] for row in found)
+    return [[row for row in found if row["group"] == group] for group in groups]

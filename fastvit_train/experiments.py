@@ -60,9 +60,10 @@ def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
 def measure_candidates(job: Job) -> list[Candidate]:
     """All that can be tried with this run on this device, by gain; what fails is among them, with a gain of 0."""
     device = job.accelerator.device
+    variants = _variants(job)
     steps, failed = {Variant(): step_of(job, Variant())}, []
     with torch._dynamo.config.patch(recompile_limit=64):  # beyond it candidates would silently not be compiled
-        for what, how, variant in _variants(job):
+        for what, how, variant in variants:
             try:
                 steps[variant] = step_of(job, variant)
             except Exception as error:  # out of memory, no compiler, a shape that an attention refuses: all say why
@@ -79,7 +80,7 @@ def measure_candidates(job: Job) -> list[Candidate]:
             sure=variant.batch_factor * low > times[variant][2],
             same_training=variant.batch_factor == 1,
         )
-        for what, how, variant in _variants(job)
+        for what, how, variant in variants
         if variant in times
     ]
     return sorted(found, key=lambda candidate: -candidate.gain) + failed
