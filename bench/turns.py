@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from bench.case import Case, device
 from bench.measure import Row, quartiles, seconds_of
@@ -20,10 +21,11 @@ Results = list[Result]
 
 
 def controls() -> dict[str, Callable[[], None]]:
-    """What no commit changes, timed in every round: matrix products in both dtypes, and a softmax."""
+    """What no commit changes, timed in every round: matrix products in both dtypes, and torch's own transformer layer."""
     factor = 1 if device().type == "cpu" else 8
     matrix = torch.randn(1024 * factor, 1024 * factor, device=device())
-    half, scores = matrix.bfloat16(), torch.randn(1024, 4096 * factor, device=device())
+    half, tokens = matrix.bfloat16(), torch.randn(64 * factor, 64, 48, device=device(), dtype=torch.bfloat16)
+    layer = nn.TransformerEncoderLayer(48, 4, 96, dropout=0.0, batch_first=True, device=device(), dtype=torch.bfloat16)
 
     def waited_for(run: Callable[[], object]) -> Callable[[], None]:
         def work() -> None:
@@ -35,7 +37,7 @@ def controls() -> dict[str, Callable[[], None]]:
     return {
         "matrix product": waited_for(lambda: matrix @ matrix),
         "matrix product in bf16": waited_for(lambda: half @ half),
-        "softmax": waited_for(lambda: scores.softmax(-1)),
+        "a layer forward and backward in bf16": waited_for(lambda: layer(tokens).sum().backward()),
     }
 
 

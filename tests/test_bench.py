@@ -143,15 +143,15 @@ def test_what_autograd_saves_is_counted_to_the_byte(seed: int) -> None:
 
 
 def result(scale: float, seed: int, rows: int = 200, control: float = 1.0, device: str = "cpu") -> dict[str, Any]:
-    """A made-up result: rows of 21 rounds with 8% of noise; `scale` slows the first row."""
+    """A made-up result: rows of 21 rounds with 8% of noise, controls in all rounds; `scale` slows the first row."""
     draws = random.Random(seed)
 
-    def rounds(median: float) -> list[float]:
-        return [median * draws.lognormvariate(0, 0.08) for _ in range(21)]
+    def rounds(median: float, number: int = 21) -> list[float]:
+        return [median * draws.lognormvariate(0, 0.08) for _ in range(number)]
 
     measured = {f"row {i}": rounds(0.01 * (scale if i == 0 else 1) * control) for i in range(rows)}
     facts = {"device": device, "commit": str(seed)}
-    return {"environment": facts, "controls": {"copy": rounds(control)}, "rows": measured}
+    return {"environment": facts, "controls": {"product": rounds(control, 210)}, "rows": measured}
 
 
 def verdicts(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
@@ -168,7 +168,7 @@ def test_the_same_commit_is_unchanged_and_a_slowed_row_is_caught(seed: int) -> N
 
 def test_a_slower_machine_widens_the_noise(seed: int) -> None:
     drifted = verdicts(result(1.0, seed), result(1.0, seed + 1, control=1.3))
-    assert list(drifted.values()).count("unchanged") >= 150  # without the controls, none is
+    assert list(drifted.values()).count("unchanged") >= 190  # without the controls, none is
 
 
 def test_results_that_cant_be_compared_are_refused(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_the_main_comparison_is_written_compared_and_drawn(
     before, after = tmp_path / "before", tmp_path / "after"
     bench(monkeypatch, *only, "--output", str(before))
     spoil_speed = registry.IMPLEMENTATIONS["fused"].function
-    spoil(monkeypatch, "fused", lambda *arguments: time.sleep(0.2) or spoil_speed(*arguments))
+    spoil(monkeypatch, "fused", lambda *arguments: time.sleep(0.02) or spoil_speed(*arguments))
     bench(monkeypatch, *only, "--output", str(after))
     written = json.loads((before / "bench.json").read_text())
     assert written["environment"]["commit"] == environment()["commit"] and len(written["controls"]) == 3
