@@ -21,7 +21,7 @@ Results = list[Result]
 
 
 def controls() -> dict[str, Callable[[], None]]:
-    """What no commit changes, timed in every round: matrix products in both dtypes, and torch's own transformer layer."""
+    """What no commit changes, timed in every round: matrix products in both dtypes, a layer of torch.nn."""
     factor = 1 if device().type == "cpu" else 8
     matrix = torch.randn(1024 * factor, 1024 * factor, device=device())
     half, tokens = matrix.bfloat16(), torch.randn(64 * factor, 64, 48, device=device(), dtype=torch.bfloat16)
