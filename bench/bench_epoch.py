@@ -16,8 +16,13 @@ from bench.environment import ROOT
 BATCH, IMAGES = 256, 4096
 WHAT = "epoch end to end"
 TYPICAL = "typical script, fp32"
-ROWS = {TYPICAL: "typical", "fastvit_train, fp32": "fp32", "fastvit_train, bf16": "bf16"}
-OTHER = {"typical": "bf16", "fp32": "typical", "bf16": "typical"}
+ROWS = {
+    TYPICAL: "typical",
+    "fastvit_train, fp32": "fp32",
+    "fastvit_train, bf16": "bf16",
+    "fastvit_train, bf16, --compile": "compiled",
+}
+OTHER = {"typical": "bf16", "fp32": "typical", "bf16": "typical", "compiled": "typical"}
 CALLS = {"cpu": 1, "cuda": 12}
 CHECK_BATCH, CHECK_HOLDOUT = 64, 0.95
 """where nothing is timed, most images are left out"""

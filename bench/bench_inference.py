@@ -14,10 +14,10 @@ from bench.case import CALLS, DTYPES, Case, Work, assert_close, device
 from fastvit_train.roofline import count_flops
 
 LATENCY, THROUGHPUT = "inference latency", "inference throughput"
-ROWS = {**{name: (name, False, False) for name in EAGER}, "fused, compiled blocks": ("fused", True, False)}
+ROWS = {**{name: (name, False, False) for name in EAGER}, "fused, model compiled": ("fused", True, False)}
 """row to attention implementation, whether blocks are compiled, whether a CUDA graph is replayed"""
 if torch.cuda.is_available():
-    ROWS |= {"fused, compiled blocks, CUDA graph": ("fused", True, True)}
+    ROWS |= {"fused, model compiled, CUDA graph": ("fused", True, True)}
 
 
 def build(name: str, implementation: str, compiled: bool, graph: bool, dtype: str, batch: int) -> Work:

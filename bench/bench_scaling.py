@@ -12,7 +12,7 @@ from bench.bench_step import build
 from bench.case import DTYPES, Case, device
 
 MODEL = "mc_vit_4_4_32"
-IMPLEMENTATIONS = ("naive", "fused", "sdpa", "triton")
+IMPLEMENTATIONS = ("naive", "fused", "sdpa", "cpp", "triton")
 FACTOR = 1 if device().type == "cpu" else 8
 WITH_BATCH, WITH_TOKENS, WITH_WIDTH = (f"scaling with {what}" for what in ("batch", "tokens", "width"))
 SIZES: dict[str, list[tuple[int, int, dict[str, Any]]]] = {

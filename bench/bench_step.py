@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bench.bench_attention import unavailable
 from bench.case import CALLS, DTYPES, Case, Work, assert_close, device
 from fastvit_train.config import OptimConfig
-from fastvit_train.models import compile_blocks, pretrained_cfg
+from fastvit_train.models import compile_model, pretrained_cfg
 from fastvit_train.optim import build_optimizer
 from fastvit_train.roofline import count_flops
 
@@ -24,8 +24,8 @@ MODELS: dict[str, dict[str, tuple[int, ...]]] = {
     "cuda": {"c_vit_4_4_32": (256, 4096), "mc_vit_4_4_32": (256, 4096), "cvt_7_4_32": (256,), "cct_7_3x1_32": (256,)},
 }
 """with the batches of a step"""
-EAGER = ("naive", "fused", "sdpa", "compiled", "triton")
-COMPILED = ("naive", "fused", "sdpa", "triton")
+EAGER = ("naive", "fused", "sdpa", "compiled", "cpp", "triton")
+COMPILED = ("naive", "fused", "sdpa", "cpp", "triton")
 WHAT = "training step"
 
 
@@ -35,7 +35,7 @@ class Training:
     Args:
         name: of the model.
         implementation: of its attention.
-        compiled: compile its blocks.
+        compiled: compile it.
         dtype: "fp32", or "bf16" under autocast.
         batch: images.
         settings: of the model.
@@ -51,7 +51,7 @@ class Training:
         self.images_BCHW = torch.randn(batch, 3, size, size, generator=draws).to(device())
         self.labels_B = torch.randint(0, 10, (batch,), generator=draws).to(device())
         if compiled:
-            compile_blocks(self.model)
+            compile_model(self.model)
 
     def precision(self) -> torch.autocast:
         """What forward passes run under."""
@@ -115,7 +115,7 @@ def cases() -> Iterator[Case]:
             WHAT,
             f"{name} B{batch}",
             dtype,
-            f"{implementation}, compiled blocks" if compiled else implementation,
+            f"{implementation}, model compiled" if compiled else implementation,
             batch,
             partial(build, name, implementation, compiled, dtype),
             unavailable(implementation),

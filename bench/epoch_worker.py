@@ -26,7 +26,8 @@ from fastvit_train.setup import setup
 from fastvit_train.train import train_epoch
 
 MODEL = "mc_vit_4_4_32"
-PRECISIONS = {"fp32": "no", "bf16": "bf16"}
+PRECISIONS = {"fp32": "no", "bf16": "bf16", "compiled": "bf16"}
+"""of our trainer's rows"""
 Epoch = Callable[[], tuple[float, int]]
 """trains for one; returns the mean loss and the number of images"""
 
@@ -44,10 +45,11 @@ def typical(batch: int, holdout: float) -> tuple[Epoch, int]:
     return script.epoch, sum(p.numel() for p in script.model.parameters())
 
 
-def ours(precision: str, batch: int, holdout: float, runs_dir: str) -> tuple[Epoch, int]:
+def ours(row: str, batch: int, holdout: float, runs_dir: str) -> tuple[Epoch, int]:
     """Our trainer's epoch, and its model's parameters."""
-    os.environ["ACCELERATE_MIXED_PRECISION"] = PRECISIONS[precision]
-    job = setup(config(batch, holdout, runs_dir), "never", overwrite=False)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = PRECISIONS[row]
+    compiled = override(config(batch, holdout, runs_dir), {"compile": row == "compiled"}, "the bench")
+    job = setup(compiled, "never", overwrite=False)
     bar = ProgressBar(job.log.console, 1, 1, 1)
 
     def epoch() -> tuple[float, int]:

@@ -13,7 +13,7 @@ from bench.bench_scaling import WITH_BATCH, WITH_TOKENS, WITH_WIDTH
 from bench.bench_step import WHAT as STEP
 
 COLORS = {"fp32": "#4477aa", "bf16": "#cc6677"}
-MARKS = {"naive": ":", "fused": "-", "sdpa": "--", "triton": "-."}
+MARKS = {"naive": ":", "fused": "-", "sdpa": "--", "cpp": "-.", "triton": "-."}
 MEMORY = {
     "peak_memory_mib": "memory of a step, MiB (CUDA's count)",
     "saved_for_backward_mib": "kept for the backward pass, MiB",

@@ -9,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
@@ -62,6 +62,8 @@ class Script:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.loader = loader(Pictures(images, labels), batch_size)
         self.model = timm.create_model(model, attention="naive").to(self.device)
+        for block in self.model.blocks:
+            block.mlp.act = nn.GELU(approximate="tanh")  # not our kernel
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, weight_decay=0.01)
 
     def epoch(self) -> tuple[float, int]:

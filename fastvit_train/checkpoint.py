@@ -32,6 +32,12 @@ class Progress:
     """optimizer steps done in all"""
     train_seconds: float = 0.0
     """spent training in the completed epochs"""
+    eval_seconds: float = 0.0
+    """spent evaluating after the completed epochs"""
+    epochs_to_target: int | None = None
+    """completed when an evaluation first reached the target accuracy"""
+    seconds_to_target: float | None = None
+    """spent training and evaluating until then"""
     best_accuracy: float = -1.0
     best_step: int = -1
     epoch_losses: list[float] = field(default_factory=list)
@@ -64,6 +70,16 @@ class Progress:
         self.busy_seconds = _add(self.busy_seconds, self.epoch_busy_seconds)
         self.step_in_epoch, self.epoch_losses, self.epoch_correct = 0, [], 0.0
         self.epoch_seconds, self.epoch_joules, self.epoch_busy_seconds = 0.0, 0.0, 0.0
+
+    def evaluated(self, accuracy: float, seconds: float, target: float | None) -> bool:
+        """Count an evaluation after the last completed epoch; True where it is the first to reach `target`."""
+        self.eval_seconds += seconds
+        if accuracy > self.best_accuracy:
+            self.best_accuracy, self.best_step = accuracy, self.step
+        if target is None or accuracy < target or self.epochs_to_target is not None:
+            return False
+        self.epochs_to_target, self.seconds_to_target = self.epoch, self.train_seconds + self.eval_seconds
+        return True
 
 
 def _add(total: float | None, more: float | None) -> float | None:

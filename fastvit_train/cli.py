@@ -20,6 +20,7 @@ from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig
 from fastvit_train.errors import UserError
 from fastvit_train.profiling import profile_run
 from fastvit_train.recipes import recipe
+from fastvit_train.repeat import fit_seeds
 from fastvit_train.saved import evaluate_run
 from fastvit_train.train import fit
 
@@ -41,6 +42,8 @@ class TrainCommand:
     """go on from the run's last checkpoint: auto if there is one, must insists"""
     overwrite: bool = False
     """start over where the folder holds a run already"""
+    repeat: int = 1
+    """train with so many seeds, one after the other, and tell mean and spread"""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -89,11 +92,14 @@ class CompareCommand:
 
 def train(args: Sequence[str]) -> None:
     base, source = _base_config(args)
-    command = _parse(
-        TrainCommand, args, default=TrainCommand(source, "never", False, base.run, base.model, base.data, base.optim)
-    )
+    default = TrainCommand(config=source, run=base.run, model=base.model, data=base.data, optim=base.optim)
+    command = _parse(TrainCommand, args, default=default)
     config = TrainConfig(command.run, command.model, command.data, command.optim)
-    fit(config, resume=command.resume, overwrite=command.overwrite)
+    if command.repeat == 1:
+        fit(config, resume=command.resume, overwrite=command.overwrite)
+    else:
+        fit_seeds(config, command.repeat, resume=command.resume, overwrite=command.overwrite)
+    launch.part()
 
 
 def profile(args: Sequence[str]) -> None:

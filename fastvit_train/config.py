@@ -16,7 +16,7 @@ class ModelConfig:
     model: str = "mc_vit_4_4_32"
     """a model of ours or any of timm's names"""
     attention: str = "auto"
-    """naive, fused, sdpa, compiled, triton, or auto, which takes the fastest here; same weights under each"""
+    """naive, fused, sdpa, compiled, cpp, triton, or auto, which takes the fastest here; same weights under each"""
     weights: str | None = None
     """start from this .pth or .safetensors file; the compact family's and the seed's layouts are understood"""
     num_classes: int | None = None
@@ -118,11 +118,13 @@ class RunConfig:
     seed: int = 0
     """of the weights, the order and the augmentation"""
     compile: bool = False
-    """torch.compile the transformer blocks; what compiling takes is reported apart"""
+    """torch.compile the model; what compiling takes is reported apart"""
     save_every: int = 0
     """checkpoint every so many optimizer steps, besides at every epoch's end"""
     save_model_every: int = 0
     """keep a copy of the weights every so many epochs"""
+    target_accuracy: float | None = None
+    """tell when an evaluation first reaches this accuracy (0.75 for 75%), on a clock that evaluation is inside of"""
     stop_after: int | None = None
     """stop after this epoch; go on later with --resume"""
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -244,6 +246,8 @@ def validate(config: TrainConfig) -> None:
     for key, share in below_one.items():
         _require(share is None or 0 <= share < 1, key, share, "from 0 up to, not including, 1")
     _require(0 <= run.seed < 2**31, "seed", run.seed, "0 to 2147483647")
+    target = run.target_accuracy
+    _require(target is None or 0 < target <= 1, "target_accuracy", target, "above 0, at most 1 (0.75 for 75%)")
     _require(model.mlp_ratio is None or 0 < model.mlp_ratio < 1000, "mlp_ratio", model.mlp_ratio, "above 0, below 1000")
     _require(0 < data.crop_scale <= 1, "crop_scale", data.crop_scale, "above 0, at most 1")
     name = "run" if run.exp_name is None else run.exp_name

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import fastvit_train.models.attention as attention
 from fastvit_train import optim
-from fastvit_train.models import compile_blocks, set_attention
+from fastvit_train.models import compile_model, set_attention
 from fastvit_train.roofline import synchronize
 from fastvit_train.setup import Job
 
@@ -93,7 +93,7 @@ def _variants(job: Job) -> list[tuple[str, str, Variant]]:
     if job.accelerator.mixed_precision == "no":
         found.append(("bf16", "accelerate launch --mixed_precision bf16", Variant(precision="bf16")))
     if not config.run.compile:
-        found.append(("--compile", "torch.compile of the blocks", Variant(compiled=True)))
+        found.append(("--compile", "torch.compile of the model", Variant(compiled=True)))
     for name in attention.alternatives(job.bare_model, config.model.attention):
         found.append((f"--attention {name}", "the same weights, computed otherwise", Variant(attention=name)))
     double = 2 * config.run.batch_size
@@ -110,7 +110,7 @@ def step_of(job: Job, variant: Variant) -> Callable[[], None]:
     if variant.attention is not None:
         set_attention(model, variant.attention)
     if config.run.compile if variant.compiled is None else variant.compiled:
-        compile_blocks(model)
+        compile_model(model)
     optimizer = optim.build_optimizer(model, config.optim)
     images, labels = next(job.train_loader.micro_batches(0))
     images, labels = (tensor.repeat_interleave(variant.batch_factor, 0) for tensor in (images, labels))

@@ -9,7 +9,7 @@ from typing import TypeVar, cast
 
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
@@ -60,6 +60,11 @@ def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelera
     if missing:
         raise UserError(f"--track {' '.join(missing)} is not installed; pip install {' '.join(missing)}")
     return accelerator
+
+
+def part() -> None:
+    """Let go of the other processes; the last thing that a command does."""
+    PartialState().destroy_process_group()
 
 
 def broadcast_only_what_changes(accelerator: Accelerator, model: nn.Module) -> None:

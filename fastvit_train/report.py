@@ -31,6 +31,12 @@ def start_trackers(job: Job) -> None:
         job.accelerator.init_trackers(TRACKER_PROJECT, config=scalars)
 
 
+def finish_trackers(job: Job) -> None:
+    """Close the trackers; the processes stay joined, for another run."""
+    for tracker in job.accelerator.trackers:
+        tracker.finish()
+
+
 def record_epoch(job: Job, evaluation: Evaluation, eval_seconds: float) -> None:
     """Write the epoch's line of metrics, its steps' losses, and say how it went."""
     progress, loader, config = job.progress, job.train_loader, job.config
@@ -63,6 +69,16 @@ def record_epoch(job: Job, evaluation: Evaluation, eval_seconds: float) -> None:
     )
     known = {k: v for k, v in metrics.items() if k not in ("epoch", "step") and v is not None}
     job.accelerator.log(known, step=progress.step)
+
+
+def tell_target(job: Job) -> None:
+    """Say that the target accuracy was reached, and on which clock."""
+    progress, apart = job.progress, job.compile_seconds
+    job.log.line(
+        f"{job.config.run.target_accuracy:.2%} reached after {progress.epochs_to_target} epochs and "
+        f"{progress.seconds_to_target:.1f} s of training and evaluating"
+        + (f"; first passes and compiling, {apart:.1f} s, apart" if apart is not None else "")
+    )
 
 
 def _gpu_usage(seconds: float, joules: float | None, busy_seconds: float | None) -> dict[str, float | None]:
@@ -133,6 +149,10 @@ def _summary(job: Job, evaluation: Evaluation) -> dict[str, Any]:
         "best_test_accuracy": progress.best_accuracy,
         "test_loss": evaluation.loss,
         "train_seconds": progress.train_seconds,
+        "eval_seconds": progress.eval_seconds,
+        "target_accuracy": config.run.target_accuracy,
+        "epochs_to_target": progress.epochs_to_target,
+        "seconds_to_target": progress.seconds_to_target,
         "compile_seconds": job.compile_seconds,
         "images_per_second": images / progress.train_seconds if progress.train_seconds else None,
         "peak_memory_mib": memory.peak_mib(accelerator.device),

@@ -20,7 +20,7 @@ from fastvit_train.models import (
     build_model,
     check_attention,
     check_model,
-    compile_blocks,
+    compile_model,
     native_image_size,
     pick_attention,
     pretrained_cfg,
@@ -109,18 +109,16 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     place = Place(accelerator.device, accelerator.process_index, accelerator.num_processes)
     train_loader = build_train_loader(config, dataset, model, batch_size, place)
     eval_loader = build_eval_loader(config, dataset, model, place)
-    compile_seconds = None
-    if config.run.compile or config.model.attention in COMPILING:
-        sizes = (micro_batch, eval_loader.batch_size, image_size(config))
-        with accelerator.autocast():
-            compile_seconds = warm_up(model, *sizes, place.device, config.run.compile)
     if config.run.compile:
-        compile_blocks(model)
-    memory.forget_peak(accelerator.device)
+        compile_model(model)
     optimizer = optim.build_optimizer(model, config.optim)
     scheduler = optim.build_schedule(optimizer, config.optim, config.run.epochs, train_loader.steps_per_epoch)
     launch.broadcast_only_what_changes(accelerator, model)
     model, optimizer = accelerator.prepare(model, optimizer)
+    compile_seconds = None
+    if config.run.compile or config.model.attention in COMPILING:
+        compile_seconds = warm_up(model, micro_batch, eval_loader.batch_size, image_size(config), place.device)
+    memory.forget_peak(accelerator.device)
 
     progress = Progress()
     if resuming:

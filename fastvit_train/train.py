@@ -57,7 +57,7 @@ def _train(job: Job) -> dict[str, Any]:
     if evaluation is None:  # resumed, with nothing left to train
         evaluation = evaluate(job.model, job.eval_loader, job.accelerator)
     summary = report.finish(job, evaluation)
-    job.accelerator.end_training()
+    report.finish_trackers(job)
     return summary
 
 
@@ -140,10 +140,10 @@ def _settle(job: Job, losses: Tensor, correct: Tensor) -> None:
 def _close_epoch(job: Job, evaluation: Evaluation, eval_seconds: float) -> None:
     """Record the epoch that was just trained and evaluated, and save a checkpoint behind it."""
     progress, run = job.progress, job.config.run
-    if evaluation.accuracy > progress.best_accuracy:
-        progress.best_accuracy, progress.best_step = evaluation.accuracy, progress.step
     report.record_epoch(job, evaluation, eval_seconds)
     progress.close_epoch()
+    if progress.evaluated(evaluation.accuracy, eval_seconds, run.target_accuracy):
+        report.tell_target(job)
     save_checkpoint(job)
     if run.save_model_every and progress.epoch % run.save_model_every == 0:
         report.write_weights(job, f"model_epoch_{progress.epoch}.safetensors")

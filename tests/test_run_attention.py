@@ -33,10 +33,10 @@ def choose_always(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
 
 def test_runs_under_each_attention_end_alike(small_config: Config, tmp_path: Path) -> None:
     ends = {}
-    for name in ("naive", "fused", "sdpa", "compiled", "auto"):
+    for name in ("naive", "fused", "sdpa", "compiled", "cpp", "auto"):
         summary = fit(small_config(attention=name, exp_name=name, epochs=2))
         assert summary["attention"] == name or name == "auto"
-        assert (summary["compile_seconds"] is not None) == (summary["attention"] == "compiled")
+        assert (summary["compile_seconds"] is not None) == (summary["attention"] in ("compiled", "cpp"))
         ends[name] = [*losses(tmp_path, name), summary["test_loss"]]
     for name, values in ends.items():
         assert values == pytest.approx(ends["fused"], abs=1e-4), name

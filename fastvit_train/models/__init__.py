@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastvit_train.config import ModelConfig
 from fastvit_train.errors import UserError
 from fastvit_train.models.attention import check_attention, pick_attention, set_attention, warm_up
-from fastvit_train.models.compiling import compile_blocks
+from fastvit_train.models.compiling import compile_model
 from fastvit_train.models.registry import OUR_MODELS
 from fastvit_train.models.vit import ConvTokenizer, ViT
 from fastvit_train.models.weights import checkpoint_filter_fn, pretrained_cfg, reset_head_if_other_classes
@@ -26,7 +26,7 @@ __all__ = [
     "build_model",
     "check_attention",
     "check_model",
-    "compile_blocks",
+    "compile_model",
     "native_image_size",
     "pick_attention",
     "pretrained_cfg",

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import fastvit_kernels
 from fastvit_train.config import ModelConfig
 from fastvit_train.errors import UserError
-from fastvit_train.models.compiling import compile_blocks
 from fastvit_train.models.registry import OUR_MODELS
 
 AUTO = fastvit_kernels.AUTO
@@ -59,10 +58,9 @@ def alternatives(model: nn.Module, name: str) -> list[str]:
     """The attentions other than `name` that `model` could compute with here, and fast; none where it keeps its own."""
     if name == TIMM or not fastvit_kernels.swappable(model):
         return []
-    on_gpu = next(model.parameters()).device.type == "cuda"
-    slow = () if on_gpu else ("triton",)  # its interpreter
+    device = next(model.parameters()).device
     names = (other for other, reason in fastvit_kernels.implementations().items() if reason is None)
-    return [other for other in names if other not in (name, AUTO, *slow)]
+    return [other for other in names if other not in (name, AUTO) and not fastvit_kernels.unsuited(other, device)]
 
 
 def pick_attention(model: nn.Module, batch_size: int, image_size: int, device: torch.device) -> tuple[str, list[str]]:
@@ -113,33 +111,31 @@ def _cases(
     return seen
 
 
-def warm_up(
-    model: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device, compiled: bool = False
-) -> float:
-    """Seconds that the first passes of a copy of `model` take, in training (not with train_batch 0) and in evaluation.
+def warm_up(model: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device) -> float:
+    """Seconds that the first passes of `model` take, in training (not with train_batch 0) and in evaluation.
 
-    With `compiled` its blocks are compiled, and those of `model` will share the code. Compiling in these passes would
-    else be hidden in the first step. Weights and random state stay as they are.
+    What compiles in them would else be hidden in the first step. Weights, gradients and random state stay as they are.
 
     Raises:
         UserError: where the attention can't serve the model's tokens.
     """
+    state = copy.deepcopy(model.state_dict())
+    started = time.perf_counter()
     try:
-        probe = copy.deepcopy(model).to(device)
-        if compiled:
-            compile_blocks(probe)
-        return _first_passes(probe, train_batch, eval_batch, image_size, device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            _first_passes(model, train_batch, eval_batch, image_size, device)
     except ValueError as error:
         raise UserError(str(error)) from None
+    seconds = time.perf_counter() - started
+    model.load_state_dict(state)
+    return seconds
 
 
-def _first_passes(probe: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device) -> float:
-    started = time.perf_counter()
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        if train_batch:
-            probe.train()(torch.zeros(train_batch, 3, image_size, image_size, device=device)).float().sum().backward()
-        with torch.no_grad():
-            probe.eval()(torch.zeros(eval_batch, 3, image_size, image_size, device=device))
+def _first_passes(model: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device) -> None:
+    if train_batch:
+        model.train()(torch.zeros(train_batch, 3, image_size, image_size, device=device)).float().sum().backward()
+        model.zero_grad()
+    with torch.no_grad():
+        model.eval()(torch.zeros(eval_batch, 3, image_size, image_size, device=device))
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
-    return time.perf_counter() - started

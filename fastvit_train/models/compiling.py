@@ -2,13 +2,13 @@
 
 from torch import nn
 
+from fastvit_train.models.vit import ViT
 
-def compile_blocks(model: nn.Module) -> None:
-    """Compile every transformer block of `model` in place, or the whole model where it has no `blocks`.
 
-    Blocks of one kind share their compiled code, so compiling takes no longer for more of them; names in the state
-    dict stay as they are. Shapes are compiled as they come, none as a variable.
+def compile_model(model: nn.Module) -> None:
+    """Compile `model` in place, whole, so that nothing between its blocks is left to the interpreter either.
+
+    Names in the state dict stay as they are. Shapes are compiled as they come, none as a variable. Ours must compile
+    to one graph; timm's may break theirs.
     """
-    blocks = getattr(model, "blocks", None)
-    for module in blocks if isinstance(blocks, nn.Sequential | nn.ModuleList) else [model]:
-        module.compile(dynamic=False)
+    model.compile(dynamic=False, fullgraph=isinstance(model, ViT))

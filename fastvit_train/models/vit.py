@@ -84,7 +84,7 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, gelu: str, hidden_drop: float, drop: float) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = nn.GELU(approximate=gelu)
+        self.act = fastvit_kernels.TanhGELU() if gelu == "tanh" else nn.GELU()
         self.hidden_drop = nn.Dropout(hidden_drop)
         self.fc2 = nn.Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)

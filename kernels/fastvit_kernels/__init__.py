@@ -5,15 +5,17 @@ per head), so swapping one for another never touches a checkpoint.
 """
 
 from fastvit_kernels.autotune import Choice, choose
+from fastvit_kernels.cpp_gelu import TanhGELU
 from fastvit_kernels.module import SelfAttention, swap_attention, swappable
 from fastvit_kernels.operator import attention, attention_weights
-from fastvit_kernels.registry import AUTO, COMPILING, check_implementation, implementations
+from fastvit_kernels.registry import AUTO, COMPILING, check_implementation, implementations, unsuited
 
 __all__ = [
     "AUTO",
     "COMPILING",
     "Choice",
     "SelfAttention",
+    "TanhGELU",
     "attention",
     "attention_weights",
     "check_implementation",
@@ -21,4 +23,5 @@ __all__ = [
     "implementations",
     "swap_attention",
     "swappable",
+    "unsuited",
 ]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastvit_kernels.registry import AUTO, COMPILING, IMPLEMENTATIONS, implementations, triton_interpreted
+from fastvit_kernels.registry import AUTO, COMPILING, IMPLEMENTATIONS, implementations, unsuited
 
 REFERENCE = "fused"
 SECONDS = 0.5
@@ -144,7 +144,7 @@ def _measure(case: Case) -> Choice:
     with _apart(case):
         data = _draw(case)
         expected = _forward_backward(REFERENCE, data.first(CHECKED_SAMPLES), case.num_heads, 0.0)
-        for name in _candidates():
+        for name in _candidates(case.device):
             started = time.perf_counter()
             problem = IMPLEMENTATIONS[name].refusal(data.x, case.num_heads) or _defect(name, case, data, expected)
             compile_seconds += time.perf_counter() - started if name in COMPILING else 0.0
@@ -171,10 +171,10 @@ def _apart(case: Case) -> Iterator[None]:
         yield
 
 
-def _candidates() -> list[str]:
-    """What can run here; Triton's interpreter can, but isn't meant for speed."""
+def _candidates(device: torch.device) -> list[str]:
+    """What can run here and is meant to be fast there."""
     names = [name for name, reason in implementations().items() if reason is None and name != AUTO]
-    return [name for name in names if not (name == "triton" and triton_interpreted())]
+    return [name for name in names if unsuited(name, device) is None]
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

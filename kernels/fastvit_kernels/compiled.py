@@ -1,9 +1,6 @@
 """torch.compile of `fused`: one graph, forward and backward, for each signature that it is called with."""
 
 import functools
-import os
-import shutil
-import sys
 import types
 from collections.abc import Callable
 
@@ -11,19 +8,6 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.fused import fused_attention
-
-
-def unavailable() -> str | None:
-    """Why torch.compile can't be had here, or None."""
-    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    if _found(compiler, os.environ.get("PATH")):
-        return None
-    return f"needs a C++ compiler, and {compiler} is not to be found; install it, or set CXX"
-
-
-@functools.cache
-def _found(compiler: str, path: str | None) -> bool:
-    return shutil.which(compiler, path=path) is not None
 
 
 def compiled_attention(

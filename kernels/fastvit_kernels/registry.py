@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastvit_kernels import compiled
+from fastvit_kernels import cpp_attention, cpp_library
 from fastvit_kernels.compiled import compiled_attention
 from fastvit_kernels.fused import fused_attention
 from fastvit_kernels.naive import naive_attention
@@ -16,8 +16,8 @@ from fastvit_kernels.sdpa import sdpa_attention
 
 AUTO = "auto"
 """the name of the measured choice"""
-COMPILING = ("compiled", "triton")
-"""implementations whose first call with a new shape takes seconds"""
+COMPILING = ("compiled", "cpp", "triton")
+"""implementations whose first call with a new shape takes a second or more"""
 MIN_CAPABILITY = (8, 0)
 
 
@@ -49,6 +49,10 @@ def _triton_unavailable() -> str | None:
     return None
 
 
+def _cpp_refusal(x: Tensor, num_heads: int) -> str | None:
+    return cpp_attention.refusal(x, num_heads, compute_dtype(x))
+
+
 def _triton_refusal(x: Tensor, num_heads: int) -> str | None:
     from fastvit_kernels.triton_attention import refusal  # not everyone has triton
 
@@ -75,7 +79,8 @@ IMPLEMENTATIONS = {
     "naive": Implementation(naive_attention),
     "fused": Implementation(fused_attention),
     "sdpa": Implementation(sdpa_attention),
-    "compiled": Implementation(compiled_attention, compiled.unavailable),
+    "compiled": Implementation(compiled_attention, cpp_library.unavailable),
+    "cpp": Implementation(cpp_attention.cpp_attention, cpp_library.unavailable, _cpp_refusal),
     "triton": Implementation(_triton_attention, _triton_unavailable, _triton_refusal),
 }
 
@@ -83,6 +88,15 @@ IMPLEMENTATIONS = {
 def implementations() -> dict[str, str | None]:
     """The implementations by name; the value is None where it can run here, else the reason why not."""
     return {name: entry.unavailable() for name, entry in IMPLEMENTATIONS.items()} | {AUTO: None}
+
+
+def unsuited(name: str, device: torch.device) -> str | None:
+    """Why an implementation has no business being timed on a device, or None."""
+    if name == "triton" and (device.type != "cuda" or triton_interpreted()):
+        return "triton needs a GPU"
+    if name == "cpp" and device.type != "cpu":
+        return "cpp is for CPUs"
+    return None
 
 
 def check_implementation(name: str) -> None:

@@ -1,0 +1,276 @@
+// Attention on packed projections, forward and backward, for a CPU: see cpp_attention.py, which compiles this behind
+// cpp_vectors.h, with HEAD_DIM, the channels of a head, defined.
+//
+// A head of one sample is a task. Sixteen queries (in the second half of the backward pass, keys) lie in the lanes of a
+// vector, so that a softmax is a walk along an array, and nothing is ever summed across lanes. All that a task
+// holds stays in the first-level cache; the scores are computed again in the backward pass.
+
+constexpr int WORDS = HEAD_DIM / PER_WORD;
+
+// The accumulators that are kept in registers at a time.
+constexpr int tile_of(int channels) {
+    for (int size = 16; size > 1; --size)
+        if (channels % size == 0) return size;
+    return 1;
+}
+constexpr int TILE = tile_of(HEAD_DIM);
+
+// Terms that are added up by themselves first, for the sake of rounding.
+constexpr int64_t CHUNK = 32;
+
+// One operand of a head: its row of each token.
+struct Rows {
+    int32_t* words;
+    int64_t stride;  // from token to token, in words
+
+    int32_t* operator[](int64_t token) const { return words + token * stride; }
+};
+
+// Up to sixteen tokens, each in a lane: lane l of word w is word w of token first + l; lanes past the end are 0.
+static inline void load_lanes(Words (&lanes)[WORDS], const Rows& rows, int64_t first, int64_t tokens) {
+    alignas(64) int32_t turned[WORDS][LANES] = {};
+    for (int64_t l = 0; l < LANES && first + l < tokens; ++l)
+        for (int w = 0; w < WORDS; ++w) turned[w][l] = rows[first + l][w];
+    std::memcpy(lanes, turned, sizeof turned);
+}
+
+static inline void store_lanes(const Floats (&channels)[HEAD_DIM], const Rows& rows, int64_t first, int64_t tokens) {
+    alignas(64) int32_t turned[WORDS][LANES];
+    for (int w = 0; w < WORDS; ++w) {
+        const Words word = pack(channels[w * PER_WORD], channels[w * PER_WORD + PER_WORD - 1]);
+        std::memcpy(turned[w], &word, sizeof word);
+    }
+    for (int64_t l = 0; l < LANES && first + l < tokens; ++l)
+        for (int w = 0; w < WORDS; ++w) rows[first + l][w] = turned[w][l];
+}
+
+// Products of the lanes' tokens with one token's row.
+static inline Floats dot(const Words (&lanes)[WORDS], const int32_t* row) {
+    Floats sum = {};
+#pragma GCC unroll 32
+    for (int w = 0; w < WORDS; ++w) sum = multiply_word(sum, lanes[w], row[w]);
+    return sum;
+}
+
+// Rows as words of consecutive tokens, (tokens / PER_WORD, HEAD_DIM): what `weighted_sum` reads.
+static void pair_tokens(std::vector<int32_t>& paired, const Rows& rows, int64_t tokens) {
+#if BFLOAT16
+    paired.resize((tokens + 1) / 2 * HEAD_DIM);
+    for (int64_t token = 0; token < tokens; token += 2) {
+        int32_t* out = paired.data() + token / 2 * HEAD_DIM;
+        for (int w = 0; w < WORDS; ++w) {
+            const uint32_t first = rows[token][w], second = token + 1 < tokens ? rows[token + 1][w] : 0;
+            out[2 * w] = (first & 0xffff) | (second << 16);
+            out[2 * w + 1] = (first >> 16) | (second & 0xffff0000);
+        }
+    }
+#else
+    paired.resize(tokens * HEAD_DIM);
+    for (int64_t token = 0; token < tokens; ++token)
+        std::memcpy(paired.data() + token * HEAD_DIM, rows[token], HEAD_DIM * sizeof(int32_t));
+#endif
+}
+
+// Sums over all tokens of weight * row, for each lane: weights (tokens / PER_WORD) as `pack` makes them.
+static inline void weighted_sum(
+    Floats (&sums)[HEAD_DIM], const Words* weights, const std::vector<int32_t>& paired, int64_t tokens) {
+    const int64_t groups = (tokens + PER_WORD - 1) / PER_WORD;
+    for (int first = 0; first < HEAD_DIM; first += TILE) {
+        Floats total[TILE] = {};
+        for (int64_t start = 0; start < groups; start += CHUNK) {
+            Floats tile[TILE] = {};
+            for (int64_t g = start; g < std::min(groups, start + CHUNK); ++g) {
+                const Words weight = weights[g];
+                const int32_t* row = paired.data() + g * HEAD_DIM + first;
+#pragma GCC unroll 16
+                for (int c = 0; c < TILE; ++c) tile[c] = multiply_word(tile[c], weight, row[c]);
+            }
+            for (int c = 0; c < TILE; ++c) total[c] += tile[c];
+        }
+        std::memcpy(sums + first, total, sizeof total);
+    }
+}
+
+// Which attention weights are kept, by a hash of seed, head, query and key.
+struct Dropout {
+    uint32_t threshold;  // of 2^24
+    float kept_scale;
+    uint32_t seed;
+
+    static uint32_t mix(uint32_t x) {
+        x = (x ^ (x >> 16)) * 0x85ebca6bu;
+        x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+        return x ^ (x >> 16);
+    }
+
+    Dropout of_head(int64_t head) const { return {threshold, kept_scale, mix(seed + 0x9e3779b9u * uint32_t(head))}; }
+
+    // The factor of each lane's weight, which is number first + lane * step of its head.
+    Floats factor(uint32_t first, uint32_t step) const {
+        if (!threshold) return fill(1.0f);
+        const Bits count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        Bits x = (count * step + first) * 0x9e3779b1u ^ seed;
+        x = (x ^ (x >> 16)) * 0x85ebca6bu;
+        x = (x ^ (x >> 13)) * 0xc2b2ae35u;
+        x = (x ^ (x >> 16)) >> 8;
+        return x >= fill<Bits, uint32_t>(threshold) ? fill(kept_scale) : fill(0.0f);
+    }
+};
+
+// What a thread works with, reused from head to head.
+struct Workspace {
+    std::vector<Floats> scores, slopes;
+    std::vector<Words> weights, slope_words;
+    std::vector<int32_t> paired, other_paired;
+    std::vector<float> largest, inverses, deltas;  // of each query
+
+    explicit Workspace(int64_t tokens)
+        : scores(tokens + 1), slopes(tokens + 1), weights(tokens + 1), slope_words(tokens + 1),
+          largest(tokens + LANES), inverses(tokens + LANES), deltas(tokens + LANES) {}
+};
+
+// Puts probabilities times their sum in place of the unscaled scores; tells the lanes' maxima and sums. Behind the last
+// there is a 0 then, the partner of an odd one.
+static inline void softmax(std::vector<Floats>& scores, int64_t tokens, float scale, Floats& largest, Floats& sum) {
+    largest = scores[0];
+    for (int64_t j = 1; j < tokens; ++j) largest = larger(largest, scores[j]);
+    scores[tokens] = Floats{};
+    sum = Floats{};
+    for (int64_t start = 0; start < tokens; start += CHUNK) {
+        Floats part = {};
+        for (int64_t j = start; j < std::min(tokens, start + CHUNK); ++j) {
+            scores[j] = exponential((scores[j] - largest) * scale);
+            part += scores[j];
+        }
+        sum += part;
+    }
+}
+
+// Words of function(token), for all tokens; it is asked for one past an odd number of them.
+template <class Function>
+static inline void pack_tokens(std::vector<Words>& packed, int64_t tokens, Function function) {
+    for (int64_t token = 0; token < tokens; token += PER_WORD) {
+        const Floats first = function(token);
+        packed[token / PER_WORD] = pack(first, PER_WORD == 2 ? function(token + 1) : first);
+    }
+}
+
+static void forward_head(
+    const Rows& q, const Rows& k, const Rows& v, const Rows& out, int64_t tokens, float scale, const Dropout& dropout,
+    Workspace& work) {
+    pair_tokens(work.paired, v, tokens);
+    for (int64_t i = 0; i < tokens; i += LANES) {
+        Words queries[WORDS];
+        load_lanes(queries, q, i, tokens);
+        for (int64_t j = 0; j < tokens; ++j) work.scores[j] = dot(queries, k[j]);
+        Floats largest, sum, sums[HEAD_DIM];
+        softmax(work.scores, tokens, scale, largest, sum);
+        pack_tokens(work.weights, tokens, [&](int64_t j) {
+            return work.scores[j] * dropout.factor(i * tokens + j, tokens);
+        });
+        weighted_sum(sums, work.weights.data(), work.paired, tokens);
+        const Floats inverse = fill(1.0f) / sum;
+        for (Floats& channel : sums) channel *= inverse;
+        store_lanes(sums, out, i, tokens);
+    }
+}
+
+// dscore = p (dp - delta), with delta = sum over keys of p dp (Dao et al. 2022, appendix B.2)
+static void backward_head(
+    const Rows& q, const Rows& k, const Rows& v, const Rows& dout, const Rows& dq, const Rows& dk, const Rows& dv,
+    int64_t tokens, float scale, const Dropout& dropout, Workspace& work) {
+    Words first[WORDS], second[WORDS];
+    Floats sums[HEAD_DIM];
+    pair_tokens(work.paired, k, tokens);
+    for (int64_t i = 0; i < tokens; i += LANES) {  // queries in lanes
+        load_lanes(first, q, i, tokens);
+        load_lanes(second, dout, i, tokens);
+        for (int64_t j = 0; j < tokens; ++j) work.scores[j] = dot(first, k[j]);
+        Floats largest, sum, delta = {};
+        softmax(work.scores, tokens, scale, largest, sum);
+        for (int64_t start = 0; start < tokens; start += CHUNK) {
+            Floats part = {};
+            for (int64_t j = start; j < std::min(tokens, start + CHUNK); ++j) {
+                work.slopes[j] = dot(second, v[j]) * dropout.factor(i * tokens + j, tokens);
+                part = multiply_add(work.scores[j], work.slopes[j], part);
+            }
+            delta += part;
+        }
+        const Floats inverse = fill(1.0f) / sum, factor = inverse * scale;
+        delta *= inverse;
+        pack_tokens(work.slope_words, tokens, [&](int64_t j) {
+            return work.scores[j] * (work.slopes[j] - delta) * factor;
+        });
+        weighted_sum(sums, work.slope_words.data(), work.paired, tokens);
+        store_lanes(sums, dq, i, tokens);
+        std::memcpy(&work.largest[i], &largest, sizeof largest);
+        std::memcpy(&work.inverses[i], &inverse, sizeof inverse);
+        std::memcpy(&work.deltas[i], &delta, sizeof delta);
+    }
+    pair_tokens(work.paired, dout, tokens);
+    pair_tokens(work.other_paired, q, tokens);
+    for (int64_t j = 0; j < tokens; j += LANES) {  // keys in lanes
+        load_lanes(first, k, j, tokens);
+        load_lanes(second, v, j, tokens);
+        pack_tokens(work.weights, tokens, [&](int64_t i) {
+            if (i == tokens) return Floats{};
+            const Floats score = dot(first, q[i]) - work.largest[i];
+            const Floats probability = exponential(score * scale) * work.inverses[i];
+            const Floats factor = dropout.factor(i * tokens + j, 1);
+            const Floats slope = multiply_add(dot(second, dout[i]), factor, fill(-work.deltas[i]));
+            work.slopes[i] = probability * slope * scale;
+            return probability * factor;
+        });
+        weighted_sum(sums, work.weights.data(), work.paired, tokens);
+        store_lanes(sums, dv, j, tokens);
+        work.slopes[tokens] = Floats{};
+        pack_tokens(work.slope_words, tokens, [&](int64_t i) { return work.slopes[i]; });
+        weighted_sum(sums, work.slope_words.data(), work.other_paired, tokens);
+        store_lanes(sums, dk, j, tokens);
+    }
+}
+
+// One call's sizes and settings.
+struct Call {
+    int64_t batch, tokens, heads;
+    float dropout_p;
+    uint32_t seed;
+    int threads;
+};
+
+template <class Task>
+static void for_each_head(const Call& call, Task task) {
+    const Dropout dropout = {uint32_t(call.dropout_p * 16777216.0f), 1.0f / (1.0f - call.dropout_p), call.seed};
+    const float scale = 1.0f / std::sqrt(float(HEAD_DIM));
+#pragma omp parallel num_threads(call.threads)
+    {
+        Workspace work(call.tokens);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < call.batch * call.heads; ++n)
+            task(n / call.heads, n % call.heads, scale, dropout.of_head(n), work);
+    }
+}
+
+// Operand `part` of the `parts` that lie side by side in each token's row of (batch, tokens, parts * dim).
+static Rows rows_of(void* data, const Call& call, int parts, int64_t sample, int part, int64_t head) {
+    const int64_t dim = call.heads * WORDS, stride = parts * dim;
+    return {static_cast<int32_t*>(data) + sample * call.tokens * stride + part * dim + head * WORDS, stride};
+}
+
+extern "C" void forward(const Call* call, void* qkv, void* out) {
+    for_each_head(*call, [=](int64_t sample, int64_t head, float scale, const Dropout& dropout, Workspace& work) {
+        const auto packed = [=](int part) { return rows_of(qkv, *call, 3, sample, part, head); };
+        const Rows result = rows_of(out, *call, 1, sample, 0, head);
+        forward_head(packed(0), packed(1), packed(2), result, call->tokens, scale, dropout, work);
+    });
+}
+
+extern "C" void backward(const Call* call, void* qkv, void* dout, void* dqkv) {
+    for_each_head(*call, [=](int64_t sample, int64_t head, float scale, const Dropout& dropout, Workspace& work) {
+        const auto packed = [=](void* data, int part) { return rows_of(data, *call, 3, sample, part, head); };
+        const Rows upstream = rows_of(dout, *call, 1, sample, 0, head);
+        backward_head(
+            packed(qkv, 0), packed(qkv, 1), packed(qkv, 2), upstream, packed(dqkv, 0), packed(dqkv, 1), packed(dqkv, 2),
+            call->tokens, scale, dropout, work);
+    });
+}
