@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-import fastvit_train  # noqa: F401  registers the models
+from fastvit_train.models.vit import Mlp
 
 HALF = (0.5, 0.5, 0.5)
 WORKERS = 2
@@ -62,8 +62,9 @@ class Script:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.loader = loader(Pictures(images, labels), batch_size)
         self.model = timm.create_model(model, attention="naive").to(self.device)
-        for block in self.model.blocks:
-            block.mlp.act = nn.GELU(approximate="tanh")  # not our kernel
+        for module in self.model.modules():
+            if isinstance(module, Mlp):
+                module.act = nn.GELU(approximate="tanh")  # not our kernel
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, weight_decay=0.01)
 
     def epoch(self) -> tuple[float, int]:

@@ -23,6 +23,8 @@ class Muon(torch.optim.Optimizer):
             kernel, which counts as (out, everything else); parameters that are neither go to AdamW.
         lr: learning rate. The update has the root mean square that AdamW's has (0.2), so one rate serves both.
         weight_decay: decoupled, as in AdamW.
+        merged: matrices that each parameter holds, one below the other, as the merged query, key and value do; each
+            is orthogonalised by itself.
         momentum: of the moving average of gradients.
         nesterov: look one step ahead.
         ns_steps: Newton-Schulz iterations.
@@ -35,6 +37,7 @@ class Muon(torch.optim.Optimizer):
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
         lr: float = 6e-3,
         weight_decay: float = 0.0,
+        merged: int = 1,
         momentum: float = 0.95,
         nesterov: bool = False,
         ns_steps: int = 5,
@@ -44,6 +47,7 @@ class Muon(torch.optim.Optimizer):
         defaults = {
             "lr": lr,
             "weight_decay": weight_decay,
+            "merged": merged,
             "momentum": momentum,
             "nesterov": nesterov,
             "ns_steps": ns_steps,
@@ -81,7 +85,10 @@ class Muon(torch.optim.Optimizer):
         gradients = _gradients(params)
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, averages, group["momentum"]) if group["nesterov"] else averages
-        updates = orthogonalize(torch.stack([average.flatten(1) for average in ahead]), group["ns_steps"])
+        matrices = torch.stack([average.flatten(1) for average in ahead])
+        batch, rows, columns = matrices.shape
+        matrices = matrices.view(batch * group["merged"], rows // group["merged"], columns)
+        updates = orthogonalize(matrices, group["ns_steps"])
         scale = 0.2 * max(updates.shape[1:]) ** 0.5
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         torch._foreach_add_(params, list(updates.reshape(-1, *params[0].shape)), alpha=-group["lr"] * scale)

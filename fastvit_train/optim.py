@@ -40,6 +40,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
             fallback_list=_outside_blocks(model),
         )
         momentum = 0.95 if config.momentum is None else config.momentum
+        groups = _merged_apart(groups, model)
         return Muon(groups, config.lr, momentum=momentum, nesterov=config.optimizer == "nmuon")
     kwargs: dict[str, Any] = {} if config.momentum is None else {"momentum": config.momentum}
     parameters = [p for p in model.parameters() if p.requires_grad] if config.decay_all else model
@@ -50,6 +51,17 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         return optimizer
     except (TypeError, ValueError, ImportError, AssertionError) as error:
         raise UserError(f"optimizer {config.optimizer!r} can't be used: {error}") from None
+
+
+def _merged_apart(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+    """`groups` with the merged projections to query, key and value in groups that say so."""
+    merged = {p for name, p in model.named_parameters() if name.endswith("qkv.weight") and p.shape[0] % 3 == 0}
+    halves = [
+        {**group, "params": [p for p in group["params"] if (p in merged) == (parts == 3)], "merged": parts}
+        for group in groups
+        for parts in (1, 3)
+    ]
+    return [group for group in halves if group["params"]]
 
 
 def _outside_blocks(model: nn.Module) -> list[str]:

@@ -16,6 +16,7 @@ from fastvit_train.config import TrainConfig, validate
 from fastvit_train.data.datasets import DatasetSpec, Split, check_labels, load_dataset
 from fastvit_train.data.images import Images, ResidentImages, StreamedImages
 from fastvit_train.data.loader import EvalLoader, Place, Preprocess, TrainLoader, check_batch_size, fit_batch_size
+from fastvit_train.errors import UserError
 from fastvit_train.models import (
     build_model,
     check_attention,
@@ -26,8 +27,10 @@ from fastvit_train.models import (
     pretrained_cfg,
     set_attention,
     warm_up,
+    whiten_patches,
 )
 from fastvit_train.models.attention import AUTO, COMPILING
+from fastvit_train.models.whitening import SAMPLES
 from fastvit_train.telemetry import Meter
 from fastvit_train.tracking import Log, Resume, RunFolder
 
@@ -100,6 +103,8 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     )
     set_seed(config.run.seed)
     model = build_model(config.model, image_size(config), num_classes(config, dataset))
+    if config.model.patch_init == "whiten":
+        whiten(model, config, dataset)
     set_seed(config.run.seed, device_specific=True)  # dropout must differ between ranks, weights must not
     micro_batch = batch_size // accelerator.num_processes // config.optim.grad_accum
     said: list[str] = []
@@ -132,6 +137,19 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     )  # fmt: skip
     _introduce(job, threads, resuming, said)
     return job
+
+
+def whiten(model: nn.Module, config: TrainConfig, dataset: DatasetSpec) -> None:
+    """Whiten the patches of `model` by the first of the training images, the same on every process.
+
+    Raises:
+        UserError: where the images are streamed, or the model cuts no patches.
+    """
+    images = dataset.train.images
+    if not isinstance(images, torch.Tensor):
+        raise UserError("--patch-init whiten needs the training images in memory; give --stream never, or leave it out")
+    here = Place(torch.device("cpu"), rank=0, world_size=1)
+    whiten_patches(model, _preprocess(config, model, here)(images[:SAMPLES]))
 
 
 def choose_attention(

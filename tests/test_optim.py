@@ -74,6 +74,25 @@ def test_muon_agrees_with_torchs(seed: int) -> None:
         assert torch.allclose(ours[3], theirs[3], atol=1e-7)
 
 
+def test_merged_projections_are_orthogonalised_one_by_one(seed: int) -> None:
+    merged = torch.nn.Parameter(torch.randn(24, 8))
+    single = [torch.nn.Parameter(part.detach().clone()) for part in merged.chunk(3)]
+    together = Muon([{"params": [merged], "merged": 3}], lr=0.02, weight_decay=0.1)
+    apart = Muon([{"params": single}], lr=0.02, weight_decay=0.1)
+    for _ in range(3):
+        merged.grad = torch.randn_like(merged)
+        for part, gradient in zip(single, merged.grad.chunk(3), strict=True):
+            part.grad = gradient.clone()
+        together.step()
+        apart.step()
+    assert torch.allclose(merged, torch.cat(single), atol=1e-6)
+    model = timm.create_model("mc_vit_4_4_32")
+    optimizer = build_optimizer(model, OptimConfig(optimizer="nmuon"))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    in_three = {names[p] for group in optimizer.param_groups for p in group["params"] if group["merged"] == 3}
+    assert in_three == {name for name in names.values() if name.endswith("qkv.weight")} and len(in_three) == 4
+
+
 @pytest.mark.parametrize("shape", [(3, 48, 144), (2, 192, 48), (1, 48, 48)])
 def test_orthogonalize_keeps_singular_vectors_and_evens_out_values(seed: int, shape: tuple[int, ...]) -> None:
     matrices = torch.randn(*shape)

@@ -19,6 +19,7 @@ from fastvit_train.models.compiling import compile_model
 from fastvit_train.models.registry import OUR_MODELS
 from fastvit_train.models.vit import ConvTokenizer, ViT
 from fastvit_train.models.weights import checkpoint_filter_fn, pretrained_cfg, reset_head_if_other_classes
+from fastvit_train.models.whitening import whiten_patches
 
 __all__ = [
     "OUR_MODELS",
@@ -32,9 +33,11 @@ __all__ = [
     "pretrained_cfg",
     "set_attention",
     "warm_up",
+    "whiten_patches",
 ]
 
 log = logging.getLogger(__name__)
+NOT_SIZES = ("model", "attention", "weights", "num_classes", "image_size", "patch_init")
 UNREADABLE = (
     *(RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, OSError),
     *(ValueError, KeyError, AttributeError, TypeError),
@@ -71,11 +74,7 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
         UserError: for sizes that don't fit together, options the model doesn't take, an attention that
             can't serve it, or weights that don't fit.
     """
-    sizes = {
-        key: value
-        for key, value in asdict(config).items()
-        if value is not None and key not in ("model", "attention", "weights", "num_classes", "image_size")
-    }
+    sizes = {key: value for key, value in asdict(config).items() if value is not None and key not in NOT_SIZES}
     options: dict[str, Any] = {**sizes, "num_classes": num_classes}
     if _cfg_of_name(config.model).fixed_input_size:
         options["img_size"] = image_size

@@ -1,0 +1,49 @@
+"""Patch whitening: the patch projection starts as the directions in which the training images vary, evenly scaled.
+
+Source: whitening of the first layer, Coates & Ng 2012, as in Jordan's airbench (https://arxiv.org/abs/2404.00498);
+here the projection goes on to be trained.
+
+Shape suffixes: B images, C channels, H height, W width, P values of a patch, S patches.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastvit_train.errors import UserError
+from fastvit_train.models.vit import PatchTokenizer
+
+SAMPLES = 5000
+"""images that the directions are taken from"""
+STD = 0.1
+"""of a token's channels, over all patches: small, so that what the blocks add soon counts"""
+FLOOR = 0.01
+"""variance, of the mean over all directions, that is added to each: what hardly varies is not blown up"""
+
+
+def whiten_patches(model: nn.Module, images_BCHW: Tensor) -> None:
+    """Set the patch projection of `model` to whiten the patches of `images_BCHW`, normalised as in training.
+
+    Channel after channel takes the direction of next smaller variance; where there are more channels than directions,
+    the rest keep their random weights.
+
+    Raises:
+        UserError: where the model doesn't cut patches.
+    """
+    tokenizer = getattr(model, "patch_embed", None)
+    projection = getattr(tokenizer, "proj", None)
+    if not isinstance(projection, nn.Conv2d) or not isinstance(tokenizer, PatchTokenizer):
+        raise UserError("--patch-init whiten is for our models that cut patches; leave it out with this --model")
+    patches_SP = F.unfold(images_BCHW.double(), projection.kernel_size, stride=projection.stride)
+    patches_SP = patches_SP.transpose(1, 2).flatten(0, 1)
+    mean_P = patches_SP.mean(0)
+    covariance_PP = torch.cov(patches_SP.T)
+    variances_P, directions_PP = torch.linalg.eigh(covariance_PP)
+    scales_P = STD / (variances_P + FLOOR * variances_P.mean()).sqrt()
+    filters_PP = (directions_PP * scales_P).T.flip(0)
+    signs_P = filters_PP.gather(1, filters_PP.abs().argmax(1, keepdim=True)).sign()  # eigh leaves them to chance
+    filters_PP = (filters_PP * signs_P)[: projection.out_channels]
+    with torch.no_grad():
+        projection.weight[: len(filters_PP)] = filters_PP.view(-1, *projection.weight.shape[1:]).to(projection.weight)
+        if projection.bias is not None:
+            projection.bias[: len(filters_PP)] = -(filters_PP @ mean_P).to(projection.bias)
