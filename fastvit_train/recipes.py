@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from difflib import get_close_matches
 
-from fastvit_train.config import DataConfig, OptimConfig, RunConfig, TrainConfig
+from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from fastvit_train.errors import UserError
 
 
@@ -36,11 +36,12 @@ def seed_cifar100() -> TrainConfig:
 
 
 def fast_cifar10() -> TrainConfig:
-    """Muon with Nesterov momentum, cosine, shifts and alternating flips: the seed's accuracy, eight times sooner."""
+    """The seed's 100-epoch accuracy in 6: Muon, whitened patches, small shifts; tuned in bench/RECIPES.md."""
     return TrainConfig(
-        run=RunConfig(recipe="fast-cifar10", epochs=12, batch_size=256),
-        data=DataConfig(dataset="cifar10", crop="shift", shift=4, flip="alternating"),
-        optim=OptimConfig(optimizer="nmuon", lr=6e-3, weight_decay=0.05, schedule="cosine", warmup=0.1),
+        run=RunConfig(recipe="fast-cifar10", epochs=6, batch_size=128),
+        model=ModelConfig(patch_init="whiten"),
+        data=DataConfig(dataset="cifar10", crop="shift", shift=2, flip="alternating"),
+        optim=OptimConfig(optimizer="nmuon", lr=8e-3, weight_decay=0.05, schedule="linear", warmup=0.1),
     )
 
 

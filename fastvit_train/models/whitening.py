@@ -15,8 +15,8 @@ from fastvit_train.models.vit import PatchTokenizer
 
 SAMPLES = 5000
 """images that the directions are taken from"""
-STD = 0.1
-"""of a token's channels, over all patches: small, so that what the blocks add soon counts"""
+STD = 0.3
+"""of a token's channels, over all patches: below 1, so that what the blocks add soon counts"""
 FLOOR = 0.01
 """variance, of the mean over all directions, that is added to each: what hardly varies is not blown up"""
 
@@ -33,7 +33,7 @@ def whiten_patches(model: nn.Module, images_BCHW: Tensor) -> None:
     tokenizer = getattr(model, "patch_embed", None)
     projection = getattr(tokenizer, "proj", None)
     if not isinstance(projection, nn.Conv2d) or not isinstance(tokenizer, PatchTokenizer):
-        raise UserError("--patch-init whiten is for our models that cut patches; leave it out with this --model")
+        raise UserError("--patch-init whiten is for our models that cut patches; give --patch-init random with this --model")
     patches_SP = F.unfold(images_BCHW.double(), projection.kernel_size, stride=projection.stride)
     patches_SP = patches_SP.transpose(1, 2).flatten(0, 1)
     mean_P = patches_SP.mean(0)
