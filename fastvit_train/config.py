@@ -252,7 +252,8 @@ def validate(config: TrainConfig) -> None:
     _require(target is None or 0 < target <= 1, "target_accuracy", target, "above 0, at most 1 (0.75 for 75%)")
     _require(model.mlp_ratio is None or 0 < model.mlp_ratio < 1000, "mlp_ratio", model.mlp_ratio, "above 0, below 1000")
     if model.patch_init == "whiten" and model.weights is not None:
-        raise UserError(f"--patch-init whiten would overwrite what --weights {model.weights} brings; give --patch-init random")
+        what = f"--patch-init whiten would overwrite what --weights {model.weights} brings"
+        raise UserError(f"{what}; give --patch-init random")
     _require(0 < data.crop_scale <= 1, "crop_scale", data.crop_scale, "above 0, at most 1")
     name = "run" if run.exp_name is None else run.exp_name
     if Path(name).name != name or name in (".", "..", "") or len(name) > 200 or "\0" in name:

@@ -147,7 +147,7 @@ def whiten(model: nn.Module, config: TrainConfig, dataset: DatasetSpec) -> None:
     """
     images = dataset.train.images
     if not isinstance(images, torch.Tensor):
-        raise UserError("--patch-init whiten needs the training images in memory; give --patch-init random, or --stream never")
+        raise UserError("--patch-init whiten needs the images in memory; give --patch-init random, or --stream never")
     here = Place(torch.device("cpu"), rank=0, world_size=1)
     whiten_patches(model, _preprocess(config, model, here)(images[:SAMPLES]))
 

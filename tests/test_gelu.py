@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastvit_kernels import TanhGELU
+from fastvit_kernels import TanhGELU, cpp_gelu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -40,6 +40,21 @@ def test_without_a_compiler_and_in_other_dtypes_it_is_torchs(monkeypatch: pytest
     assert torch.autograd.gradcheck(TanhGELU(), x)
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert torch.equal(TanhGELU()(x.float()), F.gelu(x.float(), approximate="tanh"))
+
+
+def test_a_compiler_that_fails_is_told_once_and_done_without(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    def fails(name: str, dtype: torch.dtype) -> None:
+        raise ValueError(f"{name} can't be compiled (CppCompileError: no omp.h)")
+
+    monkeypatch.setattr(cpp_gelu, "cpp_library", fails)
+    cpp_gelu._problem.cache_clear()
+    x = torch.randn(5)
+    try:
+        with pytest.warns(UserWarning, match="GELU is torch's own here, slower: .*no omp.h") as told:
+            results = [TanhGELU()(x) for _ in range(2)]
+        assert len(told) == 1 and all(torch.equal(y, F.gelu(x, approximate="tanh")) for y in results)
+    finally:
+        cpp_gelu._problem.cache_clear()
 
 
 def test_strided_tensors_and_compiled_graphs(seed: int) -> None:

@@ -62,7 +62,7 @@ def test_a_run_starts_from_it(small_config: Callable[..., TrainConfig], tmp_path
 def test_what_it_can_not_go_with_is_refused(small_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     write_folder(tmp_path / "photos")
     folder = {"dataset": "folder", "data_dir": str(tmp_path / "photos"), "stream": "always"}
-    with pytest.raises(UserError, match="--patch-init whiten needs the training images in memory"):
+    with pytest.raises(UserError, match="--patch-init whiten needs the images in memory"):
         fit(small_config(patch_init="whiten", **folder))
     with pytest.raises(UserError, match="--weights some.pth brings; give --patch-init random"):
         resolve(small_config(patch_init="whiten", weights="some.pth"))

@@ -33,7 +33,7 @@ def whiten_patches(model: nn.Module, images_BCHW: Tensor) -> None:
     tokenizer = getattr(model, "patch_embed", None)
     projection = getattr(tokenizer, "proj", None)
     if not isinstance(projection, nn.Conv2d) or not isinstance(tokenizer, PatchTokenizer):
-        raise UserError("--patch-init whiten is for our models that cut patches; give --patch-init random with this --model")
+        raise UserError("--patch-init whiten is for our models that cut patches; give --patch-init random")
     patches_SP = F.unfold(images_BCHW.double(), projection.kernel_size, stride=projection.stride)
     patches_SP = patches_SP.transpose(1, 2).flatten(0, 1)
     mean_P = patches_SP.mean(0)

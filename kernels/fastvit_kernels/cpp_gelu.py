@@ -4,6 +4,8 @@ Source: Hendrycks & Gimpel 2016 (https://arxiv.org/abs/1606.08415), with tanh wr
 """
 
 import ctypes
+import functools
+import warnings
 from typing import Any
 
 import torch
@@ -12,28 +14,37 @@ from torch import Tensor, nn
 
 from fastvit_kernels.cpp_library import cpp_library, pointer, unavailable
 
+SOURCE = "cpp_gelu.cpp"
+
 
 class TanhGELU(nn.Module):
     """`nn.GELU(approximate="tanh")`, faster on a CPU with a C++ compiler; elsewhere and in other dtypes the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if _serves(x):
+        if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and _compiles(x.dtype):
             return gelu(x)
         return F.gelu(x, approximate="tanh")
 
 
-def _serves(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and _can_compile()
-
-
 @torch.compiler.assume_constant_result
-def _can_compile() -> bool:
-    return unavailable() is None
+def _compiles(dtype: torch.dtype) -> bool:
+    return unavailable() is None and _problem(dtype) is None
+
+
+@functools.cache
+def _problem(dtype: torch.dtype) -> str | None:
+    """Why the kernel can't be compiled, or None; warns of it, once."""
+    try:
+        cpp_library(SOURCE, dtype)
+    except ValueError as error:
+        warnings.warn(f"GELU is torch's own here, slower: {error}", stacklevel=4)
+        return str(error)
+    return None
 
 
 def _run(name: str, x: Tensor, *tensors: Tensor) -> None:
     words = -(-x.numel() * x.element_size() // 4)
-    library = cpp_library("cpp_gelu.cpp", x.dtype)
+    library = cpp_library(SOURCE, x.dtype)
     getattr(library, name)(ctypes.c_int64(words), torch.get_num_threads(), *map(pointer, (x, *tensors)))
 
 

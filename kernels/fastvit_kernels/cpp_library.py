@@ -30,13 +30,21 @@ def _found(compiler: str, path: str | None) -> bool:
 
 @functools.cache
 def cpp_library(name: str, dtype: torch.dtype, **constants: int) -> ctypes.CDLL:
-    """The source `name` beside this file, compiled for bfloat16 or float32 and with `constants` defined."""
+    """The source `name` beside this file, compiled for bfloat16 or float32 and with `constants` defined.
+
+    Raises:
+        ValueError: where it can't be compiled.
+    """
     from torch._inductor.codecache import CppCodeCache  # takes a second to import
 
     constants = {"BFLOAT16": int(dtype == torch.bfloat16), **constants}
     defines = "".join(f"#define {key} {value}\n" for key, value in constants.items())
     sources = (FOLDER / source for source in ("cpp_vectors.h", name))
-    return CppCodeCache.load(defines + "".join(path.read_text() for path in sources), extra_flags=FLAGS)
+    try:
+        return CppCodeCache.load(defines + "".join(path.read_text() for path in sources), extra_flags=FLAGS)
+    except Exception as error:  # a compiler too old, a header missing, a cache that can't be written: all say why
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} can't be compiled ({type(error).__name__}: {reason[:200]}); take fused") from error
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:
