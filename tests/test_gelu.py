@@ -15,13 +15,12 @@ def test_error_is_at_most_twice_that_of_torchs_own(shape: tuple[int, ...], dtype
     exact_x = x.detach().double().requires_grad_()
     exact = F.gelu(exact_x, approximate="tanh")
     ours, torchs = TanhGELU()(x), F.gelu(x, approximate="tanh")
-    rounding = torch.finfo(dtype).eps  # of results of about 1
-    slack = rounding * exact.detach().square().sum().sqrt() / 4
-    assert (ours - exact).norm() <= 2 * (torchs - exact).norm() + slack
+    rounding = 2 * torch.finfo(torch.float32).eps  # it computes in fp32; of one result, torch's own error may be 0
+    assert (ours - exact).norm() <= 2 * (torchs - exact).norm() + rounding * x.norm()
     (gradient,), (torchs_gradient,) = (torch.autograd.grad(y, x, upstream) for y in (ours, torchs))
     (exact_gradient,) = torch.autograd.grad(exact, exact_x, upstream.double())
-    slack = rounding * exact_gradient.square().sum().sqrt() / 4
-    assert (gradient - exact_gradient).norm() <= 2 * (torchs_gradient - exact_gradient).norm() + slack
+    error, torchs_error = (gradient - exact_gradient).norm(), (torchs_gradient - exact_gradient).norm()
+    assert error <= 2 * torchs_error + rounding * upstream.norm()
 
 
 def test_the_kernel_is_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,13 @@ scores, which other implementations write and read several times.
 """
 
 import ctypes
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from fastvit_kernels.cpp_library import cpp_library, pointer
+from fastvit_kernels.packed_operator import packed_operator
 
 MAX_HEAD_DIM = 128
 
@@ -59,8 +58,7 @@ def _run(name: str, qkv: Tensor, num_heads: int, dropout_p: float, seed: Tensor 
     getattr(library, name)(ctypes.byref(call), *map(pointer, (qkv, *tensors)))
 
 
-@torch.library.custom_op("fastvit_kernels::cpp_attention", mutates_args=())
-def packed_attention(qkv: Tensor, num_heads: int, dropout_p: float, seed: Tensor | None) -> Tensor:
+def _forward(qkv: Tensor, num_heads: int, dropout_p: float, seed: Tensor | None) -> Tensor:
     """Attention on packed projections, (batch, tokens, 3*dim), to (batch, tokens, dim); `seed` is for dropout."""
     qkv = qkv.contiguous()
     out = qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)
@@ -68,15 +66,7 @@ def packed_attention(qkv: Tensor, num_heads: int, dropout_p: float, seed: Tensor
     return out
 
 
-@packed_attention.register_fake
-def _(qkv: Tensor, num_heads: int, dropout_p: float, seed: Tensor | None) -> Tensor:
-    return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)
-
-
-@torch.library.custom_op("fastvit_kernels::cpp_attention_backward", mutates_args=())
-def packed_attention_backward(
-    dout: Tensor, qkv: Tensor, num_heads: int, dropout_p: float, seed: Tensor | None
-) -> Tensor:
+def _backward(dout: Tensor, qkv: Tensor, num_heads: int, dropout_p: float, seed: Tensor | None) -> Tensor:
     """Gradient of the packed projections, (batch, tokens, 3*dim)."""
     qkv, dout = qkv.contiguous(), dout.contiguous()
     dqkv = torch.empty_like(qkv)
@@ -84,30 +74,4 @@ def packed_attention_backward(
     return dqkv
 
 
-@packed_attention_backward.register_fake
-def _(dout: Tensor, qkv: Tensor, num_heads: int, dropout_p: float, seed: Tensor | None) -> Tensor:
-    return qkv.new_empty(qkv.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    qkv, ctx.num_heads, ctx.dropout_p, seed = inputs
-    ctx.save_for_backward(qkv, seed)
-
-
-def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    qkv, seed = ctx.saved_tensors
-    return packed_attention_backward(dout, qkv, ctx.num_heads, ctx.dropout_p, seed), None, None, None
-
-
-packed_attention.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.fastvit_kernels.cpp_attention)
-def _flops(qkv_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
-    batch, tokens, three_dim = qkv_shape
-    return 2 * 2 * batch * tokens * tokens * (three_dim // 3)
-
-
-@register_flop_formula(torch.ops.fastvit_kernels.cpp_attention_backward)
-def _flops_backward(dout_shape: tuple[int, ...], qkv_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
-    return 2 * _flops(qkv_shape)
+packed_attention, _ = packed_operator("cpp_attention", _forward, _backward)
