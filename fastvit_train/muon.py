@@ -99,7 +99,7 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             if "step" not in self.state[p]:
                 self.state[p] = {
-                    "step": torch.tensor(0.0),
+                    "step": torch.zeros((), device=p.device),
                     "exp_avg": torch.zeros_like(p),
                     "exp_avg_sq": torch.zeros_like(p),
                 }
@@ -111,7 +111,7 @@ class Muon(torch.optim.Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
-            foreach=True,
+            fused=True,
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

@@ -1,9 +1,10 @@
 """Optimizer and schedule, from timm's factories by name."""
 
+import inspect
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers, param_groups_weight_decay
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
@@ -43,6 +44,8 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         groups = _merged_apart(groups, model)
         return Muon(groups, config.lr, momentum=momentum, nesterov=config.optimizer == "nmuon")
     kwargs: dict[str, Any] = {} if config.momentum is None else {"momentum": config.momentum}
+    if _has_fused(config.optimizer):
+        kwargs["fused"] = True
     parameters = [p for p in model.parameters() if p.requires_grad] if config.decay_all else model
     try:
         optimizer = create_optimizer_v2(parameters, config.optimizer, config.lr, config.weight_decay, **kwargs)
@@ -51,6 +54,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         return optimizer
     except (TypeError, ValueError, ImportError, AssertionError) as error:
         raise UserError(f"optimizer {config.optimizer!r} can't be used: {error}") from None
+
+
+def _has_fused(name: str) -> bool:
+    """Whether the optimizer updates all parameters in one kernel where it is asked to: torch's own on most devices."""
+    cls = get_optimizer_class(name.lower().removeprefix("lookahead_"), bind_defaults=False)
+    return isinstance(cls, type) and "fused" in inspect.signature(cls).parameters
 
 
 def _merged_apart(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:

@@ -1,10 +1,12 @@
-"""The GELU kernel for CPUs computes torch's tanh-approximated GELU, forward and backward."""
+"""The GELU kernel for CPUs computes torch's tanh-approximated GELU, and its layer what the two layers would."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from fastvit_kernels import TanhGELU, cpp_gelu
+from fastvit_kernels import GELULinear, cpp_gelu
+from fastvit_kernels.cpp_gelu import gelu, gelu_backward
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -13,32 +15,80 @@ def test_error_is_at_most_twice_that_of_torchs_own(shape: tuple[int, ...], dtype
     x = (4 * torch.randn(shape)).to(dtype).requires_grad_()
     upstream = torch.randn(shape).to(dtype)
     exact_x = x.detach().double().requires_grad_()
-    exact = F.gelu(exact_x, approximate="tanh")
-    ours, torchs = TanhGELU()(x), F.gelu(x, approximate="tanh")
-    rounding = 2 * torch.finfo(torch.float32).eps  # it computes in fp32; of one result, torch's own error may be 0
-    assert (ours - exact).norm() <= 2 * (torchs - exact).norm() + rounding * x.norm()
-    (gradient,), (torchs_gradient,) = (torch.autograd.grad(y, x, upstream) for y in (ours, torchs))
+    exact, torchs = (F.gelu(argument, approximate="tanh") for argument in (exact_x, x))
     (exact_gradient,) = torch.autograd.grad(exact, exact_x, upstream.double())
+    (torchs_gradient,) = torch.autograd.grad(torchs, x, upstream)
+    gradient, again = gelu_backward(upstream, x.detach())
+    rounding = 2 * torch.finfo(torch.float32).eps  # it computes in fp32; of one result, torch's own error may be 0
+    for ours in (gelu(x.detach()), again):
+        assert (ours - exact).norm() <= 2 * (torchs - exact).norm() + rounding * x.norm()
     error, torchs_error = (gradient - exact_gradient).norm(), (torchs_gradient - exact_gradient).norm()
     assert error <= 2 * torchs_error + rounding * upstream.norm()
 
 
-def test_the_kernel_is_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+def both_layers(layer: GELULinear, x: Tensor) -> Tensor:
+    return F.linear(F.gelu(x, approximate=layer.approximate), layer.weight, layer.bias)
+
+
+def gradients(layer: GELULinear, x: Tensor, out: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(out.square().sum(), [x, *layer.parameters()]))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_the_layer_is_the_two_layers(bias: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    layer = GELULinear(10, 6, "tanh")
+    if not bias:
+        layer.bias = None
+    x = torch.randn(3, 5, 20)[..., ::2].requires_grad_()
+    wanted = both_layers(layer, x)
+    wanted_gradients = gradients(layer, x, wanted)
     monkeypatch.setattr(F, "gelu", lambda *args, **kwargs: pytest.fail("torch's GELU was called"))
-    TanhGELU()(torch.ones(3))
+    out = (torch.compile(layer, fullgraph=True) if compiled else layer)(x)
+    torch.testing.assert_close(out, wanted)
+    torch.testing.assert_close(gradients(layer, x, out), wanted_gradients)
+
+
+def test_under_autocast_it_computes_in_bfloat16_and_keeps_its_argument_alone(seed: int) -> None:
+    layer, x = GELULinear(192, 48, "tanh"), torch.randn(64, 192, requires_grad=True)
+    kept: list[Tensor] = []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor),
+    ):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    assert [tuple(tensor.shape) for tensor in kept].count((64, 192)) == 1
+    wanted = both_layers(layer, x)
+    torch.testing.assert_close(out.float(), wanted, rtol=2e-2, atol=2e-2)
+    for found, right in zip(gradients(layer, x, out), gradients(layer, x, wanted), strict=True):
+        assert found.dtype == right.dtype and (found - right).norm() <= 2e-2 * right.norm()
 
 
 def test_extremes() -> None:
     x = torch.tensor([-1e30, -100.0, 0.0, 100.0, 1e30, float("inf"), float("nan")])
-    y = TanhGELU()(x)
+    y = gelu(x)
     assert y[:2].abs().max() < 1e-6 and y[2] == 0 and torch.equal(y[3:6], x[3:6]) and y[6].isnan()
 
 
 def test_without_a_compiler_and_in_other_dtypes_it_is_torchs(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    x = torch.randn(5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(TanhGELU(), x)
+    layer = GELULinear(5, 3, "tanh").double()
+    assert torch.autograd.gradcheck(layer, torch.randn(2, 5, dtype=torch.float64, requires_grad=True))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert torch.equal(TanhGELU()(x.float()), F.gelu(x.float(), approximate="tanh"))
+    x = torch.randn(2, 5)
+    assert torch.equal(layer.float()(x), both_layers(layer, x))
+
+
+def test_dropout_is_between_the_two_and_in_training_alone(seed: int) -> None:
+    layer, x = GELULinear(1000, 1000, "tanh", drop=0.25), torch.randn(4, 1000)
+    torch.nn.init.eye_(layer.weight)
+    torch.nn.init.zeros_(layer.bias)
+    dropped = layer(x)
+    whole = layer.eval()(x)
+    assert torch.equal(whole, both_layers(layer, x))
+    kept = dropped != 0
+    assert 0.7 < kept.float().mean() < 0.8
+    torch.testing.assert_close(dropped[kept], whole[kept] / 0.75)
 
 
 def test_a_compiler_that_fails_is_told_once_and_done_without(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
@@ -47,21 +97,10 @@ def test_a_compiler_that_fails_is_told_once_and_done_without(monkeypatch: pytest
 
     monkeypatch.setattr(cpp_gelu, "cpp_library", fails)
     cpp_gelu._problem.cache_clear()
-    x = torch.randn(5)
+    layer, x = GELULinear(5, 3, "tanh"), torch.randn(2, 5)
     try:
         with pytest.warns(UserWarning, match="GELU is torch's own here, slower: .*no omp.h") as told:
-            results = [TanhGELU()(x) for _ in range(2)]
-        assert len(told) == 1 and all(torch.equal(y, F.gelu(x, approximate="tanh")) for y in results)
+            results = [layer(x) for _ in range(2)]
+        assert len(told) == 1 and all(torch.equal(y, both_layers(layer, x)) for y in results)
     finally:
         cpp_gelu._problem.cache_clear()
-
-
-def test_strided_tensors_and_compiled_graphs(seed: int) -> None:
-    x = torch.randn(6, 10)[:, ::2].requires_grad_()
-    module = torch.compile(TanhGELU(), fullgraph=True)
-    for function in (TanhGELU(), module):
-        y = function(x)
-        assert torch.allclose(y, F.gelu(x, approximate="tanh"), atol=1e-6)
-        (gradient,) = torch.autograd.grad(y.sum(), x)
-        (right,) = torch.autograd.grad(F.gelu(x, approximate="tanh").sum(), x)
-        assert torch.allclose(gradient, right, atol=1e-5)

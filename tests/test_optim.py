@@ -25,7 +25,7 @@ def test_the_seeds_adamw_is_torchs_over_all_parameters(seed: int) -> None:
     theirs = copy.deepcopy(ours)
     images = torch.randn(4, 3, 32, 32)
     our_optimizer = build_optimizer(ours, recipe("seed-cifar10").optim)
-    their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.01)
+    their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.01, fused=True)
     for _ in range(3):
         step(ours, our_optimizer, images)
         step(theirs, their_optimizer, images)

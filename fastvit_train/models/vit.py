@@ -84,13 +84,11 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, hidden_dim: int, gelu: str, hidden_drop: float, drop: float) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
-        self.act = fastvit_kernels.TanhGELU() if gelu == "tanh" else nn.GELU()
-        self.hidden_drop = nn.Dropout(hidden_drop)
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = fastvit_kernels.GELULinear(hidden_dim, dim, gelu, hidden_drop)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.hidden_drop(self.act(self.fc1(x)))))
+        return self.drop(self.fc2(self.fc1(x)))
 
 
 class Block(nn.Module):

@@ -5,7 +5,7 @@ per head), so swapping one for another never touches a checkpoint.
 """
 
 from fastvit_kernels.autotune import Choice, choose
-from fastvit_kernels.cpp_gelu import TanhGELU
+from fastvit_kernels.cpp_gelu import GELULinear
 from fastvit_kernels.module import SelfAttention, swap_attention, swappable
 from fastvit_kernels.operator import attention, attention_weights
 from fastvit_kernels.registry import AUTO, COMPILING, check_implementation, implementations, unsuited
@@ -14,8 +14,8 @@ __all__ = [
     "AUTO",
     "COMPILING",
     "Choice",
+    "GELULinear",
     "SelfAttention",
-    "TanhGELU",
     "attention",
     "attention_weights",
     "check_implementation",

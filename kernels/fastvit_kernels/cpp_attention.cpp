@@ -1,11 +1,14 @@
 // Attention on packed projections, forward and backward, for a CPU: see cpp_attention.py, which compiles this behind
 // cpp_vectors.h, with HEAD_DIM, the channels of a head, defined.
 //
-// A head of one sample is a task. Sixteen queries (in the second half of the backward pass, keys) lie in the lanes of a
-// vector, so that a softmax is a walk along an array, and nothing is ever summed across lanes. All that a task
-// holds stays in the first-level cache; the scores are computed again in the backward pass.
+// A head of one sample is a task. Sixteen queries lie in the lanes of a vector, so that a softmax is a walk along an
+// array, and nothing is ever summed across lanes; of the gradients of keys and values, which are sums over queries,
+// the channels lie in the lanes. All that a task holds stays in the first-level cache; the scores are computed again in
+// the backward pass.
 
 constexpr int WORDS = HEAD_DIM / PER_WORD;
+constexpr int VECTORS = (HEAD_DIM + LANES - 1) / LANES;  // that hold a token's channels, one in a lane
+constexpr int GROUPS = LANES / PER_WORD;                 // words of sixteen tokens
 
 // The accumulators that are kept in registers at a time.
 constexpr int tile_of(int channels) {
@@ -28,20 +31,29 @@ struct Rows {
 
 // Up to sixteen tokens, each in a lane: lane l of word w is word w of token first + l; lanes past the end are 0.
 static inline void load_lanes(Words (&lanes)[WORDS], const Rows& rows, int64_t first, int64_t tokens) {
-    alignas(64) int32_t turned[WORDS][LANES] = {};
-    for (int64_t l = 0; l < LANES && first + l < tokens; ++l)
-        for (int w = 0; w < WORDS; ++w) turned[w][l] = rows[first + l][w];
-    std::memcpy(lanes, turned, sizeof turned);
+#pragma GCC unroll 8
+    for (int start = 0; start < WORDS; start += LANES) {
+        const int count = std::min(LANES, WORDS - start);
+        Words square[LANES];
+        for (int64_t l = 0; l < LANES; ++l)
+            square[l] = first + l < tokens ? load(rows[first + l] + start, count) : Words{};
+        transpose(square);
+        for (int w = 0; w < count; ++w) lanes[start + w] = square[w];
+    }
 }
 
 static inline void store_lanes(const Floats (&channels)[HEAD_DIM], const Rows& rows, int64_t first, int64_t tokens) {
-    alignas(64) int32_t turned[WORDS][LANES];
-    for (int w = 0; w < WORDS; ++w) {
-        const Words word = pack(channels[w * PER_WORD], channels[w * PER_WORD + PER_WORD - 1]);
-        std::memcpy(turned[w], &word, sizeof word);
+#pragma GCC unroll 8
+    for (int start = 0; start < WORDS; start += LANES) {
+        const int count = std::min(LANES, WORDS - start);
+        Words square[LANES] = {};
+        for (int w = 0; w < count; ++w) {
+            const Floats* pair = channels + (start + w) * PER_WORD;
+            square[w] = pack(pair[0], pair[PER_WORD - 1]);
+        }
+        transpose(square);
+        for (int64_t l = 0; l < LANES && first + l < tokens; ++l) store(rows[first + l] + start, square[l], count);
     }
-    for (int64_t l = 0; l < LANES && first + l < tokens; ++l)
-        for (int w = 0; w < WORDS; ++w) rows[first + l][w] = turned[w][l];
 }
 
 // Products of the lanes' tokens with one token's row.
@@ -52,28 +64,27 @@ static inline Floats dot(const Words (&lanes)[WORDS], const int32_t* row) {
     return sum;
 }
 
-// Rows as words of consecutive tokens, (tokens / PER_WORD, HEAD_DIM): what `weighted_sum` reads.
+// Rows as words of consecutive tokens, (tokens / PER_WORD, HEAD_DIM), with zeros behind the last.
 static void pair_tokens(std::vector<int32_t>& paired, const Rows& rows, int64_t tokens) {
+    paired.resize((tokens / LANES + 1) * GROUPS * HEAD_DIM + 2 * LANES);  // whole vectors are written, and read
+    for (int64_t token = 0; token < tokens; token += PER_WORD)
+        for (int start = 0; start < WORDS; start += LANES) {
+            const int count = std::min(LANES, WORDS - start);
+            int32_t* out = paired.data() + token / PER_WORD * HEAD_DIM + start * PER_WORD;
+            const Words first = load(rows[token] + start, count);
 #if BFLOAT16
-    paired.resize((tokens + 1) / 2 * HEAD_DIM);
-    for (int64_t token = 0; token < tokens; token += 2) {
-        int32_t* out = paired.data() + token / 2 * HEAD_DIM;
-        for (int w = 0; w < WORDS; ++w) {
-            const uint32_t first = rows[token][w], second = token + 1 < tokens ? rows[token + 1][w] : 0;
-            out[2 * w] = (first & 0xffff) | (second << 16);
-            out[2 * w + 1] = (first >> 16) | (second & 0xffff0000);
-        }
-    }
+            Words words[2];
+            pair(first, token + 1 < tokens ? load(rows[token + 1] + start, count) : Words{}, words);
+            std::memcpy(out, words, sizeof words);
 #else
-    paired.resize(tokens * HEAD_DIM);
-    for (int64_t token = 0; token < tokens; ++token)
-        std::memcpy(paired.data() + token * HEAD_DIM, rows[token], HEAD_DIM * sizeof(int32_t));
+            std::memcpy(out, &first, sizeof first);
 #endif
+        }
 }
 
 // Sums over all tokens of weight * row, for each lane: weights (tokens / PER_WORD) as `pack` makes them.
 static inline void weighted_sum(
-    Floats (&sums)[HEAD_DIM], const Words* weights, const std::vector<int32_t>& paired, int64_t tokens) {
+    Floats (&sums)[HEAD_DIM], const std::vector<Words>& weights, const std::vector<int32_t>& paired, int64_t tokens) {
     const int64_t groups = (tokens + PER_WORD - 1) / PER_WORD;
     for (int first = 0; first < HEAD_DIM; first += TILE) {
         Floats total[TILE] = {};
@@ -89,6 +100,35 @@ static inline void weighted_sum(
         }
         std::memcpy(sums + first, total, sizeof total);
     }
+}
+
+// To each of `tokens` sums (VECTORS) adds what sixteen other tokens' rows, at `paired` on, come to with its weights,
+// (tokens, GROUPS).
+static inline void add_weighted(
+    std::vector<Floats>& sums, const std::vector<int32_t>& weights, const int32_t* paired, int64_t tokens) {
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v) {
+        Words rows[GROUPS];
+        for (int g = 0; g < GROUPS; ++g) std::memcpy(&rows[g], paired + g * HEAD_DIM + v * LANES, sizeof rows[g]);
+        for (int64_t token = 0; token < tokens; ++token) {
+            Floats sum = {};
+#pragma GCC unroll 16
+            for (int g = 0; g < GROUPS; ++g) sum = multiply_word(sum, rows[g], weights[token * GROUPS + g]);
+            sums[token * VECTORS + v] += sum;
+        }
+    }
+}
+
+// Writes sums (tokens, VECTORS) to rows, and leaves zeros.
+static inline void flush(std::vector<Floats>& sums, const Rows& rows, int64_t tokens) {
+    for (int64_t token = 0; token < tokens; ++token)
+        for (int v = 0; v < VECTORS; ++v) {
+            Floats& sum = sums[token * VECTORS + v];
+            Words words = {};
+            narrow((int32_t*)&words, sum);
+            store(rows[token] + v * GROUPS, words, std::min(GROUPS, WORDS - v * GROUPS));
+            sum = Floats{};
+        }
 }
 
 // Which attention weights are kept, by a hash of seed, head, query and key.
@@ -120,13 +160,13 @@ struct Dropout {
 // What a thread works with, reused from head to head.
 struct Workspace {
     std::vector<Floats> scores, slopes;
-    std::vector<Words> weights, slope_words;
-    std::vector<int32_t> paired, other_paired;
-    std::vector<float> largest, inverses, deltas;  // of each query
+    std::vector<Words> packed;
+    std::vector<int32_t> weight_rows, slope_rows, paired, paired_q, paired_dout;
+    std::vector<Floats> dk, dv;
 
     explicit Workspace(int64_t tokens)
-        : scores(tokens + 1), slopes(tokens + 1), weights(tokens + 1), slope_words(tokens + 1),
-          largest(tokens + LANES), inverses(tokens + LANES), deltas(tokens + LANES) {}
+        : scores(tokens + 1), slopes(tokens + 1), packed(tokens + 1), weight_rows(tokens * GROUPS),
+          slope_rows(tokens * GROUPS), dk(tokens * VECTORS), dv(tokens * VECTORS) {}
 };
 
 // Puts probabilities times their sum in place of the unscaled scores; tells the lanes' maxima and sums. Behind the last
@@ -165,10 +205,10 @@ static void forward_head(
         for (int64_t j = 0; j < tokens; ++j) work.scores[j] = dot(queries, k[j]);
         Floats largest, sum, sums[HEAD_DIM];
         softmax(work.scores, tokens, scale, largest, sum);
-        pack_tokens(work.weights, tokens, [&](int64_t j) {
+        pack_tokens(work.packed, tokens, [&](int64_t j) {
             return work.scores[j] * dropout.factor(i * tokens + j, tokens);
         });
-        weighted_sum(sums, work.weights.data(), work.paired, tokens);
+        weighted_sum(sums, work.packed, work.paired, tokens);
         const Floats inverse = fill(1.0f) / sum;
         for (Floats& channel : sums) channel *= inverse;
         store_lanes(sums, out, i, tokens);
@@ -179,55 +219,42 @@ static void forward_head(
 static void backward_head(
     const Rows& q, const Rows& k, const Rows& v, const Rows& dout, const Rows& dq, const Rows& dk, const Rows& dv,
     int64_t tokens, float scale, const Dropout& dropout, Workspace& work) {
-    Words first[WORDS], second[WORDS];
-    Floats sums[HEAD_DIM];
     pair_tokens(work.paired, k, tokens);
-    for (int64_t i = 0; i < tokens; i += LANES) {  // queries in lanes
-        load_lanes(first, q, i, tokens);
-        load_lanes(second, dout, i, tokens);
-        for (int64_t j = 0; j < tokens; ++j) work.scores[j] = dot(first, k[j]);
-        Floats largest, sum, delta = {};
+    pair_tokens(work.paired_q, q, tokens);
+    pair_tokens(work.paired_dout, dout, tokens);
+    for (int64_t i = 0; i < tokens; i += LANES) {
+        Words queries[WORDS], upstream[WORDS];
+        load_lanes(queries, q, i, tokens);
+        load_lanes(upstream, dout, i, tokens);
+        for (int64_t j = 0; j < tokens; ++j) work.scores[j] = dot(queries, k[j]);
+        Floats largest, sum, sums[HEAD_DIM], delta = {};
         softmax(work.scores, tokens, scale, largest, sum);
+        const Floats inverse = fill(1.0f) / sum;
         for (int64_t start = 0; start < tokens; start += CHUNK) {
             Floats part = {};
             for (int64_t j = start; j < std::min(tokens, start + CHUNK); ++j) {
-                work.slopes[j] = dot(second, v[j]) * dropout.factor(i * tokens + j, tokens);
+                const Floats factor = dropout.factor(i * tokens + j, tokens);
+                work.scores[j] *= inverse;
+                work.slopes[j] = dot(upstream, v[j]) * factor;
                 part = multiply_add(work.scores[j], work.slopes[j], part);
+                narrow(&work.weight_rows[j * GROUPS], work.scores[j] * factor);
             }
             delta += part;
         }
-        const Floats inverse = fill(1.0f) / sum, factor = inverse * scale;
-        delta *= inverse;
-        pack_tokens(work.slope_words, tokens, [&](int64_t j) {
-            return work.scores[j] * (work.slopes[j] - delta) * factor;
-        });
-        weighted_sum(sums, work.slope_words.data(), work.paired, tokens);
-        store_lanes(sums, dq, i, tokens);
-        std::memcpy(&work.largest[i], &largest, sizeof largest);
-        std::memcpy(&work.inverses[i], &inverse, sizeof inverse);
-        std::memcpy(&work.deltas[i], &delta, sizeof delta);
-    }
-    pair_tokens(work.paired, dout, tokens);
-    pair_tokens(work.other_paired, q, tokens);
-    for (int64_t j = 0; j < tokens; j += LANES) {  // keys in lanes
-        load_lanes(first, k, j, tokens);
-        load_lanes(second, v, j, tokens);
-        pack_tokens(work.weights, tokens, [&](int64_t i) {
-            if (i == tokens) return Floats{};
-            const Floats score = dot(first, q[i]) - work.largest[i];
-            const Floats probability = exponential(score * scale) * work.inverses[i];
-            const Floats factor = dropout.factor(i * tokens + j, 1);
-            const Floats slope = multiply_add(dot(second, dout[i]), factor, fill(-work.deltas[i]));
-            work.slopes[i] = probability * slope * scale;
-            return probability * factor;
-        });
-        weighted_sum(sums, work.weights.data(), work.paired, tokens);
-        store_lanes(sums, dv, j, tokens);
+        for (int64_t j = 0; j < tokens; ++j) {
+            work.slopes[j] = work.scores[j] * (work.slopes[j] - delta) * scale;
+            narrow(&work.slope_rows[j * GROUPS], work.slopes[j]);
+        }
         work.slopes[tokens] = Floats{};
-        pack_tokens(work.slope_words, tokens, [&](int64_t i) { return work.slopes[i]; });
-        weighted_sum(sums, work.slope_words.data(), work.other_paired, tokens);
-        store_lanes(sums, dk, j, tokens);
+        pack_tokens(work.packed, tokens, [&](int64_t j) { return work.slopes[j]; });
+        weighted_sum(sums, work.packed, work.paired, tokens);
+        store_lanes(sums, dq, i, tokens);
+        const int64_t offset = i / PER_WORD * HEAD_DIM;
+        add_weighted(work.dv, work.weight_rows, work.paired_dout.data() + offset, tokens);
+        add_weighted(work.dk, work.slope_rows, work.paired_q.data() + offset, tokens);
     }
+    flush(work.dk, dk, tokens);
+    flush(work.dv, dv, tokens);
 }
 
 // One call's sizes and settings.

@@ -9,42 +9,40 @@ static inline Floats decay(Floats x) {
     return exponential(exponent <= fill(88.0f) ? exponent : fill(88.0f));
 }
 
-static inline Floats value(Floats x, Floats) { return x / (fill(1.0f) + decay(x)); }
+static inline Floats value(Floats x) { return x / (fill(1.0f) + decay(x)); }
 
-static inline Floats gradient(Floats x, Floats upstream) {
+// The gradient; `result` becomes the value.
+static inline Floats gradient(Floats x, Floats upstream, Floats& result) {
     const Floats e = decay(x), sigmoid = fill(1.0f) / (fill(1.0f) + e);
     const Floats slope = x * multiply_add(x * x, fill(3 * CUBIC), fill(LINEAR));
+    result = x * sigmoid;
     return upstream * multiply_add(e * sigmoid, sigmoid * slope, sigmoid);  // 1 - sigmoid = e sigmoid, not rounded off
 }
 
-static inline Words load(const int32_t* data, int64_t count) {
-    Words words = {};
-    std::memcpy(&words, data, count * sizeof(int32_t));
-    return words;
-}
+// The numbers of a word, each by itself.
+static inline Floats even(Words words) { return (Floats)(BFLOAT16 ? words << 16 : words); }
+static inline Floats odd(Words words) { return (Floats)(words & fill<Words, int32_t>(0xffff0000)); }
 
-// out = function(x, y) word by word; an odd last bfloat16 shares its word with memory that torch allocated too.
-template <class Function>
-static void for_each_word(int64_t words, int threads, const int32_t* x, const int32_t* y, int32_t* out, Function function) {
+// An odd last bfloat16 shares its word with memory that torch allocated too.
+extern "C" void forward(int64_t words, int threads, const int32_t* x, int32_t* y) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < words; i += LANES) {
         const int64_t count = std::min<int64_t>(LANES, words - i);
-        const Words a = load(x + i, count), b = load(y + i, count);
-#if BFLOAT16
-        const Words high = fill<Words, int32_t>(0xffff0000);
-        const Words result = pack(function((Floats)(a << 16), (Floats)(b << 16)),
-                                  function((Floats)(a & high), (Floats)(b & high)));
-#else
-        const Words result = (Words)function((Floats)a, (Floats)b);
-#endif
-        std::memcpy(out + i, &result, count * sizeof(int32_t));
+        const Words x_words = load(x + i, count);
+        const Floats first = value(even(x_words));
+        store(y + i, pack(first, PER_WORD == 2 ? value(odd(x_words)) : first), count);
     }
 }
 
-extern "C" void forward(int64_t words, int threads, const int32_t* x, int32_t* out) {
-    for_each_word(words, threads, x, x, out, value);
-}
-
-extern "C" void backward(int64_t words, int threads, const int32_t* x, const int32_t* dout, int32_t* dx) {
-    for_each_word(words, threads, x, dout, dx, gradient);
+extern "C" void backward(int64_t words, int threads, const int32_t* x, const int32_t* dy, int32_t* dx, int32_t* y) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < words; i += LANES) {
+        const int64_t count = std::min<int64_t>(LANES, words - i);
+        const Words x_words = load(x + i, count), dy_words = load(dy + i, count);
+        Floats first, second;
+        const Floats first_slope = gradient(even(x_words), even(dy_words), first);
+        const Floats second_slope = PER_WORD == 2 ? gradient(odd(x_words), odd(dy_words), second) : first_slope;
+        store(dx + i, pack(first_slope, second_slope), count);
+        store(y + i, pack(first, PER_WORD == 2 ? second : first), count);
+    }
 }

@@ -1,4 +1,7 @@
-"""GELU in its tanh form, for a CPU by a kernel of our own: torch's tanh takes four times as long as our exponential.
+"""GELU with the linear layer behind it, for a CPU by a kernel of our own.
+
+torch's tanh takes four times as long as our exponential; and the layer keeps GELU's argument alone for the backward
+pass, where one walk over it makes GELU's gradient and, again, its value, which is what the weight's gradient needs.
 
 Source: Hendrycks & Gimpel 2016 (https://arxiv.org/abs/1606.08415), with tanh written as a sigmoid.
 """
@@ -11,24 +14,40 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fastvit_kernels.cpp_library import cpp_library, pointer, unavailable
+from fastvit_kernels.registry import compute_dtype
 
 SOURCE = "cpp_gelu.cpp"
 
 
-class TanhGELU(nn.Module):
-    """`nn.GELU(approximate="tanh")`, faster on a CPU with a C++ compiler; elsewhere and in other dtypes the same."""
+class GELULinear(nn.Linear):
+    """A linear layer of its input's GELU; faster on a CPU with a C++ compiler, elsewhere and in other dtypes the same.
+
+    Args:
+        in_features, out_features: as of nn.Linear, which also names and initialises the parameters.
+        approximate: "tanh" or "none", as of nn.GELU; only "tanh" has the kernel.
+        drop: dropout between the two; only 0 has the kernel.
+    """
+
+    def __init__(self, in_features: int, out_features: int, approximate: str = "none", drop: float = 0.0) -> None:
+        super().__init__(in_features, out_features)
+        self.approximate = approximate
+        self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and _compiles(x.dtype):
-            return gelu(x)
-        return F.gelu(x, approximate="tanh")
+        dtype = compute_dtype(x)
+        if self.approximate == "tanh" and not self.drop and x.device.type == "cpu" and _serves(dtype):
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return _GELULinear.apply(x.to(dtype), self.weight.to(dtype), bias)
+        active = F.gelu(x, approximate=self.approximate)
+        return F.linear(F.dropout(active, self.drop, self.training), self.weight, self.bias)
 
 
 @torch.compiler.assume_constant_result
-def _compiles(dtype: torch.dtype) -> bool:
-    return unavailable() is None and _problem(dtype) is None
+def _serves(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.bfloat16) and unavailable() is None and _problem(dtype) is None
 
 
 @functools.cache
@@ -40,6 +59,22 @@ def _problem(dtype: torch.dtype) -> str | None:
         warnings.warn(f"GELU is torch's own here, slower: {error}", stacklevel=4)
         return str(error)
     return None
+
+
+class _GELULinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.has_bias = bias is not None
+        return F.linear(gelu(x), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        dx, active = gelu_backward(dout @ weight, x)
+        dout_RO, active_RI = dout.reshape(-1, dout.shape[-1]), active.view(-1, active.shape[-1])
+        return dx, dout_RO.mT @ active_RI, dout_RO.sum(0) if ctx.has_bias else None
 
 
 def _run(name: str, x: Tensor, *tensors: Tensor) -> None:
@@ -63,26 +98,14 @@ def _(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("fastvit_kernels::gelu_backward", mutates_args=())
-def gelu_backward(dout: Tensor, x: Tensor) -> Tensor:
-    """Gradient of `gelu`'s argument."""
+def gelu_backward(dout: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradient of `gelu`'s argument, and `gelu` of it."""
     dout, x = dout.contiguous(), x.contiguous()
-    dx = torch.empty_like(x)
-    _run("backward", x, dout, dx)
-    return dx
+    dx, out = torch.empty_like(x), torch.empty_like(x)
+    _run("backward", x, dout, dx, out)
+    return dx, out
 
 
 @gelu_backward.register_fake
-def _(dout: Tensor, x: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, dout: Tensor) -> Tensor:
-    (x,) = ctx.saved_tensors
-    return gelu_backward(dout, x)
-
-
-gelu.register_autograd(_backward, setup_context=_setup_context)
+def _(dout: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)

@@ -31,6 +31,81 @@ static inline float as_float(int32_t word) {
     return x;
 }
 
+// The first `count` of sixteen words; the others are 0.
+static inline Words load(const int32_t* data, int64_t count) {
+#ifdef __AVX512F__
+    return (Words)_mm512_maskz_loadu_epi32((1u << count) - 1, data);
+#else
+    Words words = {};
+    std::memcpy(&words, data, count * sizeof(int32_t));
+    return words;
+#endif
+}
+
+static inline void store(int32_t* data, Words words, int64_t count) {
+#ifdef __AVX512F__
+    _mm512_mask_storeu_epi32(data, (1u << count) - 1, (__m512i)words);
+#else
+    std::memcpy(data, &words, count * sizeof(int32_t));
+#endif
+}
+
+// Rows become columns.
+static inline void transpose(Words (&rows)[LANES]) {
+#ifdef __AVX512F__
+    __m512i a[LANES], b[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i += 2) {
+        a[i] = _mm512_unpacklo_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+        a[i + 1] = _mm512_unpackhi_epi32((__m512i)rows[i], (__m512i)rows[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i += 4) {  // b[i + c]: column c, c + 4, c + 8 and c + 12 of rows i to i + 3
+        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < 4; ++c) {
+        const __m512i even_top = _mm512_shuffle_i32x4(b[c], b[4 + c], 0x88);  // columns c and c + 8 of rows 0 to 7
+        const __m512i even_bottom = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0x88);
+        const __m512i odd_top = _mm512_shuffle_i32x4(b[c], b[4 + c], 0xdd);  // columns c + 4 and c + 12
+        const __m512i odd_bottom = _mm512_shuffle_i32x4(b[8 + c], b[12 + c], 0xdd);
+        rows[c] = (Words)_mm512_shuffle_i32x4(even_top, even_bottom, 0x88);
+        rows[c + 4] = (Words)_mm512_shuffle_i32x4(odd_top, odd_bottom, 0x88);
+        rows[c + 8] = (Words)_mm512_shuffle_i32x4(even_top, even_bottom, 0xdd);
+        rows[c + 12] = (Words)_mm512_shuffle_i32x4(odd_top, odd_bottom, 0xdd);
+    }
+#else
+    for (int i = 0; i < LANES; ++i)
+        for (int j = 0; j < i; ++j) {
+            const int32_t word = rows[i][j];
+            rows[i][j] = rows[j][i];
+            rows[j][i] = word;
+        }
+#endif
+}
+
+#if BFLOAT16
+// Two rows of pairs of bfloat16 as words that hold one of each row, in order: 32 of them.
+static inline void pair(Words first, Words second, Words (&paired)[2]) {
+    const Words low = (Words)((Bits)first & 0xffff) | second << 16;
+    const Words high = (Words)((Bits)first >> 16) | (Words)((Bits)second & 0xffff0000);
+#ifdef __AVX512F__
+    const __m512i order = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const __m512i upper = _mm512_add_epi32(order, _mm512_set1_epi32(8));
+    paired[0] = (Words)_mm512_permutex2var_epi32((__m512i)low, order, (__m512i)high);
+    paired[1] = (Words)_mm512_permutex2var_epi32((__m512i)low, upper, (__m512i)high);
+#else
+    for (int i = 0; i < LANES; ++i) {
+        paired[i / 8][i % 8 * 2] = low[i];
+        paired[i / 8][i % 8 * 2 + 1] = high[i];
+    }
+#endif
+}
+#endif
+
 // The larger of two numbers; a where a is none.
 static inline Floats larger(Floats a, Floats b) { return a <= b ? b : a; }
 
@@ -69,6 +144,18 @@ static inline Words pack(Floats even, Floats odd) {
         return (Bits)(x == x ? (Words)up : (Words)(bits | 0x400000));
     };
     return (Words)((rounded(even) >> 16) | (rounded(odd) & 0xffff0000));
+#endif
+}
+
+// Sixteen numbers one after the other, as the tensors hold them, in LANES / PER_WORD words.
+static inline void narrow(int32_t* words, Floats x) {
+    const Words packed = pack(x, Floats{});
+#if !BFLOAT16
+    std::memcpy(words, &packed, sizeof packed);
+#elif defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i*)words, _mm512_cvtepi32_epi16((__m512i)packed));
+#else
+    for (int i = 0; i < LANES / 2; ++i) words[i] = packed[2 * i] | packed[2 * i + 1] << 16;
 #endif
 }
 
