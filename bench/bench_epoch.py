@@ -98,7 +98,8 @@ def build(row: str, images: int) -> Work:
 def cases() -> Iterator[Case]:
     for name, row in ROWS.items():
         shape = f"mc_vit_4_4_32, {IMAGES} images, B{BATCH}"
-        yield Case(WHAT, shape, "fp32 and bf16", name, IMAGES, partial(build, row))
+        slow = row == "compiled"
+        yield Case(WHAT, shape, "fp32 and bf16", name, IMAGES, partial(build, row), slow_check=slow)
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.id)

@@ -5,7 +5,7 @@
 #
 # OUT takes a JSON file per part. A part that was done is not done again, so a check that was cut short goes on where it
 # was; remove a part's file to do it again. IMAGES is a folder of images (train/CLASS/, test/CLASS/) for the time to an
-# accuracy; without it that part is left out. PARTS="tests kernels steps epochs accuracy" names the parts to do;
+# accuracy; without it that part is left out. PARTS="tests kernels steps epochs accuracy together" names the parts to do;
 # ANY_DEVICE=1 tries the script without a GPU.
 set -uo pipefail
 
@@ -23,7 +23,7 @@ fi
 part() { # NAME SECONDS COMMAND...: a part that leaves OUT/NAME.json, unless it was done
     local name=$1 limit=$2
     shift 2
-    case " ${PARTS:-tests kernels steps epochs accuracy} " in *" $name "*) ;; *) return ;; esac
+    case " ${PARTS:-tests kernels steps epochs accuracy together} " in *" $name "*) ;; *) return ;; esac
     if grep -qs '"exit_status": 0' "$out/$name.json"; then
         echo "== $name: done before"
         return
@@ -48,7 +48,20 @@ bench steps 130 "training step, mc_vit_4_4_32 B256, bf16" "training step, mc_vit
     "training step, cvt_7_4_32 B256, bf16, fused" "training step, cct_7_3x1_32 B256, bf16, fused"
 bench epochs 90 "epoch"
 if [ -n "$images" ]; then
-    part accuracy 100 python -m accelerate.commands.accelerate_cli launch --mixed_precision bf16 -m fastvit_train \
-        --recipe fast-cifar10 --dataset folder --data-dir "$images" --runs-dir "$out/accuracy" --exp-name run
+    train=(python -m accelerate.commands.accelerate_cli launch --mixed_precision bf16 -m fastvit_train
+        --recipe fast-cifar10 --compile --dataset folder --data-dir "$images")
+    part accuracy 90 "${train[@]}" --repeat 3 --target-accuracy 0.74 --runs-dir "$out/accuracy" --exp-name run
+    together() { # three seeds at once on one GPU
+        local seed pids=() status=0
+        for seed in 0 1 2; do
+            "${train[@]}" --seed "$seed" --runs-dir "$out/together" --exp-name "run-seed$seed" &
+            pids+=($!)
+        done
+        for seed in "${pids[@]}"; do wait "$seed" || status=$?; done
+        return $status
+    }
+    export -f together
+    export out
+    part together 60 bash -c "$(declare -p train); together"
 fi
 python -m bench.gpu_table "$out"

@@ -14,7 +14,7 @@ import fastvit_train.models.attention as attention
 from fastvit_train import optim
 from fastvit_train.models import compile_model, set_attention
 from fastvit_train.roofline import synchronize
-from fastvit_train.setup import Job
+from fastvit_train.setup import Job, cuda_graphs_serve
 
 WARM_UP, ROUNDS = 3, 9
 STEPS = {"cpu": 1}
@@ -110,7 +110,7 @@ def step_of(job: Job, variant: Variant) -> Callable[[], None]:
     if variant.attention is not None:
         set_attention(model, variant.attention)
     if config.run.compile if variant.compiled is None else variant.compiled:
-        compile_model(model)
+        compile_model(model, graphed=cuda_graphs_serve(config, job.accelerator))
     optimizer = optim.build_optimizer(model, config.optim)
     images, labels = next(job.train_loader.micro_batches(0))
     images, labels = (tensor.repeat_interleave(variant.batch_factor, 0) for tensor in (images, labels))

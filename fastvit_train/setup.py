@@ -115,7 +115,7 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     train_loader = build_train_loader(config, dataset, model, batch_size, place)
     eval_loader = build_eval_loader(config, dataset, model, place)
     if config.run.compile:
-        compile_model(model)
+        compile_model(model, graphed=cuda_graphs_serve(config, accelerator))
     optimizer = optim.build_optimizer(model, config.optim)
     scheduler = optim.build_schedule(optimizer, config.optim, config.run.epochs, train_loader.steps_per_epoch)
     launch.broadcast_only_what_changes(accelerator, model)
@@ -150,6 +150,11 @@ def whiten(model: nn.Module, config: TrainConfig, dataset: DatasetSpec) -> None:
         raise UserError("--patch-init whiten needs the images in memory; give --patch-init random, or --stream never")
     here = Place(torch.device("cpu"), rank=0, world_size=1)
     whiten_patches(model, _preprocess(config, model, here)(images[:SAMPLES]))
+
+
+def cuda_graphs_serve(config: TrainConfig, accelerator: Accelerator) -> bool:
+    """Whether --compile may launch the model as a CUDA graph: one GPU, one forward pass per optimizer step."""
+    return accelerator.device.type == "cuda" and accelerator.num_processes == config.optim.grad_accum == 1
 
 
 def choose_attention(

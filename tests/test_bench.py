@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import ROOT, run, write_folder
 
-from bench import bench_attention, bench_input, bench_step, compare, gpu_table, plots, turns
+from bench import bench_attention, bench_input, bench_step, compare, plots, turns
 from bench.__main__ import main, select
 from bench.case import Case, Work, device
 from bench.environment import environment
@@ -276,19 +276,12 @@ def test_the_gpu_check_refuses_without_a_gpu(tmp_path: Path) -> None:
 def test_the_gpu_check_does_a_part_once_and_shows_what_there_is(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "shapes", per_class=20)
     command = ["bash", str(ROOT / "bench" / "gpu_check.sh"), str(tmp_path / "out"), str(images)]
-    first = run(command, ANY_DEVICE="1", PARTS="accuracy", PATH=f"{Path(sys.executable).parent}:/usr/bin:/bin")
+    first = run(command, ANY_DEVICE="1", PARTS="accuracy together", PATH=f"{Path(sys.executable).parent}:/usr/bin:/bin")
     assert first.returncode == 0, first.stdout + first.stderr
-    assert "shapes, 6 epochs" in first.stdout and "to 74.0%" in first.stdout and "not done" in first.stdout
+    for line in ("fast-cifar10, 3 seeds", "to 74.0%", "3 seeds at once", "not done"):
+        assert line in first.stdout
     found = json.loads((tmp_path / "out" / "accuracy.json").read_text())
-    assert found["summary"]["mixed_precision"] == "bf16" and found["environment"]["device"]
+    assert found["seeds"] == [0, 1, 2] and found["environment"]["device"]
+    assert len(json.loads((tmp_path / "out" / "together.json").read_text())["seconds"]) == 3
     second = run(command, ANY_DEVICE="1", PARTS="accuracy", PATH=f"{Path(sys.executable).parent}:/usr/bin:/bin")
     assert "accuracy: done before" in second.stdout
-
-
-def test_the_time_to_an_accuracy_counts_evaluations(tmp_path: Path) -> None:
-    (tmp_path / "summary.json").write_text("{}")
-    rows = [{"seconds": 2.0, "eval_seconds": 0.5, "test_accuracy": accuracy} for accuracy in (0.5, 0.75, 0.7)]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert gpu_table.accuracy(tmp_path)["seconds_to_target"] == 5.0
-    (tmp_path / "metrics.jsonl").write_text(json.dumps(rows[0]) + "\n")
-    assert gpu_table.accuracy(tmp_path)["seconds_to_target"] is None

@@ -132,10 +132,11 @@ def warm_up(model: nn.Module, train_batch: int, eval_batch: int, image_size: int
 
 
 def _first_passes(model: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device) -> None:
-    if train_batch:
-        model.train()(torch.zeros(train_batch, 3, image_size, image_size, device=device)).float().sum().backward()
-        model.zero_grad()
-    with torch.no_grad():
-        model.eval()(torch.zeros(eval_batch, 3, image_size, image_size, device=device))
+    for _ in range(1 if device.type == "cpu" else 3):  # a CUDA graph is recorded on the second pass
+        if train_batch:
+            model.train()(torch.zeros(train_batch, 3, image_size, image_size, device=device)).float().sum().backward()
+            model.zero_grad()
+        with torch.no_grad():
+            model.eval()(torch.zeros(eval_batch, 3, image_size, image_size, device=device))
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
