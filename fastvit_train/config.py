@@ -97,6 +97,8 @@ class OptimConfig:
     """probability mass spread over the other classes"""
     clip_grad: float | None = None
     """largest gradient norm"""
+    ema: float | None = None
+    """evaluate and write a moving average of the weights with this decay (0.999); None: the weights themselves"""
     grad_accum: int = 1
     """micro-batches that one batch is split into"""
 
@@ -123,6 +125,10 @@ class RunConfig:
     """torch.compile the model; what compiling takes is reported apart"""
     save_every: int = 0
     """checkpoint every so many optimizer steps, besides at every epoch's end"""
+    keep: int = 2
+    """checkpoints to keep: the newest so many, and the best"""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """what to do where the disk is full; the checkpoints before are whole in either case"""
     save_model_every: int = 0
     """keep a copy of the weights every so many epochs"""
     target_accuracy: float | None = None
@@ -148,7 +154,7 @@ class TrainConfig:
 # What may change between a run and its resumption.
 NOT_COMPARED = frozenset(
     {"recipe", "exp_name", "runs_dir", "data_dir", "data_url", "stream", "weights", "attention", "compile"}
-    | {"eval_batch_size", "save_every", "save_model_every", "stop_after", "track", "telemetry"}
+    | {"eval_batch_size", "save_every", "save_model_every", "stop_after", "track", "telemetry", "keep", "on_save_error"}
 )
 
 
@@ -215,6 +221,7 @@ def validate(config: TrainConfig) -> None:
         "eval_batch_size": run.eval_batch_size,
         "grad_accum": optim.grad_accum,
         "stop_after": run.stop_after,
+        "keep": run.keep,
         "num_classes": model.num_classes,
         "image_size": model.image_size,
         "patch_size": model.patch_size,
@@ -235,6 +242,7 @@ def validate(config: TrainConfig) -> None:
     below_one: dict[str, float | None] = {
         "holdout": data.holdout,
         "warmup": optim.warmup,
+        "ema": optim.ema,
         "momentum": optim.momentum,
         "label_smoothing": optim.label_smoothing,
         "drop_rate": model.drop_rate,

@@ -14,3 +14,7 @@ class UserError(Exception):
     def __init__(self, message: str, everywhere: bool = True) -> None:
         super().__init__(message)
         self.everywhere = everywhere
+
+
+class SaveError(UserError):
+    """The disk took something not, or not whole; what was written before is as it was."""
