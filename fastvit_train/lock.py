@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -31,8 +32,9 @@ class RunLock:
     def check(self) -> None:
         """Raise UserError where another process holds the lock; nothing is written."""
         if (self._root / LOCK).is_file():
-            self._take()
-            self._lock.release()
+            with suppress(OSError):  # what can't be written is told where it is to be written
+                self._take()
+                self._lock.release()
 
     def acquire(self) -> str | None:
         """Take the lock; returns what is to be said where one that died left it.

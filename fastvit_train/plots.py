@@ -50,5 +50,5 @@ def plot_curves(runs: list[Path], output: Path, title: str) -> None:
 
 
 def _literal(text: str) -> str:
-    """`text` as matplotlib shows it unchanged: a dollar begins no formula."""
-    return text.replace("$", r"\$")
+    """`text` as matplotlib shows it unchanged: a dollar begins no formula, bytes that are no UTF-8 it doesn't take."""
+    return text.encode(errors="surrogateescape").decode(errors="replace").replace("$", r"\$")

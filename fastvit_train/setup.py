@@ -108,8 +108,8 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool, stop_request: St
     if accelerator.device.type == "cpu":
         memory.keep_freed()
     log = Log(accelerator.is_main_process)
-    resuming = launch.everywhere(accelerator, lambda: folder.check(config, resume, overwrite))
     launch.everywhere(accelerator, lambda: RunLock(folder.root).check() if log.speaks else None)
+    resuming = launch.everywhere(accelerator, lambda: folder.check(config, resume, overwrite))
     if resuming and config.model.attention == AUTO:
         config = folder.with_recorded_attention(config)
         check_attention(config.model, recorded_in=folder.config)

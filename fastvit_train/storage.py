@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from fastvit_train.errors import SaveError
 
 CHECKSUMS = "checksums.json"
+TORCH_COULD_NOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
+"""what torch.save's RuntimeErrors say when the disk is full"""
 
 
 @contextmanager
@@ -21,9 +23,12 @@ def told_of(what: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save's word for it
+        if not isinstance(error, RuntimeError):
+            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        elif any(word in str(error) for word in TORCH_COULD_NOT_WRITE):
+            reason = "the disk took only a part of it"
+        else:
             raise
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise SaveError(f"{what} ({reason})") from None
 
 

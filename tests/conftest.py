@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from fastvit_train.config import TrainConfig, override
 from fastvit_train.recipes import recipe
 
 ROOT = Path(__file__).parents[1]
+COUNTS: Counter[str] = Counter()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,6 +31,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if COUNTS:
+        terminalreporter.section("reliability")
+        for what, number in COUNTS.items():
+            terminalreporter.line(f"{what}: {number}")
+
+
+@pytest.fixture(scope="session")
+def count() -> Callable[..., None]:
+    """`count(what, number=1)` adds to a line at the end of pytest's output."""
+
+    def add(what: str, number: int = 1) -> None:
+        COUNTS[what] += number
+
+    return add
 
 
 @pytest.fixture
@@ -76,16 +95,25 @@ def small_config(tmp_path: Path) -> Callable[..., TrainConfig]:
 
 def launch(*args: object, processes: int = 1, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     """Run `accelerate launch -m fastvit_train ARGS` as a user would, in a process of its own."""
+    return run(launch_command(*args, processes=processes), cwd, **env)
+
+
+def launch_command(*args: object, processes: int = 1, options: tuple[str, ...] = ()) -> list[str]:
+    """`accelerate launch OPTIONS -m fastvit_train ARGS`."""
     multi = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *multi, "-m", "fastvit_train"]
-    return run([*command, *map(str, args)], cwd, **env)
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *multi, *options]
+    return [*launcher, "-m", "fastvit_train", *map(str, args)]
 
 
 def run(command: list[str], cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a command without the thread settings that pytest may have been started with, and the interpreter's."""
+    return subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=240)
+
+
+def environment(**env: str) -> dict[str, str]:
+    """This process's environment as a user's would be, and `env`."""
     ours = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET")
-    kept = {key: value for key, value in os.environ.items() if key not in ours}
-    return subprocess.run(command, cwd=cwd, env={**kept, **env}, capture_output=True, text=True, timeout=240)
+    return {**{key: value for key, value in os.environ.items() if key not in ours}, **env}
 
 
 def one_line_error(text: str) -> str:

@@ -1,21 +1,81 @@
 """Killed anywhere and resumed, a run ends as if nothing had happened: bit for bit, nothing seen twice or left out."""
 
 import random
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
-from victims import Both, DieAt, Victim, differences, forget_the_samplers_position, outcome, random_trick
+from victims import DieAt, Victim, differences, forget_the_samplers_position, outcome, random_trick, undisturbed
 
-KILLED = -9
+from fastvit_train.tracking import read_rows
+
+KILLED = -signal.SIGKILL
+Count = Callable[..., None]
 
 
-@pytest.fixture(scope="module", params=[1, 2], ids=["one", "two"])
-def undisturbed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Any]:
-    """How many processes, and what a run of them comes to that nothing happens to."""
-    victim = Victim(tmp_path_factory.mktemp("runs"), "undisturbed", processes=request.param)
-    assert victim.wait() == [0] * request.param, victim.log.read_text()
-    assert victim.has(f"world size {request.param}")
-    return request.param, outcome(victim.folder)
+def kill_and_resume(runs: Path, stream: random.Random, processes: int, kills: int) -> dict[str, Any]:
+    """What a run comes to that is killed `kills` times on its way, at a random place or moment, by --resume auto."""
+    name = f"killed-{stream.randrange(10**9)}"
+    while kills:
+        rank = stream.randrange(processes)
+        at_a_moment = stream.random() < 0.3
+        trick = None if at_a_moment else random_trick(stream, signal.SIGKILL, rank)
+        victim = Victim(runs, name, "--resume", "auto", processes=processes, trick=trick)
+        if at_a_moment:
+            victim.processes[rank].join(stream.uniform(0, 2.5))
+            victim.signal(signal.SIGKILL, rank)
+        statuses = victim.wait()
+        if statuses[rank] == KILLED:
+            kills -= 1
+        else:
+            assert statuses == [0] * processes, victim.log.read_text()
+            name = f"killed-{stream.randrange(10**9)}"  # it got through: the kills go on with another
+    victim = Victim(runs, name, "--resume", "auto", processes=processes)
+    assert victim.wait() == [0] * processes, victim.log.read_text()
+    assert victim.has(f"world size {processes}")
+    return outcome(victim.folder)
+
+
+@pytest.mark.parametrize(
+    ("processes", "rounds", "kills"),
+    [
+        pytest.param(1, 1, 3, id="one-process"),
+        pytest.param(2, 1, 2, id="two-processes"),
+        pytest.param(1, 6, 6, id="one-process-36-times", marks=pytest.mark.slow),
+        pytest.param(2, 4, 4, id="two-processes-16-times", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_killed_at_random_ends_as_one_that_was_not(
+    processes: int, rounds: int, kills: int, tmp_path: Path, seed: int, count: Count
+) -> None:
+    stream = random.Random(seed)
+    expected = undisturbed(processes)
+    for _ in range(rounds):
+        found = kill_and_resume(tmp_path, stream, processes, kills)
+        assert differences(found, expected) == []
+        count(f"random kills of {processes} process{'es' * (processes > 1)}, nothing lost", kills)
+
+
+def test_without_the_samplers_position_the_kills_are_seen(tmp_path: Path) -> None:
+    die = DieAt("train._train_step", 16, trick=forget_the_samplers_position)  # step 15's checkpoint: inside epoch 2
+    assert Victim(tmp_path, "faulty", trick=die).wait() == [KILLED]
+    victim = Victim(tmp_path, "faulty", "--resume", "must")
+    assert victim.wait() != [0] or differences(outcome(victim.folder), undisturbed(1))
+
+
+def test_a_run_goes_on_with_other_processes(tmp_path: Path) -> None:
+    """Without dropout, whose draws are each process's own."""
+    same = ("--drop-rate", "0", "--ema", "0.99")
+    whole = Victim(tmp_path, "whole", *same)
+    assert whole.wait() == [0], whole.log.read_text()
+    assert Victim(tmp_path, "parts", *same, trick=DieAt("train._train_step", 8)).wait() == [KILLED]
+    die = DieAt("train._train_step", 12, rank=1)
+    two = Victim(tmp_path, "parts", *same, "--resume", "must", processes=2, trick=die)
+    assert two.wait()[1] == KILLED and two.has("world size 2")
+    one = Victim(tmp_path, "parts", *same, "--resume", "must")
+    assert one.wait() == [0], one.log.read_text()
+    expected, found = ([row["loss"] for row in read_rows(v.folder / "steps.jsonl")] for v in (whole, one))
+    assert len(expected) == 33 and found == pytest.approx(expected, abs=1e-5)
+    assert [row["epoch"] for row in read_rows(one.folder / "metrics.jsonl")] == [1, 2, 3]

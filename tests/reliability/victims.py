@@ -6,6 +6,7 @@ some that start from nothing too.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import random
 import signal
 import socket
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +41,8 @@ CLOCK = (
 )  # fmt: skip
 LIMIT = 120.0
 """seconds that no process takes"""
+PATIENCE = 10.0
+"""seconds that a process whose peer is gone has to end by itself"""
 Trick = Callable[[], None]
 """what a victim does to itself before it trains"""
 
@@ -46,9 +50,17 @@ Trick = Callable[[], None]
 class Victim:
     """A training under way, of one process or more."""
 
-    def __init__(self, runs: Path, name: str, *more: object, processes: int = 1, trick: Trick | None = None) -> None:
+    def __init__(
+        self,
+        runs: Path,
+        name: str,
+        *more: object,
+        processes: int = 1,
+        trick: Trick | None = None,
+        log: Path | None = None,
+    ) -> None:
         self.folder = runs / name
-        self.log = runs / f"{name}.out"
+        self.log = log or runs / f"{name}.out"
         runs.mkdir(parents=True, exist_ok=True)
         argv = ["--runs-dir", str(runs), "--exp-name", name, *SETTINGS, *map(str, more)]
         worlds = _world(processes)
@@ -56,11 +68,16 @@ class Victim:
         for process in self.processes:
             process.start()
 
-    def wait(self) -> list[int | None]:
-        """The processes' exit statuses, a signal's number negative; all are killed after `LIMIT`."""
-        deadline = time.monotonic() + LIMIT
-        for process in self.processes:
-            process.join(max(0.0, deadline - time.monotonic()))
+    def wait(self, seconds: float = LIMIT) -> list[int | None]:
+        """The processes' exit statuses, a signal's number negative.
+
+        All are killed after `seconds`, or a while after one failed, as a launcher does.
+        """
+        deadline = time.monotonic() + seconds
+        while any(process.is_alive() for process in self.processes) and time.monotonic() < deadline:
+            if any(process.exitcode for process in self.processes):
+                deadline = min(deadline, time.monotonic() + PATIENCE)
+            time.sleep(0.01)
         self.kill()
         return [process.exitcode for process in self.processes]
 
@@ -104,7 +121,8 @@ def _train(argv: Sequence[str], log: Path, world: dict[str, str], trick: Trick |
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    os.environ.update(world)
+    os.environ.update(world, OMP_NUM_THREADS="1")
+    torch.set_num_threads(1)
     from fastvit_train.cli import main
 
     if trick is not None:
@@ -121,10 +139,14 @@ class DieAt:
     """MODULE.FUNCTION of fastvit_train"""
     call: int
     number: int = signal.SIGKILL
-    rank: int | None = None
-    """of all processes, the one that does; None: each"""
+    rank: int = 0
+    """the process that does"""
+    trick: Trick | None = None
+    """another one before"""
 
     def __call__(self) -> None:
+        if self.trick is not None:
+            self.trick()
         module_name, _, name = self.where.rpartition(".")
         module = __import__(f"fastvit_train.{module_name}", fromlist=[name])
         original, calls = getattr(module, name), 0
@@ -132,7 +154,7 @@ class DieAt:
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
-            if calls == self.call and self.rank in (None, int(os.environ.get("RANK", 0))):
+            if calls == self.call and self.rank == int(os.environ.get("RANK", 0)):
                 os.kill(os.getpid(), self.number)
             return original(*args, **kwargs)
 
@@ -143,18 +165,6 @@ def forget_the_samplers_position() -> None:
     """A fault put in on purpose: the checkpoint does not hold how far into the epoch the run is."""
     original = checkpoint.asdict
     checkpoint.asdict = lambda progress: {k: v for k, v in original(progress).items() if k != "step_in_epoch"}
-
-
-@dataclasses.dataclass(frozen=True)
-class Both:
-    """One trick after the other."""
-
-    first: Trick
-    second: Trick
-
-    def __call__(self) -> None:
-        self.first()
-        self.second()
 
 
 def outcome(folder: Path) -> dict[str, Any]:
@@ -176,6 +186,15 @@ def outcome(folder: Path) -> dict[str, Any]:
     }
 
 
+@functools.cache
+def undisturbed(processes: int) -> dict[str, Any]:
+    """What a run comes to that nothing happens to."""
+    with tempfile.TemporaryDirectory() as folder:
+        victim = Victim(Path(folder), "undisturbed", processes=processes)
+        assert victim.wait() == [0] * processes, victim.log.read_text()
+        return outcome(victim.folder)
+
+
 def _flat(state: Any, name: str = "") -> dict[str, torch.Tensor]:
     if isinstance(state, torch.Tensor):
         return {name: state}
@@ -193,12 +212,12 @@ def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
     return [part for part in expected if found[part] != expected[part]]
 
 
-def random_trick(stream: random.Random, number: int, steps: int = 33) -> DieAt:
+def random_trick(stream: random.Random, number: int, rank: int = 0) -> DieAt:
     """A random place to be signalled at: a step, an evaluation's batch, a checkpoint's parts, the log's lines."""
     where, most = stream.choice(
         [
-            ("train._train_step", steps),
-            ("train._train_step", steps),
+            ("train._train_step", 33),
+            ("train._train_step", 33),
             ("train.evaluate", 3),
             ("storage.seal", 12),
             ("storage.put_folder", 12),
@@ -208,4 +227,4 @@ def random_trick(stream: random.Random, number: int, steps: int = 33) -> DieAt:
             ("checkpoint._prune", 12),
         ]
     )
-    return DieAt(where, stream.randint(1, most), number)
+    return DieAt(where, stream.randint(1, most), number, rank)

@@ -1,0 +1,167 @@
+"""Told to stop, a run leaves a whole checkpoint within seconds, says so, and goes on from there as if never stopped."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import environment, launch_command
+from victims import SETTINGS, DieAt, Victim, differences, outcome, random_trick, undisturbed
+
+from fastvit_train import checkpoint, storage
+from fastvit_train.preemption import EXIT_STATUS
+
+STOPS = (signal.SIGTERM, signal.SIGUSR1)
+Count = Callable[..., None]
+
+
+def check_stopped(victim: Victim, statuses: list[int | None]) -> None:
+    assert statuses == [EXIT_STATUS] * len(statuses), victim.log.read_text()
+    newest = checkpoint.newest(victim.folder / "checkpoints")
+    assert newest is not None and storage.damage(newest) is None
+    said = f"at step {newest.name.removeprefix('step_')}; the last good checkpoint is {newest}, --resume auto goes on"
+    assert victim.log.read_text().count(said) == 1 and not victim.has("Traceback")
+
+
+def stop_and_resume(runs: Path, stream: random.Random, processes: int, stops: int, count: Count) -> None:
+    """A run that is told to stop on its way, one process of it, and goes on each time."""
+    name = f"stopped-{stream.randrange(10**9)}"
+    while stops:
+        rank = stream.randrange(processes)
+        trick = random_trick(stream, stream.choice(STOPS), rank)
+        victim = Victim(runs, name, "--resume", "auto", processes=processes, trick=trick)
+        statuses = victim.wait()
+        if statuses == [0] * processes:
+            name = f"stopped-{stream.randrange(10**9)}"  # the place was never reached, or at the very end
+            continue
+        check_stopped(victim, statuses)
+        victim.log.unlink()
+        stops -= 1
+        count("SIGTERM and SIGUSR1 at random, a whole checkpoint and nothing lost")
+    victim = Victim(runs, name, "--resume", "auto", processes=processes)
+    assert victim.wait() == [0] * processes, victim.log.read_text()
+    assert differences(outcome(victim.folder), undisturbed(processes)) == []
+
+
+@pytest.mark.parametrize(
+    ("processes", "rounds", "stops"),
+    [
+        pytest.param(1, 1, 2, id="one-process"),
+        pytest.param(2, 1, 2, id="two-processes"),
+        pytest.param(1, 4, 3, id="one-process-12-times", marks=pytest.mark.slow),
+        pytest.param(2, 3, 3, id="two-processes-9-times", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_told_to_stop_goes_on_as_if_it_had_not_been(
+    processes: int, rounds: int, stops: int, tmp_path: Path, seed: int, count: Count
+) -> None:
+    stream = random.Random(seed)
+    for _ in range(rounds):
+        stop_and_resume(tmp_path, stream, processes, stops, count)
+
+
+@pytest.mark.parametrize("where", ["setup.build_model", "train.evaluate", "storage.seal"])
+def test_setting_up_evaluating_and_saving_are_no_bad_moments(where: str, tmp_path: Path) -> None:
+    victim = Victim(tmp_path, "run", trick=DieAt(where, 1, signal.SIGTERM))
+    check_stopped(victim, victim.wait())
+
+
+def test_while_it_compiles(tmp_path: Path) -> None:
+    victim = Victim(tmp_path, "run", "--compile", trick=DieAt("setup.warm_up", 1, signal.SIGTERM))
+    check_stopped(victim, victim.wait())
+    assert (victim.folder / "checkpoints" / "step_0").is_dir()
+
+
+def test_from_the_signal_to_the_end_it_takes_seconds(tmp_path: Path) -> None:
+    victim = Victim(tmp_path, "run", "--epochs", 1000, processes=2)
+    victim.wait_for("epoch   2/")
+    victim.signal(signal.SIGUSR1, rank=1)
+    started = time.monotonic()
+    check_stopped(victim, victim.wait())
+    assert time.monotonic() - started < 5
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
+    victim = Victim(tmp_path, "run", trick=DieAt("train._settle", 1, signal.SIGTERM, trick=hang_when_saving))
+    victim.wait_for("hanging")
+    victim.signal(signal.SIGTERM)
+    assert victim.wait(seconds=3) == [-signal.SIGTERM]
+    assert checkpoint.newest(victim.folder / "checkpoints") is None
+
+
+def hang_when_saving() -> None:
+    def hang(*_: object) -> None:
+        print("hanging", flush=True)
+        time.sleep(60)
+
+    storage.seal = hang
+
+
+def test_a_run_that_is_being_trained_is_refused_to_others_and_a_stale_lock_is_not(tmp_path: Path) -> None:
+    first = Victim(tmp_path, "run", "--epochs", 1000)
+    first.wait_for("epoch   1/")
+    for how in (("--resume", "auto"), ("--overwrite",), ()):
+        second = Victim(tmp_path, "run", "--epochs", 1000, *how)
+        assert second.wait() == [2]
+    assert first.log.read_text().count(f"is being trained by process {first.processes[0].pid} on ") == 3
+    first.kill()
+    third = Victim(tmp_path, "run", "--epochs", 1000, "--stop-after", 2, "--resume", "auto")
+    assert third.wait() == [0] and third.has(f"the lock of process {first.processes[0].pid} on ")
+    assert not (third.folder / ".holder.json").exists()
+
+
+def start(folder: Path, *args: object, processes: int = 1, options: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+    """A launch of the victims' training as a user starts it, into `folder`; what it says goes into `folder`.out."""
+    where = ("--runs-dir", folder.parent, "--exp-name", folder.name)
+    command = launch_command(*where, *SETTINGS, *args, processes=processes, options=options)
+    with folder.with_suffix(".out").open("wb") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env=environment(OMP_NUM_THREADS="1"))
+
+
+def holder(folder: Path, text: str) -> int:
+    """The first process of the run in `folder`, once it has said `text`."""
+    deadline = time.monotonic() + 60
+    while text not in folder.with_suffix(".out").read_text():
+        assert time.monotonic() < deadline, folder.with_suffix(".out").read_text()
+        time.sleep(0.02)
+    return int(json.loads((folder / ".holder.json").read_text())["pid"])
+
+
+def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Path) -> None:
+    """accelerate's launcher of one process dies of SIGTERM without a word to its child."""
+    folder = tmp_path / "run"
+    launcher = start(folder, "--epochs", 1000)
+    trainer = psutil.Process(holder(folder, "epoch   2/"))
+    launcher.terminate()
+    launcher.wait(20)
+    trainer.wait(20)
+    newest = checkpoint.newest(folder / "checkpoints")
+    assert newest is not None and storage.damage(newest) is None
+    assert f"the last good checkpoint is {newest}" in folder.with_suffix(".out").read_text()
+
+
+def test_a_launcher_of_two_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    launcher = start(folder, "--epochs", 1000, processes=2)
+    holder(folder, "epoch   2/")
+    launcher.terminate()
+    launcher.wait(40)
+    newest = checkpoint.newest(folder / "checkpoints")
+    assert newest is not None and storage.damage(newest) is None
+    assert f"the last good checkpoint is {newest}" in folder.with_suffix(".out").read_text()
+
+
+def test_the_launcher_restarts_a_run_whose_process_was_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    launcher = start(folder, "--resume", "auto", processes=2, options=("--max_restarts", "3"))
+    victim = holder(folder, "epoch   1/")
+    psutil.Process(victim).kill()
+    assert launcher.wait(120) == 0, folder.with_suffix(".out").read_text()
+    said = folder.with_suffix(".out").read_text()
+    assert said.count("world size 2") == 2 and "resuming" in said
+    assert differences(outcome(folder), undisturbed(2)) == []
