@@ -140,6 +140,8 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool, stop_request: St
     launch.broadcast_only_what_changes(accelerator, model)
     ema = build_ema(model, config, accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
+    if ema is not None:
+        accelerator.prepare_model(ema.module, evaluation_mode=True)  # after the model: so are they named when saved
     compile_seconds = None
     if config.run.compile or config.model.attention in COMPILING:
         compile_seconds = warm_up(model, micro_batch, eval_loader.batch_size, image_size(config), place.device)
@@ -210,7 +212,7 @@ def check_buildable(config: TrainConfig) -> None:
 
 
 def build_ema(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> ModelEmaV3 | None:
-    """The moving average of `model`'s weights that `config` asks for, ready to evaluate; saved with the checkpoints.
+    """The moving average of `model`'s weights that `config` asks for; prepared, it is saved with the checkpoints.
 
     In the first steps it moves faster, so that the random weights are soon forgotten.
     """
@@ -219,7 +221,6 @@ def build_ema(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -
     ema = ModelEmaV3(model, config.optim.ema, use_warmup=True)
     if config.run.compile:
         compile_model(ema.module, graphed=cuda_graphs_serve(config, accelerator))
-    accelerator.prepare_model(ema.module, evaluation_mode=True)
     return ema
 
 
