@@ -18,7 +18,8 @@ from rich.console import Console
 from fastvit_train import launch, plots, report
 from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, override
 from fastvit_train.errors import UserError
-from fastvit_train.plan import PlanOptions, plan_run
+from fastvit_train.plan import PlanOptions
+from fastvit_train.planning import plan_run
 from fastvit_train.profiling import profile_run
 from fastvit_train.recipes import recipe
 from fastvit_train.repeat import fit_seeds

@@ -42,7 +42,7 @@ KINDS = {
 """torch's operators by what they do"""
 ROUNDS = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "broadcast": 1}
 """that a tensor goes around the ring: an all-reduce is a reduce-scatter and an all-gather"""
-SILENT = ("wait_tensor",)
+SILENT = ("wait_tensor", "_wrap_tensor_autograd")
 SETTLED = 3
 """steps until DDP has cut its buckets anew, and the optimizer has its state"""
 IMAGES = 2
@@ -98,6 +98,8 @@ class Watch(TorchDispatchMode):
         self.seen: list[Collective] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented  # it calls its collectives itself, and then they are seen here
         result = func(*args, **(kwargs or {}))
         if func.namespace in NAMESPACES:
             name = func._opname
@@ -173,9 +175,9 @@ def _fsdp2(job: Job, model: nn.Module, processes: int) -> nn.Module:
     mesh = init_device_mesh("cpu", (processes,))
     dtype = autocast_dtype(job.accelerator.mixed_precision)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
-    for block in blocks_of(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    for unit in (*blocks_of(model), model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    return model
 
 
 def check_shardable(job: Job) -> None:
