@@ -174,7 +174,7 @@ def _ddp(job: Job, model: nn.Module) -> nn.Module:
 def _fsdp2(job: Job, model: nn.Module, processes: int) -> nn.Module:
     mesh = init_device_mesh("cpu", (processes,))
     dtype = autocast_dtype(job.accelerator.mixed_precision)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, output_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for unit in (*blocks_of(model), model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     return model
