@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from bench.case import DTYPES, Case, Work, device
 from bench.environment import environment
@@ -96,7 +94,7 @@ def memory_of(work: Work) -> dict[str, float | None]:
     """
     saved = None
     if device().type == "cpu" and work.parameters is not None:
-        saved = saved_for_backward(work.run, work.parameters) / 2**20
+        saved = memory.saved_for_backward(work.run, work.parameters) / 2**20
     before = torch.cuda.memory_allocated() if device().type == "cuda" else 0
     memory.forget_peak(device())
     work.run()
@@ -105,26 +103,6 @@ def memory_of(work: Work) -> dict[str, float | None]:
     if device().type == "cpu":
         return {"saved_for_backward_mib": saved, "peak_rss_mib": peak}
     return {"peak_memory_mib": None if work.replayed else peak - before / 2**20}
-
-
-def saved_for_backward(run: Callable[[], object], parameters: tuple[Tensor, ...]) -> int:
-    """Bytes that autograd keeps between forward and backward in one call of `run`.
-
-    Counted by saved-tensor hooks: each storage once, however many views of it are saved, in full; the storages of
-    `parameters` are not counted, as they are there anyway.
-    """
-    known = {tensor.untyped_storage().data_ptr() for tensor in parameters}
-    storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is given out twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        run()
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 def seconds_of(run: Callable[[], object]) -> float:

@@ -18,6 +18,8 @@ from rich.console import Console
 from fastvit_train import launch, plots, report
 from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, override
 from fastvit_train.errors import UserError
+from fastvit_train.plan import PlanOptions
+from fastvit_train.planning import plan_run
 from fastvit_train.preemption import EXIT_STATUS, Preempted
 from fastvit_train.profiling import profile_run
 from fastvit_train.recipes import recipe
@@ -34,7 +36,7 @@ class TrainCommand:
     """Train a small Vision Transformer from scratch.
 
     Recipe < --config < flags. The resolved settings are saved with the run as config.yaml.
-    Other verbs: profile, eval RUN, compare RUN [RUN...]; each has its own --help.
+    Other verbs: profile, plan, eval RUN, compare RUN [RUN...]; each has its own --help.
     """
 
     config: str | None = None
@@ -61,6 +63,19 @@ class ProfileCommand:
     """to measure at a time"""
     output: Path = Path("profile")
     """folder for the trace and the figures"""
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+@dataclass(frozen=True)
+class PlanCommand:
+    """Memory, communication and speed against the number of processes; takes the flags of a training on one."""
+
+    config: str | None = None
+    """YAML file of settings, named as the flags are"""
+    plan: PlanOptions = field(default_factory=PlanOptions)
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -113,6 +128,13 @@ def profile(args: Sequence[str]) -> None:
     profile_run(config, command.steps, command.output)
 
 
+def plan(args: Sequence[str]) -> None:
+    base, source = _base_config(args)
+    default = PlanCommand(config=source, run=base.run, model=base.model, data=base.data, optim=base.optim)
+    command = _parse(PlanCommand, args, default=default)
+    plan_run(TrainConfig(command.run, command.model, command.data, command.optim), command.plan)
+
+
 def evaluate(args: Sequence[str]) -> None:
     command = _parse(EvalCommand, args)
     evaluate_run(command.run, attention=command.attention, data_dir=command.data_dir)
@@ -134,6 +156,7 @@ def compare(args: Sequence[str]) -> None:
 VERBS: dict[str, Callable[[Sequence[str]], None]] = {
     "train": train,
     "profile": profile,
+    "plan": plan,
     "eval": evaluate,
     "compare": compare,
 }

@@ -1,13 +1,16 @@
-"""The process's memory: kept from step to step, and the most that was taken at once."""
+"""The process's memory: kept from step to step, the most that was taken at once, and what autograd keeps."""
 
 import ctypes
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 # mallopt's parameters, from malloc.h of glibc
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -53,3 +56,23 @@ def peak_mib(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def saved_for_backward(run: Callable[[], object], parameters: tuple[Tensor, ...]) -> int:
+    """Bytes that autograd keeps between forward and backward in one call of `run`.
+
+    Counted by saved-tensor hooks: each storage once, however many views of it are saved, in full; the storages of
+    `parameters` are not counted, as they are there anyway.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in parameters}
+    storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is given out twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            storages[storage.data_ptr()] = storage
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(storage.nbytes() for storage in storages.values())

@@ -41,6 +41,37 @@ def plot_curves(runs: list[Path], output: Path, title: str) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].legend(frameon=False)
     figure.suptitle(_literal(title))
+    _save(figure, output)
+
+
+def plot_scaling(curves: dict[str, dict[str, list[tuple[int, float, float]]]], output: Path) -> None:
+    """Memory of a process (MiB) and images/s of all against their number, a line per model and way, as a PNG.
+
+    Args:
+        curves: of each model and way of training it, (processes, MiB, images/s).
+
+    Raises:
+        UserError: where the picture can't be written.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    for number, (model, ways) in enumerate(curves.items()):
+        for style, (way, points) in zip(("-", "--"), ways.items(), strict=False):
+            processes, *figures = zip(*points, strict=True)
+            for axes, values in zip(panels, figures, strict=True):
+                axes.plot(processes, values, style, color=f"C{number}", marker=".", label=_literal(f"{model}, {way}"))
+    for axes, name in zip(panels, ("memory of a process, MiB", "images/s of all, estimated"), strict=True):
+        axes.set(title=name, xlabel="processes")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[-1].legend(frameon=False, fontsize="small")
+    _save(figure, output)
+
+
+def _save(figure: Figure, output: Path) -> None:
     try:
         figure.savefig(output, dpi=150)
     except (OSError, ValueError) as error:

@@ -1,15 +1,13 @@
 """Where a training step's time goes: the run that the flags describe, measured for some steps."""
 
-import copy
 import json
 import math
 import os
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -23,13 +21,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastvit_train import memory
 from fastvit_train.config import TrainConfig
-from fastvit_train.errors import UserError
 from fastvit_train.experiments import Candidate, autocast_dtype, measure_candidates
-from fastvit_train.models import set_attention
 from fastvit_train.progress import ProgressBar
 from fastvit_train.roofline import count_flops, matmul_ceiling, synchronize
-from fastvit_train.setup import Job, setup
+from fastvit_train.setup import Job
 from fastvit_train.train import train_epoch
+from fastvit_train.trial import bar_of, make_output, plain_model, timed_epoch, trial
 
 PHASES = ("input", "forward", "backward", "optimizer", "waiting")
 HOST = "host"
@@ -106,15 +103,8 @@ def profile_run(config: TrainConfig, steps: int, output: Path) -> Profile:
         UserError: for anything wrong with the configuration, the data or the launch, or an `output` that can't be
             written.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=output).close()
-    except OSError as error:
-        raise UserError(f"can't write {output} ({error.strerror or error}); choose another --output") from None
-    with tempfile.TemporaryDirectory() as folder:
-        run = replace(config.run, runs_dir=folder, exp_name="profile", track=(), save_every=0)
-        job = setup(replace(config, run=run), "never", overwrite=False)
-        job.train_loader.steps_per_epoch = min(steps, job.train_loader.steps_per_epoch)
+    make_output(output)
+    with trial(config, steps) as job:
         result = _measure(job, output / f"trace-rank{job.accelerator.process_index}.json")
         if job.accelerator.is_main_process:
             (output / "profile.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
@@ -123,30 +113,20 @@ def profile_run(config: TrainConfig, steps: int, output: Path) -> Profile:
                 job.log.line(line)
             job.log.line(f"written to {output}: profile.json, trace-rank0.json (for ui.perfetto.dev)")
             job.log.line(result.verdict)
-        job.accelerator.end_training()
     return result
 
 
 def _measure(job: Job, trace: Path) -> Profile:
     device, steps = job.accelerator.device, job.train_loader.steps_per_epoch
-    bar = ProgressBar(job.log.console, steps, 1, job.accelerator.num_processes)
-
-    def epoch(phases: Phases) -> float:
-        """Seconds per step."""
-        started = time.perf_counter()
-        train_epoch(job, bar, phases)
-        seconds = time.perf_counter() - started
-        job.progress.close_epoch()
-        return seconds / steps
-
-    epoch(Phases(device, apart=False))
+    bar = bar_of(job)
+    timed_epoch(job, bar, Phases(device, apart=False))
     compiled = counters["stats"]["unique_graphs"]
     together = Phases(device, apart=False)
-    rounds = [epoch(together) for _ in range(ROUNDS)]
+    rounds = [timed_epoch(job, bar, together) for _ in range(ROUNDS)]
     recompilations = counters["stats"]["unique_graphs"] - compiled
     graph_breaks = sum(counters["graph_break"].values())
     apart = Phases(device, apart=True)
-    epoch(apart)
+    timed_epoch(job, bar, apart)
     kernels, busy_seconds = _trace(job, bar, trace)
 
     step = statistics.median(rounds)
@@ -224,9 +204,7 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 
 def flops_per_image(job: Job) -> float:
     """Of a forward and backward pass, by definition: unpadded, nothing recomputed."""
-    model = copy.deepcopy(job.bare_model).train()  # a copy is not compiled
-    with suppress(UserError):  # a model that keeps its own attention
-        set_attention(model, "fused")
+    model = plain_model(job)
     images, labels = next(job.train_loader.micro_batches(0))
 
     def run() -> None:

@@ -18,10 +18,11 @@ from bench import bench_attention, bench_input, bench_step, compare, plots, turn
 from bench.__main__ import main, select
 from bench.case import Case, Work, device
 from bench.environment import environment
-from bench.measure import Row, saved_for_backward
+from bench.measure import Row
 from fastvit_kernels import registry
 from fastvit_train.data import loader
 from fastvit_train.errors import UserError
+from fastvit_train.memory import saved_for_backward
 
 ATTENTION = "attention operator forward+backward, B256 N64 D48 H4, fp32, "
 SMALL = ["--benchmark-min-rounds", "3", "--benchmark-max-time", "0.05", "-p", "no:cacheprovider"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import launch, run, write_folder
 
-from fastvit_train import experiments, profiling
+from fastvit_train import experiments, profiling, trial
 from fastvit_train.config import TrainConfig
 from fastvit_train.data.augment import Augment
 from fastvit_train.errors import UserError
@@ -123,7 +123,7 @@ def test_candidates_take_turns_and_the_faster_is_told() -> None:
 def test_recompilations_are_counted(
     small_config: Config, tmp_path: Path, few_tries: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_epoch = profiling.train_epoch
+    train_epoch = trial.train_epoch
     config = small_config(compile=True, depth=1)
     assert profiled(config, tmp_path, steps=1).recompilations == 0
 
@@ -131,7 +131,7 @@ def test_recompilations_are_counted(
         torch._dynamo.reset()
         train_epoch(*arguments)
 
-    monkeypatch.setattr(profiling, "train_epoch", forgetful)
+    monkeypatch.setattr(trial, "train_epoch", forgetful)
     assert profiled(config, tmp_path, steps=1).recompilations == profiling.ROUNDS
 
 

@@ -48,7 +48,7 @@ def test_every_other_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             args += FAST if "--resume" in args else [*FAST, "--stop-after", "1"]
             args += [] if "--attention" in args else ["--attention", "fused"]  # auto measures for seconds
             args += [] if "--exp-name" in args else ["--exp-name", f"readme-{number}"]
-        if args[0] == "profile":
+        if args[0] in ("profile", "plan"):
             args += ["--steps", "1", "--depth", "1", "--attention", "fused"]
         main(args)
 
