@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
-import yaml
 from rich.console import Console
 
 from fastvit_train import launch, plots, report
 from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, override
 from fastvit_train.errors import UserError
 from fastvit_train.profiling import profile_run
+from fastvit_train.reading import read_settings
 from fastvit_train.recipes import recipe
 from fastvit_train.repeat import fit_seeds
 from fastvit_train.saved import evaluate_run
@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _complain(message: str) -> None:
-    print(f"{PROG}: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{PROG}: error: {message}", file=sys.stderr)
     if launch.under_launcher():
         print(
             "(what follows is the launcher's own traceback; `python -m fastvit_train` doesn't add one)",
@@ -183,14 +183,9 @@ def _base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return read_settings(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"--config {path} can't be read: {error}") from None
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
-        raise UserError(f"--config {path} must hold `name: value` lines, named as the flags are")
-    return settings
 
 
 def _parse(command: type[Command], args: Sequence[str], default: Command | None = None) -> Command:

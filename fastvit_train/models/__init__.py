@@ -42,6 +42,7 @@ UNREADABLE = (
     *(RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, OSError),
     *(ValueError, KeyError, AttributeError, TypeError),
 )
+UNFIT = (RuntimeError, ValueError, TypeError, LookupError)
 
 
 def check_model(name: str) -> None:
@@ -114,12 +115,12 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     except UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} can't be read as weights: {reason}") from None
-    if isinstance(model, ViT):
-        state_dict = checkpoint_filter_fn(state_dict, model)
-    if reset_head_if_other_classes(state_dict, model):
-        log.warning("%s has another number of classes: its classifier is left out and starts afresh", path)
     try:
+        if isinstance(model, ViT):
+            state_dict = checkpoint_filter_fn(state_dict, model)
+        other_classes = reset_head_if_other_classes(state_dict, model)
         model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} doesn't fit the model: {reason[:400]}") from None
+    except UNFIT as error:
+        raise UserError(f"{path} doesn't fit the model: {' '.join(str(error).split())[:400]}") from None
+    if other_classes:
+        log.warning("%s has another number of classes: its classifier is left out and starts afresh", path)
