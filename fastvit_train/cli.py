@@ -144,6 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     verb = args.pop(0) if args and not args[0].startswith("-") else "train"
     try:
+        if any("\0" in arg for arg in args):
+            raise UserError("an argument holds a null byte, which no name has")
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb!r}; allowed: {', '.join(VERBS)}")
         VERBS[verb](args)
@@ -176,7 +178,7 @@ def _base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
     settings = _read_config(Path(known.config)) if known.config else {}
-    name = known.recipe or settings.get("recipe") or "quickstart"
+    name = settings.get("recipe", "quickstart") if known.recipe is None else known.recipe
     base = recipe(str(name))
     return override(base, {**settings, "recipe": name}, str(known.config)), known.config
 

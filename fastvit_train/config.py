@@ -223,11 +223,11 @@ def validate(config: TrainConfig) -> None:
         "grad_accum": (optim.grad_accum, 10**6),
         "stop_after": (run.stop_after, 10**6),
         "num_classes": (model.num_classes, 10**6),
-        "image_size": (model.image_size, 10**4),
-        "patch_size": (model.patch_size, 10**4),
+        "image_size": (model.image_size, 2**12),
+        "patch_size": (model.patch_size, 2**12),
         "embed_dim": (model.embed_dim, 10**5),
-        "depth": (model.depth, 10**4),
-        "num_heads": (model.num_heads, 10**4),
+        "depth": (model.depth, 10**3),
+        "num_heads": (model.num_heads, 10**3),
     }
     not_negative: dict[str, float | None] = {
         "save_every": run.save_every,
