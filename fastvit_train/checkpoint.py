@@ -1,135 +1,115 @@
-"""Checkpoints at optimizer-step boundaries: written beside and renamed into place, checked when they come back."""
+"""Checkpoints at optimizer-step boundaries: put in place whole or not at all, checked when they come back."""
 
+import functools
 import hashlib
 import json
 import pickle
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
 from timm.scheduler.scheduler import Scheduler
 
-from fastvit_train.errors import UserError
-from fastvit_train.telemetry import Usage
+from fastvit_train import launch, storage
+from fastvit_train.errors import SaveError, UserError
+from fastvit_train.position import Progress
 
 PROGRESS_FILE = "progress.json"
 DAMAGED = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
-@dataclass
-class Progress:
-    """How far a run has come; together with the configuration all that the data order needs."""
-
-    epoch: int = 0
-    """epochs completed"""
-    step_in_epoch: int = 0
-    """optimizer steps done of the epoch under way"""
-    step: int = 0
-    """optimizer steps done in all"""
-    train_seconds: float = 0.0
-    """spent training in the completed epochs"""
-    eval_seconds: float = 0.0
-    """spent evaluating after the completed epochs"""
-    epochs_to_target: int | None = None
-    """completed when an evaluation first reached the target accuracy"""
-    seconds_to_target: float | None = None
-    """spent training and evaluating until then"""
-    best_accuracy: float = -1.0
-    best_step: int = -1
-    epoch_losses: list[float] = field(default_factory=list)
-    """loss of each step of the epoch under way, mean over all processes"""
-    epoch_correct: float = 0.0
-    """training samples classified right in the epoch under way, over all processes"""
-    epoch_seconds: float = 0.0
-    """spent training in the epoch under way"""
-    energy_joules: float | None = 0.0
-    """that the GPUs took in `train_seconds`; None once it was not measured"""
-    busy_seconds: float | None = 0.0
-    """of `train_seconds` in which the GPUs had something to do, on average"""
-    energy_unmeasured: str | None = None
-    """why there is no energy"""
-    epoch_joules: float | None = 0.0
-    epoch_busy_seconds: float | None = 0.0
-
-    def spend(self, usage: Usage) -> None:
-        """Count what training took towards the epoch under way."""
-        self.epoch_seconds += usage.seconds
-        self.energy_unmeasured = self.energy_unmeasured or usage.unmeasured
-        self.epoch_joules = _add(self.epoch_joules, usage.energy_joules)
-        self.epoch_busy_seconds = _add(self.epoch_busy_seconds, usage.busy_seconds)
-
-    def close_epoch(self) -> None:
-        """Count the epoch under way as completed."""
-        self.epoch += 1
-        self.train_seconds += self.epoch_seconds
-        self.energy_joules = _add(self.energy_joules, self.epoch_joules)
-        self.busy_seconds = _add(self.busy_seconds, self.epoch_busy_seconds)
-        self.step_in_epoch, self.epoch_losses, self.epoch_correct = 0, [], 0.0
-        self.epoch_seconds, self.epoch_joules, self.epoch_busy_seconds = 0.0, 0.0, 0.0
-
-    def evaluated(self, accuracy: float, seconds: float, target: float | None) -> bool:
-        """Count an evaluation after the last completed epoch; True where it is the first to reach `target`."""
-        self.eval_seconds += seconds
-        if accuracy > self.best_accuracy:
-            self.best_accuracy, self.best_step = accuracy, self.step
-        if target is None or accuracy < target or self.epochs_to_target is not None:
-            return False
-        self.epochs_to_target, self.seconds_to_target = self.epoch, self.train_seconds + self.eval_seconds
-        return True
-
-
-def _add(total: float | None, more: float | None) -> float | None:
-    return None if total is None or more is None else total + more
-
-
 def save(
-    folder: Path, accelerator: Accelerator, scheduler: Scheduler, progress: Progress, data: dict[str, object]
+    folder: Path,
+    accelerator: Accelerator,
+    scheduler: Scheduler,
+    progress: Progress,
+    data: dict[str, object],
+    keep: int = 2,
 ) -> None:
-    """Write step_N below `folder`, point `last` (and `best`) to it, and drop checkpoints neither points to."""
+    """Write step_N below `folder`, point `last` (and `best`) to it, and drop all but the newest `keep` and the best.
+
+    Raises:
+        SaveError: on all processes, where one of them could not write.
+    """
     name = f"step_{progress.step}"
-    partial, final = folder / f".{name}.partial", folder / name
-    if accelerator.is_main_process:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(partial))
-    fingerprints = accelerator.gather(_rng_fingerprint().to(accelerator.device)).tolist()
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        state = {
-            "progress": asdict(progress),
-            "learning_rates": _learning_rates(scheduler),
-            "optimizer_steps": _optimizer_steps(scheduler),
-            "rng": fingerprints,
-            "mixed_precision": accelerator.mixed_precision,
-            "data": data,
-        }
+    partial, is_main = folder / f".{name}.partial", accelerator.is_main_process
+    state = {
+        "progress": asdict(progress),
+        "learning_rates": _learning_rates(scheduler),
+        "optimizer_steps": _optimizer_steps(scheduler),
+        "rng": accelerator.gather(_rng_fingerprint().to(accelerator.device)).tolist(),
+        "mixed_precision": accelerator.mixed_precision,
+        "data": data,
+    }
+
+    def publish() -> None:
         (partial / PROGRESS_FILE).write_text(json.dumps(state, indent=1))
-        _replace_folder(partial, final)
-        _point(folder / "last", name)
+        storage.seal(partial)
+        storage.put_folder(partial, folder / name)
+        storage.point(folder / "last", name)
         if progress.best_step == progress.step:
-            _point(folder / "best", name)
-        _prune(folder)
-    accelerator.wait_for_everyone()
+            storage.point(folder / "best", name)
+        _prune(folder, keep)
+
+    def write(action: Callable[[], Any]) -> None:
+        with storage.told_of(f"no checkpoint could be written into {folder}"):
+            action()
+
+    try:
+        for action in (
+            lambda: _make_empty(partial) if is_main else None,
+            lambda: accelerator.save_state(str(partial)),
+            lambda: publish() if is_main else None,
+        ):
+            launch.everywhere(accelerator, functools.partial(write, action))
+    except SaveError:
+        if is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
 
 
 def exists(folder: Path) -> bool:
     """True where there is a checkpoint to resume from."""
-    return (folder / "last" / PROGRESS_FILE).is_file()
+    return newest(folder) is not None or any(folder.glob(".step_*.old"))
 
 
-def load(folder: Path, accelerator: Accelerator, scheduler: Scheduler, data: dict[str, object]) -> Progress:
-    """Restore `last` into everything that was prepared; returns how far it had come.
+def newest(folder: Path) -> Path | None:
+    """The checkpoint that came last, whole or not; None where there is none."""
+    return next(iter(_newest_first(folder)), None)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    steps = {int(path.name[5:]): path for path in folder.glob("step_*") if path.name[5:].isdecimal() and path.is_dir()}
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def load(
+    folder: Path, accelerator: Accelerator, scheduler: Scheduler, data: dict[str, object]
+) -> tuple[Progress, list[str]]:
+    """Restore the newest whole checkpoint into everything that was prepared.
+
+    Returns:
+        How far it had come, and what is to be said of newer ones that are damaged.
 
     Raises:
-        UserError: where the checkpoint can't be read, or the data or the precision is another one now.
+        UserError: where no checkpoint is whole, or the data or the precision is another one now.
         RuntimeError: where random state, optimizer or schedule did not come back as they were saved.
     """
-    path = (folder / "last").resolve()
+    found: list[Any] = [_newest_whole(folder)] if accelerator.is_main_process else [None]
+    path, complaints = broadcast_object_list(found)[0]
+    if path is None:
+        raise UserError(f"no checkpoint in {folder} is whole: {'; '.join(complaints)}; start over with --overwrite")
     try:
         saved = json.loads((path / PROGRESS_FILE).read_text())
         progress = Progress(**saved["progress"])
@@ -146,7 +126,32 @@ def load(folder: Path, accelerator: Accelerator, scheduler: Scheduler, data: dic
         raise RuntimeError(f"the learning rates in {path} did not come back")
     if _optimizer_steps(scheduler) != saved["optimizer_steps"]:
         raise RuntimeError(f"the optimizer in {path} did not come back")
-    return progress
+    return progress, [f"{complaint}: going on from {path.name}" for complaint in complaints]
+
+
+def _newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that passes its checksums, and what is wrong with those after it."""
+    storage.recover(folder)
+    complaints: list[str] = []
+    for path in _newest_first(folder):
+        damage = storage.damage(path)
+        if damage is None:
+            return path, complaints
+        complaints.append(f"checkpoint {path.name} is damaged ({damage})")
+    return None, complaints or ["there is none"]
+
+
+def rewind(folder: Path, progress: Progress) -> None:
+    """Drop the checkpoints after `progress`, which the resumed run will write again, and mend the links."""
+    for path in _newest_first(folder):
+        if int(path.name[5:]) > progress.step:
+            shutil.rmtree(path)
+    storage.point(folder / "last", f"step_{progress.step}")
+    best = f"step_{progress.best_step}"
+    if (folder / best).is_dir():
+        storage.point(folder / "best", best)
+    else:
+        (folder / "best").unlink(missing_ok=True)
 
 
 def _check_same(path: Path, saved: dict[str, Any], accelerator: Accelerator, data: dict[str, object]) -> None:
@@ -181,25 +186,8 @@ def _optimizer_steps(scheduler: Scheduler) -> list[float]:
     return sorted({float(state["step"]) for state in scheduler.optimizer.state.values() if "step" in state})
 
 
-def _replace_folder(source: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    source.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _point(link: Path, name: str) -> None:
-    """Make `link` a symbolic link to its sibling `name`, atomically."""
-    fresh = link.with_name(f".{link.name}.link")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(name, target_is_directory=True)
-    fresh.replace(link)
-
-
-def _prune(folder: Path) -> None:
+def _prune(folder: Path, keep: int) -> None:
     kept = {(folder / link).resolve() for link in ("last", "best")}
-    for path in folder.glob("step_*"):
+    for path in _newest_first(folder)[keep:]:
         if path.resolve() not in kept:
             shutil.rmtree(path)

@@ -17,6 +17,7 @@ from rich.console import Console
 from fastvit_train import launch, plots, report
 from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, override
 from fastvit_train.errors import UserError
+from fastvit_train.preemption import EXIT_STATUS, Preempted
 from fastvit_train.profiling import profile_run
 from fastvit_train.reading import read_settings
 from fastvit_train.recipes import recipe
@@ -139,7 +140,10 @@ VERBS: dict[str, Callable[[Sequence[str]], None]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one verb; `train` where none is named. A user's mistake is one line on stderr and exit status 2."""
+    """Run one verb; `train` where none is named.
+
+    A user's mistake is one line on stderr and exit status 2; a run that was told to stop ends with 75.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     args = list(sys.argv[1:] if argv is None else argv)
     verb = args.pop(0) if args and not args[0].startswith("-") else "train"
@@ -153,14 +157,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not error.everywhere or launch.is_first_process():
             _complain(str(error))
         sys.exit(2)
+    except Preempted as stopped:
+        if launch.is_first_process():
+            _complain(str(stopped), "stopped")
+        sys.exit(EXIT_STATUS)
     except KeyboardInterrupt:
         if launch.is_first_process():
             _complain("interrupted; --resume auto goes on from the last checkpoint")
         sys.exit(130)
 
 
-def _complain(message: str) -> None:
-    print(f"{PROG}: error: {message}", file=sys.stderr)
+def _complain(message: str, kind: str = "error") -> None:
+    print(f"{PROG}: {kind}: {message}", file=sys.stderr)
     if launch.under_launcher():
         print(
             "(what follows is the launcher's own traceback; `python -m fastvit_train` doesn't add one)",

@@ -98,6 +98,8 @@ class OptimConfig:
     """probability mass spread over the other classes"""
     clip_grad: float | None = None
     """largest gradient norm"""
+    ema: float | None = None
+    """evaluate and write a moving average of the weights with this decay (0.999); None: the weights themselves"""
     grad_accum: int = 1
     """micro-batches that one batch is split into"""
 
@@ -124,6 +126,10 @@ class RunConfig:
     """torch.compile the model; what compiling takes is reported apart"""
     save_every: int = 0
     """checkpoint every so many optimizer steps, besides at every epoch's end"""
+    keep: int = 2
+    """checkpoints to keep: the newest so many, and the best"""
+    on_save_error: Literal["stop", "continue"] = "stop"
+    """what to do where the disk is full; the checkpoints before are whole in either case"""
     save_model_every: int = 0
     """keep a copy of the weights every so many epochs"""
     target_accuracy: float | None = None
@@ -151,7 +157,7 @@ LARGEST = 2**63  # whole number that a setting is read as; what each setting all
 # What may change between a run and its resumption.
 NOT_COMPARED = frozenset(
     {"recipe", "exp_name", "runs_dir", "data_dir", "data_url", "stream", "weights", "attention", "compile"}
-    | {"eval_batch_size", "save_every", "save_model_every", "stop_after", "track", "telemetry"}
+    | {"eval_batch_size", "save_every", "save_model_every", "stop_after", "track", "telemetry", "keep", "on_save_error"}
 )
 
 
@@ -222,6 +228,7 @@ def validate(config: TrainConfig) -> None:
         "eval_batch_size": (run.eval_batch_size, 10**6),
         "grad_accum": (optim.grad_accum, 10**6),
         "stop_after": (run.stop_after, 10**6),
+        "keep": (run.keep, 10**6),
         "num_classes": (model.num_classes, 10**6),
         "image_size": (model.image_size, 2**12),
         "patch_size": (model.patch_size, 2**12),
@@ -242,6 +249,7 @@ def validate(config: TrainConfig) -> None:
     below_one: dict[str, float | None] = {
         "holdout": data.holdout,
         "warmup": optim.warmup,
+        "ema": optim.ema,
         "momentum": optim.momentum,
         "label_smoothing": optim.label_smoothing,
         "drop_rate": model.drop_rate,

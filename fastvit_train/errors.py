@@ -22,3 +22,7 @@ class UserError(Exception):
         line = printable(" ".join(message.split()))
         super().__init__(line if len(line) <= MAX_LETTERS else f"{line[:MAX_LETTERS]} ... ({len(line)} letters)")
         self.everywhere = everywhere
+
+
+class SaveError(UserError):
+    """The disk took something not, or not whole; what was written before is as it was."""

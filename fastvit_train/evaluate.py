@@ -1,5 +1,6 @@
 """Evaluation, sharded over the processes and exact to the sample."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +21,13 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loader: EvalLoader, accelerator: Accelerator) -> Evaluation:
-    """Evaluate the prepared `model`; the same numbers on every process. Leaves the model in evaluation mode."""
+def evaluate(
+    model: nn.Module, loader: EvalLoader, accelerator: Accelerator, tick: Callable[[], object] = lambda: None
+) -> Evaluation:
+    """Evaluate the prepared `model`; the same numbers on every process. Leaves the model in evaluation mode.
+
+    `tick` is called after every batch.
+    """
     model.eval()
     # Sums instead of accelerate's gather: padding counts for nothing, so no sample counts twice.
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64
@@ -31,5 +37,6 @@ def evaluate(model: nn.Module, loader: EvalLoader, accelerator: Accelerator) -> 
         logits = model(images)
         losses = F.cross_entropy(logits.float(), labels, reduction="none")
         sums += torch.stack(((losses * mask).sum(), ((logits.argmax(1) == labels) * mask).sum(), mask.sum()))
+        tick()
     loss, correct, samples = accelerator.reduce(sums, "sum").tolist()
     return Evaluation(loss / samples, correct / samples, round(samples))

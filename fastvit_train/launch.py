@@ -86,14 +86,15 @@ def everywhere(accelerator: Accelerator, action: Callable[[], Result]) -> Result
 
     Without this, the others would wait in vain for the one that failed.
     """
-    result, message = None, None
+    result, failure = None, None
     try:
         result = action()
     except UserError as error:
-        message = str(error)
-    failed = next((text for text in gather_object([message]) if text is not None), None)
-    if failed is not None:
-        raise UserError(failed)
+        failure = error
+    first = next((error for error in gather_object([failure]) if error is not None), None)
+    if first is not None:
+        first.everywhere = True
+        raise first
     return cast(Result, result)
 
 

@@ -13,7 +13,8 @@ from rich.table import Table
 from fastvit_train import launch
 from fastvit_train.config import TrainConfig
 from fastvit_train.errors import UserError
-from fastvit_train.tracking import Resume, write_atomically
+from fastvit_train.storage import write_atomically
+from fastvit_train.tracking import Resume
 from fastvit_train.train import fit
 
 SPREAD = {

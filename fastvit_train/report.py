@@ -13,7 +13,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
-from fastvit_train import launch, memory
+from fastvit_train import launch, memory, storage
 from fastvit_train.config import flatten
 from fastvit_train.errors import UserError, printable
 from fastvit_train.evaluate import Evaluation
@@ -57,18 +57,20 @@ def record_epoch(job: Job, evaluation: Evaluation, eval_seconds: float) -> None:
         "seconds": seconds,
         "eval_seconds": eval_seconds,
         "peak_memory_mib": memory.peak_mib(job.accelerator.device),
+        "skipped_steps": progress.skipped_steps,
         **_gpu_usage(seconds, progress.epoch_joules, progress.epoch_busy_seconds),
     }
     if job.accelerator.is_main_process:
-        job.folder.append(job.folder.metrics, [metrics])
+        job.journal.add(job.folder.metrics, [metrics])
         first = progress.step - len(progress.epoch_losses) + 1
         losses = enumerate(progress.epoch_losses, start=first)
-        job.folder.append(job.folder.steps, [{"step": step, "loss": loss} for step, loss in losses])
+        job.journal.add(job.folder.steps, [{"step": step, "loss": loss} for step, loss in losses])
     job.log.line(
         f"epoch {metrics['epoch']:>3}/{config.run.epochs}  train loss {metrics['train_loss']:.4f}  "
         f"{job.dataset.evaluated_on} loss {evaluation.loss:.4f}  "
         f"{job.dataset.name} accuracy {evaluation.accuracy:.2%}  "
         f"{metrics['images_per_second']:,.0f} img/s  {seconds + eval_seconds:.1f} s{_gpu_words(metrics)}"
+        + (f"  {progress.skipped_steps} steps skipped by fp16's scaler so far" if progress.skipped_steps else "")
     )
     known = {k: v for k, v in metrics.items() if k not in ("epoch", "step") and v is not None}
     job.accelerator.log(known, step=progress.step)
@@ -106,28 +108,45 @@ def _gpu_words(metrics: dict[str, Any]) -> str:
 
 
 def write_weights(job: Job, name: str) -> None:
-    """The weights as safetensors in the run's folder."""
-    if job.accelerator.is_main_process:
-        weights = {key: value.contiguous().cpu() for key, value in job.bare_model.state_dict().items()}
+    """The weights as safetensors in the run's folder; SaveError on all processes where the disk doesn't take them."""
+    model = job.accelerator.unwrap_model(job.eval_model)
+    weights = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
+
+    def write() -> None:
         partial = job.folder.root / f".{name}.partial"
-        save_file(weights, partial, {"format": "pt"})
-        partial.replace(job.folder.root / name)
+        with storage.told_of(f"{job.folder.root / name} could not be written"):
+            save_file(weights, partial, {"format": "pt"})
+            storage.put(partial, job.folder.root / name)
+
+    launch.everywhere(job.accelerator, lambda: write() if job.accelerator.is_main_process else None)
 
 
 def finish(job: Job, evaluation: Evaluation) -> dict[str, Any]:
-    """Write weights, summary and curves, and print the closing table; returns the summary."""
+    """Write weights, summary and curves, and print the closing table; returns the summary.
+
+    Raises:
+        SaveError: on all processes, where the disk doesn't take them; the checkpoint before is whole.
+    """
     summary = _summary(job, evaluation)
     write_weights(job, "model.safetensors")
-    if job.accelerator.is_main_process:
-        names = {"label_names": list(job.dataset.classes)} if len(job.dataset.classes) == summary["num_classes"] else {}
-        input_size = {"input_size": (3, image_size(job.config), image_size(job.config))}
-        save_config_for_hf(job.bare_model, str(job.folder.root / "config.json"), names, data_config=input_size)
-        job.folder.write_summary(summary)
-        plot_curves([job.folder.root], job.folder.root / "curves.png", job.dataset.name)
-        job.log.console.print(table([job.folder.root]))
-        job.log.line(f"written to {job.folder.root}")
-    job.accelerator.wait_for_everyone()
+
+    def write() -> None:
+        with storage.told_of(f"the summary of {job.folder.root} could not be written"):
+            _write_summary(job, summary)
+
+    launch.everywhere(job.accelerator, lambda: write() if job.accelerator.is_main_process else None)
     return summary
+
+
+def _write_summary(job: Job, summary: dict[str, Any]) -> None:
+    job.journal.flush()
+    names = {"label_names": list(job.dataset.classes)} if len(job.dataset.classes) == summary["num_classes"] else {}
+    input_size = {"input_size": (3, image_size(job.config), image_size(job.config))}
+    save_config_for_hf(job.bare_model, str(job.folder.root / "config.json"), names, data_config=input_size)
+    storage.write_atomically(job.folder.summary, json.dumps(summary, indent=2) + "\n")
+    plot_curves([job.folder.root], job.folder.root / "curves.png", job.dataset.name)
+    job.log.console.print(table([job.folder.root]))
+    job.log.line(f"written to {job.folder.root}")
 
 
 def _summary(job: Job, evaluation: Evaluation) -> dict[str, Any]:
@@ -151,6 +170,7 @@ def _summary(job: Job, evaluation: Evaluation) -> dict[str, Any]:
         "test_accuracy": evaluation.accuracy,
         "best_test_accuracy": progress.best_accuracy,
         "test_loss": evaluation.loss,
+        "skipped_steps": progress.skipped_steps,
         "train_seconds": progress.train_seconds,
         "eval_seconds": progress.eval_seconds,
         "target_accuracy": config.run.target_accuracy,

@@ -6,17 +6,19 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list, set_seed
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import nn
 
 from fastvit_train import checkpoint, launch, memory, optim
-from fastvit_train.checkpoint import Progress
 from fastvit_train.config import TrainConfig, validate
 from fastvit_train.data.datasets import DatasetSpec, Split, check_labels, load_dataset
 from fastvit_train.data.images import Images, ResidentImages, StreamedImages
 from fastvit_train.data.loader import EvalLoader, Place, Preprocess, TrainLoader, check_batch_size, fit_batch_size
 from fastvit_train.errors import UserError
+from fastvit_train.lock import RunLock
 from fastvit_train.models import (
     build_model,
     check_attention,
@@ -31,8 +33,10 @@ from fastvit_train.models import (
 )
 from fastvit_train.models.attention import AUTO, COMPILING
 from fastvit_train.models.whitening import SAMPLES
+from fastvit_train.position import Progress
+from fastvit_train.preemption import StopRequest, Watch
 from fastvit_train.telemetry import Meter
-from fastvit_train.tracking import Log, Resume, RunFolder
+from fastvit_train.tracking import Journal, Log, Resume, RunFolder
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Job:
     log: Log
     accelerator: Accelerator
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: AcceleratedOptimizer
     scheduler: Scheduler
     dataset: DatasetSpec
     train_loader: TrainLoader
@@ -54,11 +58,21 @@ class Job:
     compile_seconds: float | None
     """spent on first passes before the first step; None where nothing is compiled"""
     meter: Meter
+    watch: Watch
+    journal: Journal
+    ema: ModelEmaV3 | None
+    lock: RunLock | None
+    """on the first process"""
 
     @property
     def bare_model(self) -> nn.Module:
         """The model without accelerate's wrapping."""
         return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def eval_model(self) -> nn.Module:
+        """What is evaluated and written at the end: the model, or the moving average of its weights."""
+        return self.model if self.ema is None else self.ema.module
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
@@ -76,8 +90,12 @@ def resolve(config: TrainConfig) -> TrainConfig:
     return replace(config, model=model, run=replace(config.run, exp_name=config.run.exp_name or name))
 
 
-def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
+def setup(config: TrainConfig, resume: Resume, overwrite: bool, stop_request: StopRequest | None = None) -> Job:
     """Build the run that `config` describes, or bring it back where it is to be resumed.
+
+    Args:
+        config, resume, overwrite: as in `fit`.
+        stop_request: what tells the run to stop; by default nothing does.
 
     Raises:
         UserError: for anything wrong with the configuration, the data, the launch or the run's folder.
@@ -91,6 +109,7 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
         memory.keep_freed()
     log = Log(accelerator.is_main_process)
     resuming = launch.everywhere(accelerator, lambda: folder.check(config, resume, overwrite))
+    launch.everywhere(accelerator, lambda: RunLock(folder.root).check() if log.speaks else None)
     if resuming and config.model.attention == AUTO:
         config = folder.with_recorded_attention(config)
         check_attention(config.model, recorded_in=folder.config)
@@ -119,23 +138,34 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     optimizer = optim.build_optimizer(model, config.optim)
     scheduler = optim.build_schedule(optimizer, config.optim, config.run.epochs, train_loader.steps_per_epoch)
     launch.broadcast_only_what_changes(accelerator, model)
+    ema = build_ema(model, config, accelerator)
     model, optimizer = accelerator.prepare(model, optimizer)
     compile_seconds = None
     if config.run.compile or config.model.attention in COMPILING:
         compile_seconds = warm_up(model, micro_batch, eval_loader.batch_size, image_size(config), place.device)
+        if ema is not None:
+            compile_seconds += warm_up(ema.module, 0, eval_loader.batch_size, image_size(config), place.device)
     memory.forget_peak(accelerator.device)
 
+    lock, stale = launch.everywhere(accelerator, lambda: folder.lock() if log.speaks else (None, None))
     progress = Progress()
-    if resuming:
-        progress = launch.everywhere(
-            accelerator, lambda: checkpoint.load(folder.checkpoints, accelerator, scheduler, dataset.identity())
-        )
-    launch.everywhere(accelerator, lambda: _open_folder(folder, config, progress, resuming, accelerator, log))
+    damaged: list[str] = []
+    try:
+        if resuming:
+            progress, damaged = launch.everywhere(
+                accelerator, lambda: checkpoint.load(folder.checkpoints, accelerator, scheduler, dataset.identity())
+            )
+        launch.everywhere(accelerator, lambda: _open_folder(folder, config, progress, resuming, log))
+    except UserError:
+        if lock is not None:
+            lock.release()
+        raise
     job = Job(
         config, folder, log, accelerator, model, optimizer, scheduler, dataset, train_loader, eval_loader,
         batch_size, progress, compile_seconds, Meter(accelerator.device, config.run.telemetry),
+        Watch(accelerator, stop_request or StopRequest()), Journal(), ema, lock,
     )  # fmt: skip
-    _introduce(job, threads, resuming, said)
+    _introduce(job, threads, resuming, [*said, *([stale] if stale else []), *damaged])
     return job
 
 
@@ -179,14 +209,26 @@ def check_buildable(config: TrainConfig) -> None:
     optim.build_optimizer(model, config.optim)
 
 
-def _open_folder(
-    folder: RunFolder, config: TrainConfig, progress: Progress, resuming: bool, accelerator: Accelerator, log: Log
-) -> None:
-    """Bring the folder to where the run starts from; the first thing that is written."""
-    if not accelerator.is_main_process:
+def build_ema(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -> ModelEmaV3 | None:
+    """The moving average of `model`'s weights that `config` asks for, ready to evaluate; saved with the checkpoints.
+
+    In the first steps it moves faster, so that the random weights are soon forgotten.
+    """
+    if config.optim.ema is None:
+        return None
+    ema = ModelEmaV3(model, config.optim.ema, use_warmup=True)
+    if config.run.compile:
+        compile_model(ema.module, graphed=cuda_graphs_serve(config, accelerator))
+    accelerator.prepare_model(ema.module, evaluation_mode=True)
+    return ema
+
+
+def _open_folder(folder: RunFolder, config: TrainConfig, progress: Progress, resuming: bool, log: Log) -> None:
+    """Bring the folder to where the run starts from."""
+    if not log.speaks:
         return
     if resuming:
-        folder.keep_until(progress.epoch, progress.step - progress.step_in_epoch)
+        folder.rewind(progress)
     else:
         folder.create(config)
     log.attach(folder.root / "train.log")
@@ -258,11 +300,11 @@ def _preprocess(config: TrainConfig, model: nn.Module, place: Place) -> Preproce
     return Preprocess(cfg["mean"], cfg["std"], image_size(config), place.device)
 
 
-def _introduce(job: Job, threads: str, resuming: bool, attention: list[str]) -> None:
+def _introduce(job: Job, threads: str, resuming: bool, said: list[str]) -> None:
     config, accelerator, log = job.config, job.accelerator, job.log
     parameters = sum(p.numel() for p in job.bare_model.parameters())
     log.line(f"{config.model.model}: {parameters:,} parameters, attention {config.model.attention}")
-    for line in attention:
+    for line in said:
         log.line(line)
     if job.compile_seconds is not None:
         what = "the model" if config.run.compile else "the attention"

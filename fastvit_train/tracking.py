@@ -1,9 +1,9 @@
 """A run's folder and what is written into it: configuration, log, metrics, summary."""
 
 import json
-import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +11,10 @@ from typing import Any, Literal
 import yaml
 from rich.console import Console
 
-from fastvit_train import checkpoint
+from fastvit_train import checkpoint, lock, storage
 from fastvit_train.config import TrainConfig, differences, flatten
 from fastvit_train.errors import UserError
+from fastvit_train.position import Progress
 
 Resume = Literal["never", "auto", "must"]
 
@@ -37,6 +38,10 @@ class RunFolder:
         return self.root / "steps.jsonl"
 
     @property
+    def summary(self) -> Path:
+        return self.root / "summary.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
@@ -49,7 +54,7 @@ class RunFolder:
         if overwrite and resume != "never":
             raise UserError(f"--overwrite starts over, --resume {resume} goes on; give one of them")
         holds_run = self.config.is_file()
-        if not holds_run and self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+        if not holds_run and self.root.exists() and not self._is_ours():
             raise UserError(f"{self.root} exists and holds no run; choose another --exp-name or --runs-dir")
         has_checkpoint = checkpoint.exists(self.checkpoints)
         if resume == "must" and not has_checkpoint:
@@ -62,7 +67,7 @@ class RunFolder:
                     "give the same settings, or another --exp-name"
                 )
             return True
-        if resume == "auto" and any(path.exists() for path in (self.metrics, self.checkpoints)):
+        if resume == "auto" and self.summary.exists():
             raise UserError(f"{self.root} holds a run without a checkpoint to go on from; --overwrite starts it over")
         if holds_run and not overwrite and resume == "never":
             raise UserError(
@@ -70,6 +75,12 @@ class RunFolder:
                 "or another --exp-name"
             )
         return False
+
+    def _is_ours(self) -> bool:
+        """True for a folder that holds nothing but what a start leaves that was killed before config.yaml was there."""
+        return self.root.is_dir() and all(
+            path.name in lock.FILES or path.name.endswith(".partial") for path in self.root.iterdir()
+        )
 
     def read_config(self) -> dict[str, Any]:
         """The run's settings, flat; UserError where there are none to be read."""
@@ -87,34 +98,62 @@ class RunFolder:
         return replace(config, model=replace(config.model, attention=recorded))
 
     def create(self, config: TrainConfig) -> None:
-        """Make the folder, emptied of an earlier run, with its config.yaml; UserError where it can't be written."""
-        try:
-            if self.root.exists():
-                shutil.rmtree(self.root.resolve())
-            self.root.resolve().mkdir(parents=True)
-            write_atomically(self.config, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
-        except OSError as error:
-            raise UserError(f"can't write {self.root} ({error.strerror or error}); choose another --runs-dir") from None
+        """Empty the folder of an earlier run and write config.yaml; UserError where it can't be written."""
+        with self._writing():
+            for path in self.root.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                elif path.name not in lock.FILES:
+                    path.unlink()
+            storage.write_atomically(self.config, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+
+    def lock(self) -> tuple[lock.RunLock, str | None]:
+        """The folder's lock, taken, and what is to be said of it.
+
+        Raises:
+            UserError: where another process holds it, or the folder can't be written.
+        """
+        held = lock.RunLock(self.root)
+        with self._writing():
+            return held, held.acquire()
 
     def remove_unless_resumable(self) -> None:
         """Leave nothing of a run that failed before its first checkpoint."""
         if not checkpoint.exists(self.checkpoints):
             shutil.rmtree(self.root.resolve(), ignore_errors=True)
 
-    def keep_until(self, epoch: int, step: int) -> None:
-        """Drop metrics after a checkpoint's `epoch` and `step`, which the resumed run will write again."""
-        for path, key, last in ((self.metrics, "epoch", epoch), (self.steps, "step", step)):
-            kept = [row for row in read_rows(path) if row[key] <= last]
-            write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+    def rewind(self, progress: Progress) -> None:
+        """Drop metrics and checkpoints after `progress`, which the resumed run will write again."""
+        first_step = progress.step - progress.step_in_epoch
+        with self._writing():
+            for path, key, last in ((self.metrics, "epoch", progress.epoch), (self.steps, "step", first_step)):
+                kept = [row for row in read_rows(path) if isinstance(row.get(key), int) and row[key] <= last]
+                storage.write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+            checkpoint.rewind(self.checkpoints, progress)
 
-    def append(self, path: Path, rows: Iterable[dict[str, Any]]) -> None:
-        """Add lines of JSON to metrics or steps."""
-        with path.open("a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"can't write {self.root} ({error.strerror or error}); choose another --runs-dir") from None
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        """Write summary.json."""
-        write_atomically(self.root / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+class Journal:
+    """Lines of JSON on their way to a file; those that a full disk does not take are kept for the next time."""
+
+    def __init__(self) -> None:
+        self._lines: list[tuple[Path, str]] = []
+
+    def add(self, path: Path, rows: Iterable[dict[str, Any]]) -> None:
+        """Have `rows` written to the end of `path` by the next `flush`."""
+        self._lines.append((path, "".join(json.dumps(row) + "\n" for row in rows)))
+
+    def flush(self) -> None:
+        """Write what there is; OSError where the disk doesn't take it, and then what was not written stays here."""
+        while self._lines:
+            storage.append(*self._lines[0])
+            self._lines.pop(0)
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
@@ -123,21 +162,17 @@ def plain(config: TrainConfig) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file; a last line cut short by a kill is left out."""
+    """The lines of a .jsonl file up to the first that is none: a kill may have cut the last one short."""
     rows = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
             break
+        if not isinstance(row, dict):
+            break
+        rows.append(row)
     return rows
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside, then rename into place."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 class Log:
@@ -145,7 +180,7 @@ class Log:
 
     def __init__(self, speaks: bool) -> None:
         self.console = Console(quiet=not speaks, highlight=False, soft_wrap=True)
-        self._speaks = speaks
+        self.speaks = speaks
         self._path: Path | None = None
 
     def attach(self, path: Path) -> None:
@@ -153,6 +188,6 @@ class Log:
 
     def line(self, text: str) -> None:
         self.console.print(text, markup=False)
-        if self._speaks and self._path is not None:
-            with self._path.open("a") as file:
-                file.write(text + "\n")
+        if self.speaks and self._path is not None:
+            with suppress(OSError):  # a full disk: what matters more is told where it is written
+                storage.append(self._path, text + "\n")

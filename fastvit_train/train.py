@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -11,15 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
-from fastvit_train import checkpoint, report, telemetry
+from fastvit_train import checkpoint, launch, report, storage, telemetry
 from fastvit_train.config import TrainConfig
-from fastvit_train.errors import UserError
+from fastvit_train.errors import SaveError, UserError
 from fastvit_train.evaluate import Evaluation, evaluate
+from fastvit_train.preemption import Preempted, Stop, StopRequest
 from fastvit_train.progress import ProgressBar
 from fastvit_train.setup import Job, setup
 from fastvit_train.tracking import Resume
 
 Phase = Callable[[str], AbstractContextManager[Any]]
+Batch = tuple[Tensor, Tensor]
 
 
 def fit(config: TrainConfig, *, resume: Resume = "never", overwrite: bool = False) -> dict[str, Any]:
@@ -32,14 +34,24 @@ def fit(config: TrainConfig, *, resume: Resume = "never", overwrite: bool = Fals
 
     Raises:
         UserError: for anything wrong with the configuration, the data, the launch or the run's folder.
+        Preempted: where SIGTERM or SIGUSR1 told the run to stop; its checkpoint is written.
     """
-    job = setup(config, resume, overwrite)
-    try:
-        return _train(job)
-    except UserError:
-        if job.accelerator.is_main_process:
-            job.folder.remove_unless_resumable()
-        raise
+    with StopRequest() as stop_request:
+        try:
+            job = setup(config, resume, overwrite, stop_request)
+        except Exception as error:  # such as a compiler that the same signal ended
+            if stop_request.received and not isinstance(error, UserError):
+                raise Preempted("stopped before the first step; what there was is as it was") from error
+            raise
+        try:
+            return _train(job)
+        except UserError:
+            if job.accelerator.is_main_process:
+                job.folder.remove_unless_resumable()
+            raise
+        finally:
+            if job.lock is not None:
+                job.lock.release()
 
 
 def _train(job: Job) -> dict[str, Any]:
@@ -48,14 +60,18 @@ def _train(job: Job) -> dict[str, Any]:
     total_steps = config.run.epochs * job.train_loader.steps_per_epoch
     report.start_trackers(job)
     evaluation = None
-    with ProgressBar(job.log.console, total_steps, config.run.epochs, job.accelerator.num_processes) as bar:
-        while progress.epoch < last_epoch:
-            train_epoch(job, bar)
-            started = time.perf_counter()
-            evaluation = evaluate(job.model, job.eval_loader, job.accelerator)
-            _close_epoch(job, evaluation, eval_seconds=time.perf_counter() - started)
+    try:
+        job.watch.agree()
+        with ProgressBar(job.log.console, total_steps, config.run.epochs, job.accelerator.num_processes) as bar:
+            while progress.epoch < last_epoch:
+                train_epoch(job, bar)
+                started = time.perf_counter()
+                evaluation = evaluate(job.eval_model, job.eval_loader, job.accelerator, job.watch.tick)
+                _close_epoch(job, evaluation, eval_seconds=time.perf_counter() - started)
+    except Stop as stop:
+        raise Preempted(_stop(job, stop)) from None
     if evaluation is None:  # resumed, with nothing left to train
-        evaluation = evaluate(job.model, job.eval_loader, job.accelerator)
+        evaluation = evaluate(job.eval_model, job.eval_loader, job.accelerator)
     summary = report.finish(job, evaluation)
     report.finish_trackers(job)
     return summary
@@ -64,47 +80,108 @@ def _train(job: Job) -> dict[str, Any]:
 def train_epoch(job: Job, bar: ProgressBar, phase: Phase = record_function) -> None:
     """Train to the end of the epoch under way; `job.progress` keeps the step, the losses and the time.
 
-    Each part of a step runs within `phase(its name)`: "input", "forward", "backward", "optimizer"; the epoch's end,
-    where the host waits for the device, within "waiting".
+    Each part of a step runs within `phase(its name)`: "input", "forward", "backward", "optimizer"; where the
+    host waits for the device, a few times a second and at the epoch's end, within "waiting".
     """
-    config, accelerator, progress, model = job.config, job.accelerator, job.progress, job.model
+    config, progress = job.config, job.progress
     steps = job.train_loader.steps_per_epoch
     losses, correct = _restore_sums(job)
     micro_batches = job.train_loader.micro_batches(progress.epoch, progress.step_in_epoch)
-    model.train()
+    job.model.train()
     job.meter.start()
     while progress.step_in_epoch < steps:
-        for _ in range(config.optim.grad_accum):
-            with phase("input"):
-                images, labels = next(micro_batches)
-            with accelerator.accumulate(model):
-                with phase("forward"):
-                    logits = model(images)
-                    loss = F.cross_entropy(logits, labels, label_smoothing=config.optim.label_smoothing)
-                with phase("backward"):
-                    accelerator.backward(loss)
-                with phase("optimizer"):
-                    if config.optim.clip_grad is not None and accelerator.sync_gradients:
-                        accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
-                    job.optimizer.step()
-                    job.optimizer.zero_grad()
-            losses[progress.step_in_epoch] += loss.detach() / config.optim.grad_accum
-            correct += (logits.detach().argmax(1) == labels).sum()
-        progress.step += 1
-        progress.step_in_epoch += 1
-        job.scheduler.step_update(progress.step)
+        _train_step(job, micro_batches, losses, correct, phase)
         bar.update(progress, losses, correct, job.batch_size)
         if config.run.save_every and progress.step % config.run.save_every == 0 and progress.step_in_epoch < steps:
             _settle(job, losses, correct)
             save_checkpoint(job)
             job.meter.start()
+        with phase("waiting"):
+            try:
+                sound = job.watch.tick(lambda: ~losses.isfinite().all())
+            except Stop:
+                _settle(job, losses, correct)
+                raise
+            if not sound:
+                break  # _settle says at which step
     with phase("waiting"):
         _settle(job, losses, correct)
 
 
+def _train_step(job: Job, micro_batches: Iterator[Batch], losses: Tensor, correct: Tensor, phase: Phase) -> None:
+    """Take one optimizer step; adds to the epoch's `losses` (steps,) and right answers `correct` ()."""
+    config, accelerator, progress, model = job.config, job.accelerator, job.progress, job.model
+    for _ in range(config.optim.grad_accum):
+        with phase("input"):
+            images, labels = next(micro_batches)
+        with accelerator.accumulate(model):
+            with phase("forward"):
+                logits = model(images)
+                loss = F.cross_entropy(logits, labels, label_smoothing=config.optim.label_smoothing)
+            with phase("backward"):
+                accelerator.backward(loss)
+            with phase("optimizer"):
+                if config.optim.clip_grad is not None and accelerator.sync_gradients:
+                    accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
+                job.optimizer.step()
+                job.optimizer.zero_grad()
+        losses[progress.step_in_epoch] += loss.detach() / config.optim.grad_accum
+        correct += (logits.detach().argmax(1) == labels).sum()
+    progress.step += 1
+    progress.step_in_epoch += 1
+    progress.skipped_steps += job.optimizer.step_was_skipped
+    progress.epoch_learning_rates.append(job.optimizer.param_groups[0]["lr"])
+    with phase("optimizer"):
+        if job.ema is not None:
+            job.ema.update(job.bare_model, progress.step)
+        job.scheduler.step_update(progress.step)
+
+
 def save_checkpoint(job: Job) -> None:
-    """Write a checkpoint of the run as it stands."""
-    checkpoint.save(job.folder.checkpoints, job.accelerator, job.scheduler, job.progress, job.dataset.identity())
+    """Write a checkpoint of the run as it stands, and the lines of metrics that came before it.
+
+    Raises:
+        SaveError: where they can't be written, unless the run is to go on then.
+    """
+    with _as_the_run_wants(job):
+        launch.everywhere(job.accelerator, lambda: _flush(job))
+        checkpoint.save(
+            job.folder.checkpoints,
+            job.accelerator,
+            job.scheduler,
+            job.progress,
+            job.dataset.identity(),
+            job.config.run.keep,
+        )
+
+
+def _flush(job: Job) -> None:
+    with storage.told_of(f"{job.folder.root} takes no metrics"):
+        job.journal.flush()
+
+
+@contextmanager
+def _as_the_run_wants(job: Job) -> Iterator[None]:
+    """Where the disk is full, stop or say so and train on, as --on-save-error has it."""
+    try:
+        yield
+    except SaveError as error:
+        what = f"{error} at step {job.progress.step}; {_last_good(job)}"
+        if job.config.run.on_save_error == "stop":
+            how = "make room and go on with --resume auto, or train on with --on-save-error continue"
+            raise SaveError(f"{what}; {how}") from None
+        job.log.line(f"{what}; training on (--on-save-error continue)")
+
+
+def _last_good(job: Job) -> str:
+    path = checkpoint.newest(job.folder.checkpoints)
+    return "there is no checkpoint yet" if path is None else f"the last good checkpoint is {path}"
+
+
+def _stop(job: Job, stop: Stop) -> str:
+    """Write the checkpoint that a run told to stop leaves; returns what is said of it."""
+    save_checkpoint(job)
+    return f"{stop} at step {job.progress.step}; {_last_good(job)}, --resume auto goes on from there"
 
 
 def _restore_sums(job: Job) -> tuple[Tensor, Tensor]:
@@ -121,20 +198,28 @@ def _settle(job: Job, losses: Tensor, correct: Tensor) -> None:
     """Bring the epoch's sums of all processes and what it took into `job.progress`; the one host synchronisation.
 
     Raises:
-        UserError: naming the first step whose loss is not a finite number.
+        UserError: naming the first step whose loss is not a finite number, and what it was taken on.
     """
     progress = job.progress
     done = losses[: progress.step_in_epoch]
     progress.epoch_losses = job.accelerator.reduce(done, "mean").tolist()
     progress.epoch_correct = float(job.accelerator.reduce(correct, "sum"))
     progress.spend(telemetry.together(job.accelerator, job.meter, job.meter.stop()))
-    for step, loss in enumerate(progress.epoch_losses, start=progress.step - len(progress.epoch_losses) + 1):
+    for place, loss in enumerate(progress.epoch_losses):
         if not math.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} at step {step} (epoch {progress.epoch + 1}); "
-                f"lower --lr (now {job.config.optim.lr}) or set --clip-grad; "
-                f"{job.folder.checkpoints}/last is the last good checkpoint, if there is one"
-            )
+            raise UserError(_not_finite(job, place, loss))
+
+
+def _not_finite(job: Job, place: int, loss: float) -> str:
+    """What is to be known of the step at `place` in the epoch, whose loss is no number."""
+    progress = job.progress
+    samples = job.train_loader.sample_order(progress.epoch)[place].flatten().tolist()
+    return (
+        f"the loss became {loss} at step {progress.step - progress.step_in_epoch + place + 1} "
+        f"(epoch {progress.epoch + 1}, learning rate {progress.epoch_learning_rates[place]:g}); "
+        f"lower --lr (now {job.config.optim.lr}) or set --clip-grad; {_last_good(job)}; "
+        f"training images of that batch, by index: {' '.join(map(str, samples))}"
+    )
 
 
 def _close_epoch(job: Job, evaluation: Evaluation, eval_seconds: float) -> None:
@@ -146,4 +231,5 @@ def _close_epoch(job: Job, evaluation: Evaluation, eval_seconds: float) -> None:
         report.tell_target(job)
     save_checkpoint(job)
     if run.save_model_every and progress.epoch % run.save_model_every == 0:
-        report.write_weights(job, f"model_epoch_{progress.epoch}.safetensors")
+        with _as_the_run_wants(job):
+            report.write_weights(job, f"model_epoch_{progress.epoch}.safetensors")

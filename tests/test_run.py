@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import yaml
 from conftest import write_folder
 from safetensors.torch import load_file
 
-from fastvit_train import checkpoint, report
+from fastvit_train import checkpoint, report, storage
 from fastvit_train.config import TrainConfig
 from fastvit_train.errors import UserError
 from fastvit_train.plots import plot_curves
 from fastvit_train.saved import evaluate_run
+from fastvit_train.setup import setup
 from fastvit_train.tracking import read_rows
 from fastvit_train.train import fit
 
@@ -56,7 +58,7 @@ def test_a_run_leaves_everything_behind(small_config: SmallConfig, tmp_path: Pat
     assert list(run.rglob("events.out.tfevents.*"))
     assert {path.name for path in run.glob("model_epoch_*")} == {"model_epoch_2.safetensors"}
     best = max(rows, key=lambda row: row["test_accuracy"])["step"]
-    assert {path.name for path in (run / "checkpoints").glob("step_*")} == {"step_15", f"step_{best}"}
+    assert {path.name for path in (run / "checkpoints").glob("step_*")} == {"step_15", "step_10", f"step_{best}"}
     assert (run / "checkpoints" / "best").resolve().name == f"step_{best}"
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["attention"], config["image_size"], config["embed_dim"]) == ("fused", 32, 16)
@@ -106,8 +108,8 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(
     fit(small_config(exp_name="whole", **settings))
     save = checkpoint.save
 
-    def save_and_die(folder, accelerator, scheduler, progress, data):
-        save(folder, accelerator, scheduler, progress, data)
+    def save_and_die(folder, accelerator, scheduler, progress, *rest):
+        save(folder, accelerator, scheduler, progress, *rest)
         if progress.step == 9:  # epoch 2 of 5 steps each: in its middle
             raise Killed
 
@@ -126,6 +128,7 @@ def test_a_resume_that_lost_the_random_state_is_noticed(small_config: SmallConfi
     fit(small_config(stop_after=1, drop_rate=0.1))
     path = tmp_path / "runs" / "run" / "checkpoints" / "last" / "random_states_0.pkl"
     path.write_bytes(b"damaged")  # accelerate only logs that it could not read this
+    storage.seal(path.parent)
     with pytest.raises(RuntimeError, match="random state in .* did not come back"):
         fit(small_config(drop_rate=0.1), resume="must")
 
@@ -133,7 +136,11 @@ def test_a_resume_that_lost_the_random_state_is_noticed(small_config: SmallConfi
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "progress.json"])
 def test_a_damaged_checkpoint_is_named(small_config: SmallConfig, tmp_path: Path, name: str) -> None:
     fit(small_config(stop_after=1))
-    (tmp_path / "runs" / "run" / "checkpoints" / "last" / name).write_bytes(b"damaged")
+    last = tmp_path / "runs" / "run" / "checkpoints" / "last"
+    (last / name).write_bytes(b"damaged")
+    with pytest.raises(UserError, match=f"no checkpoint .* is whole: checkpoint step_5 is damaged .{name} is not what"):
+        fit(small_config(), resume="must")
+    storage.seal(last)
     with pytest.raises(UserError, match=r"checkpoint .*step_5 can't be read"):
         fit(small_config(), resume="must")
 
@@ -141,7 +148,7 @@ def test_a_damaged_checkpoint_is_named(small_config: SmallConfig, tmp_path: Path
 def test_a_run_that_lost_its_checkpoints_is_not_started_over_unasked(small_config: SmallConfig, tmp_path: Path) -> None:
     fit(small_config(epochs=1))
     run = tmp_path / "runs" / "run"
-    (run / "checkpoints" / "last").unlink()
+    shutil.rmtree(run / "checkpoints")
     with pytest.raises(UserError, match="without a checkpoint to go on from; --overwrite starts it over"):
         fit(small_config(epochs=1), resume="auto")
     assert (run / "model.safetensors").is_file()
@@ -230,8 +237,13 @@ def test_gradient_accumulation_takes_the_same_steps(small_config: SmallConfig, t
 
 
 def test_a_loss_that_is_no_number_names_the_step(small_config: SmallConfig) -> None:
-    with pytest.raises(UserError, match=r"the loss became (nan|inf) at step \d+ \(epoch 1\); lower --lr"):
+    with pytest.raises(UserError, match=r"the loss became (nan|inf) at step 2 \(epoch 1, ") as caught:
         fit(small_config(optimizer="sgd", lr=1e30))
+    job = setup(small_config(), "never", overwrite=False)
+    samples = job.train_loader.sample_order(0)[1].flatten().tolist()
+    message = str(caught.value)
+    assert message.endswith(f"of that batch, by index: {' '.join(map(str, samples))}")
+    assert "learning rate 5.05e+29" in message and "there is no checkpoint yet" in message
 
 
 def test_folders_streamed_and_resident_train_alike(small_config: SmallConfig, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Where a set's images come from, batch by batch: memory on the device, or files decoded on the way."""
 
 import os
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -63,6 +64,7 @@ class StreamedImages:
             batch_sampler=[samples_B.tolist() for samples_B in samples],
             num_workers=min(len(samples), max(1, (psutil.cpu_count(logical=False) or 1) // local_processes())),
             collate_fn=_collate,
+            worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),  # else the loader draws from the global stream, which dropout uses too
             pin_memory=self._device.type == "cuda",
         )
@@ -70,6 +72,13 @@ class StreamedImages:
             if isinstance(batch, _Unreadable):
                 raise UserError(batch.message, everywhere=False)
             yield batch.to(self._device, non_blocking=True)
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """A signal to the whole group asks the run to stop, which needs its batches until the step's end."""
+    for name in ("SIGTERM", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 def local_processes() -> int:

@@ -1,6 +1,7 @@
 """The hand-written kernels behind one call: which of the two serves a shape, and what neither can."""
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,8 @@ def refusal(x: Tensor, num_heads: int, dtype: torch.dtype) -> str | None:
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties: Any = torch.cuda.get_device_properties(device)  # some versions' annotations don't know the field
+    return int(properties.shared_memory_per_block_optin)
 
 
 def triton_attention(

@@ -1,9 +1,7 @@
 """Inputs that are wrong: how they are made, and how the command line is asked about them."""
 
 import contextlib
-import hashlib
 import io
-import json
 import re
 import signal
 import struct
@@ -126,19 +124,6 @@ def _changed(content: bytes, changes: list[tuple[str, int, Any]]) -> bytes:
         elif what == "remove":
             del data[place : place + how]
     return bytes(data)
-
-
-def forge_checksums(checkpoint: Path) -> None:
-    """Make a checkpoint's checksums.json, if it has one, agree with its files: who can change one can change both."""
-    path = checkpoint / "checksums.json"
-    if path.is_file():
-        recorded = json.loads(path.read_text())
-        for name in list(recorded["files"]):
-            if (checkpoint / name).is_file():
-                recorded["files"][name] = hashlib.blake2b((checkpoint / name).read_bytes()).hexdigest()
-            else:
-                del recorded["files"][name]
-        path.write_text(json.dumps(recorded))
 
 
 class Evil:

@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from malformed import NOT_WRITABLE, TINY, Evil, asked, for_each, forge_checksums, mutated
+from malformed import NOT_WRITABLE, TINY, Evil, asked, for_each, mutated
 from safetensors.torch import load_file
 
+from fastvit_train import storage
 from fastvit_train.cli import main
 
 Count = Callable[..., None]
@@ -206,14 +207,14 @@ def test_hostile_checkpoints(copy: Path, count: Count, marker: Path) -> None:
                 torch.save({"x": Evil(marker)}, last / name)
             else:
                 (last / name).write_bytes(evil)
-            forge_checksums(last)
+            storage.seal(last)
             assert asked(count, *resume(copy)), name
             shutil.rmtree(last)
             shutil.copytree(before, last)
     (last / "model.safetensors").unlink()
     for planted in ("pytorch_model.bin", "model.safetensors.index.json", "custom_checkpoint_0.pkl"):
         torch.save({"x": Evil(marker)}, last / planted)
-        forge_checksums(last)
+        storage.seal(last)
         assert asked(count, *resume(copy)), planted
 
 
@@ -228,7 +229,7 @@ def test_checkpoints_mutated(copy: Path, count: Count, seed: int, forged: bool, 
         def check(content: bytes, name: str = name) -> None:
             (last / name).write_bytes(content)
             if forged:
-                forge_checksums(last)
+                storage.seal(last)
             asked(count, *resume(copy))
             shutil.rmtree(copy)
             shutil.copytree(before, copy, symlinks=True)

@@ -1,0 +1,211 @@
+"""Trainings in processes of their own that are killed, signalled or starved, and what became of them.
+
+They are forked from a server that has imported everything, so that one starts within a second; tests/reliability has
+some that start from nothing too.
+"""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from fastvit_train import checkpoint, storage
+from fastvit_train.tracking import read_rows
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch", "fastvit_train.cli", "victims"])
+# Dropout and a moving average, so that random state and average must come back; accumulation; checkpoints inside
+# epochs; 11 steps an epoch, so that they lie at other places in each.
+SETTINGS = (
+    *("--epochs", "3", "--batch-size", "120", "--grad-accum", "2", "--ema", "0.9", "--drop-rate", "0.1"),
+    *("--embed-dim", "16", "--depth", "2", "--num-heads", "2", "--patch-size", "8", "--save-every", "3"),
+    *("--attention", "fused", "--target-accuracy", "0.2"),
+)
+CLOCK = (
+    "seconds", "eval_seconds", "images_per_second", "peak_memory_mib", "energy_joules", "mean_power_watts",
+    "gpu_utilization",
+)  # fmt: skip
+LIMIT = 120.0
+"""seconds that no process takes"""
+Trick = Callable[[], None]
+"""what a victim does to itself before it trains"""
+
+
+class Victim:
+    """A training under way, of one process or more."""
+
+    def __init__(self, runs: Path, name: str, *more: object, processes: int = 1, trick: Trick | None = None) -> None:
+        self.folder = runs / name
+        self.log = runs / f"{name}.out"
+        runs.mkdir(parents=True, exist_ok=True)
+        argv = ["--runs-dir", str(runs), "--exp-name", name, *SETTINGS, *map(str, more)]
+        worlds = _world(processes)
+        self.processes = [SERVER.Process(target=_train, args=(argv, self.log, world, trick)) for world in worlds]
+        for process in self.processes:
+            process.start()
+
+    def wait(self) -> list[int | None]:
+        """The processes' exit statuses, a signal's number negative; all are killed after `LIMIT`."""
+        deadline = time.monotonic() + LIMIT
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        self.kill()
+        return [process.exitcode for process in self.processes]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+    def signal(self, number: signal.Signals, rank: int = 0) -> None:
+        pid = self.processes[rank].pid
+        assert pid is not None
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
+
+    def has(self, text: str) -> bool:
+        """Whether the processes have said `text` so far."""
+        return self.log.exists() and text in self.log.read_text(errors="replace")
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + LIMIT
+        while not self.has(text):
+            assert time.monotonic() < deadline and any(p.is_alive() for p in self.processes), self.log.read_text()
+            time.sleep(0.01)
+
+
+def _world(processes: int) -> list[dict[str, str]]:
+    if processes == 1:
+        return [{}]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    shared = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        {key: str(value) for key, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        for rank in range(processes)
+    ]
+
+
+def _train(argv: Sequence[str], log: Path, world: dict[str, str], trick: Trick | None) -> None:
+    """In the process itself: as `python -m fastvit_train ARGV`."""
+    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    os.environ.update(world)
+    from fastvit_train.cli import main
+
+    if trick is not None:
+        trick()
+    main(argv)
+    sys.stdout.flush()
+
+
+@dataclasses.dataclass(frozen=True)
+class DieAt:
+    """Sends itself a signal as it is about to call a function for the n-th time."""
+
+    where: str
+    """MODULE.FUNCTION of fastvit_train"""
+    call: int
+    number: int = signal.SIGKILL
+    rank: int | None = None
+    """of all processes, the one that does; None: each"""
+
+    def __call__(self) -> None:
+        module_name, _, name = self.where.rpartition(".")
+        module = __import__(f"fastvit_train.{module_name}", fromlist=[name])
+        original, calls = getattr(module, name), 0
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == self.call and self.rank in (None, int(os.environ.get("RANK", 0))):
+                os.kill(os.getpid(), self.number)
+            return original(*args, **kwargs)
+
+        setattr(module, name, call)
+
+
+def forget_the_samplers_position() -> None:
+    """A fault put in on purpose: the checkpoint does not hold how far into the epoch the run is."""
+    original = checkpoint.asdict
+    checkpoint.asdict = lambda progress: {k: v for k, v in original(progress).items() if k != "step_in_epoch"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Both:
+    """One trick after the other."""
+
+    first: Trick
+    second: Trick
+
+    def __call__(self) -> None:
+        self.first()
+        self.second()
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All of a finished run that must not depend on its having been stopped, to be compared with ==."""
+    last = folder / "checkpoints" / "last"
+    assert storage.damage(last) is None
+    progress = json.loads((last / "progress.json").read_text())["progress"]
+    rows = [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(folder / "metrics.jsonl")]
+    return {
+        "weights": _bytes(load_file(folder / "model.safetensors")),
+        "model": _bytes(load_file(last / "model.safetensors")),
+        "average": _bytes(load_file(last / "model_1.safetensors")),
+        "optimizer": _bytes(_flat(torch.load(last / "optimizer.bin", weights_only=True)["state"])),
+        "metrics": rows,
+        "steps": (folder / "steps.jsonl").read_text(),
+        "best": (progress["best_step"], progress["best_accuracy"], (folder / "checkpoints" / "best").resolve().name),
+        "target": progress["epochs_to_target"],
+        "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
+    }
+
+
+def _flat(state: Any, name: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(state, torch.Tensor):
+        return {name: state}
+    if isinstance(state, dict):
+        return {k: v for key, value in state.items() for k, v in _flat(value, f"{name}.{key}").items()}
+    return {name: torch.tensor(state)}
+
+
+def _bytes(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    return {name: tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
+
+
+def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+    """The parts of two outcomes that are not the same."""
+    return [part for part in expected if found[part] != expected[part]]
+
+
+def random_trick(stream: random.Random, number: int, steps: int = 33) -> DieAt:
+    """A random place to be signalled at: a step, an evaluation's batch, a checkpoint's parts, the log's lines."""
+    where, most = stream.choice(
+        [
+            ("train._train_step", steps),
+            ("train._train_step", steps),
+            ("train.evaluate", 3),
+            ("storage.seal", 12),
+            ("storage.put_folder", 12),
+            ("storage.point", 12),
+            ("storage.append", 6),
+            ("report.record_epoch", 3),
+            ("checkpoint._prune", 12),
+        ]
+    )
+    return DieAt(where, stream.randint(1, most), number)
