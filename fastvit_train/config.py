@@ -152,8 +152,6 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
-LARGEST = 2**63  # whole number that a setting is read as; what each setting allows is in validate
-
 # What may change between a run and its resumption.
 NOT_COMPARED = frozenset(
     {"recipe", "exp_name", "runs_dir", "data_dir", "data_url", "stream", "weights", "attention", "compile"}
@@ -193,8 +191,6 @@ def override(config: TrainConfig, settings: dict[str, Any], source: str) -> Trai
 def _checked(key: str, value: Any, hint: Any, source: str) -> Any:
     """`value` as the type `hint`; numbers may be written as strings (YAML 1.1 reads 1e-3 as one)."""
     origin, options = get_origin(hint), get_args(hint)
-    if isinstance(value, int) and abs(value) > LARGEST:
-        raise UserError(f"{key}: a number of {value.bit_length()} bits in {source} is too large")
     if origin in (Union, types.UnionType):
         if value is None and type(None) in options:
             return None

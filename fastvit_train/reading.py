@@ -11,6 +11,7 @@ from yaml.constructor import ConstructorError
 
 MAX_SETTINGS_BYTES = 1 << 16
 MAX_JSON_BYTES = 1 << 24
+LARGEST = 2**63
 SHAPE = "must hold `name: value` lines, named as the flags are; a value may be a list"
 
 
@@ -54,6 +55,10 @@ def read_settings(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         raise ValueError(f"it {SHAPE}")
+    for value in settings.values():
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > LARGEST:
+                raise ValueError(f"a number in it has {number.bit_length()} bits")
     return settings
 
 

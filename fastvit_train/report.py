@@ -1,5 +1,6 @@
 """What a run leaves behind to be read: metrics, summary, weights for timm, tables and curves."""
 
+import json
 import platform
 from collections.abc import Callable
 from pathlib import Path

@@ -7,6 +7,7 @@ import re
 import struct
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from fastvit_train.config import TrainConfig, override
 from fastvit_train.recipes import recipe
 
 ROOT = Path(__file__).parents[1]
+COUNTS: Counter[str] = Counter()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -29,6 +31,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if COUNTS:
+        terminalreporter.section("reliability")
+        for what, number in COUNTS.items():
+            terminalreporter.line(f"{what}: {number}")
+
+
+@pytest.fixture(scope="session")
+def count() -> Callable[..., None]:
+    """`count(what, number=1)` adds to a line at the end of pytest's output."""
+
+    def add(what: str, number: int = 1) -> None:
+        COUNTS[what] += number
+
+    return add
 
 
 @pytest.fixture
