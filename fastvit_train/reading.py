@@ -68,6 +68,8 @@ def read_json(path: Path) -> Any:
     Raises:
         OSError, ValueError: where it can't be read.
     """
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
     try:
         return json.loads(_read(path, MAX_JSON_BYTES))
     except RecursionError:

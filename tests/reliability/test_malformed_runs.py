@@ -1,6 +1,7 @@
 """Weights, checkpoints and runs from elsewhere: damaged or hostile, one line, status 2, and nothing in them runs."""
 
 import json
+import os
 import pickle
 import random
 import shutil
@@ -152,6 +153,9 @@ def test_runs(copy: Path, tmp_path: Path, count: Count) -> None:
             assert asked(count, *command), (name, content[:50])
         path.unlink()
         assert asked(count, *command), f"no {name}"
+        os.mkfifo(path)
+        assert asked(count, *command), f"{name} is a pipe"
+        path.unlink()
         path.write_bytes(whole)
     assert not (tmp_path / "ran").exists()
 
