@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
-import yaml
 from rich.console import Console
 
 from fastvit_train import launch, plots, report
@@ -22,6 +21,7 @@ from fastvit_train.plan import PlanOptions
 from fastvit_train.planning import plan_run
 from fastvit_train.preemption import EXIT_STATUS, Preempted
 from fastvit_train.profiling import profile_run
+from fastvit_train.reading import read_settings
 from fastvit_train.recipes import recipe
 from fastvit_train.repeat import fit_seeds
 from fastvit_train.saved import evaluate_run
@@ -171,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     verb = args.pop(0) if args and not args[0].startswith("-") else "train"
     try:
+        if any("\0" in arg for arg in args):
+            raise UserError("an argument holds a null byte, which no name has")
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb!r}; allowed: {', '.join(VERBS)}")
         VERBS[verb](args)
@@ -189,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _complain(message: str, kind: str = "error") -> None:
-    print(f"{PROG}: {kind}: {' '.join(message.split())}", file=sys.stderr)
+    print(f"{PROG}: {kind}: {message}", file=sys.stderr)
     if launch.under_launcher():
         print(
             "(what follows is the launcher's own traceback; `python -m fastvit_train` doesn't add one)",
@@ -207,21 +209,16 @@ def _base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
     except argparse.ArgumentError as error:
         raise UserError(str(error)) from None
     settings = _read_config(Path(known.config)) if known.config else {}
-    name = known.recipe or settings.get("recipe") or "quickstart"
+    name = settings.get("recipe", "quickstart") if known.recipe is None else known.recipe
     base = recipe(str(name))
     return override(base, {**settings, "recipe": name}, str(known.config)), known.config
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        settings = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        return read_settings(path)
+    except (OSError, ValueError) as error:
         raise UserError(f"--config {path} can't be read: {error}") from None
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
-        raise UserError(f"--config {path} must hold `name: value` lines, named as the flags are")
-    return settings
 
 
 def _parse(command: type[Command], args: Sequence[str], default: Command | None = None) -> Command:

@@ -1,6 +1,7 @@
 """The training configuration: frozen, library-free, one flat name space for flags and YAML keys alike."""
 
 import types
+import unicodedata
 from dataclasses import asdict, dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -169,7 +170,9 @@ def override(config: TrainConfig, settings: dict[str, Any], source: str) -> Trai
     Raises:
         UserError: for an unknown key or a value of the wrong type, naming `source`.
     """
-    settings = {key.replace("-", "_"): value for key, value in settings.items()}
+    given, settings = settings, {key.replace("-", "_"): value for key, value in settings.items()}
+    if len(settings) < len(given):
+        raise UserError(f"{source} has a key twice, once with - and once with _; leave one out")
     known = flatten(config)
     for key in settings:
         if key not in known:
@@ -207,7 +210,7 @@ def _checked(key: str, value: Any, hint: Any, source: str) -> Any:
             number = float(value)
             if hint is float or number.is_integer():
                 return hint(number)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     raise UserError(f"{key}: {value!r} in {source} is not of type {getattr(hint, '__name__', hint)}")
 
@@ -215,19 +218,19 @@ def _checked(key: str, value: Any, hint: Any, source: str) -> Any:
 def validate(config: TrainConfig) -> None:
     """Raise UserError for the first setting that is out of its range."""
     run, data, optim, model = config.run, config.data, config.optim, config.model
-    at_least_one: dict[str, int | None] = {
-        "epochs": run.epochs,
-        "batch_size": run.batch_size,
-        "eval_batch_size": run.eval_batch_size,
-        "grad_accum": optim.grad_accum,
-        "stop_after": run.stop_after,
-        "keep": run.keep,
-        "num_classes": model.num_classes,
-        "image_size": model.image_size,
-        "patch_size": model.patch_size,
-        "embed_dim": model.embed_dim,
-        "depth": model.depth,
-        "num_heads": model.num_heads,
+    at_least_one: dict[str, tuple[int | None, int]] = {
+        "epochs": (run.epochs, 10**6),
+        "batch_size": (run.batch_size, 10**6),
+        "eval_batch_size": (run.eval_batch_size, 10**6),
+        "grad_accum": (optim.grad_accum, 10**6),
+        "stop_after": (run.stop_after, 10**6),
+        "keep": (run.keep, 10**6),
+        "num_classes": (model.num_classes, 10**6),
+        "image_size": (model.image_size, 2**12),
+        "patch_size": (model.patch_size, 2**12),
+        "embed_dim": (model.embed_dim, 10**5),
+        "depth": (model.depth, 10**3),
+        "num_heads": (model.num_heads, 10**3),
     }
     not_negative: dict[str, float | None] = {
         "save_every": run.save_every,
@@ -249,10 +252,10 @@ def validate(config: TrainConfig) -> None:
         "attn_drop_rate": model.attn_drop_rate,
         "drop_path_rate": model.drop_path_rate,
     }
-    for key, count in at_least_one.items():
-        _require(count is None or count >= 1, key, count, "1 or more")
+    for key, (count, most) in at_least_one.items():
+        _require(count is None or 1 <= count <= most, key, count, f"1 or more, up to {most:,}")
     for key, size in not_negative.items():
-        _require(size is None or 0 <= size < float("inf"), key, size, "0 or more")
+        _require(size is None or 0 <= size <= 1e9, key, size, "0 or more, up to 1e9")
     for key, share in below_one.items():
         _require(share is None or 0 <= share < 1, key, share, "from 0 up to, not including, 1")
     _require(0 <= run.seed < 2**31, "seed", run.seed, "0 to 2147483647")
@@ -264,8 +267,18 @@ def validate(config: TrainConfig) -> None:
         raise UserError(f"{what}; give --patch-init random")
     _require(0 < data.crop_scale <= 1, "crop_scale", data.crop_scale, "above 0, at most 1")
     name = "run" if run.exp_name is None else run.exp_name
-    if Path(name).name != name or name in (".", "..", "") or len(name) > 200 or "\0" in name:
+    if Path(name).name != name or name in (".", "..", "") or len(name.encode(errors="replace")) > 200:
         raise UserError(f"--exp-name {name!r} must be a plain folder name of up to 200 letters; --runs-dir takes paths")
+    for key, text in flatten(config).items():
+        plain = not isinstance(text, str) or _is_plain(text)
+        _require(plain, key, repr(text), "text on one line, up to 1,000 bytes, 250 of them between two slashes")
+
+
+def _is_plain(text: str) -> bool:
+    """Whether it can stand in a path and in a terminal: no control characters, no undecodable bytes, not too long."""
+    if any(unicodedata.category(letter) in ("Cc", "Cs", "Zl", "Zp") for letter in text):
+        return False
+    return len(text.encode()) <= 1000 and all(len(part.encode()) <= 250 for part in text.split("/"))
 
 
 def _require(holds: bool, key: str, value: Any, allowed: str) -> None:

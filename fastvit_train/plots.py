@@ -1,15 +1,17 @@
 """Pictures of runs."""
 
+import math
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from fastvit_train.errors import UserError
+from fastvit_train.errors import UserError, printable
 from fastvit_train.tracking import RunFolder, read_rows
 
 PANELS = {"train loss": "train_loss", "test loss": "test_loss", "accuracy, %": "test_accuracy"}
+LARGEST_DRAWN = 1e40  # more than a float32, less than what axes can't be drawn for
 
 
 def plot_curves(runs: list[Path], output: Path, title: str) -> None:
@@ -22,17 +24,15 @@ def plot_curves(runs: list[Path], output: Path, title: str) -> None:
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, len(PANELS))
     for run in runs:
-        rows = read_rows(RunFolder(run).metrics)
-        if not rows:
-            raise UserError(f"{run} has no metrics.jsonl with an epoch in it; give the folder of a run")
-        epochs = [row["epoch"] for row in rows]
+        columns = _columns(run)
+        epochs = columns["epoch"]
         for axes, key in zip(panels, PANELS.values(), strict=True):
             scale = 100 if key == "test_accuracy" else 1
             axes.plot(
                 epochs,
-                [scale * row[key] for row in rows],
+                [scale * value for value in columns[key]],
                 label=_literal(run.resolve().name),
-                marker="." if len(rows) < 3 else "",
+                marker="." if len(epochs) < 3 else "",
             )
     for axes, name in zip(panels, PANELS, strict=True):
         axes.set(title=name, xlabel="epoch")
@@ -80,6 +80,20 @@ def _save(figure: Figure, output: Path) -> None:
         ) from None
 
 
+def _columns(run: Path) -> dict[str, list[float]]:
+    """What is drawn of the run's metrics.jsonl: a value per epoch by name."""
+    rows = read_rows(RunFolder(run).metrics)
+    try:
+        if not rows:
+            raise ValueError("no epoch is in it")
+        columns = {key: [float(row[key]) for row in rows] for key in ("epoch", *PANELS.values())}
+        if any(LARGEST_DRAWN < abs(value) < math.inf for values in columns.values() for value in values):
+            raise ValueError(f"a value is above {LARGEST_DRAWN:g}")
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{run} has no metrics.jsonl to draw ({error!r}); give the folder of a run") from None
+    return columns
+
+
 def _literal(text: str) -> str:
-    """`text` as matplotlib shows it unchanged: a dollar begins no formula, bytes that are no UTF-8 it doesn't take."""
-    return text.encode(errors="surrogateescape").decode(errors="replace").replace("$", r"\$")
+    """`text` as matplotlib shows it unchanged: a dollar begins no formula."""
+    return printable(text).replace("$", r"\$")

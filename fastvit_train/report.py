@@ -9,19 +9,23 @@ from typing import Any
 import accelerate
 import timm
 import torch
+from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
 from fastvit_train import launch, memory, storage
 from fastvit_train.config import flatten
-from fastvit_train.errors import UserError
+from fastvit_train.errors import UserError, printable
 from fastvit_train.evaluate import Evaluation
 from fastvit_train.plots import plot_curves
+from fastvit_train.reading import read_json
 from fastvit_train.setup import Job, image_size
 from fastvit_train.tracking import RunFolder, read_rows
 
 TRACKER_PROJECT = "fastvit_train"
+TEXTS = ("model", "dataset", "evaluated_on", "recipe", "mixed_precision", "device")
+LONGEST_TEXT = 200
 
 
 def start_trackers(job: Job) -> None:
@@ -198,14 +202,20 @@ def read_summary(run: Path) -> dict[str, Any]:
         UserError: where `run` is no folder of a finished run.
     """
     try:
-        summary = json.loads((run / "summary.json").read_text())
+        summary = read_json(run / "summary.json")
         last_epoch = read_rows(RunFolder(run).metrics)[-1]
-        return {"train_loss": last_epoch["train_loss"], **summary}
-    except (OSError, ValueError, IndexError, KeyError, TypeError) as error:
+        return {"train_loss": last_epoch["train_loss"], **summary, **{key: _short(summary[key]) for key in TEXTS}}
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
             f"{run} is no finished run: its summary.json and metrics.jsonl can't be read ({error!r}); "
             "give the folder of a finished run"
         ) from None
+
+
+def _short(text: str) -> str:
+    if not isinstance(text, str):
+        raise TypeError(f"{text!r:.100} is no text")
+    return printable(text[:LONGEST_TEXT])
 
 
 FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -229,10 +239,10 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
 def figures(runs: list[Path]) -> list[list[str]]:
     """Finished runs side by side: a row of names, then a row per figure."""
     summaries = [read_summary(run) for run in runs]
-    head = ["", *(run.resolve().name for run in runs)]
+    head = ["", *(printable(run.resolve().name) for run in runs)]
     try:
         return [head, *([name, *(show(s) for s in summaries)] for name, show in FIGURES.items())]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
             f"a summary.json of {', '.join(map(str, runs))} lacks or garbles {error}; run it again"
         ) from None
@@ -246,9 +256,9 @@ def datasets(runs: list[Path]) -> str:
 def table(runs: list[Path]) -> Table:
     """`figures` for the terminal."""
     head, *rows = figures(runs)
-    result = Table(*head)
+    result = Table(*map(escape, head))
     for row in rows:
-        result.add_row(*row)
+        result.add_row(*map(escape, row))
     return result
 
 

@@ -1,6 +1,5 @@
 """Runs that were made, read back."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from fastvit_train.errors import UserError
 from fastvit_train.evaluate import Evaluation, evaluate
 from fastvit_train.models import build_model, check_attention, warm_up
 from fastvit_train.models.attention import AUTO, COMPILING
+from fastvit_train.reading import read_json
 from fastvit_train.setup import build_eval_loader, choose_attention, image_size, load_data, num_classes, resolve
 from fastvit_train.tracking import Log, RunFolder
 
@@ -59,7 +59,7 @@ def evaluate_run(run: Path, attention: str | None = None, data_dir: str | None =
 def _check_classes(run: Path, dataset: DatasetSpec) -> None:
     """Raise UserError unless the data set's classes are those that the run's model names its outputs by."""
     try:
-        trained = json.loads((run / "config.json").read_text()).get("label_names", list(dataset.classes))
+        trained = read_json(run / "config.json").get("label_names", list(dataset.classes))
     except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{run} is no finished run: its config.json can't be read ({error})") from None
     if trained != list(dataset.classes):

@@ -16,7 +16,8 @@ from PIL import Image
 from fastvit_train.config import DataConfig
 from fastvit_train.data import cifar, folder
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
-from fastvit_train.data.images import StreamedImages
+from fastvit_train.data.download import download, md5_of
+from fastvit_train.data.images import StreamedImages, decode
 from fastvit_train.errors import UserError
 
 OFFLINE = "http://127.0.0.1:9"
@@ -84,7 +85,7 @@ def test_cifar_batches_pickled_another_way(tmp_path: Path, protocol: int) -> Non
 def test_cifar_labels_that_are_none(tmp_path: Path, labels: object) -> None:
     batch = {"data": np.zeros((3, 3072), np.uint8), "labels": labels}
     (write_cifar10(tmp_path) / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(batch))
-    with pytest.raises(UserError, match="test_batch has uint8 data .* expected uint8"):
+    with pytest.raises(UserError, match=r"test_batch has uint8 \(3, 3072\) data .* expected uint8"):
         load("cifar10", tmp_path)
 
 
@@ -108,7 +109,10 @@ def test_a_cifar_batch_that_would_run_code_is_refused(tmp_path: Path) -> None:
             lambda f: (f / "data_batch_4").write_bytes((f / "data_batch_4").read_bytes()[:5000]),
             "data_batch_4 is damaged",
         ),
-        (lambda f: (f / "test_batch").write_bytes(pickle.dumps({"data": np.zeros((2, 5))})), "expected uint8"),
+        (
+            lambda f: (f / "test_batch").write_bytes(pickle.dumps({"data": np.zeros((2, 5), np.uint8)})),
+            "expected uint8",
+        ),
     ],
     ids=["missing", "truncated", "shape"],
 )
@@ -160,8 +164,6 @@ def test_mirrors_that_are_no_urls(tmp_path: Path, url: str) -> None:
 
 
 def test_a_download_from_a_mirror_is_checked_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastvit_train.data.download import download, md5_of
-
     source = tmp_path / "source.bin"
     source.write_bytes(b"content" * 100_000)
     target = tmp_path / "data" / "target.bin"
@@ -211,6 +213,49 @@ def test_every_kind_of_image_becomes_rgb_of_one_size(tmp_path: Path, mode: str, 
     assert pixels.shape == (3, 32, 32)
     if mode != "1":
         assert (pixels - 128).abs().max() <= 3
+
+
+def test_images_of_odd_sizes_and_kinds_are_right(tmp_path: Path) -> None:
+    grey = np.full((8, 8), 0x80FF, ">u2")
+    (tmp_path / "16 bits.pgm").write_bytes(b"P5 8 8 65535\n" + grey.tobytes())
+    assert set(decode(tmp_path / "16 bits.pgm", 8).unique().tolist()) == {128}
+    for size in ((1, 1), (1, 60_000), (60_000, 1), (1, 2)):
+        Image.new("RGB", size, (10, 20, 30)).save(tmp_path / "odd.png")
+        assert decode(tmp_path / "odd.png", 32).float().mean((1, 2)).tolist() == [10, 20, 30]
+    frames = [Image.new("RGB", (8, 8), (red, 0, 0)) for red in (50, 200, 100)]
+    frames[0].save(tmp_path / "many.gif", save_all=True, append_images=frames[1:])
+    assert int(decode(tmp_path / "many.gif", 8)[0].max()) == 50, "the first frame"
+    Image.new("RGBA", (8, 8), (10, 20, 30, 0)).save(tmp_path / "clear.png")
+    assert decode(tmp_path / "clear.png", 8)[:, 0, 0].tolist() == [10, 20, 30]
+    lying = Image.fromarray(np.repeat(np.uint8([[0, 255]]), 8, 0).repeat(4, 1))  # dark left, bright right
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    lying.save(tmp_path / "turned.png", exif=exif)
+    turned = decode(tmp_path / "turned.png", 8)[0].float()
+    assert turned[:4].mean() == 0 and turned[4:].mean() == 255
+
+
+def test_an_image_at_the_limit_decodes_and_one_pixel_more_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (10, 10)).save(tmp_path / "it.png")
+    monkeypatch.setattr("fastvit_train.data.images.MAX_PIXELS", 100)
+    decode(tmp_path / "it.png", 8)
+    monkeypatch.setattr("fastvit_train.data.images.MAX_PIXELS", 99)
+    with pytest.raises(UserError, match=r"it.png can't be decoded \(10 x 10 pixels; allowed are 99"):
+        decode(tmp_path / "it.png", 8)
+    monkeypatch.undo()
+    monkeypatch.setattr("fastvit_train.data.images.MAX_FILE_BYTES", 20)
+    with pytest.raises(UserError, match="no regular file of up to 20 bytes"):
+        decode(tmp_path / "it.png", 8)
+
+
+def test_a_download_larger_than_the_limit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastvit_train.data.download.MAX_BYTES", 1 << 20)
+    (tmp_path / "source").write_bytes(bytes(1 << 21))
+    with pytest.raises(UserError, match="it is larger than 1,048,576 bytes"):
+        download((tmp_path / "source").as_uri(), tmp_path / "data" / "it", md5_of(tmp_path / "source"), put="it")
+    assert not list((tmp_path / "data").iterdir())
 
 
 def _truncate(path: Path) -> None:

@@ -1,9 +1,8 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009), from torchvision's layout, a local archive, or the network.
 
-Their batches are pickles; they are read by an unpickler that knows arrays and nothing else.
+Their batches are pickles, which `arrays.py` reads without running any.
 """
 
-import pickle
 import tarfile
 import zlib
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvit_train.data.arrays import load_arrays
 from fastvit_train.data.download import check_md5, download
 from fastvit_train.errors import UserError
 
@@ -63,6 +63,8 @@ VARIANTS = {
     ),
 }
 
+MAX_BATCH_BYTES = 1 << 28
+
 Part = tuple[Tensor, Tensor]
 
 
@@ -80,10 +82,10 @@ def load(name: str, data_dir: Path, url: str | None) -> tuple[tuple[str, ...], P
 
 
 def _batches(variant: Variant, data_dir: Path, url: str | None) -> Callable[[str], IO[bytes]]:
-    """A function that opens a batch by name, from the first place that has them."""
+    """A function that opens a batch by name, from the first place that has them; nothing is unpacked to disk."""
     for unpacked in (data_dir / variant.folder, data_dir):
         if (unpacked / variant.test_batch).is_file():
-            return lambda name: (unpacked / name).open("rb")
+            return lambda name: _open_file(unpacked / name)
     archive = data_dir / variant.archive
     if archive.is_file():
         check_md5(archive, variant.md5)
@@ -92,12 +94,12 @@ def _batches(variant: Variant, data_dir: Path, url: str | None) -> Callable[[str
         download(url or HOST + variant.archive, archive, variant.md5, put=target)
     try:
         tar = tarfile.open(archive)  # noqa: SIM115 the returned function reads from it
-        members = {Path(member.name).name: member for member in tar.getmembers() if member.isfile()}
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        members = {member.name: member for member in tar.getmembers() if member.isreg()}
+    except (tarfile.TarError, OSError, EOFError, ValueError, zlib.error) as error:
         raise UserError(f"{archive} can't be unpacked ({error}); delete it and try again") from None
 
     def open_member(name: str) -> IO[bytes]:
-        file = tar.extractfile(members[name]) if name in members else None
+        file = tar.extractfile(members[inside]) if (inside := f"{variant.folder}/{name}") in members else None
         if file is None:
             raise FileNotFoundError(name)
         return file
@@ -105,64 +107,59 @@ def _batches(variant: Variant, data_dir: Path, url: str | None) -> Callable[[str
     return open_member
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds dicts, lists, strings, numbers and numpy arrays; refuses everything that could run code."""
-
-    ALLOWED = frozenset(
-        {
-            ("numpy", "ndarray"),
-            ("numpy", "dtype"),
-            ("numpy.core.multiarray", "_reconstruct"),
-            ("numpy._core.multiarray", "_reconstruct"),
-            ("numpy.core.multiarray", "scalar"),
-            ("numpy._core.multiarray", "scalar"),
-            ("numpy.core.numeric", "_frombuffer"),
-            ("numpy._core.numeric", "_frombuffer"),
-            ("_codecs", "encode"),
-        }
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which a CIFAR batch has no use for")
-        if module.startswith("numpy.core"):
-            module = module.replace("numpy.core", "numpy._core")
-        return super().find_class(module, name)
+def _open_file(path: Path) -> IO[bytes]:
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no regular file")
+    return path.open("rb")
 
 
 def _read(open_batch: Callable[[str], IO[bytes]], name: str) -> dict[str, Any]:
     try:
         with open_batch(name) as file:
-            content = _ArrayUnpickler(file, encoding="latin1").load()
-        return {key.decode() if isinstance(key, bytes) else key: value for key, value in content.items()}
+            return load_arrays(file, MAX_BATCH_BYTES)
     except FileNotFoundError as error:
         raise UserError(f"CIFAR batch {name} is missing ({error}); unpack the archive anew") from None
-    except Exception as error:  # a damaged pickle can raise anything
+    except (OSError, ValueError, EOFError, tarfile.TarError, zlib.error) as error:
         raise UserError(f"CIFAR batch {name} is damaged ({error}); unpack the archive anew") from None
 
 
 def _class_names(open_batch: Callable[[str], IO[bytes]], variant: Variant) -> tuple[str, ...]:
-    """The names in the meta file; numbers where it is missing or has another number of them."""
+    """The names in the meta file; numbers where it is missing, or has another number of them or no texts."""
     numbers = tuple(str(label) for label in range(variant.num_classes))
     try:
-        names = _read(open_batch, variant.meta).get(variant.names_key, [])
-    except UserError:
+        names = _read(open_batch, variant.meta).get(variant.names_key)
+        texts = tuple(name.decode() if isinstance(name, bytes) else name for name in names or ())
+    except (UserError, TypeError, UnicodeDecodeError):
         return numbers
-    texts = tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
-    return texts if len(texts) == variant.num_classes else numbers
+    return texts if len(texts) == variant.num_classes and all(isinstance(text, str) for text in texts) else numbers
 
 
 def _images(open_batch: Callable[[str], IO[bytes]], names: Sequence[str], label_key: str) -> Part:
     images, labels = [], []
     for name in names:
         batch = _read(open_batch, name)
-        data = np.asarray(batch.get("data"))
-        label = np.asarray(batch.get(label_key))
-        if data.dtype != np.uint8 or label.dtype.kind not in "iu" or data.shape != (label.size, 3 * 32 * 32):
+        data, label = batch.get("data"), _whole_numbers(batch.get(label_key))
+        expected = None if label is None else (len(label), 3 * 32 * 32)
+        if not isinstance(data, np.ndarray) or data.dtype != np.uint8 or data.shape != expected:
             raise UserError(
-                f"CIFAR batch {name} has {data.dtype} data {data.shape} and {label.dtype} {label_key} {label.shape}; "
+                f"CIFAR batch {name} has {_described(data)} data and {_described(batch.get(label_key))} {label_key}; "
                 f"expected uint8 (samples, {3 * 32 * 32}) and an integer per sample; unpack the archive anew"
             )
         images.append(torch.from_numpy(data.copy()).view(-1, 3, 32, 32))
-        labels.append(torch.from_numpy(label.astype(np.int64)))
+        labels.append(torch.from_numpy(label))
     return torch.cat(images), torch.cat(labels)
+
+
+def _whole_numbers(labels: Any) -> np.ndarray | None:
+    """A flat list or array of whole numbers as int64; None where it is something else."""
+    if isinstance(labels, list) and all(isinstance(label, int | np.integer) for label in labels):
+        labels = np.array(labels)
+    if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu" or labels.ndim != 1:
+        return None
+    return labels.astype(np.int64)
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape}"
+    return f"{len(value)} of a {type(value).__name__}" if isinstance(value, list) else type(value).__name__

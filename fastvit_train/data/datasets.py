@@ -14,7 +14,7 @@ from torch import Tensor
 from fastvit_train.config import DataConfig
 from fastvit_train.data import cifar, folder, idx
 from fastvit_train.data.augment import generator
-from fastvit_train.errors import UserError
+from fastvit_train.errors import UserError, printable
 
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -144,11 +144,16 @@ def _folder(config: DataConfig, image_size: int) -> DatasetSpec:
     listing = folder.list_images(root)
     splits = folder.load(listing, image_size, config.stream)
     train, test = (Split(images, labels) for images, labels in splits)
-    return DatasetSpec(root.resolve().name, listing.classes, train, test, listing.test_name)
+    return DatasetSpec(printable(root.resolve().name), listing.classes, train, test, listing.test_name)
 
 
 def _synthetic(image_size: int) -> DatasetSpec:
     """Noise around one random pattern per class: learnable, any size, nothing to load; 4,096 + 1,024 images."""
+    needed = (4096 + 1024) * 3 * image_size**2
+    if needed > (free := folder.free_memory()):
+        raise UserError(
+            f"synthetic images of {image_size} pixels take {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+        )
     stream = generator(0, "synthetic")
     patterns = F.interpolate(torch.rand(10, 3, 4, 4, generator=stream), image_size, mode="bilinear")
 

@@ -16,6 +16,7 @@ from fastvit_train.errors import UserError
 
 TIMEOUT_SECONDS = 30
 CHUNK_BYTES = 1 << 18
+MAX_BYTES = 1 << 29
 
 
 def md5_of(path: Path) -> str:
@@ -68,5 +69,7 @@ def _fetch(url: str, target: Path) -> None:
 def _copy(source: IO[bytes], target: IO[bytes], progress: Progress, title: str, total: int | None) -> None:
     task = progress.add_task(title, total=total)
     while chunk := source.read(CHUNK_BYTES):
+        if target.tell() + len(chunk) > MAX_BYTES:
+            raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
         target.write(chunk)
         progress.update(task, advance=len(chunk))

@@ -101,11 +101,15 @@ def load(listing: Listing, image_size: int, stream: str) -> tuple[Part, Part]:
     """
     num_images = len(listing.train[0]) + len(listing.test[0])
     needed = num_images * 3 * image_size**2
-    too_large = stream == "auto" and needed > _free_memory() / 2
+    too_large = stream == "auto" and needed > free_memory() / 2
     if too_large:
         log.warning("%d images of %d pixels take %.1f GB: streaming from disk", num_images, image_size, needed / 1e9)
     if too_large or stream == "always":
         return listing.train, listing.test
+    if needed > (free := free_memory()):
+        raise UserError(
+            f"{num_images} images take {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; give --stream always"
+        )
     cache = _cache_path(listing, image_size)
     tensors = _read_cache(cache)
     if tensors is None:
@@ -117,7 +121,7 @@ def load(listing: Listing, image_size: int, stream: str) -> tuple[Part, Part]:
     return (tensors["train"], listing.train[1]), (tensors["test"], listing.test[1])
 
 
-def _free_memory() -> int:
+def free_memory() -> int:
     """Bytes that this process may count on: its share of the host's, or its GPU's where that is less."""
     host = psutil.virtual_memory().available // local_processes()
     return min(host, torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else host

@@ -1,6 +1,7 @@
 """MNIST-style idx files, raw or gzipped (format: http://yann.lecun.com/exdb/mnist/)."""
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
@@ -20,6 +21,7 @@ MD5 = {
     "t10k-labels-idx1-ubyte": "bb300cfdad3c16e7a12a480ee83cd310",
 }
 UNSIGNED_BYTE = 8
+MAX_BYTES = 1 << 28
 
 
 def load_pair(part: str, data_dir: Path, url: str | None) -> tuple[Tensor, Tensor]:
@@ -52,15 +54,18 @@ def _find(name: str, data_dir: Path, url: str | None) -> Path:
 def read(path: Path, ndim: int) -> Tensor:
     """An idx file of unsigned bytes with `ndim` dimensions, as a uint8 tensor; UserError where it is none."""
     try:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        zeros, kind, dims = struct.unpack_from(">HBB", content)
-        shape = struct.unpack_from(f">{dims}I", content, 4)
-    except (OSError, EOFError, zlib.error, struct.error) as error:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            zeros, kind, dims = struct.unpack(">HBB", file.read(4))
+            if zeros != 0 or kind != UNSIGNED_BYTE or dims != ndim:
+                raise ValueError(f"it is no idx file of unsigned bytes in {ndim} dimensions")
+            shape = struct.unpack(f">{dims}I", file.read(4 * dims))
+            expected = math.prod(shape)
+            if expected > MAX_BYTES:
+                raise ValueError(f"its header says {expected:,} bytes; allowed are {MAX_BYTES:,}")
+            data = file.read(expected + 1)  # one more would show, and its end checks a gzip file's checksum
+    except (OSError, ValueError, EOFError, zlib.error, struct.error) as error:
         raise UserError(f"{path} can't be read as an idx file ({error}); fetch it anew") from None
-    if zeros != 0 or kind != UNSIGNED_BYTE or dims != ndim:
-        raise UserError(f"{path} is no idx file of unsigned bytes in {ndim} dimensions; fetch it anew")
-    found, expected = len(content) - 4 - 4 * dims, int(np.prod(shape, dtype=np.int64))
-    if found != expected:
+    if len(data) != expected:
+        found = len(data) if len(data) < expected else f"more than {expected}"
         raise UserError(f"{path} holds {found} bytes of data, its header says {expected}; fetch it anew")
-    data = np.frombuffer(content, np.uint8, offset=4 + 4 * dims).reshape(shape)
-    return torch.from_numpy(data.copy())
+    return torch.from_numpy(np.frombuffer(data, np.uint8).reshape(shape).copy())

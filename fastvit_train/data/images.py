@@ -2,8 +2,10 @@
 
 import os
 import signal
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from stat import S_ISREG
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from fastvit_train.errors import UserError
+
+# Left to itself, Pillow tries all that it knows, and hands PostScript to another program.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+MAX_FILE_BYTES = 1 << 29
+MAX_PIXELS = 89_478_485  # where Pillow begins to warn: 256 MiB of RGB
 
 
 class Images(Protocol):
@@ -112,16 +119,27 @@ def decode(path: Path, image_size: int) -> Tensor:
     """An image file as uint8 (3, image_size, image_size): shorter side resized, centre cut out.
 
     Raises:
-        UserError: naming the file, where it is truncated or no image.
+        UserError: naming the file, where it is truncated, too large or no image.
     """
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode.startswith("I;16"):  # convert() would clip 16 bits instead of scaling them
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            image = image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} can't be decoded ({error}); replace or remove the file") from None
+        image = _open(path)
+    except Exception as error:  # a damaged file can raise anything in Pillow, running out of memory included
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{path} can't be decoded ({reason}); replace or remove the file") from None
     if image.size != (image_size, image_size):
         image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _open(path: Path) -> Image.Image:
+    """The file's first image, RGB and upright; checked by what its header says before anything is decoded."""
+    stat = path.stat()
+    if not S_ISREG(stat.st_mode) or stat.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"no regular file of up to {MAX_FILE_BYTES:,} bytes")
+    with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as file:
+        if file.width * file.height > MAX_PIXELS:
+            raise ValueError(f"{file.width} x {file.height} pixels; allowed are {MAX_PIXELS:,} in all")
+        image = ImageOps.exif_transpose(file)
+    if image.mode.startswith("I"):  # convert() would clip 16 bits instead of scaling them
+        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
+    return image.convert("RGB")

@@ -12,6 +12,8 @@ from fastvit_train.data.augment import Augment, generator
 from fastvit_train.data.images import Images, to_device
 from fastvit_train.errors import UserError
 
+MOST_PROCESSES_NAMED = 1024
+
 
 @dataclass(frozen=True)
 class Place:
@@ -40,7 +42,8 @@ class Preprocess:
 def check_batch_size(batch_size: int, world_size: int, grad_accum: int) -> None:
     """Raise UserError unless world_size * grad_accum divides batch_size; says which world sizes can."""
     if batch_size % (world_size * grad_accum):
-        allowed = [n for n in range(1, batch_size + 1) if batch_size % (n * grad_accum) == 0]
+        most = min(batch_size, MOST_PROCESSES_NAMED)
+        allowed = [n for n in range(1, most + 1) if batch_size % (n * grad_accum) == 0]
         raise UserError(
             f"--batch-size {batch_size} can't be cut evenly into {world_size} processes x {grad_accum} micro-batches; "
             f"with --grad-accum {grad_accum} it can be among {', '.join(map(str, allowed)) or 'no number of'} processes"

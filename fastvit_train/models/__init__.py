@@ -1,14 +1,15 @@
 """Models by name: ours (registry.py) and timm's own."""
 
 import logging
-import pickle
+import warnings
 from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import psutil
 import timm
-from safetensors import SafetensorError
+import torch
 from timm.models import PretrainedCfg, clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
@@ -38,10 +39,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 NOT_SIZES = ("model", "attention", "weights", "num_classes", "image_size", "patch_init")
-UNREADABLE = (
-    *(RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, OSError),
-    *(ValueError, KeyError, AttributeError, TypeError),
-)
+UNFIT = (RuntimeError, ValueError, TypeError, LookupError)
 
 
 def check_model(name: str) -> None:
@@ -79,6 +77,7 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
     if _cfg_of_name(config.model).fixed_input_size:
         options["img_size"] = image_size
     try:
+        _check_memory(config.model, options)
         model = timm.create_model(config.model, **options)
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         if config.model in OUR_MODELS:
@@ -89,6 +88,16 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
     if config.weights is not None:
         _load_weights(model, Path(config.weights))
     return model
+
+
+def _check_memory(name: str, options: dict[str, Any]) -> None:
+    """Refuse a model whose weights alone are more than there is memory, before any is taken."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        needed = sum(parameter.nbytes for parameter in timm.create_model(name, **options).parameters())
+    if needed > (there := psutil.virtual_memory().total):
+        raise ValueError(
+            f"its weights take {needed / 1e9:,.0f} GB, this machine has {there / 1e9:,.0f}; make it smaller"
+        )
 
 
 def _check_patches(model: nn.Module, config: ModelConfig, image_size: int) -> None:
@@ -106,20 +115,21 @@ def _load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
         raise UserError(f"no weights at {path}; --weights takes a .pth, .pt or .safetensors file")
     try:
-        state_dict = load_state_dict(str(path))
+        with warnings.catch_warnings(action="ignore"):  # about how it was written
+            state_dict = load_state_dict(str(path))
         if "model_state_dict" in state_dict:  # the one common wrapping that timm doesn't know
             state_dict = clean_state_dict(state_dict["model_state_dict"])
         if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()):
             raise ValueError("it holds something else than tensors by name")
-    except UNREADABLE as error:
+    except Exception as error:  # a damaged file can raise anything in torch's reader
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{path} can't be read as weights: {reason}") from None
-    if isinstance(model, ViT):
-        state_dict = checkpoint_filter_fn(state_dict, model)
-    if reset_head_if_other_classes(state_dict, model):
-        log.warning("%s has another number of classes: its classifier is left out and starts afresh", path)
     try:
+        if isinstance(model, ViT):
+            state_dict = checkpoint_filter_fn(state_dict, model)
+        other_classes = reset_head_if_other_classes(state_dict, model)
         model.load_state_dict(state_dict)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path} doesn't fit the model: {reason[:400]}") from None
+    except UNFIT as error:
+        raise UserError(f"{path} doesn't fit the model: {' '.join(str(error).split())[:400]}") from None
+    if other_classes:
+        log.warning("%s has another number of classes: its classifier is left out and starts afresh", path)

@@ -125,6 +125,5 @@ def reset_head_if_other_classes(state_dict: StateDict, model: nn.Module) -> bool
     weight = state_dict.get(f"{name}.weight")
     if weight is None or weight.shape == model.state_dict()[f"{name}.weight"].shape:
         return False
-    for kind in ("weight", "bias"):
-        state_dict[f"{name}.{kind}"] = model.state_dict()[f"{name}.{kind}"]
+    state_dict |= {key: value for key, value in model.state_dict().items() if key.rpartition(".")[0] == name}
     return True

@@ -1,0 +1,136 @@
+"""Inputs that are wrong: how they are made, and how the command line is asked about them."""
+
+import contextlib
+import io
+import re
+import signal
+import struct
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+from conftest import one_line_error
+from hypothesis import strategies as st
+
+from fastvit_train.cli import main
+
+MALFORMED = "malformed inputs, each one line and status 2"
+SECONDS_PER_INPUT = 20
+# Everything is read and checked before anything is written: what is answered with this was well-formed.
+NOT_WRITABLE = "/dev/null/runs"
+WELL_FORMED = re.compile("can't write .*/dev/null/runs/")
+TINY = (
+    *("--depth", "1", "--embed-dim", "8", "--num-heads", "1", "--patch-size", "16", "--attention", "fused"),
+    *("--epochs", "1", "--batch-size", "1000", "--no-telemetry"),
+)
+
+
+class TooSlow(BaseException):
+    """No Exception, so that nothing takes it for a damaged file."""
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Raise TooSlow in what takes longer."""
+
+    def stop(*_: object) -> None:
+        raise TooSlow(f"no answer within {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def answer(*args: object) -> str | None:
+    """The one line that the command is answered with; None where the input was found well-formed.
+
+    Fails on a traceback, another status than 2, a second line, a character that moves the cursor, and a hang.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    try:
+        with (
+            within(SECONDS_PER_INPUT),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("error", UserWarning)  # which would be another line
+            warnings.simplefilter("error", RuntimeWarning)
+            main([str(arg) for arg in args])
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            return None
+        assert stop.code == 2, (args, stop.code, err.getvalue())
+    else:
+        return None
+    line = one_line_error(err.getvalue())
+    assert err.getvalue() == f"fastvit_train: error: {line}\n" and line.isprintable(), (args, err.getvalue())
+    return None if WELL_FORMED.match(line) else line
+
+
+def asked(count: Callable[..., None], *args: object) -> bool:
+    """Ask, and count the input where it was malformed; True then."""
+    line = answer(*args)
+    if line is not None:
+        count(MALFORMED)
+    return line is not None
+
+
+def for_each(strategy: st.SearchStrategy[Any], examples: int, seed: int, check: Callable[[Any], None]) -> None:
+    """Check `examples` inputs of hypothesis' making, the same ones for the same seed."""
+    quiet = hypothesis.settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        derandomize=False,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=(hypothesis.Phase.generate, hypothesis.Phase.shrink),
+    )
+    hypothesis.seed(seed)(quiet(hypothesis.given(strategy)(lambda value: check(value))))()
+
+
+def mutated(content: bytes) -> st.SearchStrategy[bytes]:
+    """`content` with one to three things wrong with it, most often near its start, where headers are."""
+    places = st.one_of(st.integers(0, min(64, len(content) - 1)), st.integers(0, len(content) - 1))
+    extremes = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
+    lies = [struct.pack(f"{order}I", value) for order in "<>" for value in extremes]
+    change = st.one_of(
+        st.tuples(st.just("cut"), places, st.none()),
+        st.tuples(st.just("flip"), places, st.integers(0, 7)),
+        st.tuples(st.just("overwrite"), places, st.sampled_from(lies) | st.binary(min_size=1, max_size=16)),
+        st.tuples(st.just("insert"), places, st.binary(min_size=1, max_size=16)),
+        st.tuples(st.just("remove"), places, st.integers(1, 32)),
+    )
+    return st.lists(change, min_size=1, max_size=3).map(lambda changes: _changed(content, changes))
+
+
+def _changed(content: bytes, changes: list[tuple[str, int, Any]]) -> bytes:
+    data = bytearray(content)
+    for what, place, how in changes:
+        if what == "cut":
+            del data[place:]
+        elif what == "flip" and place < len(data):
+            data[place] ^= 1 << how
+        elif what == "overwrite":
+            data[place : place + len(how)] = how
+        elif what == "insert":
+            data[place:place] = how
+        elif what == "remove":
+            del data[place : place + how]
+    return bytes(data)
+
+
+class Evil:
+    """A pickle that creates the file `marker` when it is loaded."""
+
+    def __init__(self, marker: Path) -> None:
+        self._marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return exec, (f"open({str(self._marker)!r}, 'w')",)
