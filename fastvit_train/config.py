@@ -121,6 +121,8 @@ class RunConfig:
     """of the weights, the order and the augmentation"""
     compile: bool = False
     """torch.compile the model; what compiling takes is reported apart"""
+    deterministic: bool = False
+    """same bits on every run, on a GPU too; slower"""
     save_every: int = 0
     """checkpoint every so many optimizer steps, besides at every epoch's end"""
     save_model_every: int = 0
@@ -148,6 +150,7 @@ class TrainConfig:
 # What may change between a run and its resumption.
 NOT_COMPARED = frozenset(
     {"recipe", "exp_name", "runs_dir", "data_dir", "data_url", "stream", "weights", "attention", "compile"}
+    | {"deterministic"}
     | {"eval_batch_size", "save_every", "save_model_every", "stop_after", "track", "telemetry"}
 )
 

@@ -103,9 +103,10 @@ def _gpu_words(metrics: dict[str, Any]) -> str:
 
 
 def write_weights(job: Job, name: str) -> None:
-    """The weights as safetensors in the run's folder."""
+    """The weights as safetensors in the run's folder; to be called on every process, as each may hold a part."""
+    whole = job.accelerator.get_state_dict(job.model)
     if job.accelerator.is_main_process:
-        weights = {key: value.contiguous().cpu() for key, value in job.bare_model.state_dict().items()}
+        weights = {key: value.contiguous().cpu() for key, value in whole.items()}
         partial = job.folder.root / f".{name}.partial"
         save_file(weights, partial, {"format": "pt"})
         partial.replace(job.folder.root / name)

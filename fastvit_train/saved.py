@@ -47,7 +47,8 @@ def evaluate_run(run: Path, attention: str | None = None, data_dir: str | None =
     if name in COMPILING:
         with accelerator.autocast():
             warm_up(model, 0, loader.batch_size, image_size(config), accelerator.device)
-    result = evaluate(accelerator.prepare(model), loader, accelerator)
+    model = accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
+    result = evaluate(model, loader, accelerator)
     Log(accelerator.is_main_process).line(
         f"{run}: {dataset.name} ({dataset.evaluated_on}, {result.samples:,} images) accuracy {result.accuracy:.2%}, "
         f"loss {result.loss:.6f}, attention {name}"

@@ -10,7 +10,7 @@ from accelerate.utils import broadcast_object_list, set_seed
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from fastvit_train import checkpoint, launch, memory, optim
+from fastvit_train import checkpoint, launch, memory, optim, parallel
 from fastvit_train.checkpoint import Progress
 from fastvit_train.config import TrainConfig, validate
 from fastvit_train.data.datasets import DatasetSpec, Split, check_labels, load_dataset
@@ -24,6 +24,7 @@ from fastvit_train.models import (
     compile_model,
     native_image_size,
     pick_attention,
+    plain_attention,
     pretrained_cfg,
     set_attention,
     warm_up,
@@ -86,6 +87,8 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     threads = launch.use_all_cores()
     folder = RunFolder(Path(config.run.runs_dir) / str(config.run.exp_name))
     launch.check_compiled_once(config.run.compile)
+    if config.run.deterministic:
+        launch.be_deterministic()
     accelerator = launch.start(config.optim.grad_accum, config.run.track, folder.root)
     if accelerator.device.type == "cpu":
         memory.keep_freed()
@@ -109,7 +112,8 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
     micro_batch = batch_size // accelerator.num_processes // config.optim.grad_accum
     said: list[str] = []
     if config.model.attention == AUTO:
-        name, said = choose_attention(model, micro_batch, image_size(config), accelerator)
+        measure = not config.run.deterministic  # what is fastest differs from run to run, and rounds differently
+        name, said = choose_attention(model, micro_batch, image_size(config), accelerator, measure)
         config = replace(config, model=replace(config.model, attention=name))
     place = Place(accelerator.device, accelerator.process_index, accelerator.num_processes)
     train_loader = build_train_loader(config, dataset, model, batch_size, place)
@@ -118,8 +122,7 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
         compile_model(model, graphed=cuda_graphs_serve(config, accelerator))
     optimizer = optim.build_optimizer(model, config.optim)
     scheduler = optim.build_schedule(optimizer, config.optim, config.run.epochs, train_loader.steps_per_epoch)
-    launch.broadcast_only_what_changes(accelerator, model)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = parallel.prepare(accelerator, model, optimizer)
     compile_seconds = None
     if config.run.compile or config.model.attention in COMPILING:
         compile_seconds = warm_up(model, micro_batch, eval_loader.batch_size, image_size(config), place.device)
@@ -158,14 +161,14 @@ def cuda_graphs_serve(config: TrainConfig, accelerator: Accelerator) -> bool:
 
 
 def choose_attention(
-    model: nn.Module, micro_batch: int, image_size: int, accelerator: Accelerator
+    model: nn.Module, micro_batch: int, image_size: int, accelerator: Accelerator, measure: bool = True
 ) -> tuple[str, list[str]]:
     """Put the attention that is fastest here into `model`; returns its name and what was measured, in words.
 
-    The first process decides for all: a run computes in one way.
+    The first process decides for all: a run computes in one way. Where it is not to measure, it is always the same one.
     """
-    found: list[Any] = [None]
-    if accelerator.is_main_process:
+    found: list[Any] = [(plain_attention(model), [])]
+    if accelerator.is_main_process and measure:
         with accelerator.autocast():
             found = [pick_attention(model, micro_batch, image_size, accelerator.device)]
     name, said = broadcast_object_list(found)[0]

@@ -7,7 +7,7 @@ import re
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -74,11 +74,16 @@ def small_config(tmp_path: Path) -> Callable[..., TrainConfig]:
     return config
 
 
-def launch(*args: object, processes: int = 1, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run `accelerate launch -m fastvit_train ARGS` as a user would, in a process of its own."""
-    multi = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *multi, "-m", "fastvit_train"]
-    return run([*command, *map(str, args)], cwd, **env)
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+
+
+def launch(
+    *args: object, processes: int = 1, before: Sequence[object] = (), cwd: Path | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `accelerate launch BEFORE -m fastvit_train ARGS` as a user would, in a process of its own."""
+    multi = ["--multi_gpu", "--num_processes", processes] if processes > 1 else []
+    command = [*ACCELERATE, "launch", *multi, *before, "-m", "fastvit_train", *args]
+    return run([*map(str, command)], cwd, **env)
 
 
 def run(command: list[str], cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,72 @@
+"""How the processes share a model: DDP's settings, and what FSDP2 can train."""
+
+import math
+import warnings
+from dataclasses import replace
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from torch import nn
+
+from fastvit_train.errors import UserError
+from fastvit_train.muon import Muon
+
+ONE_BUCKET_MIB = 25
+"""up to so much, all gradients are summed at once; beyond it, those of the last layers while the others are computed"""
+
+SHARDED = (torch.optim.Adam, torch.optim.AdamW, Muon)
+"""optimizers that update a part of a matrix as they would the whole"""
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """`model` and `optimizer` as this launch trains them: as they are, each process a copy (DDP) or a part (FSDP2).
+
+    Raises:
+        UserError: where they can't be trained in parts.
+    """
+    if accelerator.distributed_type == DistributedType.FSDP:
+        check_shardable(accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap, model, optimizer)
+        _keep_sums_exact(accelerator)
+    accelerator.ddp_handler = ddp_settings(model, accelerator.gradient_accumulation_steps)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # accelerate doesn't know the new name
+        return accelerator.prepare(model, optimizer)
+
+
+def ddp_settings(model: nn.Module, grad_accum: int) -> DistributedDataParallelKwargs:
+    """All that DDP can be told of `model` beforehand, so that no step has to find it out."""
+    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return DistributedDataParallelKwargs(
+        broadcast_buffers=norms,  # before every forward pass; training changes no others
+        bucket_cap_mb=min(math.ceil(gradients / 2**20), ONE_BUCKET_MIB),
+        gradient_as_bucket_view=True,
+        static_graph=grad_accum == 1,  # else it fails or stops summing: pytorch #143580
+    )
+
+
+def check_shardable(blocks: list[str] | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise UserError where FSDP2 can't train `model`, cut at its `blocks` (class names), with `optimizer`."""
+    missing = set(blocks or ()) - {type(module).__name__ for module in model.modules()}
+    if missing:
+        raise UserError(
+            f"the model has no {', '.join(sorted(missing))} to shard by; "
+            "set fsdp_transformer_layer_cls_to_wrap to the class of its blocks, "
+            "or take DDP: accelerate_configs/multi_gpu.yaml"
+        )
+    if not isinstance(optimizer, SHARDED):
+        raise UserError(
+            f"optimizer {type(optimizer).__name__} can't update sharded weights; allowed: adam, adamw, muon, nmuon; "
+            "or take DDP: accelerate_configs/multi_gpu.yaml"
+        )
+
+
+def _keep_sums_exact(accelerator: Accelerator) -> None:
+    """Sum gradients and compute the loss in fp32, as DDP does; accelerate's policy takes the low precision for both."""
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        exact = {"reduce_dtype": torch.float32, "output_dtype": torch.float32}
+        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **exact)
