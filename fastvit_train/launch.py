@@ -10,6 +10,8 @@ from typing import TypeVar, cast
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
 
 from fastvit_train.data.images import local_processes
@@ -115,29 +117,34 @@ def check_precision() -> None:
 
 
 def check_joined(seen: int) -> None:
-    """Raise UserError unless as many processes have joined up, `seen`, as the launch asked for."""
+    """Raise UserError unless as many processes have joined up, `seen`, as were started and as were asked for."""
     instead = "start them with `accelerate launch --multi_gpu --num_processes N`, on a CPU machine too"
     if _launched() != seen:
         raise UserError(f"the launch started {_launched()} processes, but this one sees {seen}; {instead}")
-    if seen == 1 and _alone_by_mistake():
+    asked = _asked_for()
+    if asked not in (None, seen):
         raise UserError(
-            "the launch asks for several processes, but for --cpu, MULTI_CPU and 'NO' accelerate starts one; " + instead
+            f"the launch asks for {asked} processes and accelerate started {seen}, as it does for --cpu, MULTI_CPU, "
+            f"'NO' and a number that the machines don't divide; {instead}"
         )
 
 
-def _alone_by_mistake() -> bool:
-    """True where accelerate's launcher was asked for several processes and started only this one.
-
-    It names a meeting point for them all the same, which the launcher itself was not given.
-    """
-    if "ACCELERATE_USE_CPU" not in os.environ:  # only that way of starting sets it
-        return False
+def _asked_for() -> int | None:
+    """The processes on all machines that accelerate's launcher was told to start; None where it was told no number."""
     try:
         launcher = psutil.Process().parent()
-        given = launcher.environ() if launcher else os.environ
+        words = launcher.cmdline() if launcher and under_launcher() else []
     except psutil.Error:
-        return False
-    return any(os.environ.get(name) != given.get(name) for name in ("MASTER_ADDR", "MASTER_PORT"))
+        return None
+    if "launch" not in words:
+        return None
+    told, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
+    if told.num_processes is not None or (told.cpu and told.config_file is None):
+        return told.num_processes
+    try:
+        return load_config_from_file(told.config_file).num_processes
+    except (OSError, ValueError):
+        return None
 
 
 def sharded() -> bool:

@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from dataclasses import replace
 
 import torch
 from accelerate import Accelerator
@@ -28,8 +27,11 @@ def prepare(
         UserError: where they can't be trained in parts.
     """
     if accelerator.distributed_type == DistributedType.FSDP:
-        check_shardable(accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap, model, optimizer)
-        _keep_sums_exact(accelerator)
+        plugin = accelerator.state.fsdp_plugin
+        check_shardable(plugin.transformer_cls_names_to_wrap, model, optimizer)
+        # Weights and their sums in fp32 under autocast, as in one process, instead of everything in low precision.
+        plugin.mixed_precision_policy = None
+        model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     accelerator.ddp_handler = ddp_settings(model, accelerator.gradient_accumulation_steps)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # accelerate doesn't know the new name
@@ -62,11 +64,3 @@ def check_shardable(blocks: list[str] | None, model: nn.Module, optimizer: torch
             f"optimizer {type(optimizer).__name__} can't update sharded weights; allowed: adam, adamw, muon, nmuon; "
             "or take DDP: accelerate_configs/multi_gpu.yaml"
         )
-
-
-def _keep_sums_exact(accelerator: Accelerator) -> None:
-    """Sum gradients and compute the loss in fp32, as DDP does; accelerate's policy takes the low precision for both."""
-    plugin = accelerator.state.fsdp_plugin
-    if plugin.mixed_precision_policy is not None:
-        exact = {"reduce_dtype": torch.float32, "output_dtype": torch.float32}
-        plugin.mixed_precision_policy = replace(plugin.mixed_precision_policy, **exact)

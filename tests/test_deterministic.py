@@ -32,7 +32,6 @@ def same_weights(first: Path, second: Path) -> bool:
 def test_it_sets_the_switches_and_measures_no_attention(small_config: SmallConfig, tmp_path: Path) -> None:
     torch.backends.cudnn.benchmark = True
     settings = {"deterministic": True, "attention": "auto", "epochs": 1, "crop": "resized", "cutout": 4}
-    settings |= {"model": "cct_2_3x2_32", "embed_dim": None, "num_heads": None, "patch_size": None, "depth": None}
     summaries = [fit(small_config(exp_name=name, **settings)) for name in ("first", "second")]
     assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark

@@ -58,11 +58,16 @@ def test_two_processes_and_accumulated_batches_are_one_run_and_sum_gradients_onc
     runs = tmp_path / "runs"
     fit(small_config(exp_name="alone", stop_after=1, **AUGMENTED))
     variants = [{"exp_name": f"x{accum}", "grad_accum": accum} for accum in (1, 2, 4)]
+    variants.append({"exp_name": "x1", "stop_after": 2, "resume": "must"})
     common = {"runs_dir": str(runs), "stop_after": 1}
     summed = train_in_several("multi_cpu.yaml", 2, *({**common, **variant} for variant in variants))
-    for variant in variants:
-        assert_same_run(runs / variant["exp_name"], runs / "alone", steps=5)
-    assert summed == [5, 5, 5]
+    assert summed == [5, 5, 5, 5]
+    for name in ("x2", "x4"):
+        assert_same_run(runs / name, runs / "alone", steps=5)
+    fit(small_config(exp_name="alone", stop_after=2, **AUGMENTED), resume="must")
+    assert_same_run(runs / "x1", runs / "alone", steps=10)
+    states = [torch.load(runs / f"x2/checkpoints/last/random_states_{n}.pkl", weights_only=False) for n in (0, 1)]
+    assert not torch.equal(*(state["torch_manual_seed"] for state in states)), "both ranks drop the same"
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from conftest import ROOT, launch, one_line_error
 
 import fastvit_train.launch
 from fastvit_train.errors import UserError
-from fastvit_train.launch import start
+from fastvit_train.launch import check_joined, start
 from fastvit_train.parallel import check_shardable
 
 CONFIGS = ROOT / "accelerate_configs"
@@ -73,7 +73,7 @@ def test_a_launch_whose_processes_did_not_find_each_other_is_refused(
 
 def test_several_processes_asked_for_and_one_started_is_refused(tmp_path: Path) -> None:
     result = launch("--runs-dir", tmp_path / "runs", before=("--cpu", "--num_processes", 2))
-    assert result.returncode != 0 and "asks for several processes" in one_line_error(result.stderr)
+    assert result.returncode != 0 and "asks for 2 processes and accelerate started 1" in one_line_error(result.stderr)
     assert "--multi_gpu --num_processes N" in one_line_error(result.stderr)
     assert "fastvit_train/" not in result.stderr and not (tmp_path / "runs").exists()
 
@@ -83,7 +83,15 @@ def test_files_that_ask_for_several_processes_in_vain_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     launched_with(monkeypatch, "--config_file", written(tmp_path, distributed_type=kind, num_processes=2, use_cpu=True))
-    assert "asks for several processes" in complaint(tmp_path)
+    assert "asks for 2 processes and accelerate started 1" in complaint(tmp_path)
+
+
+def test_a_number_that_the_machines_do_not_divide_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = ("--config_file", CONFIGS / "multi_node.yaml", "--num_processes", 5, "--mixed_precision", "no")
+    launched_with(monkeypatch, *flags, "--machine_rank", 1)
+    with pytest.raises(UserError, match="asks for 5 processes and accelerate started 4"):
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        check_joined(4)
 
 
 @pytest.mark.parametrize("flags", [("--num_processes", 1), ("--cpu", "--num_processes", 1)])
