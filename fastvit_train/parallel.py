@@ -2,12 +2,15 @@
 
 import math
 import warnings
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from torch import nn
 
+from fastvit_train.checkpoint import DAMAGED
 from fastvit_train.errors import UserError
 from fastvit_train.muon import Muon
 
@@ -64,3 +67,21 @@ def check_shardable(blocks: list[str] | None, model: nn.Module, optimizer: torch
             f"optimizer {type(optimizer).__name__} can't update sharded weights; allowed: adam, adamw, muon, nmuon; "
             "or take DDP: accelerate_configs/multi_gpu.yaml"
         )
+
+
+def check_checkpoint(path: Path, accelerator: Accelerator) -> None:
+    """Raise UserError where the checkpoint in folder `path` was not written as this launch trains, sharded or whole.
+
+    Of a sharded one only the first process reads the weights, and the others would wait for what it can't read.
+    """
+    files = [path / f"{FSDP_MODEL_NAME}.bin", path / f"{OPTIMIZER_NAME}.bin"]
+    sharded = accelerator.distributed_type == DistributedType.FSDP
+    if sharded != files[0].is_file():
+        was, config = ("whole", "multi_gpu.yaml") if sharded else ("sharded", "fsdp2.yaml")
+        raise UserError(f"{path} was written {was}; go on as it began, with accelerate_configs/{config}")
+    if sharded and accelerator.is_main_process:
+        try:
+            for file in files:
+                torch.load(file, weights_only=True)
+        except DAMAGED as error:
+            raise UserError(f"checkpoint {path} can't be read ({error}); start over with --overwrite") from None

@@ -130,6 +130,8 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool) -> Job:
 
     progress = Progress()
     if resuming:
+        last = folder.checkpoints / "last"
+        launch.everywhere(accelerator, lambda: parallel.check_checkpoint(last, accelerator))
         progress = launch.everywhere(
             accelerator, lambda: checkpoint.load(folder.checkpoints, accelerator, scheduler, dataset.identity())
         )

@@ -1,14 +1,18 @@
 """Real processes, started as a user starts them."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import psutil
 import pytest
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from conftest import ROOT, launch, one_line_error, write_folder
 
 from fastvit_train.tracking import read_rows
 
+MODULE = "fastvit_train"
 CORES = psutil.cpu_count(logical=False)
 
 
@@ -85,3 +89,16 @@ def test_accelerate_reads_every_launch_configuration(name: str) -> None:
 
     config = load_config_from_file(str(ROOT / "accelerate_configs" / name))
     assert config.num_processes >= 1 and config.mixed_precision in ("no", "bf16", "fp16")
+    assert f"\n| `{name}` | " in (ROOT / "README.md").read_text()
+
+
+def test_the_readmes_two_launches_meet_on_the_first_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    commands = [line for block in blocks for line in block.splitlines() if line.startswith("accelerate launch ")]
+    parsed = [launch_command_parser().parse_args(shlex.split(command)[2:]) for command in commands]
+    args = [_validate_launch_command(each)[0] for each in parsed]
+    assert [each.machine_rank for each in args] == [0, 1]
+    for each in args:
+        assert (each.multi_gpu, each.num_machines, each.num_processes, each.training_script) == (True, 2, 16, MODULE)
+        assert (each.main_process_ip, each.main_process_port) == ("10.0.0.1", 29500)

@@ -6,16 +6,19 @@ import socket
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from conftest import ACCELERATE, ROOT, run
 from safetensors.torch import load_file
 from torch import nn
 
 from fastvit_train.config import TrainConfig
-from fastvit_train.parallel import ddp_settings
+from fastvit_train.errors import UserError
+from fastvit_train.parallel import check_checkpoint, ddp_settings
 from fastvit_train.tracking import read_rows
 from fastvit_train.train import fit
 
@@ -23,12 +26,13 @@ CONFIGS = ROOT / "accelerate_configs"
 SmallConfig = Callable[..., TrainConfig]
 TINY = {"batch_size": 240, "embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "attention": "fused"}
 """what small_config has"""
+WITHOUT_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="shards on CPUs")
 AUGMENTED = {"crop": "shift", "shift": 2, "cutout": 4, "flip": "random", "epochs": 3}
 
 
-def train_in_several(file: str, processes: int, *runs: dict[str, Any]) -> list[int]:
+def train_in_several(file: str, processes: int, *runs: dict[str, Any], precision: str = "no") -> list[int]:
     """Train `runs` one after the other in one launch with a file of ours; returns how many buckets each summed."""
-    flags = ["--config_file", str(CONFIGS / file), "--num_processes", str(processes), "--mixed_precision", "no"]
+    flags = ["--config_file", str(CONFIGS / file), "--num_processes", str(processes), "--mixed_precision", precision]
     listed = json.dumps([{**TINY, **AUGMENTED, **settings} for settings in runs])
     script = str(ROOT / "tests" / "many_runs.py")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
@@ -58,10 +62,11 @@ def test_two_processes_and_accumulated_batches_are_one_run_and_sum_gradients_onc
     runs = tmp_path / "runs"
     fit(small_config(exp_name="alone", stop_after=1, **AUGMENTED))
     variants = [{"exp_name": f"x{accum}", "grad_accum": accum} for accum in (1, 2, 4)]
+    variants.append({"exp_name": "wide", "embed_dim": 128, "depth": 4})  # 3 MiB, which torch would sum in two parts
     variants.append({"exp_name": "x1", "stop_after": 2, "resume": "must"})
     common = {"runs_dir": str(runs), "stop_after": 1}
     summed = train_in_several("multi_cpu.yaml", 2, *({**common, **variant} for variant in variants))
-    assert summed == [5, 5, 5, 5]
+    assert summed == [5, 5, 5, 5, 5]
     for name in ("x2", "x4"):
         assert_same_run(runs / name, runs / "alone", steps=5)
     fit(small_config(exp_name="alone", stop_after=2, **AUGMENTED), resume="must")
@@ -81,16 +86,20 @@ def test_four_processes_are_one_run(small_config: SmallConfig, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_compiled_in_two_processes_is_the_same_run(small_config: SmallConfig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("file", "sums"), [("multi_gpu.yaml", 6), pytest.param("fsdp2.yaml", 0, marks=WITHOUT_GPU)])
+def test_compiled_in_two_processes_is_the_same_run(
+    small_config: SmallConfig, tmp_path: Path, file: str, sums: int
+) -> None:
+    """DDP sums once more in the first passes, which compile."""
     fit(small_config(exp_name="alone", stop_after=1, **AUGMENTED))
     common = {"runs_dir": str(tmp_path / "runs"), "stop_after": 1, "compile": True}
     runs = [{**common, "exp_name": "compiled"}, {**common, "exp_name": "x4", "grad_accum": 4}]
-    assert train_in_several("multi_gpu.yaml", 2, *runs) == [6, 6]  # one more in the first passes
+    assert train_in_several(file, 2, *runs) == [sums, sums]
     for name in ("compiled", "x4"):
         assert_same_run(tmp_path / "runs" / name, tmp_path / "runs" / "alone", steps=5)
 
 
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="shards on CPUs, which a machine with GPUs doesn't")
+@WITHOUT_GPU
 @pytest.mark.parametrize("optimizer", ["nmuon", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_sharded_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(
     small_config: SmallConfig, tmp_path: Path, optimizer: str
@@ -110,6 +119,32 @@ def test_sharded_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(
     for name in ("pytorch_model_fsdp.bin", "optimizer.bin"):
         torch.load(last / name, weights_only=True)
     assert not list(last.rglob(".metadata")), "torch unpickles it, whatever is in it"
+
+
+@WITHOUT_GPU
+@pytest.mark.slow
+def test_sharded_in_bf16_computes_what_ddp_does(tmp_path: Path) -> None:
+    common = {"runs_dir": str(tmp_path), "stop_after": 1, "optimizer": "adamw"}
+    train_in_several("fsdp2.yaml", 2, {**common, "exp_name": "sharded"}, precision="bf16")
+    train_in_several("multi_gpu.yaml", 2, {**common, "exp_name": "copies"}, precision="bf16")
+    assert_same_run(tmp_path / "sharded", tmp_path / "copies", steps=5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "files", "message"),
+    [
+        (DistributedType.FSDP, ["model.safetensors", "optimizer.bin"], "written whole; .*/multi_gpu.yaml"),
+        (DistributedType.MULTI_GPU, ["pytorch_model_fsdp.bin", "optimizer.bin"], "written sharded; .*/fsdp2.yaml"),
+        (DistributedType.FSDP, ["pytorch_model_fsdp.bin", "optimizer.bin"], "can't be read"),
+    ],
+)
+def test_a_checkpoint_of_the_other_kind_or_damaged_is_refused_before_the_others_wait(
+    tmp_path: Path, kind: DistributedType, files: list[str], message: str
+) -> None:
+    for name in files:
+        (tmp_path / name).write_bytes(b"no tensors")
+    with pytest.raises(UserError, match=message):
+        check_checkpoint(tmp_path, SimpleNamespace(distributed_type=kind, is_main_process=True))
 
 
 def free_job() -> int:
