@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import accelerate.commands.launch
 import pytest
 import torch
 import yaml
+from accelerate.commands.config import config_args
 from accelerates import launched_with
 from conftest import ROOT, launch, one_line_error
 
@@ -99,6 +101,18 @@ def test_one_process_that_was_asked_for_is_not_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[object, ...]
 ) -> None:
     launched_with(monkeypatch, *flags)
+    start(1, (), tmp_path)
+
+
+def test_the_users_default_file_counts_where_the_launcher_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(written(tmp_path, distributed_type="NO", num_processes=2))
+    for module in (config_args, accelerate.commands.launch):
+        monkeypatch.setattr(module, "default_config_file", path)
+    launched_with(monkeypatch)
+    assert "asks for 2 processes" in complaint(tmp_path)
+    launched_with(monkeypatch, "--cpu")  # with it, it doesn't
     start(1, (), tmp_path)
 
 
