@@ -95,29 +95,34 @@ def _newest_first(folder: Path) -> list[Path]:
 
 
 def load(
-    folder: Path, accelerator: Accelerator, scheduler: Scheduler, data: dict[str, object]
+    folder: Path,
+    accelerator: Accelerator,
+    scheduler: Scheduler,
+    data: dict[str, object],
+    check: Callable[[Path, Accelerator], None],
 ) -> tuple[Progress, list[str]]:
-    """Restore the newest whole checkpoint into everything that was prepared.
+    """Restore the newest whole checkpoint into everything that was prepared; to be called on every process.
+
+    Args:
+        folder: of the checkpoints.
+        accelerator, scheduler: what is restored.
+        data: what must be the same in the checkpoint.
+        check: raises UserError on any process where this launch can't read a checkpoint.
 
     Returns:
         How far it had come, and what is to be said of newer ones that are damaged.
 
     Raises:
-        UserError: where no checkpoint is whole, or the data or the precision is another one now.
+        UserError: on all processes, where no checkpoint is whole, or the data or the precision is another one now.
         RuntimeError: where random state, optimizer or schedule did not come back as they were saved.
     """
-    found: list[Any] = [_newest_whole(folder)] if accelerator.is_main_process else [None]
+    is_main = accelerator.is_main_process
+    found: list[Any] = [launch.everywhere(accelerator, lambda: _newest_whole(folder) if is_main else None)]
     path, complaints = broadcast_object_list(found)[0]
     if path is None:
         raise UserError(f"no checkpoint in {folder} is whole: {'; '.join(complaints)}; start over with --overwrite")
-    try:
-        saved = json.loads((path / PROGRESS_FILE).read_text())
-        progress = Progress(**saved["progress"])
-        _check_same(path, saved, accelerator, data)
-        accelerator.load_state(str(path))
-    except DAMAGED as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path} can't be read ({reason}); start over with --overwrite") from None
+    launch.everywhere(accelerator, lambda: check(path, accelerator))
+    saved, progress = launch.everywhere(accelerator, lambda: _restore(path, accelerator, data))
     if len(saved["rng"]) == accelerator.num_processes and (
         int(_rng_fingerprint()) != saved["rng"][accelerator.process_index]
     ):
@@ -127,6 +132,18 @@ def load(
     if _optimizer_steps(scheduler) != saved["optimizer_steps"]:
         raise RuntimeError(f"the optimizer in {path} did not come back")
     return progress, [f"{complaint}: going on from {path.name}" for complaint in complaints]
+
+
+def _restore(path: Path, accelerator: Accelerator, data: dict[str, object]) -> tuple[dict[str, Any], Progress]:
+    try:
+        saved = json.loads((path / PROGRESS_FILE).read_text())
+        progress = Progress(**saved["progress"])
+        _check_same(path, saved, accelerator, data)
+        accelerator.load_state(str(path))
+        return saved, progress
+    except DAMAGED as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} can't be read ({reason}); start over with --overwrite") from None
 
 
 def _newest_whole(folder: Path) -> tuple[Path | None, list[str]]:

@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 from fastvit_train import optim
 from fastvit_train.errors import UserError
 from fastvit_train.experiments import autocast_dtype
-from fastvit_train.setup import Job, image_size
+from fastvit_train.inputs import image_size
+from fastvit_train.setup import Job
 from fastvit_train.trial import plain_model
 
 NAMESPACES = ("c10d", "_c10d_functional")

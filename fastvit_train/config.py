@@ -124,6 +124,8 @@ class RunConfig:
     """of the weights, the order and the augmentation"""
     compile: bool = False
     """torch.compile the model; what compiling takes is reported apart"""
+    deterministic: bool = False
+    """same bits on every run, on a GPU too; slower"""
     save_every: int = 0
     """checkpoint every so many optimizer steps, besides at every epoch's end"""
     keep: int = 2
@@ -156,6 +158,7 @@ class TrainConfig:
 NOT_COMPARED = frozenset(
     {"recipe", "exp_name", "runs_dir", "data_dir", "data_url", "stream", "weights", "attention", "compile"}
     | {"eval_batch_size", "save_every", "save_model_every", "stop_after", "track", "telemetry", "keep", "on_save_error"}
+    | {"deterministic"}
 )
 
 

@@ -10,13 +10,9 @@ from typing import TypeVar, cast
 import psutil
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import (
-    DistributedDataParallelKwargs,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
-    gather_object,
-)
-from torch import nn
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
 
 from fastvit_train.data.images import local_processes
 from fastvit_train.errors import UserError
@@ -24,14 +20,28 @@ from fastvit_train.errors import UserError
 Result = TypeVar("Result")
 WAIT_FOR_FIRST_PROCESS = timedelta(hours=3)  # while it downloads and decodes
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+OTHER_KINDS = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
+}
+FSDP_NEEDS = {
+    "FSDP_VERSION": ("fsdp_version", "2"),
+    # Loading a sharded one unpickles its metadata, whatever is in it.
+    "FSDP_STATE_DICT_TYPE": ("fsdp_state_dict_type", "FULL_STATE_DICT"),
+}
 
 
 def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelerator:
     """The Accelerator of this process; mixed precision and the number of processes come from the launch.
 
     Raises:
-        UserError: where a tracker isn't installed, or the launch started more processes than joined up.
+        UserError: where a tracker isn't installed, or the launch asks for what this machine or this trainer lacks, or
+            for more processes than joined up.
     """
+    check_kind()
+    check_devices()
+    check_precision()
     # torch.compile would begin on a CPU machine with a warning about a CUDA that it found no runtime of.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
@@ -41,19 +51,14 @@ def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelera
             gradient_accumulation_steps=grad_accum,
             log_with=list(trackers) or None,
             project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
-            kwargs_handlers=[
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-                InitProcessGroupKwargs(timeout=WAIT_FOR_FIRST_PROCESS),
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT_FOR_FIRST_PROCESS)],
         )
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if launched != accelerator.num_processes:
-        raise UserError(
-            f"the launch started {launched} processes, but this one sees {accelerator.num_processes}; "
-            "start them with `accelerate launch --multi_gpu --num_processes N`, on a CPU machine too"
-        )
+    check_joined(accelerator.num_processes)
+    if accelerator.gradient_accumulation_steps != grad_accum:
+        variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
+        raise UserError(f"{variable}={os.environ[variable]} is not --grad-accum {grad_accum}; unset it")
     missing = sorted(
         set(trackers) - {tracker if isinstance(tracker, str) else tracker.value for tracker in accelerator.log_with}
     )
@@ -67,11 +72,103 @@ def part() -> None:
     PartialState().destroy_process_group()
 
 
-def broadcast_only_what_changes(accelerator: Accelerator, model: nn.Module) -> None:
-    """Let DDP broadcast the model's buffers, in every forward pass, only where training changes them: batch norm."""
-    if accelerator.ddp_handler is not None:
-        norms = (isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-        accelerator.ddp_handler.broadcast_buffers = any(norms)
+def check_kind() -> None:
+    """Raise UserError where the launch asks for a kind of training that this trainer doesn't do, or not here."""
+    for variable, kind in OTHER_KINDS.items():
+        if _says_yes(variable):
+            raise UserError(f"{kind} is not served here; allowed are DDP and FSDP2, see accelerate_configs/")
+    if not sharded():
+        return
+    if not torch.accelerator.is_available():  # accelerate would go on with DDP, silently
+        raise UserError("FSDP needs GPUs, and there is none; accelerate_configs/multi_cpu.yaml has what a CPU can do")
+    for variable, (key, needed) in FSDP_NEEDS.items():
+        if os.environ.get(variable, "unset") != needed:
+            value = os.environ.get(variable)
+            raise UserError(f"{key} {value} is not served; set it to {needed}, as accelerate_configs/fsdp2.yaml does")
+
+
+def check_devices() -> None:
+    """Raise UserError where the launch starts more processes on this machine than it has GPUs."""
+    processes, gpus = local_processes(), torch.accelerator.device_count()
+    if torch.accelerator.is_available() and processes > gpus:
+        raise UserError(
+            f"the launch starts {processes} processes on this machine, which has {gpus} "
+            f"GPU{'s' if gpus > 1 else ''}; allowed: up to {gpus} per machine (--num_processes counts all machines')",
+            everywhere=processes == _launched(),  # another machine may have enough
+        )
+
+
+def check_precision() -> None:
+    """Raise UserError where the launch asks for a mixed precision that isn't to be had here.
+
+    accelerate would train in fp32 where fp16 is asked for on a CPU, and let a GPU without bf16 emulate it.
+    """
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if _says_yes("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
+        where, allowed = "a CPU", ["no", "bf16"]
+    elif torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        where, allowed = torch.cuda.get_device_name(), ["no", "fp16"]
+    else:
+        where, allowed = "this GPU", ["no", "fp16", "bf16"]
+    if sharded():
+        where, allowed = f"{where} under FSDP", [name for name in allowed if name != "fp16"]
+    if asked not in allowed:
+        raise UserError(f"mixed precision {asked} can't be had on {where}; allowed: {', '.join(allowed)}")
+
+
+def check_joined(seen: int) -> None:
+    """Raise UserError unless as many processes have joined up, `seen`, as were started and as were asked for."""
+    instead = "start them with `accelerate launch --multi_gpu --num_processes N`, on a CPU machine too"
+    if _launched() != seen:
+        raise UserError(f"the launch started {_launched()} processes, but this one sees {seen}; {instead}")
+    asked = _asked_for()
+    if asked not in (None, seen):
+        raise UserError(
+            f"the launch asks for {asked} processes and accelerate started {seen}, as it does for --cpu, MULTI_CPU, "
+            f"'NO' and a number that the machines don't divide; {instead}"
+        )
+
+
+def _asked_for() -> int | None:
+    """The processes on all machines that accelerate's launcher was told to start; None where it was told no number."""
+    try:
+        launcher = psutil.Process().parent()
+        words = launcher.cmdline() if launcher and under_launcher() else []
+    except psutil.Error:
+        return None
+    if "launch" not in words:
+        return None
+    told, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
+    if told.num_processes is not None or (told.cpu and told.config_file is None):
+        return told.num_processes
+    try:
+        return load_config_from_file(told.config_file).num_processes
+    except (OSError, ValueError):
+        return None
+
+
+def sharded() -> bool:
+    """True where the launch shards the model over the processes (FSDP)."""
+    return _says_yes("ACCELERATE_USE_FSDP")
+
+
+def _launched() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _says_yes(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes", "y", "on")
+
+
+def be_deterministic() -> None:
+    """Let every operator give the same bits on every run; one that can't raises RuntimeError when it is called.
+
+    To be called before the GPU is used: cuBLAS reads its setting when it starts.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
 
 
 def check_compiled_once(compiled: bool) -> None:

@@ -36,8 +36,8 @@ class RunLock:
                 self._take()
                 self._lock.release()
 
-    def acquire(self) -> str | None:
-        """Take the lock; returns what is to be said where one that died left it.
+    def acquire(self) -> list[str]:
+        """Take the lock; returns what is to be said: a line where one that died left it.
 
         Raises:
             UserError: where another process holds it.
@@ -49,8 +49,9 @@ class RunLock:
         own = {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time()}
         (self._root / HOLDER).write_text(json.dumps(own))
         if stale is None:
-            return None
-        return f"the lock of process {stale['pid']} on {stale['host']}, which ended without letting go, is taken over"
+            return []
+        who = f"process {stale['pid']} on {stale['host']}"
+        return [f"the lock of {who}, which ended without letting go, is taken over"]
 
     def release(self) -> None:
         """Let go of the lock, if it is held."""

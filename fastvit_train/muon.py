@@ -10,6 +10,7 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
@@ -85,13 +86,14 @@ class Muon(torch.optim.Optimizer):
         gradients = _gradients(params)
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, averages, group["momentum"]) if group["nesterov"] else averages
-        matrices = torch.stack([average.flatten(1) for average in ahead])
+        matrices = torch.stack([whole(average).flatten(1) for average in ahead])
         batch, rows, columns = matrices.shape
         matrices = matrices.view(batch * group["merged"], rows // group["merged"], columns)
         updates = orthogonalize(matrices, group["ns_steps"])
         scale = 0.2 * max(updates.shape[1:]) ** 0.5
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(params, list(updates.reshape(-1, *params[0].shape)), alpha=-group["lr"] * scale)
+        own = [part(update, p) for update, p in zip(updates.reshape(-1, *params[0].shape), params, strict=True)]
+        torch._foreach_add_(params, own, alpha=-group["lr"] * scale)
 
     def _adamw_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if not params:
@@ -124,6 +126,19 @@ class Muon(torch.optim.Optimizer):
 
 def _gradients(params: list[Tensor]) -> list[Tensor]:
     return [p.grad for p in params if p.grad is not None]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor`; one that the processes hold in parts (FSDP2), put together on each of them."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part(tensor: Tensor, like: Tensor) -> Tensor:
+    """Of a whole `tensor`, the same on every process, the part that this one holds of `like`."""
+    if not isinstance(like, DTensor):
+        return tensor
+    replicated = DTensor.from_local(tensor, like.device_mesh, run_check=False)
+    return replicated.redistribute(placements=like.placements)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -16,6 +16,7 @@ from fastvit_train.collectives import Share
 from fastvit_train.config import TrainConfig
 from fastvit_train.data.loader import Place
 from fastvit_train.errors import UserError
+from fastvit_train.inputs import build_train_loader
 from fastvit_train.plan import (
     ALONE,
     DDP,
@@ -30,8 +31,8 @@ from fastvit_train.plan import (
     row,
     table,
 )
-from fastvit_train.setup import Job, build_train_loader
-from fastvit_train.tracking import write_atomically
+from fastvit_train.setup import Job
+from fastvit_train.storage import write_atomically
 from fastvit_train.trial import bar_of, make_output, timed_epoch, trial
 
 ROUNDS = 3

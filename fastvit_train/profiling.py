@@ -19,8 +19,9 @@ from torch.autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from fastvit_train import memory
+from fastvit_train import launch, memory
 from fastvit_train.config import TrainConfig
+from fastvit_train.errors import UserError
 from fastvit_train.experiments import Candidate, autocast_dtype, measure_candidates
 from fastvit_train.progress import ProgressBar
 from fastvit_train.roofline import count_flops, matmul_ceiling, synchronize
@@ -103,6 +104,8 @@ def profile_run(config: TrainConfig, steps: int, output: Path) -> Profile:
         UserError: for anything wrong with the configuration, the data or the launch, or an `output` that can't be
             written.
     """
+    if launch.sharded():
+        raise UserError("profile measures a model that each process holds whole; launch it without FSDP")
     make_output(output)
     with trial(config, steps) as job:
         result = _measure(job, output / f"trace-rank{job.accelerator.process_index}.json")

@@ -18,9 +18,10 @@ from fastvit_train import launch, memory, storage
 from fastvit_train.config import flatten
 from fastvit_train.errors import UserError, printable
 from fastvit_train.evaluate import Evaluation
+from fastvit_train.inputs import image_size
 from fastvit_train.plots import plot_curves
 from fastvit_train.reading import read_json
-from fastvit_train.setup import Job, image_size
+from fastvit_train.setup import Job
 from fastvit_train.tracking import RunFolder, read_rows
 
 TRACKER_PROJECT = "fastvit_train"
@@ -109,11 +110,15 @@ def _gpu_words(metrics: dict[str, Any]) -> str:
 
 
 def write_weights(job: Job, name: str) -> None:
-    """The weights as safetensors in the run's folder; SaveError on all processes where the disk doesn't take them."""
-    model = job.accelerator.unwrap_model(job.eval_model)
-    weights = {key: value.contiguous().cpu() for key, value in model.state_dict().items()}
+    """The weights as safetensors in the run's folder; to be called on every process, as each may hold a part.
+
+    Raises:
+        SaveError: on all processes, where the disk doesn't take them.
+    """
+    whole = job.accelerator.get_state_dict(job.eval_model)
 
     def write() -> None:
+        weights = {key: value.contiguous().cpu() for key, value in whole.items()}
         partial = job.folder.root / f".{name}.partial"
         with storage.told_of(f"{job.folder.root / name} could not be written"):
             save_file(weights, partial, {"format": "pt"})

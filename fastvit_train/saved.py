@@ -9,10 +9,11 @@ from fastvit_train.data.datasets import DatasetSpec
 from fastvit_train.data.loader import Place
 from fastvit_train.errors import UserError
 from fastvit_train.evaluate import Evaluation, evaluate
+from fastvit_train.inputs import build_eval_loader, image_size, load_data, num_classes
 from fastvit_train.models import build_model, check_attention, warm_up
 from fastvit_train.models.attention import AUTO, COMPILING
 from fastvit_train.reading import read_json
-from fastvit_train.setup import build_eval_loader, choose_attention, image_size, load_data, num_classes, resolve
+from fastvit_train.setup import choose_attention, resolve
 from fastvit_train.tracking import Log, RunFolder
 
 
@@ -47,7 +48,8 @@ def evaluate_run(run: Path, attention: str | None = None, data_dir: str | None =
     if name in COMPILING:
         with accelerator.autocast():
             warm_up(model, 0, loader.batch_size, image_size(config), accelerator.device)
-    result = evaluate(accelerator.prepare(model), loader, accelerator)
+    model = accelerator.prepare_model(model, device_placement=True, evaluation_mode=True)
+    result = evaluate(model, loader, accelerator)
     Log(accelerator.is_main_process).line(
         f"{run}: {dataset.name} ({dataset.evaluated_on}, {result.samples:,} images) accuracy {result.accuracy:.2%}, "
         f"loss {result.loss:.6f}, attention {name}"

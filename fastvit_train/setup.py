@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast_object_list, set_seed
@@ -12,27 +11,24 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fastvit_train import checkpoint, launch, memory, optim
+from fastvit_train import checkpoint, launch, memory, optim, parallel
 from fastvit_train.config import TrainConfig, validate
-from fastvit_train.data.datasets import DatasetSpec, Split, check_labels, load_dataset
-from fastvit_train.data.images import Images, ResidentImages, StreamedImages
-from fastvit_train.data.loader import EvalLoader, Place, Preprocess, TrainLoader, check_batch_size, fit_batch_size
+from fastvit_train.data.datasets import DatasetSpec
+from fastvit_train.data.loader import EvalLoader, Place, TrainLoader, check_batch_size, fit_batch_size
 from fastvit_train.errors import UserError
+from fastvit_train.inputs import build_eval_loader, build_train_loader, image_size, load_data, num_classes, whiten
 from fastvit_train.lock import RunLock
 from fastvit_train.models import (
     build_model,
     check_attention,
     check_model,
     compile_model,
-    native_image_size,
     pick_attention,
-    pretrained_cfg,
+    plain_attention,
     set_attention,
     warm_up,
-    whiten_patches,
 )
 from fastvit_train.models.attention import AUTO, COMPILING
-from fastvit_train.models.whitening import SAMPLES
 from fastvit_train.position import Progress
 from fastvit_train.preemption import StopRequest, Watch
 from fastvit_train.telemetry import Meter
@@ -104,6 +100,8 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool, stop_request: St
     threads = launch.use_all_cores()
     folder = RunFolder(Path(config.run.runs_dir) / str(config.run.exp_name))
     launch.check_compiled_once(config.run.compile)
+    if config.run.deterministic:
+        launch.be_deterministic()
     accelerator = launch.start(config.optim.grad_accum, config.run.track, folder.root)
     if accelerator.device.type == "cpu":
         memory.keep_freed()
@@ -128,7 +126,8 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool, stop_request: St
     micro_batch = batch_size // accelerator.num_processes // config.optim.grad_accum
     said: list[str] = []
     if config.model.attention == AUTO:
-        name, said = choose_attention(model, micro_batch, image_size(config), accelerator)
+        measure = not config.run.deterministic  # what is fastest differs from run to run, and rounds differently
+        name, said = choose_attention(model, micro_batch, image_size(config), accelerator, measure)
         config = replace(config, model=replace(config.model, attention=name))
     place = Place(accelerator.device, accelerator.process_index, accelerator.num_processes)
     train_loader = build_train_loader(config, dataset, model, batch_size, place)
@@ -137,9 +136,8 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool, stop_request: St
         compile_model(model, graphed=cuda_graphs_serve(config, accelerator))
     optimizer = optim.build_optimizer(model, config.optim)
     scheduler = optim.build_schedule(optimizer, config.optim, config.run.epochs, train_loader.steps_per_epoch)
-    launch.broadcast_only_what_changes(accelerator, model)
     ema = build_ema(model, config, accelerator)
-    model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = parallel.prepare(accelerator, model, optimizer)
     if ema is not None:
         accelerator.prepare_model(ema.module, evaluation_mode=True)  # after the model: so are they named when saved
     compile_seconds = None
@@ -149,13 +147,13 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool, stop_request: St
             compile_seconds += warm_up(ema.module, 0, eval_loader.batch_size, image_size(config), place.device)
     memory.forget_peak(accelerator.device)
 
-    lock, stale = launch.everywhere(accelerator, lambda: folder.lock() if log.speaks else (None, None))
-    progress = Progress()
-    damaged: list[str] = []
+    lock, stale = launch.everywhere(accelerator, lambda: folder.lock() if log.speaks else (None, []))
     try:
+        progress = Progress()
+        damaged: list[str] = []
         if resuming:
-            progress, damaged = launch.everywhere(
-                accelerator, lambda: checkpoint.load(folder.checkpoints, accelerator, scheduler, dataset.identity())
+            progress, damaged = checkpoint.load(
+                folder.checkpoints, accelerator, scheduler, dataset.identity(), parallel.check_checkpoint
             )
         launch.everywhere(accelerator, lambda: _open_folder(folder, config, progress, resuming, log))
     except UserError:
@@ -167,21 +165,8 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool, stop_request: St
         batch_size, progress, compile_seconds, Meter(accelerator.device, config.run.telemetry),
         Watch(accelerator, stop_request or StopRequest()), Journal(), ema, lock,
     )  # fmt: skip
-    _introduce(job, threads, resuming, [*said, *([stale] if stale else []), *damaged])
+    _introduce(job, threads, resuming, [*said, *stale, *damaged])
     return job
-
-
-def whiten(model: nn.Module, config: TrainConfig, dataset: DatasetSpec) -> None:
-    """Whiten the patches of `model` by the first of the training images, the same on every process.
-
-    Raises:
-        UserError: where the images are streamed, or the model cuts no patches.
-    """
-    images = dataset.train.images
-    if not isinstance(images, torch.Tensor):
-        raise UserError("--patch-init whiten needs the images in memory; give --patch-init random, or --stream never")
-    here = Place(torch.device("cpu"), rank=0, world_size=1)
-    whiten_patches(model, _preprocess(config, model, here)(images[:SAMPLES]))
 
 
 def cuda_graphs_serve(config: TrainConfig, accelerator: Accelerator) -> bool:
@@ -190,14 +175,14 @@ def cuda_graphs_serve(config: TrainConfig, accelerator: Accelerator) -> bool:
 
 
 def choose_attention(
-    model: nn.Module, micro_batch: int, image_size: int, accelerator: Accelerator
+    model: nn.Module, micro_batch: int, image_size: int, accelerator: Accelerator, measure: bool = True
 ) -> tuple[str, list[str]]:
     """Put the attention that is fastest here into `model`; returns its name and what was measured, in words.
 
-    The first process decides for all: a run computes in one way.
+    The first process decides for all: a run computes in one way. Where it is not to measure, it is always the same one.
     """
-    found: list[Any] = [None]
-    if accelerator.is_main_process:
+    found: list[Any] = [(plain_attention(model), [])]
+    if accelerator.is_main_process and measure:
         with accelerator.autocast():
             found = [pick_attention(model, micro_batch, image_size, accelerator.device)]
     name, said = broadcast_object_list(found)[0]
@@ -218,6 +203,8 @@ def build_ema(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -
     """
     if config.optim.ema is None:
         return None
+    if launch.sharded():
+        raise UserError("--ema needs whole weights, and FSDP shards them; leave it out, or take DDP: multi_gpu.yaml")
     ema = ModelEmaV3(model, config.optim.ema, use_warmup=True)
     if config.run.compile:
         compile_model(ema.module, graphed=cuda_graphs_serve(config, accelerator))
@@ -233,72 +220,6 @@ def _open_folder(folder: RunFolder, config: TrainConfig, progress: Progress, res
     else:
         folder.create(config)
     log.attach(folder.root / "train.log")
-
-
-def load_data(config: TrainConfig, accelerator: Accelerator) -> DatasetSpec:
-    """The data set of a resolved configuration; each machine's first process downloads and decodes for the others.
-
-    Raises:
-        UserError: where it can't be had, or has labels that the model has no output for.
-    """
-
-    def load() -> DatasetSpec:
-        dataset = load_dataset(config.data, image_size(config))
-        labels = torch.cat((dataset.train.labels, dataset.test.labels))
-        check_labels(labels, num_classes(config, dataset), f"{dataset.name}, for a model of this --num-classes,")
-        return dataset
-
-    is_first = accelerator.is_local_main_process
-    first = launch.everywhere(accelerator, lambda: load() if is_first else None)
-    return first or load()
-
-
-def image_size(config: TrainConfig) -> int:
-    """Side of the model's input, pixels."""
-    return config.model.image_size or native_image_size(config.model.model)
-
-
-def num_classes(config: TrainConfig, dataset: DatasetSpec) -> int:
-    """The model's outputs."""
-    return config.model.num_classes or len(dataset.classes)
-
-
-def build_train_loader(
-    config: TrainConfig, dataset: DatasetSpec, model: nn.Module, batch_size: int, place: Place
-) -> TrainLoader:
-    """Batches of the training set as `model` takes them."""
-    return TrainLoader(
-        _open(dataset.train, config, place),
-        dataset.train.labels,
-        config.data,
-        _preprocess(config, model, place),
-        batch_size,
-        config.optim.grad_accum,
-        config.run.seed,
-        place,
-    )
-
-
-def build_eval_loader(config: TrainConfig, dataset: DatasetSpec, model: nn.Module, place: Place) -> EvalLoader:
-    """Batches of the test set as `model` takes them."""
-    return EvalLoader(
-        _open(dataset.test, config, place),
-        dataset.test.labels,
-        _preprocess(config, model, place),
-        config.run.eval_batch_size,
-        place,
-    )
-
-
-def _open(split: Split, config: TrainConfig, place: Place) -> Images:
-    if isinstance(split.images, torch.Tensor):
-        return ResidentImages(split.images, place.device)
-    return StreamedImages(split.images, image_size(config), place.device)
-
-
-def _preprocess(config: TrainConfig, model: nn.Module, place: Place) -> Preprocess:
-    cfg = pretrained_cfg(model)
-    return Preprocess(cfg["mean"], cfg["std"], image_size(config), place.device)
 
 
 def _introduce(job: Job, threads: str, resuming: bool, said: list[str]) -> None:

@@ -107,7 +107,7 @@ class RunFolder:
                     path.unlink()
             storage.write_atomically(self.config, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
 
-    def lock(self) -> tuple[lock.RunLock, str | None]:
+    def lock(self) -> tuple[lock.RunLock, list[str]]:
         """The folder's lock, taken, and what is to be said of it.
 
         Raises:

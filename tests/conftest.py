@@ -8,7 +8,7 @@ import struct
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from fastvit_train.config import TrainConfig, override
 from fastvit_train.recipes import recipe
 
 ROOT = Path(__file__).parents[1]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
 COUNTS: Counter[str] = Counter()
 
 
@@ -93,16 +94,17 @@ def small_config(tmp_path: Path) -> Callable[..., TrainConfig]:
     return config
 
 
-def launch(*args: object, processes: int = 1, cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run `accelerate launch -m fastvit_train ARGS` as a user would, in a process of its own."""
-    return run(launch_command(*args, processes=processes), cwd, **env)
+def launch(
+    *args: object, processes: int = 1, before: Sequence[object] = (), cwd: Path | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `accelerate launch BEFORE -m fastvit_train ARGS` as a user would, in a process of its own."""
+    return run(launch_command(*args, processes=processes, before=before), cwd, **env)
 
 
-def launch_command(*args: object, processes: int = 1, options: tuple[str, ...] = ()) -> list[str]:
-    """`accelerate launch OPTIONS -m fastvit_train ARGS`."""
-    multi = ["--multi_gpu", "--num_processes", str(processes)] if processes > 1 else []
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *multi, *options]
-    return [*launcher, "-m", "fastvit_train", *map(str, args)]
+def launch_command(*args: object, processes: int = 1, before: Sequence[object] = ()) -> list[str]:
+    """`accelerate launch BEFORE -m fastvit_train ARGS`."""
+    multi = ["--multi_gpu", "--num_processes", processes] if processes > 1 else []
+    return [*map(str, (*ACCELERATE, "launch", *multi, *before, "-m", "fastvit_train", *args))]
 
 
 def run(command: list[str], cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:

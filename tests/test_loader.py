@@ -1,5 +1,7 @@
 """Batches: the same for every world size, every sample in its place."""
 
+import random
+
 import pytest
 import torch
 
@@ -20,23 +22,42 @@ def images() -> tuple[ResidentImages, torch.Tensor]:
     return ResidentImages(pixels, CPU), labels
 
 
-def train_loader(rank: int = 0, world_size: int = 1, accum: int = 1, seed: int = 0) -> TrainLoader:
-    config = DataConfig(crop="shift", shift=2, flip="random", cutout=2)
-    return TrainLoader(*images(), config, PREPROCESS, 12, accum, seed, Place(CPU, rank, world_size))
+def train_loader(
+    rank: int = 0, world_size: int = 1, accum: int = 1, seed: int = 0, batch_size: int = 12, **settings: object
+) -> TrainLoader:
+    config = DataConfig(**{"crop": "shift", "shift": 2, "flip": "random", "cutout": 2, **settings})
+    return TrainLoader(*images(), config, PREPROCESS, batch_size, accum, seed, Place(CPU, rank, world_size))
 
 
-@pytest.mark.parametrize(("world_size", "accum"), [(2, 1), (4, 1), (1, 3), (2, 2)])
-def test_ranks_and_micro_batches_share_out_the_same_batches(world_size: int, accum: int) -> None:
-    whole = list(train_loader().micro_batches(epoch=2))
-    assert len(whole) == 4
-    parts = [list(train_loader(rank, world_size, accum).micro_batches(epoch=2)) for rank in range(world_size)]
-    for step, (pixels, labels) in enumerate(whole):
-        micro = [part[step * accum + i] for i in range(accum) for part in parts]
-        assert {len(own) for _, own in micro} == {12 // world_size // accum}
-        got = torch.cat([own for _, own in micro])
-        order = got.argsort()
-        assert torch.equal(got[order], labels.sort().values)
-        assert torch.equal(torch.cat([own for own, _ in micro])[order], pixels[labels.argsort()])
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+@pytest.mark.parametrize("crop", ["none", "shift", "resized"])
+def test_what_all_processes_get_in_a_step_is_the_batch_of_one_process(crop: str, seed: int) -> None:
+    """Row for row and augmented alike, however many processes and micro-batches share it."""
+    draw = random.Random(seed)
+    for _ in range(10):
+        batch_size = draw.choice([12, 16, 24])
+        accum = draw.choice(divisors(batch_size))
+        world_size = draw.choice(divisors(batch_size // accum))
+        settings = {"seed": draw.randrange(100), "batch_size": batch_size, "crop": crop, "cutout": draw.choice([0, 3])}
+        settings["flip"] = draw.choice(["none", "random", "alternating"])
+        epoch, first_step = draw.randrange(5), draw.randrange(COUNT // batch_size)
+        print(world_size, accum, settings, epoch, first_step)
+        whole = list(train_loader(**settings).micro_batches(epoch, first_step))
+        parts = [
+            list(train_loader(rank, world_size, accum, **settings).micro_batches(epoch, first_step))
+            for rank in range(world_size)
+        ]
+        assert {len(part) for part in parts} == {len(whole) * accum}
+        for step, (pixels, labels) in enumerate(whole):
+            for i in range(accum):
+                rows = slice(i * batch_size // accum, (i + 1) * batch_size // accum)
+                for rank, part in enumerate(parts):
+                    own_pixels, own_labels = part[step * accum + i]
+                    assert torch.equal(own_labels, labels[rows][rank::world_size])
+                    assert torch.equal(own_pixels, pixels[rows][rank::world_size])
 
 
 def test_an_epoch_shows_each_sample_at_most_once_and_each_epoch_shuffles_anew() -> None:
@@ -56,18 +77,21 @@ def test_starting_in_the_middle_of_an_epoch_gives_the_rest_of_it() -> None:
         assert torch.equal(a, c) and torch.equal(b, d)
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7])
-@pytest.mark.parametrize("batch_size", [1, 10, 1000])
-def test_evaluation_sees_every_sample_exactly_once(world_size: int, batch_size: int) -> None:
-    seen, shapes = [], set()
-    for rank in range(world_size):
-        loader = EvalLoader(*images(), PREPROCESS, batch_size, Place(CPU, rank, world_size))
-        batches = list(loader)
-        shapes.add((len(batches), *(len(labels) for _, labels, _ in batches)))
-        seen += [labels[mask] for _, labels, mask in batches]
-        assert all(((pixels[:, 0, 0, 0] + 1) * 127.5).round().long().equal(labels) for pixels, labels, _ in batches)
-    assert torch.cat(seen).sort().values.equal(torch.arange(COUNT))
-    assert len(shapes) == 1, "every rank must do the same number of equally large steps"
+def test_evaluation_sees_every_sample_exactly_once(seed: int) -> None:
+    """Whatever the number of processes, the last batch's uneven shares included."""
+    draw = random.Random(seed)
+    pixels, labels = images()
+    drawn = [(draw.randint(1, 60), draw.randint(1, 60)) for _ in range(5)]
+    for world_size, batch_size in [(1, 1000), (2, 27), (7, 1), *drawn]:
+        print(world_size, batch_size)
+        seen, shapes = [], set()
+        for rank in range(world_size):
+            batches = list(EvalLoader(pixels, labels, PREPROCESS, batch_size, Place(CPU, rank, world_size)))
+            shapes.add((len(batches), *(len(own) for _, own, _ in batches)))
+            seen += [own[mask] for _, own, mask in batches]
+            assert all(((own[:, 0, 0, 0] + 1) * 127.5).round().long().equal(number) for own, number, _ in batches)
+        assert torch.cat(seen).sort().values.equal(torch.arange(COUNT))
+        assert len(shapes) == 1, "every rank must do the same number of equally large steps"
 
 
 def test_batch_sizes_that_cannot_be_cut_say_which_world_sizes_can() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fastvit_train.config import ModelConfig
 from fastvit_train.errors import UserError
-from fastvit_train.models.attention import check_attention, pick_attention, set_attention, warm_up
+from fastvit_train.models.attention import check_attention, pick_attention, plain_attention, set_attention, warm_up
 from fastvit_train.models.compiling import compile_model
 from fastvit_train.models.registry import OUR_MODELS
 from fastvit_train.models.vit import ConvTokenizer, ViT
@@ -31,6 +31,7 @@ __all__ = [
     "compile_model",
     "native_image_size",
     "pick_attention",
+    "plain_attention",
     "pretrained_cfg",
     "set_attention",
     "warm_up",

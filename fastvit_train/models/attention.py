@@ -63,6 +63,11 @@ def alternatives(model: nn.Module, name: str) -> list[str]:
     return [other for other in names if other not in (name, AUTO) and not fastvit_kernels.unsuited(other, device)]
 
 
+def plain_attention(model: nn.Module) -> str:
+    """The attention that `model` takes where none is named and nothing is measured."""
+    return "fused" if fastvit_kernels.swappable(model) else TIMM
+
+
 def pick_attention(model: nn.Module, batch_size: int, image_size: int, device: torch.device) -> tuple[str, list[str]]:
     """The attention that trains `model` fastest, measured, and what to say of it, a line per shape.
 
@@ -72,7 +77,7 @@ def pick_attention(model: nn.Module, batch_size: int, image_size: int, device: t
         image_size: side of the input, pixels.
         device: where it will be trained, under the autocast that is on.
     """
-    if not fastvit_kernels.swappable(model):
+    if plain_attention(model) == TIMM:
         return TIMM, [f"attention {TIMM}: the model's own, as the others can't serve it"]
     totals: Counter[str] = Counter()
     choices = []

@@ -115,10 +115,10 @@ def test_a_run_that_is_being_trained_is_refused_to_others_and_a_stale_lock_is_no
     assert not (third.folder / ".holder.json").exists()
 
 
-def start(folder: Path, *args: object, processes: int = 1, options: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
+def start(folder: Path, *args: object, processes: int = 1, before: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
     """A launch of the victims' training as a user starts it, into `folder`; what it says goes into `folder`.out."""
     where = ("--runs-dir", folder.parent, "--exp-name", folder.name)
-    command = launch_command(*where, *SETTINGS, *args, processes=processes, options=options)
+    command = launch_command(*where, *SETTINGS, *args, processes=processes, before=before)
     with folder.with_suffix(".out").open("wb") as log:
         return subprocess.Popen(command, stdout=log, stderr=log, env=environment(OMP_NUM_THREADS="1"))
 
@@ -158,7 +158,7 @@ def test_a_launcher_of_two_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Pa
 
 def test_the_launcher_restarts_a_run_whose_process_was_killed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    launcher = start(folder, "--resume", "auto", processes=2, options=("--max_restarts", "3"))
+    launcher = start(folder, "--resume", "auto", processes=2, before=("--max_restarts", "3"))
     victim = holder(folder, "epoch   1/")
     psutil.Process(victim).kill()
     assert launcher.wait(120) == 0, folder.with_suffix(".out").read_text()

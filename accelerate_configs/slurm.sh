@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Two machines of eight GPUs under SLURM, from a folder that both see:
+#   sbatch accelerate_configs/slurm.sh --recipe fast-cifar10 --exp-name two-machines
+#SBATCH --job-name=fastvit-train
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=01:00:00
+set -euo pipefail
+
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export first port=$((20000 + SLURM_JOB_ID % 10000)) # another job's port may be the same on the same machine
+
+# One launcher per machine; it starts a process per GPU.
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" bash -c 'accelerate launch --config_file accelerate_configs/multi_node.yaml \
+    --num_machines "$SLURM_NNODES" --num_processes "$((SLURM_NNODES * SLURM_GPUS_ON_NODE))" \
+    --machine_rank "$SLURM_NODEID" --main_process_ip "$first" --main_process_port "$port" \
+    -m fastvit_train "$@"' launcher "$@"
