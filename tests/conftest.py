@@ -74,6 +74,8 @@ def small_config(tmp_path: Path) -> Callable[..., TrainConfig]:
     return config
 
 
+ON_CPUS = {"CUDA_VISIBLE_DEVICES": ""}
+"""for several processes: a machine with a GPU may have no second one"""
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
 
 
@@ -83,7 +85,7 @@ def launch(
     """Run `accelerate launch BEFORE -m fastvit_train ARGS` as a user would, in a process of its own."""
     multi = ["--multi_gpu", "--num_processes", processes] if processes > 1 else []
     command = [*ACCELERATE, "launch", *multi, *before, "-m", "fastvit_train", *args]
-    return run([*map(str, command)], cwd, **env)
+    return run([*map(str, command)], cwd, **(ON_CPUS if processes > 1 else {}), **env)
 
 
 def run(command: list[str], cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
