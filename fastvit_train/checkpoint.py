@@ -3,8 +3,8 @@
 import functools
 import hashlib
 import json
-import pickle
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 from timm.scheduler.scheduler import Scheduler
 
 from fastvit_train import launch, storage
 from fastvit_train.errors import SaveError, UserError
 from fastvit_train.position import Progress
+from fastvit_train.reading import read_json
 
 PROGRESS_FILE = "progress.json"
-DAMAGED = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError)
 
 
 def save(
@@ -113,8 +112,8 @@ def load(
         How far it had come, and what is to be said of newer ones that are damaged.
 
     Raises:
-        UserError: on all processes, where no checkpoint is whole, or the data or the precision is another one now.
-        RuntimeError: where random state, optimizer or schedule did not come back as they were saved.
+        UserError: on all processes, where no checkpoint is whole, the data or the precision is another one now, or
+            random state, optimizer or schedule did not come back as they were saved.
     """
     is_main = accelerator.is_main_process
     found: list[Any] = [launch.everywhere(accelerator, lambda: _newest_whole(folder) if is_main else None)]
@@ -122,28 +121,36 @@ def load(
     if path is None:
         raise UserError(f"no checkpoint in {folder} is whole: {'; '.join(complaints)}; start over with --overwrite")
     launch.everywhere(accelerator, lambda: check(path, accelerator))
-    saved, progress = launch.everywhere(accelerator, lambda: _restore(path, accelerator, data))
-    if len(saved["rng"]) == accelerator.num_processes and (
-        int(_rng_fingerprint()) != saved["rng"][accelerator.process_index]
-    ):
-        raise RuntimeError(f"the random state in {path} did not come back")
-    if _learning_rates(scheduler) != saved["learning_rates"]:
-        raise RuntimeError(f"the learning rates in {path} did not come back")
-    if _optimizer_steps(scheduler) != saved["optimizer_steps"]:
-        raise RuntimeError(f"the optimizer in {path} did not come back")
+    progress = launch.everywhere(accelerator, lambda: _restore(path, accelerator, scheduler, data))
     return progress, [f"{complaint}: going on from {path.name}" for complaint in complaints]
 
 
-def _restore(path: Path, accelerator: Accelerator, data: dict[str, object]) -> tuple[dict[str, Any], Progress]:
+def _restore(path: Path, accelerator: Accelerator, scheduler: Scheduler, data: dict[str, object]) -> Progress:
     try:
-        saved = json.loads((path / PROGRESS_FILE).read_text())
+        saved = read_json(path / PROGRESS_FILE)
         progress = Progress(**saved["progress"])
         _check_same(path, saved, accelerator, data)
-        accelerator.load_state(str(path))
-        return saved, progress
-    except DAMAGED as error:
+        with warnings.catch_warnings(action="ignore"):  # torch's, about files that it didn't write
+            accelerator.load_state(str(path))
+        _check_back(saved, accelerator, scheduler)
+        return progress
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise anything in torch's reader
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} can't be read ({reason}); start over with --overwrite") from None
+
+
+def _check_back(saved: dict[str, Any], accelerator: Accelerator, scheduler: Scheduler) -> None:
+    """Raise ValueError unless random state, schedule and optimizer are as they were saved."""
+    if len(saved["rng"]) == accelerator.num_processes and (
+        int(_rng_fingerprint()) != saved["rng"][accelerator.process_index]
+    ):
+        raise ValueError("the random state did not come back")
+    if _learning_rates(scheduler) != saved["learning_rates"]:
+        raise ValueError("the learning rates did not come back")
+    if _optimizer_steps(scheduler) != saved["optimizer_steps"]:
+        raise ValueError("the optimizer did not come back")
 
 
 def _newest_whole(folder: Path) -> tuple[Path | None, list[str]]:

@@ -10,7 +10,6 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from torch import nn
 
-from fastvit_train.checkpoint import DAMAGED
 from fastvit_train.errors import UserError
 from fastvit_train.muon import Muon
 
@@ -83,5 +82,5 @@ def check_checkpoint(path: Path, accelerator: Accelerator) -> None:
         try:
             for file in files:
                 torch.load(file, weights_only=True)
-        except DAMAGED as error:
+        except Exception as error:  # a damaged file can raise anything in torch's reader
             raise UserError(f"checkpoint {path} can't be read ({error}); start over with --overwrite") from None

@@ -15,6 +15,7 @@ from fastvit_train import checkpoint, lock, storage
 from fastvit_train.config import TrainConfig, differences, flatten
 from fastvit_train.errors import UserError
 from fastvit_train.position import Progress
+from fastvit_train.reading import read_settings
 
 Resume = Literal["never", "auto", "must"]
 
@@ -84,11 +85,13 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """The run's settings, flat; UserError where there are none to be read."""
+        if not self.config.is_file():
+            raise UserError(f"{self.root} is no run: it has no config.yaml")
         try:
-            settings = yaml.safe_load(self.config.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            settings = read_settings(self.config)
+        except (OSError, ValueError) as error:
             raise UserError(f"{self.root} is no run: its config.yaml can't be read ({error})") from None
-        if not isinstance(settings, dict):
+        if not settings:
             raise UserError(f"{self.root} is no run: its config.yaml holds no settings")
         return settings
 
@@ -167,7 +170,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
         if not isinstance(row, dict):
             break

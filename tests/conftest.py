@@ -23,6 +23,8 @@ from fastvit_train.config import TrainConfig, override
 from fastvit_train.recipes import recipe
 
 ROOT = Path(__file__).parents[1]
+ON_CPUS = {"CUDA_VISIBLE_DEVICES": ""}
+"""for several processes: a machine with a GPU may have no second one"""
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
 COUNTS: Counter[str] = Counter()
 
@@ -98,7 +100,8 @@ def launch(
     *args: object, processes: int = 1, before: Sequence[object] = (), cwd: Path | None = None, **env: str
 ) -> subprocess.CompletedProcess[str]:
     """Run `accelerate launch BEFORE -m fastvit_train ARGS` as a user would, in a process of its own."""
-    return run(launch_command(*args, processes=processes, before=before), cwd, **env)
+    on_cpus = ON_CPUS if processes > 1 else {}
+    return run(launch_command(*args, processes=processes, before=before), cwd, **on_cpus, **env)
 
 
 def launch_command(*args: object, processes: int = 1, before: Sequence[object] = ()) -> list[str]:

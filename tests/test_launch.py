@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ROOT, launch, one_line_error, write_folder
+from conftest import ON_CPUS, ROOT, launch, one_line_error, write_folder
 
 from fastvit_train.tracking import read_rows
 
@@ -29,7 +29,7 @@ def test_two_processes_are_one_run_with_the_losses_of_one_process(tmp_path: Path
     configs = ROOT / "accelerate_configs"
     alone = launch(*common, "--exp-name", "one", "--attention", "fused", before=("--config_file", configs / "cpu.yaml"))
     several = ("--config_file", configs / "multi_gpu.yaml", "--mixed_precision", "no")
-    together = launch(*common, "--exp-name", "two", before=several)
+    together = launch(*common, "--exp-name", "two", before=several, **ON_CPUS)
     assert alone.returncode == together.returncode == 0, alone.stderr + together.stderr
     assert "world size 2" in together.stdout and together.stdout.count("digits accuracy") == 1
     assert summary(tmp_path / "two")["world_size"] == 2

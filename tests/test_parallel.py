@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.utils import DistributedType
-from conftest import ACCELERATE, ROOT, run
+from conftest import ACCELERATE, ON_CPUS, ROOT, run
 from safetensors.torch import load_file
 from torch import nn
 
@@ -26,7 +26,6 @@ CONFIGS = ROOT / "accelerate_configs"
 SmallConfig = Callable[..., TrainConfig]
 TINY = {"batch_size": 240, "embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "attention": "fused"}
 """what small_config has"""
-WITHOUT_GPU = pytest.mark.skipif(torch.accelerator.is_available(), reason="shards on CPUs")
 AUGMENTED = {"crop": "shift", "shift": 2, "cutout": 4, "flip": "random", "epochs": 3}
 
 
@@ -36,7 +35,7 @@ def train_in_several(file: str, processes: int, *runs: dict[str, Any], precision
     listed = json.dumps([{**TINY, **AUGMENTED, **settings} for settings in runs])
     script = str(ROOT / "tests" / "many_runs.py")
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    done = run([*ACCELERATE, "launch", *flags, "--main_process_port", "0", script, listed], PYTHONPATH=paths)
+    done = run([*ACCELERATE, "launch", *flags, "--main_process_port", "0", script, listed], PYTHONPATH=paths, **ON_CPUS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"world size {processes}" in done.stdout
     return json.loads(done.stdout.splitlines()[-1])
@@ -86,7 +85,7 @@ def test_four_processes_are_one_run(small_config: SmallConfig, tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("file", "sums"), [("multi_gpu.yaml", 6), pytest.param("fsdp2.yaml", 0, marks=WITHOUT_GPU)])
+@pytest.mark.parametrize(("file", "sums"), [("multi_gpu.yaml", 6), ("fsdp2.yaml", 0)])
 def test_compiled_in_two_processes_is_the_same_run(
     small_config: SmallConfig, tmp_path: Path, file: str, sums: int
 ) -> None:
@@ -99,7 +98,6 @@ def test_compiled_in_two_processes_is_the_same_run(
         assert_same_run(tmp_path / "runs" / name, tmp_path / "runs" / "alone", steps=5)
 
 
-@WITHOUT_GPU
 @pytest.mark.parametrize("optimizer", ["nmuon", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_sharded_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(
     small_config: SmallConfig, tmp_path: Path, optimizer: str
@@ -121,7 +119,6 @@ def test_sharded_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(
     assert not list(last.rglob(".metadata")), "torch unpickles it, whatever is in it"
 
 
-@WITHOUT_GPU
 @pytest.mark.slow
 def test_sharded_in_bf16_computes_what_ddp_does(tmp_path: Path) -> None:
     common = {"runs_dir": str(tmp_path), "stop_after": 1, "optimizer": "adamw"}
@@ -175,7 +172,7 @@ def test_two_machines_under_slurm_are_one_run(small_config: SmallConfig, tmp_pat
     slurm["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     flags = {**TINY, "runs_dir": tmp_path / "runs", "exp_name": "machines", "epochs": 3, "stop_after": 1}
     given = [text for name, value in flags.items() for text in (f"--{name.replace('_', '-')}", str(value))]
-    done = run(["bash", str(CONFIGS / "slurm.sh"), *given], cwd=ROOT, **slurm)
+    done = run(["bash", str(CONFIGS / "slurm.sh"), *given], cwd=ROOT, **slurm, **ON_CPUS)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("world size 2") == 1
     assert_same_run(tmp_path / "runs" / "machines", tmp_path / "runs" / "alone", steps=5)
