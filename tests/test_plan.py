@@ -113,7 +113,7 @@ def test_one_process_holds_what_a_training_allocates(small_config: Config) -> No
         assert share.collectives == () and share.gathered == 0
         assert step.spread[0] <= step.seconds <= step.spread[1]
         assert step.activations > 240 * 64 * 32 * 4  # at the least a block's input
-        assert planning.measure(job, 120, steps=1).activations == pytest.approx(step.activations / 2, rel=0.01)
+        assert planning.measure(job, 120, steps=1).activations == pytest.approx(step.activations / 2, abs=1024)
         held = (share.weights + share.gradients + share.optimizer + step.activations) / 2**20
         assert row(ALONE, 1, share, step, PlanOptions()).memory_mib == pytest.approx(held)
 
@@ -172,13 +172,13 @@ def test_the_command_prints_tables_and_writes_figures_and_a_picture(
 
 
 def test_strong_scaling_measures_what_each_process_takes(small_config: Config) -> None:
-    options = checked(PlanOptions(scaling="strong", world_sizes=(2, 8, 64), steps=1))
+    options = checked(PlanOptions(scaling="strong", world_sizes=(2, 8, 16, 64), steps=1))
     found = planning.plan_model(small_config(grad_accum=2), options)
     assert [(r.processes, r.images) for r in found.rows] == [(1, 240), (2, 120), (8, 30)]
     assert [step.images for step in found.steps] == [240, 120, 30]
     assert found.rows[1].activations_mib == pytest.approx(found.rows[0].activations_mib / 2, rel=0.01)
     assert found.rows[2].images_per_second == pytest.approx(240 / found.rows[2].step_seconds)
-    assert "left out: 64 processes, as 240 images can't be cut evenly" in found.notes
+    assert "left out: 16, 64 processes, as 240 images can't be cut evenly" in found.notes
     assert any("FSDP2, as --optimizer nmuon" in note for note in found.notes)
 
 
