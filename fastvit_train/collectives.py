@@ -181,15 +181,6 @@ def _fsdp2(job: Job, model: nn.Module, processes: int) -> nn.Module:
     return model
 
 
-def check_shardable(job: Job) -> None:
-    """Raise UserError where FSDP2 can't train the run's model with its optimizer."""
-    if not blocks_of(job.bare_model):
-        raise UserError(f"{job.config.model.model} has no {BLOCK} to cut it at")
-    optimizer = optim.build_optimizer(job.bare_model, job.config.optim)
-    if not type(optimizer).__module__.startswith("torch.optim."):
-        raise UserError(f"--optimizer {job.config.optim.optimizer} wants whole matrices; adamw doesn't")
-
-
 def blocks_of(model: nn.Module) -> list[nn.Module]:
     """What FSDP2 gathers and shards one at a time."""
     return [module for module in model.modules() if type(module).__name__ == BLOCK]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch.profiler import record_function
 
-from fastvit_train import collectives, launch, memory, plots
+from fastvit_train import collectives, launch, memory, parallel, plots
 from fastvit_train.collectives import Share
 from fastvit_train.config import TrainConfig
 from fastvit_train.data.loader import Place
@@ -82,7 +82,7 @@ def plan_model(config: TrainConfig, options: PlanOptions) -> Plan:
             notes.append(f"left out: {', '.join(uncut)} processes, as {job.batch_size} images can't be cut evenly")
         ways: dict[str, Callable[[Job, int], Share]] = {DDP: collectives.ddp}
         try:
-            collectives.check_shardable(job)
+            parallel.check_shardable([collectives.BLOCK], job.bare_model, job.optimizer.optimizer)
             ways[FSDP2] = collectives.fsdp2
         except UserError as error:
             notes.append(f"left out: {FSDP2}, as {error}")

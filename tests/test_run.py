@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -237,13 +238,14 @@ def test_gradient_accumulation_takes_the_same_steps(small_config: SmallConfig, t
 
 
 def test_a_loss_that_is_no_number_names_the_step(small_config: SmallConfig) -> None:
-    with pytest.raises(UserError, match=r"the loss became (nan|inf) at step 2 \(epoch 1, ") as caught:
-        fit(small_config(optimizer="sgd", lr=1e30))
-    job = setup(small_config(), "never", overwrite=False)
-    samples = job.train_loader.sample_order(0)[1].flatten().tolist()
+    with pytest.raises(UserError, match="the loss became (nan|inf) at step") as caught:
+        fit(small_config(optimizer="sgd", lr=1e9, schedule="constant", warmup=0))
     message = str(caught.value)
+    step = int(re.findall(r"at step (\d+) \(epoch 1, learning rate 1e\+09\)", message)[0])
+    job = setup(small_config(), "never", overwrite=False)
+    samples = job.train_loader.sample_order(0)[step - 1].flatten().tolist()
     assert message.endswith(f"of that batch, by index: {' '.join(map(str, samples))}")
-    assert "learning rate 5.05e+29" in message and "there is no checkpoint yet" in message
+    assert "there is no checkpoint yet" in message
 
 
 def test_folders_streamed_and_resident_train_alike(small_config: SmallConfig, tmp_path: Path) -> None:
