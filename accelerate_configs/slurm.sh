@@ -9,7 +9,7 @@
 #SBATCH --time=01:00:00
 set -euo pipefail
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 export first port=$((20000 + SLURM_JOB_ID % 10000)) # another job's port may be the same on the same machine
 
 # One launcher per machine; it starts a process per GPU.
