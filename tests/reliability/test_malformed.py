@@ -5,7 +5,7 @@ import os
 import random
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -26,7 +26,7 @@ A_FEW_OR_MANY = pytest.mark.parametrize("examples", [12, pytest.param(1000, mark
 
 
 @pytest.fixture(autouse=True)
-def _elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Commands run in an empty folder, and leave it empty."""
     folder = tmp_path_factory.mktemp("cwd")
     monkeypatch.chdir(folder)
@@ -200,6 +200,19 @@ def ask_folder(count: Count, photos: Path, *flags: str) -> bool:
     return asked(count, "--dataset", "folder", "--data-dir", photos, "--runs-dir", NOT_WRITABLE, *TINY, *flags)
 
 
+@pytest.fixture
+def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A program of the name to which Pillow hands PostScript; it must not be started."""
+    program = tmp_path / "bin" / "gs"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    yield
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.usefixtures("ghostscript")
 def test_images(photos: Path, count: Count) -> None:
     for name, content in IMAGES.items():
         file = photos / "train" / "circle" / name

@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import tarfile
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import pytest
 from conftest import idx_bytes, write_cifar10
 from malformed import MALFORMED, NOT_WRITABLE, TINY, Evil, answer, asked, for_each, mutated
 
-from fastvit_train.data import cifar
+from fastvit_train.data import cifar, idx
+from fastvit_train.errors import UserError
 
 Count = Callable[..., None]
 A_FEW_OR_MANY = pytest.mark.parametrize("examples", [10, pytest.param(400, marks=pytest.mark.slow)])
@@ -67,12 +69,25 @@ def test_idx_files(tmp_path: Path, count: Count, packed: bool) -> None:
         cases = {name: gzip.compress(content) for name, content in IDX.items()}
         good = gzip.compress(GOOD_IDX)
         cases |= {"gz cut": good[:-9], "checksum": good[:-8] + b"\0\0\0\0" + good[-4:], "no gz": GOOD_IDX, "": b""}
-        cases |= {"rubbish behind": good + b"rubbish", "bomb": gzip.compress(GOOD_IDX + bytes(1 << 28))}
+        cases |= {"rubbish behind": good + b"rubbish"}
     for name, content in cases.items():
         file.write_bytes(content)
         line = answer("--dataset", "fashion-mnist", "--data-dir", root, *NOWHERE)
         assert line, name
         count(MALFORMED)
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    """256 MiB packed into 256 KiB, behind what a header promises and where it promises all of it."""
+    path = tmp_path / "it.gz"
+    for content in (GOOD_IDX, _header(2**28 + 1, 1, 1)):
+        path.write_bytes(gzip.compress(content + bytes(1 << 28)))
+        tracemalloc.start()
+        with pytest.raises(UserError, match="it.gz"):
+            idx.read(path, ndim=3)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 1 << 20
 
 
 @A_FEW_OR_MANY
