@@ -209,20 +209,23 @@ def test_archives(tmp_path: Path, count: Count, monkeypatch: pytest.MonkeyPatch)
         _member("elsewhere/test_batch", size=3), _member("\x1b[2J\n", size=3), _member("x" * 5000, size=3),
     ]  # fmt: skip
 
-    def write(members: list[tarfile.TarInfo], complete: bool) -> None:
+    def write(members: list[tarfile.TarInfo], test_batch: bool) -> None:
         with tarfile.open(archive, "w:gz") as tar:
+            for path in sorted(batches.iterdir()):
+                if test_batch or path.name != "test_batch":
+                    tar.add(path, f"{batches.name}/{path.name}")
             for member in members:
                 tar.addfile(member, io.BytesIO(bytes(member.size)))
-            if complete:
-                tar.add(batches, "cifar-10-batches-py")
 
-    write(hostile, complete=True)
+    write(hostile, test_batch=True)
     assert "is damaged or another file: MD5" in str(answer(*ask))
     monkeypatch.setattr("fastvit_train.data.cifar.check_md5", lambda path, expected: None)
     assert answer(*ask) is None, "what is not asked for does no harm"
     for member in hostile:
-        write([member], complete=False)
-        assert asked(count, *ask), member.name
+        write([member], test_batch=False)
+        line = answer(*ask)
+        assert line and "test_batch is missing" in line, (member.name, line)
+        count(MALFORMED)
     whole = archive.read_bytes()
     for content in (
         b"",
