@@ -213,7 +213,7 @@ def _checked(key: str, value: Any, hint: Any, source: str) -> Any:
             number = float(value)
             if hint is float or number.is_integer():
                 return hint(number)
-        except (TypeError, ValueError, OverflowError):
+        except (TypeError, ValueError):
             pass
     raise UserError(f"{key}: {value!r} in {source} is not of type {getattr(hint, '__name__', hint)}")
 

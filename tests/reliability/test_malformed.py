@@ -52,7 +52,7 @@ CONFIGS = [
     "optimizer: ~", "embed_dim: 99999\nnum_heads: 1\ndepth: 900", "embed_dim: 1000000", "image_size: 5000",
     "num_classes: 10000000", "crop_scale: 2", "holdout: 0.9999999", "grad_accum: 7",
     "batch_size: 999983\ngrad_accum: 2",
-    LAUGHS, "[" * 60000, "{" * 60000, "a: " + "[" * 5000, "- " * 30000, "? " * 30000, "lr: 1\nlr: 1",
+    LAUGHS, "[" * 20000, "{" * 20000, "a: " + "[" * 5000, "- " * 9000, "? " * 9000, "lr: 1\nlr: 1",
     "batch_size: 64\nbatch-size: 64", "epochs: 1\n---\nepochs: 2", "!!python/object/apply:os.system ['touch ran']",
     "epochs: !!python/name:os.system", "epochs: !!timestamp x", "epochs: !!int ''", "epochs: !!bool x",
     "epochs: &a 1", "<<: {epochs: 1}", "<<: 3", "1: 2", "? [a]\n: b", "~: 1", "- epochs", "epochs", "3", "a: b: c",
@@ -156,7 +156,7 @@ def _encoded(kind: str, mode: str = "RGB") -> bytes:
     return file.getvalue()
 
 
-BOMB = zlib.compress(bytes(1 << 28), 9)
+BOMB = zlib.compress(bytes(1 << 27), 9)
 POSTSCRIPT = (
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(ran) (w) file closefile\nshowpage\n%%EOF\n"
 )

@@ -160,7 +160,7 @@ def test_runs(copy: Path, tmp_path: Path, count: Count) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("some", [10, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("some", [6, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
 def test_figures_of_another_kind(copy: Path, count: Count, seed: int, name: str, some: int) -> None:
     whole = json.loads((copy / name).read_text())
