@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from timm.scheduler.scheduler import Scheduler
 
 from fastvit_train import launch, storage
@@ -48,7 +47,7 @@ def save(
     }
 
     def publish() -> None:
-        (partial / PROGRESS_FILE).write_text(json.dumps(state, indent=1))
+        (partial / PROGRESS_FILE).write_text(json.dumps(state))
         storage.seal(partial)
         storage.put_folder(partial, folder / name)
         storage.point(folder / "last", name)
@@ -115,9 +114,7 @@ def load(
         UserError: on all processes, where no checkpoint is whole, the data or the precision is another one now, or
             random state, optimizer or schedule did not come back as they were saved.
     """
-    is_main = accelerator.is_main_process
-    found: list[Any] = [launch.everywhere(accelerator, lambda: _newest_whole(folder) if is_main else None)]
-    path, complaints = broadcast_object_list(found)[0]
+    path, complaints = launch.first_decides(accelerator, lambda: _newest_whole(folder))
     if path is None:
         raise UserError(f"no checkpoint in {folder} is whole: {'; '.join(complaints)}; start over with --overwrite")
     launch.everywhere(accelerator, lambda: check(path, accelerator))
@@ -158,7 +155,10 @@ def _newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     storage.recover(folder)
     complaints: list[str] = []
     for path in _newest_first(folder):
-        damage = storage.damage(path)
+        try:
+            damage = storage.damage(path)
+        except OSError as error:
+            raise UserError(f"checkpoint {path} can't be read now ({error.strerror}); try again") from None
         if damage is None:
             return path, complaints
         complaints.append(f"checkpoint {path.name} is damaged ({damage})")
@@ -174,7 +174,7 @@ def rewind(folder: Path, progress: Progress) -> None:
     best = f"step_{progress.best_step}"
     if (folder / best).is_dir():
         storage.point(folder / "best", best)
-    else:
+    elif not (folder / "best").exists():  # else it is the best of those that could be written
         (folder / "best").unlink(missing_ok=True)
 
 
@@ -214,4 +214,4 @@ def _prune(folder: Path, keep: int) -> None:
     kept = {(folder / link).resolve() for link in ("last", "best")}
     for path in _newest_first(folder)[keep:]:
         if path.resolve() not in kept:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # what somebody reads goes with the next

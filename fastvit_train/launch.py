@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
 
 from fastvit_train.data.images import local_processes
 from fastvit_train.errors import UserError
@@ -131,11 +131,7 @@ def check_joined(seen: int) -> None:
 
 def _asked_for() -> int | None:
     """The processes on all machines that accelerate's launcher was told to start; None where it was told no number."""
-    try:
-        launcher = psutil.Process().parent()
-        words = launcher.cmdline() if launcher and under_launcher() else []
-    except psutil.Error:
-        return None
+    words = launcher() or []
     if "launch" not in words:
         return None
     told, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
@@ -145,6 +141,17 @@ def _asked_for() -> int | None:
         return load_config_from_file(told.config_file).num_processes
     except (OSError, ValueError):
         return None
+
+
+def launcher() -> list[str] | None:
+    """The command line of the launcher that this process is a child of, accelerate's or torch's; None without one."""
+    try:
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent else []
+    except psutil.Error:
+        return None
+    is_accelerates = under_launcher() and any("accelerate" in word for word in words)
+    return words if is_accelerates or "TORCHELASTIC_RUN_ID" in os.environ else None
 
 
 def sharded() -> bool:
@@ -193,6 +200,12 @@ def everywhere(accelerator: Accelerator, action: Callable[[], Result]) -> Result
         first.everywhere = True
         raise first
     return cast(Result, result)
+
+
+def first_decides(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
+    """What `action` returns on the first process, on all of them; a UserError there is raised on all."""
+    own = everywhere(accelerator, lambda: action() if accelerator.is_main_process else None)
+    return cast(Result, broadcast_object_list([own])[0])
 
 
 def is_first_process() -> bool:

@@ -14,6 +14,8 @@ from fastvit_train.errors import UserError
 
 LOCK, HOLDER = ".lock", ".holder.json"
 FILES = frozenset({LOCK, HOLDER})
+WAIT_FOR_CHECKS = 1.0
+"""seconds: another process may only look whether the lock is held"""
 WAIT_FOR_ORPHANS = 15.0
 """seconds: a killed process's data-loading children hold its lock until they notice"""
 
@@ -60,14 +62,15 @@ class RunLock:
             self._lock.release()
 
     def _take(self) -> None:
-        deadline = time.monotonic() + WAIT_FOR_ORPHANS
+        started = time.monotonic()
         while True:
             try:
                 self._lock.acquire()
                 return
             except Timeout:
                 holder = self._holder()
-                if not (holder and _ended(holder)) or time.monotonic() > deadline:
+                patience = WAIT_FOR_ORPHANS if holder and _ended(holder) else WAIT_FOR_CHECKS
+                if time.monotonic() - started > patience:
                     raise UserError(self._refusal(holder)) from None
             time.sleep(0.2)
 
@@ -92,3 +95,5 @@ def _ended(holder: dict[str, object]) -> bool:
         return psutil.Process(int(str(holder["pid"]))).create_time() != holder["started"]
     except (psutil.NoSuchProcess, ValueError):
         return True
+    except psutil.Error:  # it is there, but not ours to ask
+        return False

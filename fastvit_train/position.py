@@ -29,8 +29,6 @@ class Progress:
     best_step: int = -1
     epoch_losses: list[float] = field(default_factory=list)
     """loss of each step of the epoch under way, mean over all processes"""
-    epoch_learning_rates: list[float] = field(default_factory=list)
-    """that each step of the epoch under way was taken with"""
     epoch_correct: float = 0.0
     """training samples classified right in the epoch under way, over all processes"""
     epoch_seconds: float = 0.0
@@ -43,6 +41,17 @@ class Progress:
     """why there is no energy"""
     epoch_joules: float | None = 0.0
     epoch_busy_seconds: float | None = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where the numbers, which may come from a file, are none or don't go together."""
+        counts = (self.epoch, self.step_in_epoch, self.step, self.skipped_steps)
+        seconds = (self.train_seconds, self.eval_seconds, self.epoch_seconds, self.epoch_correct, self.best_accuracy)
+        if not all(type(count) is int and count >= 0 for count in counts) or self.step < self.step_in_epoch:
+            raise ValueError(f"epoch, step in the epoch, steps and steps skipped are {counts}")
+        if not all(isinstance(value, int | float) for value in (*seconds, *self.epoch_losses, self.best_step)):
+            raise ValueError("what is to be a number is none")
+        if len(self.epoch_losses) != self.step_in_epoch:
+            raise ValueError(f"{len(self.epoch_losses)} losses for {self.step_in_epoch} steps")
 
     def spend(self, usage: Usage) -> None:
         """Count what training took towards the epoch under way."""
@@ -57,7 +66,7 @@ class Progress:
         self.train_seconds += self.epoch_seconds
         self.energy_joules = _add(self.energy_joules, self.epoch_joules)
         self.busy_seconds = _add(self.busy_seconds, self.epoch_busy_seconds)
-        self.step_in_epoch, self.epoch_losses, self.epoch_learning_rates, self.epoch_correct = 0, [], [], 0.0
+        self.step_in_epoch, self.epoch_losses, self.epoch_correct = 0, [], 0.0
         self.epoch_seconds, self.epoch_joules, self.epoch_busy_seconds = 0.0, 0.0, 0.0
 
     def evaluated(self, accuracy: float, seconds: float, target: float | None) -> bool:

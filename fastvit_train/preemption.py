@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -52,36 +53,56 @@ class StopRequest:
     def __init__(self) -> None:
         self.received = 0
         """the signal's number; 0 where there was none"""
-        self._at = 0.0
         self._before: dict[int, Any] = {}
+        self._launched = False
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no signal handlers
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
-            if launch.under_launcher():
-                _signal_when_parent_dies()
+        if threading.current_thread() is not threading.main_thread():  # Python takes no signal handlers there
+            return self
+        self._launched = launch.launcher() is not None
+        # Python's handlers wait until an operator ends; the bytes that it writes to this socket don't.
+        reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._count, args=(reader,), name="signals", daemon=True).start()
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        if self._launched:
+            _signal_when_parent_dies(signal.SIGTERM)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if not self._before:
+            return
+        if self._launched:
+            _signal_when_parent_dies(0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(self._fd_before)
+        self._writer.close()  # which ends the thread
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.received:
-            self.received, self._at = number, now
-        elif not launch.under_launcher() or now - self._at > ECHO:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+        self.received = self.received or number
+
+    def _count(self, reader: socket.socket) -> None:
+        first = None
+        with reader:
+            while received := reader.recv(1):
+                now, number = time.monotonic(), received[0]
+                if number not in SIGNALS:
+                    continue
+                if first is None:
+                    first = now
+                elif not self._launched or now - first > ECHO:
+                    os._exit(128 + number)
 
 
-def _signal_when_parent_dies() -> None:
-    """Ask Linux for a SIGTERM when the launcher dies: accelerate's dies of one without passing it on."""
+def _signal_when_parent_dies(number: int) -> None:
+    """Ask Linux for a signal when the launcher dies (0: for none): accelerate's dies of one without passing it on."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 class Watch:
@@ -113,6 +134,11 @@ class Watch:
         if self._ticks < self._due and not (self._alone and self._request.received):
             return True
         return self.agree(unsound)
+
+    def begin(self) -> None:
+        """Exchange now, and again after the next tick: what begins may tick at another pace. See `tick`."""
+        self.agree()
+        self._due = self._ticks + 1
 
     def agree(self, unsound: Callable[[], Tensor] | None = None) -> bool:
         """The exchange itself, now; see `tick`."""

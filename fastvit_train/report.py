@@ -121,8 +121,11 @@ def write_weights(job: Job, name: str) -> None:
         weights = {key: value.contiguous().cpu() for key, value in whole.items()}
         partial = job.folder.root / f".{name}.partial"
         with storage.told_of(f"{job.folder.root / name} could not be written"):
-            save_file(weights, partial, {"format": "pt"})
-            storage.put(partial, job.folder.root / name)
+            try:
+                save_file(weights, partial, {"format": "pt"})
+                storage.put(partial, job.folder.root / name)
+            finally:
+                partial.unlink(missing_ok=True)
 
     launch.everywhere(job.accelerator, lambda: write() if job.accelerator.is_main_process else None)
 

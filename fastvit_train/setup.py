@@ -106,10 +106,10 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool, stop_request: St
     if accelerator.device.type == "cpu":
         memory.keep_freed()
     log = Log(accelerator.is_main_process)
-    launch.everywhere(accelerator, lambda: RunLock(folder.root).check() if log.speaks else None)
-    resuming = launch.everywhere(accelerator, lambda: folder.check(config, resume, overwrite))
+    launch.first_decides(accelerator, RunLock(folder.root).check)
+    resuming = launch.first_decides(accelerator, lambda: folder.check(config, resume, overwrite))
     if resuming and config.model.attention == AUTO:
-        config = folder.with_recorded_attention(config)
+        config = launch.first_decides(accelerator, lambda: folder.with_recorded_attention(config))
         check_attention(config.model, recorded_in=folder.config)
     check_batch_size(config.run.batch_size, accelerator.num_processes, config.optim.grad_accum)
     check_buildable(config)
@@ -149,6 +149,8 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool, stop_request: St
 
     lock, stale = launch.everywhere(accelerator, lambda: folder.lock() if log.speaks else (None, []))
     try:
+        if launch.first_decides(accelerator, lambda: folder.check(config, resume, overwrite)) != resuming:
+            raise UserError(f"{folder.root} has changed while this run was being set up; start it again")
         progress = Progress()
         damaged: list[str] = []
         if resuming:

@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from fastvit_train.errors import SaveError
+from fastvit_train.reading import read_json
 
 CHECKSUMS = "checksums.json"
 TORCH_COULD_NOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
@@ -49,6 +50,8 @@ def append(path: Path, text: str) -> None:
     try:
         with path.open("a") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError:
         if path.exists():
             os.truncate(path, before)
@@ -71,17 +74,17 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a folder that was sealed; None where it is whole."""
+    """What is wrong with a folder that was sealed; None where it is whole. OSError where that can't be told."""
     try:
-        sums = json.loads((folder / CHECKSUMS).read_text())["files"]
+        sums = read_json(folder / CHECKSUMS)["files"]
         for name, expected in sums.items():
             path = folder / Path(name).name
             if not path.is_file():
                 return f"{name} is missing"
             if _checksum(path) != expected:
                 return f"{name} is not what was written"
-    except OSError as error:
-        return f"{Path(error.filename or CHECKSUMS).name} can't be read: {error.strerror}"
+    except FileNotFoundError:
+        return f"{CHECKSUMS} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{CHECKSUMS} can't be read"
     return None

@@ -1,6 +1,7 @@
 """A run's folder and what is written into it: configuration, log, metrics, summary."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -85,9 +86,9 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """The run's settings, flat; UserError where there are none to be read."""
-        if not self.config.is_file():
-            raise UserError(f"{self.root} is no run: it has no config.yaml")
         try:
+            if not self.config.is_file():
+                raise ValueError("there is none")
             settings = read_settings(self.config)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.root} is no run: its config.yaml can't be read ({error})") from None
@@ -101,12 +102,18 @@ class RunFolder:
         return replace(config, model=replace(config.model, attention=recorded))
 
     def create(self, config: TrainConfig) -> None:
-        """Empty the folder of an earlier run and write config.yaml; UserError where it can't be written."""
+        """Empty the folder of an earlier run and write config.yaml; UserError where it can't be written.
+
+        Whenever it is killed, what is left is a run's folder with all of its checkpoints or none.
+        """
         with self._writing():
+            if self.checkpoints.exists():
+                self.checkpoints.rename(self.root / f".old-{os.getpid()}")
+            self.summary.unlink(missing_ok=True)
             for path in self.root.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
-                elif path.name not in lock.FILES:
+                elif path.name not in lock.FILES and path != self.config:
                     path.unlink()
             storage.write_atomically(self.config, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
 
@@ -133,6 +140,8 @@ class RunFolder:
                 kept = [row for row in read_rows(path) if isinstance(row.get(key), int) and row[key] <= last]
                 storage.write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
             checkpoint.rewind(self.checkpoints, progress)
+            for leftover in self.root.glob(".*.partial"):
+                leftover.unlink()
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
@@ -165,16 +174,15 @@ def plain(config: TrainConfig) -> dict[str, Any]:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file up to the first that is none: a kill may have cut the last one short."""
+    """The lines of a .jsonl file but those that are none: a kill may have cut one short."""
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            break
-        if not isinstance(row, dict):
-            break
-        rows.append(row)
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 

@@ -15,6 +15,7 @@ from fastvit_train import checkpoint, launch, report, storage, telemetry
 from fastvit_train.config import TrainConfig
 from fastvit_train.errors import SaveError, UserError
 from fastvit_train.evaluate import Evaluation, evaluate
+from fastvit_train.muon import whole
 from fastvit_train.preemption import Preempted, Stop, StopRequest
 from fastvit_train.progress import ProgressBar
 from fastvit_train.setup import Job, setup
@@ -41,7 +42,7 @@ def fit(config: TrainConfig, *, resume: Resume = "never", overwrite: bool = Fals
             job = setup(config, resume, overwrite, stop_request)
         except Exception as error:  # such as a compiler that the same signal ended
             if stop_request.received and not isinstance(error, UserError):
-                raise Preempted("stopped before the first step; what there was is as it was") from error
+                raise Preempted(f"stopped before the first step, by which came {error!r}") from error
             raise
         try:
             return _train(job)
@@ -61,10 +62,11 @@ def _train(job: Job) -> dict[str, Any]:
     report.start_trackers(job)
     evaluation = None
     try:
-        job.watch.agree()
         with ProgressBar(job.log.console, total_steps, config.run.epochs, job.accelerator.num_processes) as bar:
             while progress.epoch < last_epoch:
+                job.watch.begin()
                 train_epoch(job, bar)
+                job.watch.begin()
                 started = time.perf_counter()
                 evaluation = evaluate(job.eval_model, job.eval_loader, job.accelerator, job.watch.tick)
                 _close_epoch(job, evaluation, eval_seconds=time.perf_counter() - started)
@@ -130,11 +132,10 @@ def _train_step(job: Job, micro_batches: Iterator[Batch], losses: Tensor, correc
     progress.step += 1
     progress.step_in_epoch += 1
     progress.skipped_steps += job.optimizer.step_was_skipped
-    progress.epoch_learning_rates.append(job.optimizer.param_groups[0]["lr"])
-    with phase("optimizer"):
-        if job.ema is not None:
+    job.scheduler.step_update(progress.step)
+    if job.ema is not None:
+        with phase("optimizer"):
             job.ema.update(job.bare_model, progress.step)
-        job.scheduler.step_update(progress.step)
 
 
 def save_checkpoint(job: Job) -> None:
@@ -142,7 +143,9 @@ def save_checkpoint(job: Job) -> None:
 
     Raises:
         SaveError: where they can't be written, unless the run is to go on then.
+        UserError: where the weights are no numbers any more, which the next step's loss would tell too late.
     """
+    launch.everywhere(job.accelerator, lambda: _check_weights(job))
     with _as_the_run_wants(job):
         launch.everywhere(job.accelerator, lambda: _flush(job))
         checkpoint.save(
@@ -153,6 +156,15 @@ def save_checkpoint(job: Job) -> None:
             job.dataset.identity(),
             job.config.run.keep,
         )
+
+
+def _check_weights(job: Job) -> None:
+    for name, weight in job.bare_model.named_parameters():
+        if not whole(weight.detach()).isfinite().all():
+            raise UserError(
+                f"{name} holds infinite or no numbers after step {job.progress.step} (epoch {job.progress.epoch + 1}); "
+                f"lower --lr (now {job.config.optim.lr}) or set --clip-grad; {_last_good(job)}"
+            )
 
 
 def _flush(job: Job) -> None:
@@ -214,9 +226,11 @@ def _not_finite(job: Job, place: int, loss: float) -> str:
     """What is to be known of the step at `place` in the epoch, whose loss is no number."""
     progress = job.progress
     samples = job.train_loader.sample_order(progress.epoch)[place].flatten().tolist()
+    step = progress.step - progress.step_in_epoch + place + 1
+    job.scheduler.step_update(step - 1)  # back to the rate that the step was taken with
     return (
-        f"the loss became {loss} at step {progress.step - progress.step_in_epoch + place + 1} "
-        f"(epoch {progress.epoch + 1}, learning rate {progress.epoch_learning_rates[place]:g}); "
+        f"the loss became {loss} at step {step} "
+        f"(epoch {progress.epoch + 1}, learning rate {job.optimizer.param_groups[0]['lr']:g}); "
         f"lower --lr (now {job.config.optim.lr}) or set --clip-grad; {_last_good(job)}; "
         f"training images of that batch, by index: {' '.join(map(str, samples))}"
     )

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
 from fastvit_train import preemption, train
@@ -106,6 +107,27 @@ def test_a_loss_that_is_no_number_ends_the_epoch_early(
     named = [int(word) for word in str(caught.value).rpartition(": ")[2].split()]
     assert named == job.train_loader.sample_order(0)[19].flatten().tolist()
     assert not list(job.folder.checkpoints.glob("step_*"))
+
+
+def test_weights_that_are_no_numbers_are_not_saved(
+    small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may come about in the very step before a checkpoint: no loss has shown it yet."""
+    step, calls = AcceleratedOptimizer.step, 0
+
+    def spoilt(optimizer: AcceleratedOptimizer, *args: object) -> None:
+        nonlocal calls
+        calls += 1
+        step(optimizer, *args)
+        if calls == 10:  # the second epoch's last
+            optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", spoilt)
+    message = r"holds infinite or no numbers after step 10 \(epoch \d\); .*; the last good checkpoint is \S+step_5"
+    with pytest.raises(UserError, match=message):
+        fit(small_config())
+    monkeypatch.undo()
+    assert fit(small_config(), resume="must")["epochs"] == 3
 
 
 def test_the_moving_average_is_what_is_evaluated_and_written(small_config: SmallConfig, tmp_path: Path) -> None:

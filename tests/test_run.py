@@ -4,7 +4,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,8 @@ from fastvit_train.config import TrainConfig
 from fastvit_train.errors import UserError
 from fastvit_train.plots import plot_curves
 from fastvit_train.saved import evaluate_run
-from fastvit_train.setup import setup
-from fastvit_train.tracking import read_rows
+from fastvit_train.setup import resolve, setup
+from fastvit_train.tracking import RunFolder, read_rows
 from fastvit_train.train import fit
 
 SmallConfig = Callable[..., TrainConfig]
@@ -199,6 +199,42 @@ def test_a_folder_that_holds_a_run_is_not_touched_unasked(small_config: SmallCon
     with pytest.raises(UserError, match="exists and holds no run"):
         fit(small_config(exp_name="thesis"), overwrite=True)
     assert (foreign / "chapter.tex").read_text() == "years of work"
+
+
+def test_starting_over_may_be_killed_anywhere(
+    small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is left is the run with all of its checkpoints, or one that --resume auto starts afresh."""
+    config = resolve(small_config(epochs=2))
+    fit(config)
+    run, copy = tmp_path / "runs" / "run", tmp_path / "copy"
+    whole = {path.name for path in (run / "checkpoints").iterdir()}
+    fresh = []
+    for last in range(1, 40):
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(run, copy, symlinks=True)
+        with monkeypatch.context() as patch:
+            left = iter(range(last - 1, -1, -1))
+            for owner, name in ((Path, "unlink"), (Path, "rename"), (Path, "replace"), (shutil, "rmtree")):
+                patch.setattr(owner, name, dying(getattr(owner, name), left))
+            try:
+                RunFolder(copy).create(config)
+            except Killed:
+                pass
+            else:
+                break
+        fresh.append(not RunFolder(copy).check(config, "auto", overwrite=False))
+        assert fresh[-1] or {path.name for path in (copy / "checkpoints").iterdir()} == whole
+    assert True in fresh and last > 5 and fresh == sorted(fresh)
+
+
+def dying(function: Callable[..., object], left: Iterator[int]) -> Callable[..., object]:
+    def call(*args: object, **kwargs: object) -> object:
+        if next(left) == 0:
+            raise Killed
+        return function(*args, **kwargs)
+
+    return call
 
 
 def test_nothing_is_written_when_something_is_wrong(small_config: SmallConfig, tmp_path: Path) -> None:

@@ -135,3 +135,16 @@ def test_the_newest_and_the_best_are_kept(keep: int, tmp_path: Path) -> None:
     assert kept == {*(33, 30, 27)[:keep], best}
     saved = json.loads((victim.folder / "checkpoints" / "best" / "progress.json").read_text())["progress"]
     assert saved["step"] == saved["best_step"] == best
+
+
+def test_the_best_that_could_be_written_stays(tmp_path: Path) -> None:
+    """The best epoch's checkpoint is damaged later: the link goes on to what is left of the best before."""
+    victim = Victim(tmp_path, "run", "--stop-after", 2, "--keep", 9)
+    assert victim.wait() == [0]
+    checkpoints = victim.folder / "checkpoints"
+    spoil(checkpoints / "step_22" / "model.safetensors", "missing")
+    resumed = Victim(tmp_path, "run", "--resume", "must", "--stop-after", 2, "--keep", 1)
+    assert resumed.wait() == [0], said(resumed)
+    assert storage.damage(checkpoints / "best") is None
+    rows = read_rows(victim.folder / "metrics.jsonl")
+    assert (checkpoints / "best").resolve().name == f"step_{max(rows, key=lambda row: row['test_accuracy'])['step']}"

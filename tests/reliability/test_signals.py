@@ -90,7 +90,7 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     victim = Victim(tmp_path, "run", trick=DieAt("train._settle", 1, signal.SIGTERM, trick=hang_when_saving))
     victim.wait_for("hanging")
     victim.signal(signal.SIGTERM)
-    assert victim.wait(seconds=3) == [-signal.SIGTERM]
+    assert victim.wait(seconds=3) == [128 + signal.SIGTERM]
     assert checkpoint.newest(victim.folder / "checkpoints") is None
 
 
