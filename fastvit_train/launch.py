@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar, cast
@@ -13,6 +14,8 @@ from accelerate import Accelerator, PartialState
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, broadcast_object_list, gather_object
+from torch.distributed import PrefixStore, Store
+from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from fastvit_train.data.images import local_processes
 from fastvit_train.errors import UserError
@@ -51,7 +54,7 @@ def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelera
             gradient_accumulation_steps=grad_accum,
             log_with=list(trackers) or None,
             project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=WAIT_FOR_FIRST_PROCESS)],
+            kwargs_handlers=[InitProcessGroupKwargs(init_method=_meeting_place(), timeout=WAIT_FOR_FIRST_PROCESS)],
         )
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
@@ -65,6 +68,24 @@ def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelera
     if missing:
         raise UserError(f"--track {' '.join(missing)} is not installed; pip install {' '.join(missing)}")
     return accelerator
+
+
+def _meeting_place() -> str | None:
+    """Where the processes find each other's addresses: torch's own place, after a restart one of the attempt's own.
+
+    accelerate's launcher keeps one store for all attempts, where the addresses of the processes that died still are.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restarts == "0":
+        return None
+
+    def meet(url: str, timeout: timedelta, **_: object) -> Iterator[tuple[Store, int, int]]:
+        for store, rank, world_size in rendezvous("env://", timeout=timeout):
+            yield PrefixStore(f"attempt_{restarts}", store), rank, world_size
+
+    with suppress(RuntimeError):  # registered before, for another run of this process
+        register_rendezvous_handler("attempt", meet)
+    return "attempt://"
 
 
 def part() -> None:
