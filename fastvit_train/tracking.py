@@ -107,9 +107,9 @@ class RunFolder:
         Whenever it is killed, what is left is a run's folder with all of its checkpoints or none.
         """
         with self._writing():
+            self.summary.unlink(missing_ok=True)
             if self.checkpoints.exists():
                 self.checkpoints.rename(self.root / f".old-{os.getpid()}")
-            self.summary.unlink(missing_ok=True)
             for path in self.root.iterdir():
                 if path.is_dir() and not path.is_symlink():
                     shutil.rmtree(path)
