@@ -40,6 +40,7 @@ def test_two_processes_are_one_run_with_the_losses_of_one_process(tmp_path: Path
     assert summary(tmp_path / "two")["evaluated_images"] == 359
 
 
+@pytest.mark.slow
 def test_a_bare_launch_uses_all_the_cores_unless_told_otherwise(tmp_path: Path) -> None:
     small = (
         "--runs-dir",
@@ -68,6 +69,7 @@ def test_a_mistake_under_the_launcher_is_one_line_of_ours(tmp_path: Path) -> Non
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_mistakes_on_two_processes_are_told_once(tmp_path: Path) -> None:
     data = write_folder(tmp_path / "shapes")
     (data / "train" / "circle" / "3.png").write_bytes(b"broken")

@@ -154,6 +154,7 @@ def free_job() -> int:
         job += 1
 
 
+@pytest.mark.slow
 def test_two_machines_under_slurm_are_one_run(small_config: SmallConfig, tmp_path: Path) -> None:
     """The script as it is, with stand-ins for what SLURM brings: both machines are this one."""
     fit(small_config(exp_name="alone", stop_after=1))

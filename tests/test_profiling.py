@@ -120,6 +120,7 @@ def test_candidates_take_turns_and_the_faster_is_told() -> None:
     assert order == ["slow", "fast"] * experiments.ROUNDS
 
 
+@pytest.mark.slow
 def test_recompilations_are_counted(
     small_config: Config, tmp_path: Path, few_tries: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +136,7 @@ def test_recompilations_are_counted(
     assert profiled(config, tmp_path, steps=1).recompilations == profiling.ROUNDS
 
 
+@pytest.mark.slow
 def test_graph_breaks_are_counted(
     small_config: Config, tmp_path: Path, few_tries: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ def test_the_two_commands_stand_in_the_first_screen_and_ci_runs_them() -> None:
         assert command in first_screen and command in script
 
 
+@pytest.mark.slow
 def test_every_other_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_cifar10(tmp_path / "data")

@@ -62,6 +62,7 @@ def test_the_clock_goes_on_in_a_resumed_run(small_config: Callable[..., TrainCon
     assert resumed["eval_seconds"] > first["eval_seconds"]
 
 
+@pytest.mark.slow
 def test_two_processes_train_several_seeds(tmp_path: Path) -> None:
     flags = ("--runs-dir", tmp_path, "--epochs", 1, "--embed-dim", 8, "--depth", 1, "--attention", "fused")
     done = launch("--repeat", 2, *flags, processes=2)

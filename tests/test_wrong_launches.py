@@ -73,6 +73,7 @@ def test_a_launch_whose_processes_did_not_find_each_other_is_refused(
     assert "the launch started 2 processes, but this one sees 1" in complaint(tmp_path)
 
 
+@pytest.mark.slow
 def test_several_processes_asked_for_and_one_started_is_refused(tmp_path: Path) -> None:
     result = launch("--runs-dir", tmp_path / "runs", before=("--cpu", "--num_processes", 2))
     assert result.returncode != 0 and "asks for 2 processes and accelerate started 1" in one_line_error(result.stderr)

@@ -20,7 +20,7 @@ from fastvit_train.saved import evaluate_run
 Count = Callable[..., None]
 
 
-@pytest.mark.parametrize("times", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [20, pytest.param(1000, marks=pytest.mark.slow)])
 def test_evaluating_leaks_neither_memory_nor_files(
     times: int, tmp_path: Path, count: Count, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,7 +62,7 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", ["C", *(pytest.param(name, marks=pytest.mark.slow) for name in ODD if name != "C")])
 def test_other_languages_and_bare_environments(name: str, tmp_path: Path) -> None:
     odd = {"OMP_NUM_THREADS": "1", **ODD[name]}
     folder, exp_name = (tmp_path / "runs", "run") if name == "C" else (tmp_path / "läufe", "ığdır")

@@ -101,6 +101,7 @@ def _streamed(root: Path) -> list[object]:
         pytest.param(_image, "1.png can't be decoded", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_in_a_process(
     tmp_path: Path, count: Callable[..., None], make: Callable[[Path], list[object]], said: str
 ) -> None:

@@ -132,6 +132,7 @@ def holder(folder: Path, text: str) -> int:
     return int(json.loads((folder / ".holder.json").read_text())["pid"])
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Path) -> None:
     """accelerate's launcher of one process dies of SIGTERM without a word to its child."""
     folder = tmp_path / "run"
@@ -145,6 +146,7 @@ def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Path) -> 
     assert f"the last good checkpoint is {newest}" in folder.with_suffix(".out").read_text()
 
 
+@pytest.mark.slow
 def test_a_launcher_of_two_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     launcher = start(folder, "--epochs", 1000, processes=2)
