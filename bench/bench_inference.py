@@ -56,7 +56,7 @@ def cases() -> Iterator[Case]:
                 batch,
                 partial(build, name, implementation, compiled, graph, dtype),
                 unavailable(implementation),
-                slow_check="compiled" in row and (name, dtype) != ("mc_vit_4_4_32", "bf16"),
+                slow_check="compiled" in row,
             )
 
 

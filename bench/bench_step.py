@@ -110,7 +110,6 @@ def cases() -> Iterator[Case]:
     sizes = [(name, batch) for name, batches in MODELS[device().type].items() for batch in batches]
     rows = [(name, False) for name in EAGER] + [(name, True) for name in COMPILED]
     for (name, batch), dtype, (implementation, compiled) in product(sizes, DTYPES, rows):
-        quick = not compiled and implementation != "compiled"
         yield Case(
             WHAT,
             f"{name} B{batch}",
@@ -119,7 +118,7 @@ def cases() -> Iterator[Case]:
             batch,
             partial(build, name, implementation, compiled, dtype),
             unavailable(implementation),
-            slow_check=not quick and (name, implementation, dtype) != ("mc_vit_4_4_32", "fused", "bf16"),
+            slow_check=compiled or implementation == "compiled",
         )
 
 

@@ -36,6 +36,7 @@ def pytest_here(*arguments: str, **env: str) -> Any:
     return run([sys.executable, "-m", "pytest", *arguments], ROOT, **env)
 
 
+@pytest.mark.slow
 def test_benchmark_only_takes_bench_alone_and_every_row_of_it() -> None:
     told = pytest_here("--benchmark-only", "--collect-only", "-q").stdout.splitlines()
     rows = [line for line in told if "::" in line]

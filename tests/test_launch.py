@@ -24,6 +24,7 @@ def summary(folder: Path) -> dict[str, object]:
     return json.loads((folder / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_run_with_the_losses_of_one_process(tmp_path: Path) -> None:
     common = ("--runs-dir", tmp_path, "--stop-after", 1, "--drop-path-rate", 0)
     configs = ROOT / "accelerate_configs"

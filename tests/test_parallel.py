@@ -98,7 +98,8 @@ def test_compiled_in_two_processes_is_the_same_run(
         assert_same_run(tmp_path / "runs" / name, tmp_path / "runs" / "alone", steps=5)
 
 
-@pytest.mark.parametrize("optimizer", ["nmuon", pytest.param("adamw", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["nmuon", "adamw"])
 def test_sharded_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(
     small_config: SmallConfig, tmp_path: Path, optimizer: str
 ) -> None:

@@ -52,7 +52,7 @@ def stop_and_resume(runs: Path, stream: random.Random, processes: int, stops: in
     ("processes", "rounds", "stops"),
     [
         pytest.param(1, 1, 2, id="one-process"),
-        pytest.param(2, 1, 2, id="two-processes"),
+        pytest.param(2, 1, 1, id="two-processes"),
         pytest.param(1, 4, 3, id="one-process-12-times", marks=pytest.mark.slow),
         pytest.param(2, 3, 3, id="two-processes-9-times", marks=pytest.mark.slow),
     ],
@@ -71,6 +71,7 @@ def test_setting_up_evaluating_and_saving_are_no_bad_moments(where: str, tmp_pat
     check_stopped(victim, victim.wait())
 
 
+@pytest.mark.slow
 def test_while_it_compiles(tmp_path: Path) -> None:
     victim = Victim(tmp_path, "run", "--compile", trick=DieAt("setup.warm_up", 1, signal.SIGTERM))
     check_stopped(victim, victim.wait())
@@ -158,6 +159,7 @@ def test_a_launcher_of_two_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Pa
     assert f"the last good checkpoint is {newest}" in folder.with_suffix(".out").read_text()
 
 
+@pytest.mark.slow
 def test_the_launcher_restarts_a_run_whose_process_was_killed(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     launcher = start(folder, "--resume", "auto", processes=2, before=("--max_restarts", "3"))
