@@ -11,6 +11,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from fastvit_train.errors import UserError
+from fastvit_train.reading import read_json
 
 LOCK, HOLDER = ".lock", ".holder.json"
 FILES = frozenset({LOCK, HOLDER})
@@ -81,7 +82,7 @@ class RunLock:
     def _holder(self) -> dict[str, object] | None:
         """Who holds the lock or held it last without letting go; None where that isn't known."""
         try:
-            holder = json.loads((self._root / HOLDER).read_text())
+            holder = read_json(self._root / HOLDER)
             return {key: holder[key] for key in ("pid", "host", "started")}
         except (OSError, ValueError, KeyError, TypeError):
             return None

@@ -1,7 +1,7 @@
 """Being told to stop: signals are noted, the processes agree on the step, a checkpoint is written, and that is all.
 
 SIGTERM is what schedulers, containers and torch's launcher send; SIGUSR1 is what SLURM sends ahead of a time limit
-(`--signal=USR1@60`).
+(`--signal=USR1@60`, or `TERM@60`, which accelerate's launcher hands on).
 """
 
 import contextlib

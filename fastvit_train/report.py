@@ -127,7 +127,7 @@ def write_weights(job: Job, name: str) -> None:
             finally:
                 partial.unlink(missing_ok=True)
 
-    launch.everywhere(job.accelerator, lambda: write() if job.accelerator.is_main_process else None)
+    launch.first_decides(job.accelerator, write)
 
 
 def finish(job: Job, evaluation: Evaluation) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def finish(job: Job, evaluation: Evaluation) -> dict[str, Any]:
         with storage.told_of(f"the summary of {job.folder.root} could not be written"):
             _write_summary(job, summary)
 
-    launch.everywhere(job.accelerator, lambda: write() if job.accelerator.is_main_process else None)
+    launch.first_decides(job.accelerator, write)
     return summary
 
 

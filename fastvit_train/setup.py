@@ -157,7 +157,7 @@ def setup(config: TrainConfig, resume: Resume, overwrite: bool, stop_request: St
             progress, damaged = checkpoint.load(
                 folder.checkpoints, accelerator, scheduler, dataset.identity(), parallel.check_checkpoint
             )
-        launch.everywhere(accelerator, lambda: _open_folder(folder, config, progress, resuming, log))
+        launch.first_decides(accelerator, lambda: _open_folder(folder, config, progress, resuming, log))
     except UserError:
         if lock is not None:
             lock.release()
@@ -215,8 +215,6 @@ def build_ema(model: nn.Module, config: TrainConfig, accelerator: Accelerator) -
 
 def _open_folder(folder: RunFolder, config: TrainConfig, progress: Progress, resuming: bool, log: Log) -> None:
     """Bring the folder to where the run starts from."""
-    if not log.speaks:
-        return
     if resuming:
         folder.rewind(progress)
     else:

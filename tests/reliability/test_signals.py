@@ -20,10 +20,16 @@ STOPS = (signal.SIGTERM, signal.SIGUSR1)
 Count = Callable[..., None]
 
 
+def check_checkpoint_left(folder: Path, log: Path) -> Path:
+    newest = checkpoint.newest(folder / "checkpoints")
+    assert newest is not None and storage.damage(newest) is None
+    assert f"the last good checkpoint is {newest}" in log.read_text()
+    return newest
+
+
 def check_stopped(victim: Victim, statuses: list[int | None]) -> None:
     assert statuses == [EXIT_STATUS] * len(statuses), victim.log.read_text()
-    newest = checkpoint.newest(victim.folder / "checkpoints")
-    assert newest is not None and storage.damage(newest) is None
+    newest = check_checkpoint_left(victim.folder, victim.log)
     said = f"at step {newest.name.removeprefix('step_')}; the last good checkpoint is {newest}, --resume auto goes on"
     assert victim.log.read_text().count(said) == 1 and not victim.has("Traceback")
 
@@ -142,9 +148,7 @@ def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Path) -> 
     launcher.terminate()
     launcher.wait(20)
     trainer.wait(20)
-    newest = checkpoint.newest(folder / "checkpoints")
-    assert newest is not None and storage.damage(newest) is None
-    assert f"the last good checkpoint is {newest}" in folder.with_suffix(".out").read_text()
+    check_checkpoint_left(folder, folder.with_suffix(".out"))
 
 
 @pytest.mark.slow
@@ -154,9 +158,7 @@ def test_a_launcher_of_two_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Pa
     holder(folder, "epoch   2/")
     launcher.terminate()
     launcher.wait(40)
-    newest = checkpoint.newest(folder / "checkpoints")
-    assert newest is not None and storage.damage(newest) is None
-    assert f"the last good checkpoint is {newest}" in folder.with_suffix(".out").read_text()
+    check_checkpoint_left(folder, folder.with_suffix(".out"))
 
 
 @pytest.mark.slow
