@@ -112,7 +112,7 @@ def launch_command(*args: object, processes: int = 1, before: Sequence[object] =
 
 def run(command: list[str], cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
     """Run a command without the thread settings that pytest may have been started with, and the interpreter's."""
-    return subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=900)
 
 
 def environment(**env: str) -> dict[str, str]:
