@@ -6,160 +6,22 @@ import io
 import logging
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import tyro
-from rich.console import Console
 
-from fastvit_train import launch, plots, report
-from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, override
+from fastvit_train import launch
+from fastvit_train.commands import VERBS, Settings
+from fastvit_train.config import TrainConfig, override
 from fastvit_train.errors import UserError
-from fastvit_train.plan import PlanOptions
-from fastvit_train.planning import plan_run
 from fastvit_train.preemption import EXIT_STATUS, Preempted
-from fastvit_train.profiling import profile_run
 from fastvit_train.reading import read_settings
 from fastvit_train.recipes import recipe
-from fastvit_train.repeat import fit_seeds
-from fastvit_train.saved import evaluate_run
-from fastvit_train.train import fit
 
 PROG = "fastvit_train"
 Command = TypeVar("Command")
-
-
-@dataclass(frozen=True)
-class TrainCommand:
-    """Train a small Vision Transformer from scratch.
-
-    Recipe < --config < flags. The resolved settings are saved with the run as config.yaml.
-    Other verbs: profile, plan, eval RUN, compare RUN [RUN...]; each has its own --help.
-    """
-
-    config: str | None = None
-    """YAML file of settings, named as the flags are"""
-    resume: Literal["never", "auto", "must"] = "never"
-    """go on from the run's last checkpoint: auto if there is one, must insists"""
-    overwrite: bool = False
-    """start over where the folder holds a run already"""
-    repeat: int = 1
-    """train with so many seeds, one after the other, and tell mean and spread"""
-    run: RunConfig = field(default_factory=RunConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-
-
-@dataclass(frozen=True)
-class ProfileCommand:
-    """Where a training step's time goes, and what to change first; takes the flags of a training."""
-
-    config: str | None = None
-    """YAML file of settings, named as the flags are"""
-    steps: int = 20
-    """to measure at a time"""
-    output: Path = Path("profile")
-    """folder for the trace and the figures"""
-    run: RunConfig = field(default_factory=RunConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-
-
-@dataclass(frozen=True)
-class PlanCommand:
-    """Memory, communication and speed against the number of processes; takes the flags of a training on one."""
-
-    config: str | None = None
-    """YAML file of settings, named as the flags are"""
-    plan: PlanOptions = field(default_factory=PlanOptions)
-    run: RunConfig = field(default_factory=RunConfig)
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-
-
-@dataclass(frozen=True)
-class EvalCommand:
-    """Evaluate a run's final weights."""
-
-    run: Annotated[Path, tyro.conf.Positional]
-    """a run's folder"""
-    attention: str | None = None
-    """how attention is computed; the run's own by default"""
-    data_dir: str | None = None
-    """where the data lies, if no longer where the run found it"""
-
-
-@dataclass(frozen=True)
-class CompareCommand:
-    """Put runs side by side: a table, and their curves in one picture."""
-
-    runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
-    """folders of finished runs"""
-    output: Path = Path("curves.png")
-    """where the picture goes"""
-    markdown: bool = False
-    """print the table as Markdown"""
-
-
-def train(args: Sequence[str]) -> None:
-    base, source = _base_config(args)
-    default = TrainCommand(config=source, run=base.run, model=base.model, data=base.data, optim=base.optim)
-    command = _parse(TrainCommand, args, default=default)
-    config = TrainConfig(command.run, command.model, command.data, command.optim)
-    if command.repeat == 1:
-        fit(config, resume=command.resume, overwrite=command.overwrite)
-    else:
-        fit_seeds(config, command.repeat, resume=command.resume, overwrite=command.overwrite)
-    launch.part()
-
-
-def profile(args: Sequence[str]) -> None:
-    base, source = _base_config(args)
-    default = ProfileCommand(config=source, run=base.run, model=base.model, data=base.data, optim=base.optim)
-    command = _parse(ProfileCommand, args, default=default)
-    if command.steps < 1:
-        raise UserError(f"--steps {command.steps} is out of range; allowed: 1 or more")
-    config = TrainConfig(command.run, command.model, command.data, command.optim)
-    profile_run(config, command.steps, command.output)
-
-
-def plan(args: Sequence[str]) -> None:
-    base, source = _base_config(args)
-    default = PlanCommand(config=source, run=base.run, model=base.model, data=base.data, optim=base.optim)
-    command = _parse(PlanCommand, args, default=default)
-    plan_run(TrainConfig(command.run, command.model, command.data, command.optim), command.plan)
-
-
-def evaluate(args: Sequence[str]) -> None:
-    command = _parse(EvalCommand, args)
-    evaluate_run(command.run, attention=command.attention, data_dir=command.data_dir)
-
-
-def compare(args: Sequence[str]) -> None:
-    command = _parse(CompareCommand, args)
-    runs = list(command.runs)
-    if not runs:
-        raise UserError("compare takes the folders of one or more runs, as in: compare runs/a runs/b")
-    if command.markdown:
-        print(report.markdown(runs))
-    else:
-        Console().print(report.table(runs))
-    plots.plot_curves(runs, command.output, report.datasets(runs))
-    print(f"written to {command.output}")
-
-
-VERBS: dict[str, Callable[[Sequence[str]], None]] = {
-    "train": train,
-    "profile": profile,
-    "plan": plan,
-    "eval": evaluate,
-    "compare": compare,
-}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -175,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise UserError("an argument holds a null byte, which no name has")
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb!r}; allowed: {', '.join(VERBS)}")
-        VERBS[verb](args)
+        takes, do = VERBS[verb]
+        do(_parse(takes, args))
     except UserError as error:
         if not error.everywhere or launch.is_first_process():
             _complain(str(error))
@@ -221,17 +84,20 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path} can't be read: {error}") from None
 
 
-def _parse(command: type[Command], args: Sequence[str], default: Command | None = None) -> Command:
+def _parse(takes: type[Command], args: Sequence[str]) -> Command:
     """tyro's reading of `args`; its boxed complaints become one line."""
     complaint = io.StringIO()
-    extra: dict[str, Any] = {} if default is None else {"default": default}
+    extra: dict[str, Any] = {}
+    if issubclass(takes, Settings):
+        base, source = _base_config(args)
+        extra["default"] = takes(config=source, run=base.run, model=base.model, data=base.data, optim=base.optim)
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
-                command,
+                takes,
                 args=list(args),
                 prog=f"python -m {PROG}",
-                config=(tyro.conf.OmitArgPrefixes,),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs),
                 **extra,
             )
     except SystemExit as stop:

@@ -1,16 +1,20 @@
 """Pictures of runs."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from fastvit_train.errors import UserError, printable
 from fastvit_train.tracking import RunFolder, read_rows
 
 PANELS = {"train loss": "train_loss", "test loss": "test_loss", "accuracy, %": "test_accuracy"}
+MOST_NAMED = 30
+"""classes, for their names and numbers to be legible"""
 LARGEST_DRAWN = 1e40  # more than a float32, less than what axes can't be drawn for
 
 
@@ -68,6 +72,35 @@ def plot_scaling(curves: dict[str, dict[str, list[tuple[int, float, float]]]], o
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].legend(frameon=False, fontsize="small")
+    _save(figure, output)
+
+
+def plot_confusion(confusion: Tensor, classes: Sequence[str], title: str, output: Path) -> None:
+    """The confusion matrix, rows true and columns predicted, each row's colours by its share of it, as a PNG.
+
+    Args:
+        confusion: whole numbers, (classes, classes).
+
+    Raises:
+        UserError: where the picture can't be written.
+    """
+    count = len(confusion)
+    side = min(3 + 0.45 * count, 16)
+    figure = Figure(figsize=(side + 1, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
+    drawn = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(drawn, ax=axes, label="share of the true class", shrink=0.8)
+    axes.set(title=_literal(title), xlabel="predicted", ylabel="true")
+    if count <= MOST_NAMED:
+        names = [_literal(name) for name in classes]
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(len(names)), names)
+        for row, values in enumerate(confusion.tolist()):
+            for column, value in enumerate(values):
+                color = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, f"{value:,}", ha="center", va="center", color=color, fontsize=8)
     _save(figure, output)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
-from fastvit_train import checkpoint, launch, report, storage, telemetry
+from fastvit_train import checkpoint, launch, recording, storage, telemetry
 from fastvit_train.config import TrainConfig
 from fastvit_train.errors import SaveError, UserError
 from fastvit_train.evaluate import Evaluation, evaluate
@@ -59,7 +59,7 @@ def _train(job: Job) -> dict[str, Any]:
     config, progress = job.config, job.progress
     last_epoch = min(config.run.epochs, config.run.stop_after or config.run.epochs)
     total_steps = config.run.epochs * job.train_loader.steps_per_epoch
-    report.start_trackers(job)
+    recording.start_trackers(job)
     evaluation = None
     try:
         with ProgressBar(job.log.console, total_steps, config.run.epochs, job.accelerator.num_processes) as bar:
@@ -74,8 +74,8 @@ def _train(job: Job) -> dict[str, Any]:
         raise Preempted(_stop(job, stop)) from None
     if evaluation is None:  # resumed, with nothing left to train
         evaluation = evaluate(job.eval_model, job.eval_loader, job.accelerator)
-    summary = report.finish(job, evaluation)
-    report.finish_trackers(job)
+    summary = recording.finish(job, evaluation)
+    recording.finish_trackers(job)
     return summary
 
 
@@ -239,11 +239,11 @@ def _not_finite(job: Job, place: int, loss: float) -> str:
 def _close_epoch(job: Job, evaluation: Evaluation, eval_seconds: float) -> None:
     """Record the epoch that was just trained and evaluated, and save a checkpoint behind it."""
     progress, run = job.progress, job.config.run
-    report.record_epoch(job, evaluation, eval_seconds)
+    recording.record_epoch(job, evaluation, eval_seconds)
     progress.close_epoch()
     if progress.evaluated(evaluation.accuracy, eval_seconds, run.target_accuracy):
-        report.tell_target(job)
+        recording.tell_target(job)
     save_checkpoint(job)
     if run.save_model_every and progress.epoch % run.save_model_every == 0:
         with _as_the_run_wants(job):
-            report.write_weights(job, f"model_epoch_{progress.epoch}.safetensors")
+            recording.write_weights(job, f"model_epoch_{progress.epoch}.safetensors")

@@ -52,7 +52,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         (f"--exp-name {'x' * 300}", "must be a plain folder name of up to 200 letters"),
         ("--optimizer adahessian", "optimizer 'adahessian' can't be used: it needs second derivatives"),
         ("--exp-name a/b", "--exp-name 'a/b' must be a plain folder name"),
-        ("frobnicate", "unknown verb 'frobnicate'; allowed: train, profile, plan, eval, compare"),
+        ("frobnicate", "unknown verb 'frobnicate'; allowed: train, profile, plan, eval"),
         ("profile --steps 0", "--steps 0 is out of range; allowed: 1 or more"),
         ("profile --output /dev/null/profile", "can't write /dev/null/profile"),
         ("eval nowhere", "nowhere is no run"),

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from fastvit_train import preemption, train
 from fastvit_train.config import TrainConfig
 from fastvit_train.errors import UserError
+from fastvit_train.evaluation import evaluate_run
 from fastvit_train.preemption import INTERVAL, Stop, StopRequest, Watch
 from fastvit_train.progress import ProgressBar
-from fastvit_train.saved import evaluate_run
 from fastvit_train.setup import setup
 from fastvit_train.tracking import read_rows
 from fastvit_train.train import fit, train_epoch
@@ -134,7 +134,7 @@ def test_the_moving_average_is_what_is_evaluated_and_written(small_config: Small
     decay, epochs = 0.8, 2
     summary = fit(small_config(ema=decay, epochs=epochs, batch_size=480, exp_name="averaged", save_every=1, keep=99))
     run = tmp_path / "runs" / "averaged"
-    assert evaluate_run(run).accuracy == summary["test_accuracy"]
+    assert evaluate_run(run).evaluation.accuracy == summary["test_accuracy"]
     steps = [load_file(run / f"checkpoints/step_{step}/model.safetensors") for step in range(1, 2 * epochs + 1)]
     expected = {key: value.double() for key, value in steps[0].items()}
     for number, weights in enumerate(steps[1:], start=2):  # timm's warm-up of the decay: 1 - step ** -2/3

@@ -14,11 +14,11 @@ import yaml
 from conftest import write_folder
 from safetensors.torch import load_file
 
-from fastvit_train import checkpoint, report, storage
+from fastvit_train import checkpoint, comparison, storage
 from fastvit_train.config import TrainConfig
 from fastvit_train.errors import UserError
+from fastvit_train.evaluation import evaluate_run
 from fastvit_train.plots import plot_curves
-from fastvit_train.saved import evaluate_run
 from fastvit_train.setup import resolve, setup
 from fastvit_train.tracking import RunFolder, read_rows
 from fastvit_train.train import fit
@@ -260,7 +260,7 @@ def test_nothing_is_written_when_something_is_wrong(small_config: SmallConfig, t
 def test_a_run_evaluates_the_same_under_every_attention(small_config: SmallConfig, tmp_path: Path) -> None:
     summary = fit(small_config(attention="naive"))
     for name in ("naive", "fused", "sdpa"):
-        result = evaluate_run(tmp_path / "runs" / "run", attention=name)
+        result = evaluate_run(tmp_path / "runs" / "run", attention=name).evaluation
         assert result.accuracy == summary["test_accuracy"]
         assert result.loss == pytest.approx(summary["test_loss"], abs=1e-5)
 
@@ -312,9 +312,9 @@ def test_curves_and_tables_of_two_runs(small_config: SmallConfig, tmp_path: Path
     for model in ("c_vit_4_4_32", "mc_vit_4_4_32"):
         fit(small_config(model=model, exp_name=model, epochs=1))
         runs.append(tmp_path / "runs" / model)
-    plot_curves(runs, tmp_path / "curves.png", report.datasets(runs))
+    plot_curves(runs, tmp_path / "curves.png", comparison.datasets(runs))
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    lines = report.markdown(runs).splitlines()
+    lines = comparison.markdown(runs).splitlines()
     assert lines[0] == "|  | c_vit_4_4_32 | mc_vit_4_4_32 |"
     accuracy = json.loads((runs[1] / "summary.json").read_text())["test_accuracy"]
     assert next(line for line in lines if line.startswith("| accuracy")).endswith(f"| {accuracy:.2%} |")
@@ -322,4 +322,4 @@ def test_curves_and_tables_of_two_runs(small_config: SmallConfig, tmp_path: Path
     for content in ("", "{}", "[]", '{"model": 3}'):
         (runs[0] / "summary.json").write_text(content)
         with pytest.raises(UserError, match="is no finished run|lacks or garbles"):
-            report.table(runs)
+            comparison.table(runs)

@@ -10,7 +10,7 @@ from conftest import one_line_error, run
 import fastvit_kernels
 from fastvit_train.config import TrainConfig
 from fastvit_train.errors import UserError
-from fastvit_train.saved import evaluate_run
+from fastvit_train.evaluation import evaluate_run
 from fastvit_train.tracking import read_rows
 from fastvit_train.train import fit
 
@@ -100,7 +100,7 @@ def test_timms_vit_trains_with_ours(small_config: Config, tmp_path: Path, monkey
     for name in ("sdpa", "auto"):
         assert losses(tmp_path, name) == pytest.approx(losses(tmp_path, "timm"), abs=1e-3)
     results = [evaluate_run(tmp_path / "runs" / "sdpa", attention=name) for name in (None, "fused", "timm", "auto")]
-    assert [r.loss for r in results] == pytest.approx([results[0].loss] * 4, abs=1e-5)
+    assert [r.evaluation.loss for r in results] == pytest.approx([results[0].evaluation.loss] * 4, abs=1e-5)
 
 
 def test_a_model_that_it_cant_serve_keeps_its_own(small_config: Config) -> None:

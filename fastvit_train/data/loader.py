@@ -104,23 +104,27 @@ class TrainLoader:
 
 
 class EvalLoader:
-    """All samples once, in order, cut evenly among the ranks; padding is marked by a mask."""
+    """All samples once, in order, cut evenly among the ranks; the last batches are filled up by padding."""
 
     def __init__(self, images: Images, labels: Tensor, preprocess: Preprocess, batch_size: int, place: Place) -> None:
         self._images = images
-        self._labels = labels.to(place.device)
         self._preprocess = preprocess
         self._place = place
+        self.labels = labels.to(place.device)
         self.batch_size = min(batch_size, -(-len(labels) // place.world_size))
         """images of this rank in each batch"""
+        stride = self.batch_size * place.world_size
+        self.places = -(-len(labels) // stride) * stride
+        """samples and padding of all ranks"""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yields (images, labels, mask); the same number of equally large batches on every rank."""
-        total, stride = len(self._labels), self.batch_size * self._place.world_size
-        padded = torch.arange(-(-total // stride) * stride)
-        own = padded.view(-1, self._place.world_size, self.batch_size)[:, self._place.rank]
-        samples = list(own.clamp(max=total - 1))
+        """Yields (images, labels, places); the same number of equally large batches on every rank.
+
+        A place is a sample's index; padding, which repeats the last sample, has the places from their number on.
+        """
+        own = torch.arange(self.places).view(-1, self._place.world_size, self.batch_size)[:, self._place.rank]
+        samples = list(own.clamp(max=len(self.labels) - 1))
         on_device = to_device(samples, self._place.device)
-        masks = (own < total).to(self._place.device)
-        for mask_B, samples_B, images in zip(masks, on_device, self._images.batches(samples), strict=True):
-            yield self._preprocess(images), self._labels[samples_B], mask_B
+        places = own.to(self._place.device)
+        for places_B, samples_B, images in zip(places, on_device, self._images.batches(samples), strict=True):
+            yield self._preprocess(images), self.labels[samples_B], places_B

@@ -21,6 +21,7 @@ from fastvit_train.models.registry import OUR_MODELS
 from fastvit_train.models.vit import ConvTokenizer, ViT
 from fastvit_train.models.weights import checkpoint_filter_fn, pretrained_cfg, reset_head_if_other_classes
 from fastvit_train.models.whitening import whiten_patches
+from fastvit_train.reading import read_json
 
 __all__ = [
     "OUR_MODELS",
@@ -28,6 +29,7 @@ __all__ = [
     "build_model",
     "check_attention",
     "check_model",
+    "check_timm_folder",
     "compile_model",
     "native_image_size",
     "pick_attention",
@@ -99,6 +101,19 @@ def _check_memory(name: str, options: dict[str, Any]) -> None:
         raise ValueError(
             f"its weights take {needed / 1e9:,.0f} GB, this machine has {there / 1e9:,.0f}; make it smaller"
         )
+
+
+def check_timm_folder(folder: Path) -> None:
+    """Raise UserError unless `folder` describes, as timm does, a model of timm's or ours that there is memory for."""
+    try:
+        described = read_json(folder / "config.json")
+        name = described["architecture"]
+        if not timm.is_model(name):
+            raise ValueError(f"{name!r:.100} is no model's name")
+        _check_memory(name, described.get("model_args") or {})
+    except Exception as error:  # the arguments are whatever the file holds
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{folder} is no run, and no folder that timm wrote: config.json: {reason}") from None
 
 
 def _check_patches(model: nn.Module, config: ModelConfig, image_size: int) -> None:

@@ -15,7 +15,7 @@ from conftest import one_line_error, run
 from victims import SETTINGS, Victim, differences, outcome, undisturbed
 
 from fastvit_train import launch
-from fastvit_train.saved import evaluate_run
+from fastvit_train.evaluation import evaluate_run
 
 Count = Callable[..., None]
 
@@ -31,7 +31,7 @@ def test_evaluating_leaks_neither_memory_nor_files(
     process = psutil.Process()
     taken = []
     for number in range(times):
-        assert evaluate_run(victim.folder).accuracy == summary["test_accuracy"]
+        assert evaluate_run(victim.folder).evaluation.accuracy == summary["test_accuracy"]
         if number >= times // 4:  # the caches of the first are allowed
             gc.collect()
             taken.append((process.memory_info().rss, process.num_fds(), process.num_threads()))

@@ -223,7 +223,7 @@ def random_trick(stream: random.Random, number: int, rank: int = 0) -> DieAt:
             ("storage.put_folder", 12),
             ("storage.point", 12),
             ("storage.append", 6),
-            ("report.record_epoch", 3),
+            ("recording.record_epoch", 3),
             ("checkpoint._prune", 12),
         ]
     )
