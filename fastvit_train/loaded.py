@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit_train.config import ModelConfig, TrainConfig, override
+from fastvit_train.data.datasets import DatasetSpec, load_dataset
 from fastvit_train.data.loader import Preprocess
 from fastvit_train.errors import UserError, printable
 from fastvit_train.inputs import image_size
@@ -66,6 +67,17 @@ class LoadedRun:
         """Mean and standard deviation per channel, of pixels from 0 to 1, that the model's input is normalised by."""
         cfg = pretrained_cfg(self.model)
         return tuple(cfg["mean"]), tuple(cfg["std"])
+
+    def dataset(self, data_dir: str | None = None) -> DatasetSpec:
+        """The data that the run was trained and evaluated on, from where it was then or from `data_dir`.
+
+        Raises:
+            UserError: where it isn't to be had, or the model brings no data set.
+        """
+        if self.config is None:
+            raise UserError(f"{self.source} brings no data set")
+        data = self.config.data
+        return load_dataset(replace(data, data_dir=data_dir or data.data_dir), self.image_size)
 
     def preprocess(self, images_BCHW: Tensor) -> Tensor:
         """uint8 or float images of 0 to 255, (batch, 3, height, width), to the model's input on its device."""
