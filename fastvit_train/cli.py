@@ -30,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     A user's mistake is one line on stderr and exit status 2; a run that was told to stop ends with 75.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # What compiles would begin on a CPU machine with a warning about a CUDA that it found no runtime of.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     args = list(sys.argv[1:] if argv is None else argv)
     verb = args.pop(0) if args and not args[0].startswith("-") else "train"
     try:

@@ -1,6 +1,5 @@
 """How this process fits among the others: the Accelerator, the CPU threads, and what can be wrong with a launch."""
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -45,8 +44,6 @@ def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelera
     check_kind()
     check_devices()
     check_precision()
-    # torch.compile would begin on a CPU machine with a warning about a CUDA that it found no runtime of.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     try:
         accelerator = Accelerator(
             # Without this, processes on a machine without an accelerator would each believe they are alone.
