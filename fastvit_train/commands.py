@@ -15,6 +15,7 @@ from fastvit_train.planning import plan_run
 from fastvit_train.predict import predict_images
 from fastvit_train.profiling import profile_run
 from fastvit_train.repeat import fit_seeds
+from fastvit_train.report import write_report
 from fastvit_train.train import fit
 from fastvit_train.visualize import inspect_run
 
@@ -193,6 +194,23 @@ def inspect(command: Inspect) -> None:
         print(f"written to {path}")
 
 
+@dataclass(frozen=True)
+class Report:
+    """Write a page of HTML on one run or several: figures, curves, mistakes, and where the models look."""
+
+    runs: tuple[str, ...]
+    """runs' folders, local-dir:FOLDER, hf-hub:USER/MODEL, or names of timm's"""
+    output: Path | None = None
+    """the page; report.html in the first run's folder by default"""
+    data_dir: str | None = None
+    """where the data lies, if no longer where the runs found it"""
+
+
+def report(command: Report) -> None:
+    launch.check_alone("report")
+    print(f"written to {write_report(command.runs, command.output, command.data_dir)}")
+
+
 VERBS: dict[str, tuple[type[Any], Callable[[Any], int | None]]] = {
     "train": (Train, train),
     "profile": (Profile, profile),
@@ -200,6 +218,7 @@ VERBS: dict[str, tuple[type[Any], Callable[[Any], int | None]]] = {
     "eval": (Eval, evaluate),
     "predict": (Predict, predict),
     "inspect": (Inspect, inspect),
+    "report": (Report, report),
     "compare": (Compare, compare),
 }
 """by name: what the verb takes, and what it does; what it returns is the exit status, None for 0"""
