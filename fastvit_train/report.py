@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
 
 from fastvit_train import report_charts, report_images, report_tables, storage
 from fastvit_train.errors import UserError
@@ -38,9 +37,9 @@ class Tested:
     pairs: list[tuple[str, str, int]]
     """the most frequent confusions: true, predicted, images"""
     mistakes: list[report_images.Mistake]
-    pooling: str
-    looks: list[report_images.Look]
     no_mistakes: str
+    """why there are none, or nothing"""
+    looked: report_images.Looked | None
     no_looks: str
     """why there are none, or nothing"""
 
@@ -80,8 +79,8 @@ def _page(records: Sequence[Record]) -> str:
     settings, no_settings = _attempt(lambda: report_tables.settings(records), None)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
-        style=Markup(style),
-        script=Markup(script),
+        style=style,
+        script=script,
         title=" and ".join(record.name for record in records[:2]) + (" and others" if len(records) > 2 else ""),
         runs=[(record, report_tables.result(record), _tested(record)) for record in records],
         verdict=report_tables.verdict(records),
@@ -112,7 +111,7 @@ def _tested(record: Record) -> Tested | None:
     classes = found["classes"]
     many = len(names) > MOST_NAMED
     mistakes, no_mistakes = _attempt(lambda: report_images.mistakes(evaluated), [])
-    (pooling, looks), no_looks = _attempt(lambda: report_images.looks(evaluated), ("", []))
+    looked, no_looks = _attempt(lambda: report_images.looks(evaluated), None)
     return Tested(
         sentence,
         differs,
@@ -122,9 +121,8 @@ def _tested(record: Record) -> Tested | None:
         [] if many else found["confusion"],
         _pairs(evaluated, names),
         mistakes,
-        pooling,
-        looks,
         no_mistakes,
+        looked,
         no_looks,
     )
 

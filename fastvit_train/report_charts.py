@@ -60,7 +60,8 @@ def _chart(title: str, key: str, records: Sequence[Record]) -> Chart | None:
         return None
     values = [scale * value for column in columns for value in column.values()]
     x_marks = MaxNLocator(nbins=6, integer=True).tick_values(epochs[0], epochs[-1])
-    y_marks = MaxNLocator(nbins=5).tick_values(min(values), max(values))
+    around = 0.0 if min(values) < max(values) else abs(values[0]) / 10 or 1.0
+    y_marks = MaxNLocator(nbins=5).tick_values(min(values) - around, max(values) + around)
     x_of = _scale(epochs[0], epochs[-1], LEFT + 6, RIGHT - 6)
     y_of = _scale(y_marks[0], y_marks[-1], BOTTOM, TOP)
     places = [{epoch: y_of(scale * value) for epoch, value in column.items()} for column in columns]

@@ -50,6 +50,17 @@ class Look:
     rollout: WeightMap
 
 
+@dataclass(frozen=True)
+class Looked:
+    """Images that the model looked at, and how to read its maps of them."""
+
+    pooling: str
+    """what the weights of the first map are"""
+    even: str
+    """what each patch would have if none were looked at more than another"""
+    images: list[Look]
+
+
 def mistakes(evaluated: Evaluated) -> list[Mistake]:
     """The images that the model is most sure of and wrong about, surest first.
 
@@ -73,8 +84,8 @@ def mistakes(evaluated: Evaluated) -> list[Mistake]:
     ]
 
 
-def looks(evaluated: Evaluated) -> tuple[str, list[Look]]:
-    """What the weights of the first map are, in words, and the first image of each class, of the first six.
+def looks(evaluated: Evaluated) -> Looked:
+    """Where the model looks in the first image of each class, of the first six.
 
     Raises:
         UserError: where the model's attention can't be looked at, or an image can't be decoded.
@@ -84,7 +95,7 @@ def looks(evaluated: Evaluated) -> tuple[str, list[Look]]:
     firsts = torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()[:MOST_LOOKED_AT]])
     pixels = evaluated.dataset.test.pixels(firsts, run.image_size)
     seen = look(run.model, run.preprocess(pixels))
-    return seen.pooling, [
+    images = [
         Look(
             png(image),
             classes[labels[sample]],
@@ -94,6 +105,7 @@ def looks(evaluated: Evaluated) -> tuple[str, list[Look]]:
         )
         for sample, image, pooled, rollout in zip(firsts.tolist(), pixels, seen.pooled, seen.rollout, strict=True)
     ]
+    return Looked(seen.pooling, f"{1 / (seen.grid[0] * seen.grid[1]):.1%}", images)
 
 
 def class_names(evaluated: Evaluated) -> tuple[str, ...]:
@@ -111,7 +123,7 @@ def _weight_map(image: Tensor, weights: Tensor) -> WeightMap:
     mixed = OPACITY * torch.from_numpy(heat) + (1 - OPACITY) * grey
     largest = int(weights.argmax())
     row, column = divmod(largest, weights.shape[1])
-    most = f"most, {weights.flatten()[largest].item():.1%}, on the patch in row {row + 1}, column {column + 1}"
+    most = f"most: {weights.flatten()[largest].item():.1%}, row {row + 1}, column {column + 1}"
     return WeightMap(png((255 * mixed).round().byte().permute(2, 0, 1)), most)
 
 

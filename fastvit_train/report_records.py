@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fastvit_train.comparison import read_summary
+from fastvit_train.config import TrainConfig
 from fastvit_train.errors import UserError, printable
 from fastvit_train.evaluation import Evaluated, evaluate_run
 from fastvit_train.loaded import FOLDER, LoadedRun, load_run
-from fastvit_train.tracking import RunFolder, read_rows
+from fastvit_train.tracking import RunFolder, plain, read_rows
 
 Read = TypeVar("Read")
 
@@ -28,7 +29,7 @@ class Record:
     epochs: list[dict[str, Any]]
     """the lines of metrics.jsonl"""
     settings: dict[str, Any]
-    """config.yaml, flat"""
+    """config.yaml, flat, with the defaults of settings that it was written before"""
     evaluated: Evaluated | None
     missing: tuple[str, ...]
     """a sentence for each thing that isn't there: which, and why"""
@@ -61,7 +62,7 @@ def _read_record(run: str, data_dir: str | None) -> Record:
     if not (path / "config.yaml").is_file():
         return _from_elsewhere(run, load_run(run))
     summary = attempt("No figures", lambda: read_summary(path), {})
-    settings = attempt("No settings", RunFolder(path).read_config, {})
+    settings = attempt("No settings", lambda: {**plain(TrainConfig()), **RunFolder(path).read_config()}, {})
     epochs: list[dict[str, Any]] = []
     with suppress(OSError):  # the chart says that there are none
         epochs = read_rows(RunFolder(path).metrics)
@@ -70,8 +71,8 @@ def _read_record(run: str, data_dir: str | None) -> Record:
     evaluated = None
     if loaded is not None:
         # Computed plainly, which any machine can: a run trained on a GPU may be reported on a laptop.
-        plain = loaded.attention
-        evaluated = attempt("No evaluation", lambda: evaluate_run(run, data_dir=data_dir, attention=plain), None)
+        attention = loaded.attention
+        evaluated = attempt("No evaluation", lambda: evaluate_run(run, data_dir=data_dir, attention=attention), None)
         summary = summary or _told_by(loaded)
     if not (summary or epochs):
         raise UserError(f"there is nothing to report of {run}: {' '.join(missing)}")
@@ -82,8 +83,8 @@ def _read_record(run: str, data_dir: str | None) -> Record:
 def _from_elsewhere(run: str, loaded: LoadedRun) -> Record:
     return Record(
         run, loaded.name, loaded.folder, _told_by(loaded), [], {}, None,
-        ("No settings, curves and figures: it is no folder that a training of ours left, so there is no config.yaml, "
-         "metrics.jsonl and summary.json.",),
+        ("No figures, curves, settings and commands: it is no folder that a training of ours left, so there is no "
+         "config.yaml, metrics.jsonl and summary.json.",),
         f"No evaluation: the model brings no data set; python -m fastvit_train eval {printable(run)} --dataset NAME "
         "evaluates it on one.",
     )  # fmt: skip

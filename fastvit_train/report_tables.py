@@ -58,6 +58,8 @@ def figures(records: Sequence[Record]) -> Table:
     """A row per figure, a column per run, and with two runs one of their difference."""
     head = [record.name for record in records]
     rows = [(name, [_figure(name, record) for record in records]) for name in SHOWN]
+    if not any(record.epochs for record in records):  # models alone, of which there is little to say
+        rows = [(name, cells) for name, cells in rows if any(cell.text != NOTHING for cell in cells)]
     if len(records) == 2:
         head.append("difference")
         rows = [(name, [*cells, Cell(_difference(name, *records))]) for name, cells in rows]
@@ -76,7 +78,7 @@ def _difference(name: str, first: Record, second: Record) -> str:
     """By how much the second run's figure is above the first's."""
     try:
         before, after = (float(record.summary[SET_AGAINST[name]]) for record in (first, second))
-        return f"{100 * (after - before):+.2f} points" if "accuracy" in name else f"{after / before - 1:+.1%}"
+        return f"{100 * (after - before):+.2f} points" if "accuracy" in name else f"{after / before - 1:+.2%}"
     except (*UNREADABLE, ZeroDivisionError):
         return ""
 
@@ -128,9 +130,14 @@ def settings(records: Sequence[Record]) -> Table:
 
 
 def recipe_of(own: dict[str, Any]) -> dict[str, Any]:
-    """The settings, flat, of the recipe that the settings `own` name, for their model; UserError without one."""
+    """The settings, flat, of the recipe that `own` name, with what depends on the model as it is for theirs.
+
+    Raises:
+        UserError: where there is no such recipe, or no such model.
+    """
     base = recipe(str(own.get("recipe")))
-    return plain(resolve(override(base, {"model": own.get("model", base.model.model)}, "config.yaml")))
+    for_model = resolve(override(base, {"model": own.get("model", base.model.model)}, "config.yaml"))
+    return {**plain(for_model), "model": base.model.model}
 
 
 def _value(value: Any) -> str:

@@ -74,6 +74,15 @@ function follow(plot) {
 
 document.querySelectorAll(".plot").forEach(follow);
 
+// What doesn't fit scrolls in its own box, which then is reached by the tab key.
+const boxes = new ResizeObserver((entries) => {
+  for (const { target } of entries) {
+    const fits = target.scrollWidth <= target.clientWidth && target.scrollHeight <= target.clientHeight;
+    target.tabIndex = fits ? -1 : 0;
+  }
+});
+document.querySelectorAll(".scroll").forEach((box) => boxes.observe(box));
+
 // On paper, what is folded away is shown.
 const folded = [];
 window.addEventListener("beforeprint", () => {
