@@ -1,10 +1,10 @@
 """The verb `report`: runs on one page of HTML that needs nothing else, no network and no server."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
@@ -12,9 +12,8 @@ from fastvit_train import report_charts, report_images, report_tables, storage
 from fastvit_train.errors import UserError
 from fastvit_train.evaluation import Evaluated, figures
 from fastvit_train.plots import MOST_NAMED
-from fastvit_train.report_records import Record, read_records
+from fastvit_train.report_records import Record, attempt, read_records
 
-Found = TypeVar("Found")
 MOST_PAIRS = 20
 PRECISIONS = {"no": "fp32"}
 """what accelerate's names of mixed precisions stand for, where it isn't what they say"""
@@ -76,7 +75,7 @@ def _page(records: Sequence[Record]) -> str:
     style, script, template = (
         (folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js", "report.html.jinja")
     )
-    settings, no_settings = _attempt(lambda: report_tables.settings(records), None)
+    settings, no_settings = attempt(lambda: report_tables.settings(records))
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(template).render(
         style=style,
@@ -94,14 +93,6 @@ def _page(records: Sequence[Record]) -> str:
     )
 
 
-def _attempt(make: Callable[[], Found], otherwise: Found) -> tuple[Found, str]:
-    """What `make` returns and nothing, or `otherwise` and why."""
-    try:
-        return make(), ""
-    except UserError as error:
-        return otherwise, str(error)
-
-
 def _tested(record: Record) -> Tested | None:
     evaluated = record.evaluated
     if evaluated is None:
@@ -110,8 +101,8 @@ def _tested(record: Record) -> Tested | None:
     sentence, differs = _compared(found, record.summary)
     classes = found["classes"]
     many = len(names) > MOST_NAMED
-    mistakes, no_mistakes = _attempt(lambda: report_images.mistakes(evaluated), [])
-    looked, no_looks = _attempt(lambda: report_images.looks(evaluated), None)
+    mistakes, no_mistakes = attempt(lambda: report_images.mistakes(evaluated))
+    looked, no_looks = attempt(lambda: report_images.looks(evaluated))
     return Tested(
         sentence,
         differs,
@@ -120,7 +111,7 @@ def _tested(record: Record) -> Tested | None:
         names,
         [] if many else found["confusion"],
         _pairs(evaluated, names),
-        mistakes,
+        mistakes or [],
         no_mistakes,
         looked,
         no_looks,

@@ -93,8 +93,9 @@ def _values(rows: Sequence[dict[str, Any]], key: str) -> Iterator[tuple[int, flo
     """(epoch, value) as far as both are numbers that can be drawn."""
     for row in rows:
         epoch, value = row.get("epoch"), row.get(key)
-        numbers = type(epoch) is int and type(value) in (int, float)
-        if numbers and 0 <= epoch <= MOST_EPOCHS and abs(value) <= LARGEST_DRAWN:
+        if type(epoch) is not int or not isinstance(value, int | float):
+            continue
+        if 0 <= epoch <= MOST_EPOCHS and abs(value) <= LARGEST_DRAWN:
             yield epoch, float(value)
 
 

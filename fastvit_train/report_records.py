@@ -13,7 +13,7 @@ from fastvit_train.evaluation import Evaluated, evaluate_run
 from fastvit_train.loaded import FOLDER, LoadedRun, load_run
 from fastvit_train.tracking import RunFolder, plain, read_rows
 
-Read = TypeVar("Read")
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -48,36 +48,44 @@ def read_records(runs: Sequence[str], data_dir: str | None) -> list[Record]:
     return [replace(r, name=printable(r.source)) if names.count(r.name) > 1 else r for r in records]
 
 
+def attempt(make: Callable[[], Made]) -> tuple[Made | None, str]:
+    """What `make` returns and nothing, or None and the line of its UserError."""
+    try:
+        return make(), ""
+    except UserError as error:
+        return None, str(error)
+
+
 def _read_record(run: str, data_dir: str | None) -> Record:
     path = Path(run.removeprefix(FOLDER))
-    missing: list[str] = []
-
-    def attempt(what: str, read: Callable[[], Read], otherwise: Read) -> Read:
-        try:
-            return read()
-        except UserError as error:
-            missing.append(f"{what}: {error}")
-            return otherwise
-
-    if not (path / "config.yaml").is_file():
+    folder = RunFolder(path)
+    if not folder.config.is_file():
         return _from_elsewhere(run, load_run(run))
-    summary = attempt("No figures", lambda: read_summary(path), {})
-    settings = attempt("No settings", lambda: {**plain(TrainConfig()), **RunFolder(path).read_config()}, {})
+    summary, no_summary = attempt(lambda: read_summary(path))
+    settings, no_settings = attempt(lambda: {**plain(TrainConfig()), **folder.read_config()})
     epochs: list[dict[str, Any]] = []
-    with suppress(OSError):  # the chart says that there are none
-        epochs = read_rows(RunFolder(path).metrics)
-    told = len(missing)
-    loaded = attempt("No evaluation", lambda: load_run(run, device="cpu"), None)
+    with suppress(OSError):  # then there are no curves
+        epochs = read_rows(folder.metrics)
+    loaded, not_evaluated = attempt(lambda: load_run(run, device="cpu"))
     evaluated = None
     if loaded is not None:
         # Computed plainly, which any machine can: a run trained on a GPU may be reported on a laptop.
-        attention = loaded.attention
-        evaluated = attempt("No evaluation", lambda: evaluate_run(run, data_dir=data_dir, attention=attention), None)
-        summary = summary or _told_by(loaded)
+        attention, summary = loaded.attention, summary or _told_by(loaded)
+        evaluated, not_evaluated = attempt(lambda: evaluate_run(run, data_dir=data_dir, attention=attention))
     if not (summary or epochs):
-        raise UserError(f"there is nothing to report of {run}: {' '.join(missing)}")
-    why = missing.pop() if len(missing) > told else ""
-    return Record(run, printable(path.resolve().name), path, summary, epochs, settings, evaluated, tuple(missing), why)
+        raise UserError(f"there is nothing to report of {run}: {no_summary}; {not_evaluated}")
+    missing = {"No figures": no_summary, "No settings": no_settings}
+    return Record(
+        run,
+        printable(path.resolve().name),
+        path,
+        summary or {},
+        epochs,
+        settings or {},
+        evaluated,
+        tuple(f"{what}: {why}" for what, why in missing.items() if why),
+        f"No evaluation: {not_evaluated}" if not_evaluated else "",
+    )
 
 
 def _from_elsewhere(run: str, loaded: LoadedRun) -> Record:

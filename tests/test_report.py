@@ -1,27 +1,34 @@
 """The page of a report: its figures are the summary's, what is hostile is text, what is missing is told."""
 
+import base64
 import json
 import re
 import shlex
 import shutil
 from collections.abc import Sequence
 from html.parser import HTMLParser
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import one_line_error, write_folder
+from PIL import Image
 
 from fastvit_train.cli import _parse, main
 from fastvit_train.commands import Train
 from fastvit_train.config import flatten
+from fastvit_train.loaded import load_run
 from fastvit_train.report import write_report
 
 SMALL = (
     *("--depth", "1", "--embed-dim", "16", "--num-heads", "2", "--patch-size", "8", "--attention", "fused"),
     *("--batch-size", "240", "--no-telemetry"),
 )
+MISTAKE = r"true ?(\d) ?taken for ?(\d) ?confidence ?([\d.]+%)"
 CLASSES = ("<script>document.title = 'stolen'<", "square & co", "tri\"angle'")
 
 
@@ -131,6 +138,23 @@ def test_what_a_model_says_now_is_told_with_its_images(runs: Path, tmp_path: Pat
     assert "fp32" in page.text and "as in summary.json" in page.text and "pooling weights" in page.text
 
 
+def test_the_mistakes_are_the_surest_with_their_own_images(runs: Path, tmp_path: Path) -> None:
+    page, loaded = report(tmp_path, runs / "mc"), load_run(runs / "mc")
+    test = loaded.dataset().test
+    assert isinstance(test.images, torch.Tensor)
+    sure, said = loaded.predict(test.images).max(1)
+    surest = torch.where(said == test.labels, 0, sure).topk(12)
+    captions = [(int(true), int(as_), share) for true, as_, share in re.findall(MISTAKE, " ".join(page.text.split()))]
+    expected = [
+        (int(test.labels[i]), int(said[i]), f"{value:.1%}")
+        for value, i in zip(*map(torch.Tensor.tolist, surest), strict=True)
+    ]
+    assert captions == expected
+    first = next(str(attrs["src"]) for tag, attrs in page.elements if tag == "img")
+    shown = np.array(Image.open(BytesIO(base64.b64decode(first.partition(",")[2]))))
+    assert (shown[::4, ::4] == test.images[surest.indices[0]].permute(1, 2, 0).numpy()).all()
+
+
 def test_settings_that_differ_are_marked_in_words(runs: Path, tmp_path: Path) -> None:
     rows = report(tmp_path, runs / "c", runs / "mc").table("What differs")
     assert set(rows) == {"setting", "model", "lr", "label_smoothing"}
@@ -192,6 +216,16 @@ def test_a_model_from_elsewhere_has_a_page_too(runs: Path, tmp_path: Path) -> No
     assert page.table("models themselves")["parameters"] == [f"{summary(runs / 'mc')['parameters']:,}"]
     assert "there is no config.yaml, metrics.jsonl and summary.json" in page.text
     assert "brings no data set" in page.text
+
+
+def test_many_classes_and_a_model_without_attention(tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", per_class=2, classes=tuple(f"class {i:02}" for i in range(32)))
+    flags = ("--model", "resnet10t", "--epochs", "1", "--dataset", "folder", "--data-dir", data, "--image-size", "32")
+    main(["--runs-dir", str(tmp_path), "--exp-name", "many", "--no-telemetry", *map(str, flags)])
+    page = report(tmp_path, tmp_path / "many")
+    assert "With 32 classes a matrix would not be legible" in page.text
+    assert len(page.table("The 20 of 32 classes with the lowest recall")) == 21
+    assert page.table("Most frequent confusions") and "ResNet is no plain vision transformer" in page.text
 
 
 def test_where_the_data_is_gone_the_page_says_so(runs: Path, tmp_path: Path) -> None:
