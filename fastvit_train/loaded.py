@@ -45,7 +45,8 @@ class LoadedRun:
     architecture: str
     """timm's name of the model"""
     attention: str
-    classes: tuple[str, ...]
+    class_names: tuple[str, ...] | None
+    """what its outputs are called, where that is known"""
     image_size: int
     """side of the input, pixels"""
 
@@ -53,6 +54,15 @@ class LoadedRun:
     def name(self) -> str:
         """For tables and files' names."""
         return printable(self.folder.resolve().name if self.folder else self.source.rpartition("/")[2])
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.model.num_classes)  # type: ignore[arg-type]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the outputs, or else their numbers."""
+        return self.class_names or tuple(map(str, range(self.num_classes)))
 
     @property
     def parameters(self) -> int:
@@ -123,7 +133,7 @@ def load_run(run: str | Path, attention: str | None = None, device: torch.device
         model.to(device).eval(),
         architecture,
         attention,
-        _classes(model, folder if config else None),
+        _class_names(model, folder if config else None),
         size,
     )
 
@@ -171,10 +181,8 @@ def _from_timm(source: str, folder: Path) -> tuple[nn.Module, str]:
     return model, str(architecture)
 
 
-def _classes(model: nn.Module, run: Path | None) -> tuple[str, ...]:
-    """The names of the model's outputs, by number where they have none."""
-    outputs = int(model.num_classes)  # type: ignore[arg-type]
+def _class_names(model: nn.Module, run: Path | None) -> tuple[str, ...] | None:
     names = _described(run).get("label_names") if run else pretrained_cfg(model).get("label_names")
-    if isinstance(names, list | tuple) and len(names) == outputs:
+    if isinstance(names, list | tuple) and len(names) == model.num_classes:
         return tuple(printable(str(name)) for name in names)
-    return tuple(map(str, range(outputs)))
+    return None

@@ -72,7 +72,7 @@ def predict_images(
     said: list[Prediction] = []
     seen: list[Tensor] = []
     with _found(images) as files:
-        for predictions, pixels in _predicted(loaded, files, min(top, len(loaded.classes)), batch_size):
+        for predictions, pixels in _predicted(loaded, files, min(top, loaded.num_classes), batch_size):
             said += predictions
             seen += [pixels] if show else []
             if as_json:

@@ -114,7 +114,11 @@ def _draw_looks(loaded: LoadedRun, shown: Shown, looks: Looks, path: Path) -> Pa
 def _draw_heads(shown: Shown, looks: Looks, number: int, path: Path) -> Path:
     """A row per layer, a column per head: what the class token, or else the patches on average, attend to."""
     layers = [looks.layer_maps(layer)[number, :MOST_HEADS] for layer in range(len(looks.attention))]
-    figure, panels = _panels(len(layers), 1 + len(layers[0]), f"{shown.captions[number]}: attention by layer and head")
+    figure, panels = _panels(
+        len(layers),
+        1 + len(layers[0]),
+        f"{shown.captions[number]}: attention by layer and head, each from 0 to its largest",
+    )
     for layer, maps in enumerate(layers):
         _show(panels[layer, 0], shown.pixels[number])
         panels[layer, 0].set_ylabel(f"layer {layer + 1}", fontsize=8)
