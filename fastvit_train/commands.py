@@ -58,7 +58,10 @@ def train(command: Train) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile(Settings):
-    """Where a training step's time goes, and what to change first; takes the flags of a training."""
+    """Where a training step's time goes, and what to change first.
+
+    Takes the flags of a training.
+    """
 
     steps: int = 20
     """to measure at a time"""
@@ -74,7 +77,10 @@ def profile(command: Profile) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Settings):
-    """Memory, communication and speed against the number of processes; takes the flags of a training on one."""
+    """Memory, communication and speed against the number of processes.
+
+    Takes the flags of a training on one.
+    """
 
     plan: PlanOptions = field(default_factory=PlanOptions)
 
@@ -85,7 +91,10 @@ def plan(command: Plan) -> None:
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluate a trained model: accuracy, top-5, loss, calibration, precision and recall, confusion matrix."""
+    """Evaluate a trained model: accuracy, calibration, confusion matrix.
+
+    And top-5 accuracy, loss, and the precision and recall of each class.
+    """
 
     run: str
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a name of timm's"""

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import NamedTuple
 
 import torch
@@ -109,7 +110,10 @@ def check_implementation(name: str) -> None:
 @torch.compiler.assume_constant_result
 def _problem(name: str) -> str | None:
     if name != AUTO and name not in IMPLEMENTATIONS:
-        return f"unknown attention implementation {name!r}; allowed: {', '.join((*IMPLEMENTATIONS, AUTO))}"
+        names = [*IMPLEMENTATIONS, AUTO]
+        close = get_close_matches(name, names, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return f"unknown attention implementation {name!r}{hint}; allowed: {', '.join(names)}"
     reason = None if name == AUTO else IMPLEMENTATIONS[name].unavailable()
     if reason is None:
         return None
