@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 
 from fastvit_train import launch, mistakes
-from fastvit_train.commands import VERBS, Settings
+from fastvit_train.commands import SCRIPT, VERBS, Settings
 from fastvit_train.config import TrainConfig, override
 from fastvit_train.errors import UserError, did_you_mean
 from fastvit_train.overview import overview
@@ -23,7 +23,7 @@ from fastvit_train.preemption import EXIT_STATUS, Preempted
 from fastvit_train.reading import read_settings
 from fastvit_train.recipes import recipe
 
-PROG, SCRIPT = "fastvit_train", "fastvit"
+PROG = "fastvit_train"
 Command = TypeVar("Command")
 
 

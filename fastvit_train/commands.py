@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from fastvit_train import comparison, evaluation, launch, plots
+from fastvit_train import comparison, completion, evaluation, launch, plots
+from fastvit_train.completion import Shell
 from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from fastvit_train.errors import UserError
 from fastvit_train.plan import PlanOptions
@@ -146,11 +147,29 @@ def compare(command: Compare) -> None:
     print(f"written to {command.output}")
 
 
+@dataclass(frozen=True)
+class Completion:
+    """Print the script that completes verbs, flags and names in a shell.
+
+    How to install it stands in its first lines.
+    """
+
+    shell: Shell
+    """whose script"""
+
+
+def complete(command: Completion) -> None:
+    print(completion.script(command.shell, SCRIPT, {name: takes for name, (takes, _) in VERBS.items()}), end="")
+
+
+SCRIPT = "fastvit"
+"""what the package installs"""
 VERBS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "train": (Train, train),
     "profile": (Profile, profile),
     "plan": (Plan, plan),
     "eval": (Eval, evaluate),
     "compare": (Compare, compare),
+    "completion": (Completion, complete),
 }
 """by name: what the verb takes, and what it does"""
