@@ -7,9 +7,10 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from fastvit_train import comparison, completion, evaluation, launch, plots
+from fastvit_train import catalog, comparison, completion, evaluation, launch, plots
 from fastvit_train.completion import Shell
 from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from fastvit_train.dry_run import dry_run
 from fastvit_train.errors import UserError
 from fastvit_train.plan import PlanOptions
 from fastvit_train.planning import plan_run
@@ -47,10 +48,14 @@ class Train(Settings):
     """start over where the folder holds a run already"""
     repeat: int = 1
     """train with so many seeds, one after the other, and tell mean and spread"""
+    dry_run: bool = False
+    """train nothing: show settings and shapes, and by a few measured steps the memory, time and disk of one run"""
 
 
 def train(command: Train) -> None:
-    if command.repeat == 1:
+    if command.dry_run:
+        dry_run(command.training)
+    elif command.repeat == 1:
         fit(command.training, resume=command.resume, overwrite=command.overwrite)
     else:
         fit_seeds(command.training, command.repeat, resume=command.resume, overwrite=command.overwrite)
@@ -148,6 +153,40 @@ def compare(command: Compare) -> None:
 
 
 @dataclass(frozen=True)
+class Models:
+    """List the models: their sizes, and their speed on this machine.
+
+    Ours, unless a pattern is given.
+    """
+
+    pattern: str | None = None
+    """list all of ours and timm's whose name fits, as vit_tiny* does"""
+    measure: bool = True
+    """time training steps and inference, which takes some seconds"""
+
+
+def models(command: Models) -> None:
+    catalog.show_models(command.pattern, command.measure)
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List the recipes, or show one as the YAML that --config takes."""
+
+    recipe: tuple[str, ...]
+    """the one to show; without, all are listed"""
+
+
+def recipes(command: Recipes) -> None:
+    if len(command.recipe) > 1:
+        raise UserError("recipes shows one at a time, as in: recipes fast-cifar10; without a name it lists all")
+    if command.recipe:
+        print(catalog.recipe_yaml(command.recipe[0]), end="")
+    else:
+        catalog.show_recipes()
+
+
+@dataclass(frozen=True)
 class Completion:
     """Print the script that completes verbs, flags and names in a shell.
 
@@ -170,6 +209,8 @@ VERBS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "plan": (Plan, plan),
     "eval": (Eval, evaluate),
     "compare": (Compare, compare),
+    "models": (Models, models),
+    "recipes": (Recipes, recipes),
     "completion": (Completion, complete),
 }
 """by name: what the verb takes, and what it does"""

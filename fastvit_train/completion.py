@@ -114,7 +114,11 @@ def _fish_lines(program: str, verbs: Verbs) -> Iterator[str]:
         yield f"complete -c {program} -n __fish_use_subcommand {words}"
     others = " ".join(verb for verb in verbs if verb != DEFAULT_VERB)
     for verb, takes in verbs.items():
-        seen = f"not __fish_seen_subcommand_from {others}" if verb == DEFAULT_VERB else f"__fish_seen_subcommand_from {verb}"
+        seen = (
+            f"not __fish_seen_subcommand_from {others}"
+            if verb == DEFAULT_VERB
+            else f"__fish_seen_subcommand_from {verb}"
+        )
         yield f"complete -c {program} -n {shlex.quote(seen)} -l {HELP[2:]}"
         for flag in flags_of(takes):
             yield f"complete -c {program} -n {shlex.quote(seen)} {_fish_flag(flag)}"

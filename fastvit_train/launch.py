@@ -45,8 +45,7 @@ def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelera
     check_kind()
     check_devices()
     check_precision()
-    # torch.compile would begin on a CPU machine with a warning about a CUDA that it found no runtime of.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    hush_compiler()
     try:
         accelerator = Accelerator(
             # Without this, processes on a machine without an accelerator would each believe they are alone.
@@ -68,6 +67,11 @@ def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelera
     if missing:
         raise UserError(f"--track {' '.join(missing)} is not installed; pip install {' '.join(missing)}")
     return accelerator
+
+
+def hush_compiler() -> None:
+    """Keep what compiles on a CPU machine from beginning with a warning about a CUDA that it found no runtime of."""
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _meeting_place() -> str | None:

@@ -39,7 +39,9 @@ def missing_argument(verb: str, takes: type[Any]) -> str:
     """Of a verb that was given less than it takes."""
     needed = [flag for flag in flags_of(takes) if flag.positional and flag.required]
     names = " and ".join(f"a {flag.name}" for flag in needed)
-    example = " ".join(flag.choices[0] if flag.choices else EXAMPLES.get(flag.name, flag.name.upper()) for flag in needed)
+    example = " ".join(
+        flag.choices[0] if flag.choices else EXAMPLES.get(flag.name, flag.name.upper()) for flag in needed
+    )
     allowed = "".join(f"; allowed: {flag.allowed}" for flag in needed if flag.choices)
     return f"{verb} takes {names}, as in: {verb} {example}{allowed}"
 

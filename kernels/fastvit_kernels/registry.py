@@ -65,6 +65,8 @@ def _triton_refusal(x: Tensor, num_heads: int) -> str | None:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that matrices are multiplied in: autocast's where it is on, else x's own."""
     kind = x.device.type
+    if kind == "meta":  # which autocast knows nothing of
+        return x.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
