@@ -66,15 +66,15 @@ def show_models(pattern: str | None, measure: bool) -> None:
             f"--pattern {pattern} fits {len(names)} models, and up to {MOST_MEASURED} are measured at a time; "
             "narrow it, or give --no-measure"
         )
-    entries = [describe(name) for name in names]
-    said = ["MFLOPs: of an image's forward pass; matrix products and convolutions, a multiply and an add are 2"]
+    entries, said = _entries(names)
+    said += ["MFLOPs: of an image's forward pass; matrix products and convolutions, a multiply and an add are 2"]
     speeds: dict[str, Speed] = {}
     if measure:
         launch.use_all_cores()
         launch.hush_compiler()
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         batch_size = BATCH_SIZES.get(device.type, GPU_BATCH_SIZE)
-        speeds = measure_speeds(names, batch_size, device)
+        speeds = measure_speeds([entry.name for entry in entries], batch_size, device)
         said += [
             "img/s: of a training step (AdamW) and of inference, without the input; measured in turn, medians; "
             f"batch {batch_size}, fp32, attention fused (timm's own where it can't be had), not compiled; "
@@ -91,6 +91,17 @@ def _names(pattern: str | None) -> list[str]:
         hint = did_you_mean(pattern.strip("*?"), timm.list_models())
         raise UserError(f"--pattern {pattern} fits no model{hint}; a * in it stands for anything, as in vit_tiny*")
     return names
+
+
+def _entries(names: Sequence[str]) -> tuple[list[Entry], list[str]]:
+    """What can be told of each, and of which of them nothing can."""
+    entries, left_out = [], []
+    for name in names:
+        try:
+            entries.append(describe(name))
+        except UserError as error:
+            left_out.append(f"left out: {error}")
+    return entries, left_out
 
 
 def describe(name: str) -> Entry:
@@ -171,9 +182,7 @@ def show_recipes() -> None:
             *(str(run.epochs), str(run.batch_size), choice.optimizer, f"{choice.lr:g}", f"{_parameters(config):,}"),
         )
     what = {name: inspect.getdoc(make) or "" for name, make in RECIPES.items()}
-    _print(
-        table, what, ["`recipes NAME` shows all settings of one, as --config takes them; --recipe NAME trains with it"]
-    )
+    _print(table, what, ["`recipes NAME` shows all settings of one, as --config takes them"])
 
 
 def recipe_yaml(name: str) -> str:

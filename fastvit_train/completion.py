@@ -12,6 +12,7 @@ Verbs = Mapping[str, type[Any]]
 Answer = tuple[str, tuple[str, ...]]
 """a pattern of words, and what is proposed behind them"""
 DEFAULT_VERB = "train"
+SEEN = "__fish_seen_subcommand_from"
 
 BASH = """\
 # Completion of {program} in bash. To install it:
@@ -114,14 +115,9 @@ def _fish_lines(program: str, verbs: Verbs) -> Iterator[str]:
         yield f"complete -c {program} -n __fish_use_subcommand {words}"
     others = " ".join(verb for verb in verbs if verb != DEFAULT_VERB)
     for verb, takes in verbs.items():
-        seen = (
-            f"not __fish_seen_subcommand_from {others}"
-            if verb == DEFAULT_VERB
-            else f"__fish_seen_subcommand_from {verb}"
-        )
-        yield f"complete -c {program} -n {shlex.quote(seen)} -l {HELP[2:]}"
-        for flag in flags_of(takes):
-            yield f"complete -c {program} -n {shlex.quote(seen)} {_fish_flag(flag)}"
+        seen = f"not {SEEN} {others}" if verb == DEFAULT_VERB else f"{SEEN} {verb}"
+        for words in (f"-l {HELP[2:]}", *map(_fish_flag, flags_of(takes))):
+            yield f"complete -c {program} -n {shlex.quote(seen)} {words}"
 
 
 def _fish_flag(flag: Flag) -> str:

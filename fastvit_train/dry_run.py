@@ -148,16 +148,18 @@ def _by(shape: tuple[int, ...]) -> str:
 
 def lines(job: Job, expected: Expected) -> list[str]:
     """What is expected, in words."""
-    keep = job.config.run.keep
+    checkpoint, weights, disk = (
+        f"{size / MIB:,.1f} MiB" for size in (expected.checkpoint_bytes, expected.weights_bytes, expected.disk_bytes)
+    )
+    epoch, whole = in_words(expected.epoch_seconds), in_words(expected.seconds)
     return [
         f"expected, by {STEPS * ROUNDS} training steps of {job.batch_size} images and a batch of evaluation, measured:",
-        f"  memory   {expected.memory_mib:,.0f} MiB per process",
-        f"  speed    {expected.images_per_second:,.0f} img/s in training, all processes together",
-        f"  time     {in_words(expected.epoch_seconds)} per epoch with its evaluation, "
-        f"{in_words(expected.seconds)} for {expected.epochs}",
-        f"  disk     {expected.disk_bytes / MIB:,.1f} MiB at most: checkpoints of {expected.checkpoint_bytes / MIB:,.1f} "
-        f"MiB, the newest {keep}, the best and one being written, and weights of {expected.weights_bytes / MIB:,.1f} MiB",
-        "nothing was written; without --dry-run it is trained",
+        f"  memory  {expected.memory_mib:,.0f} MiB per process",
+        f"  speed   {expected.images_per_second:,.0f} img/s in training, all processes together",
+        f"  time    {epoch} per epoch with its evaluation, {whole} in all ({expected.epochs} epochs)",
+        f"  disk    {disk} at most: checkpoints of {checkpoint} (the newest {job.config.run.keep}, the best and the one "
+        f"being written) and weights of {weights}",
+        "nothing was trained or written; the same without --dry-run does it",
     ]
 
 

@@ -20,7 +20,7 @@ NAMED: dict[str, Callable[[], Iterable[str]]] = {
     "model": lambda: OUR_MODELS,
     "models": lambda: OUR_MODELS,
     "attention": attentions,
-    "optimizer": list_optimizers,
+    "optimizer": lambda: map(str, list_optimizers()),
 }
 """what is a text as far as its type goes, and has names all the same"""
 

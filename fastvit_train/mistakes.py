@@ -27,7 +27,8 @@ def unknown_argument(arg: str, args: Sequence[str], verbs: Sequence[str], verb: 
     before = args[args.index(arg) - 1] if arg in args[1:] else next((a for a in args if a.endswith(f"={arg}")), "")
     flag = _find(before, takes)
     if flag is not None and flag.switch:
-        return f"{flag.name} takes no value; leave {arg} out, and say --no-... for the opposite"
+        bare = flag.name.removeprefix("--no-").removeprefix("--")
+        return f"{flag.name} takes no value; leave {arg} out, as in --{bare}, or --no-{bare} for the opposite"
     if arg in verbs:
         return f"unknown argument {arg}; a verb comes first: {arg} {' '.join(a for a in args if a != arg)}"
     close = nearest(f"--{arg}", options(takes), most=1)
