@@ -71,7 +71,6 @@ def show_models(pattern: str | None, measure: bool) -> None:
     speeds: dict[str, Speed] = {}
     if measure:
         launch.use_all_cores()
-        launch.hush_compiler()
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         batch_size = BATCH_SIZES.get(device.type, GPU_BATCH_SIZE)
         speeds = measure_speeds([entry.name for entry in entries], batch_size, device)

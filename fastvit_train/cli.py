@@ -33,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     A user's mistake is one line on stderr and exit status 2; a run that was told to stop ends with 75.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    # What compiles would begin on a CPU machine with a warning about a CUDA that it found no runtime of.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     args = list(sys.argv[1:] if argv is None else argv)
     if args[:1] in (["-h"], ["--help"]):
         if launch.is_first_process():
@@ -74,7 +76,7 @@ def _program() -> str:
     return SCRIPT if Path(sys.argv[0]).stem == SCRIPT else f"python -m {PROG}"
 
 
-def _base_config(takes: type[Settings], args: Sequence[str]) -> tuple[TrainConfig, str | None]:
+def _base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
     """What the flags override: the recipe, and over it the --config file, which may name the recipe."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--recipe")
@@ -82,7 +84,7 @@ def _base_config(takes: type[Settings], args: Sequence[str]) -> tuple[TrainConfi
     try:
         known, _ = parser.parse_known_args(list(args))
     except argparse.ArgumentError as error:
-        raise UserError(mistakes.missing_value(str(error.argument_name), takes)) from None
+        raise UserError(mistakes.missing_value(str(error.argument_name), Settings)) from None
     settings = _read_config(Path(known.config)) if known.config else {}
     name = settings.get("recipe", "quickstart") if known.recipe is None else known.recipe
     base = recipe(str(name))
@@ -101,7 +103,7 @@ def _parse(verb: str, takes: type[Command], args: Sequence[str]) -> Command:
     complaint = io.StringIO()
     extra: dict[str, Any] = {}
     if issubclass(takes, Settings):
-        base, source = _base_config(takes, args)
+        base, source = _base_config(args)
         extra["default"] = takes(config=source, run=base.run, model=base.model, data=base.data, optim=base.optim)
     try:
         with contextlib.redirect_stderr(complaint), _colours_as_wanted():

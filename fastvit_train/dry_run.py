@@ -157,8 +157,8 @@ def lines(job: Job, expected: Expected) -> list[str]:
         f"  memory  {expected.memory_mib:,.0f} MiB per process",
         f"  speed   {expected.images_per_second:,.0f} img/s in training, all processes together",
         f"  time    {epoch} per epoch with its evaluation, {whole} in all ({expected.epochs} epochs)",
-        f"  disk    {disk} at most: checkpoints of {checkpoint} (the newest {job.config.run.keep}, the best and the one "
-        f"being written) and weights of {weights}",
+        f"  disk    {disk} at most: checkpoints of {checkpoint} (the newest {job.config.run.keep}, the best and "
+        f"the one being written) and weights of {weights}",
         "nothing was trained or written; the same without --dry-run does it",
     ]
 

@@ -60,12 +60,12 @@ def options(takes: type[Any]) -> list[str]:
     return [flag.name for flag in flags_of(takes) if not flag.positional] + [HELP]
 
 
-def _flags(field: Field[Any], hint: Any) -> list[Flag]:
-    hint, several = _bare(hint)
+def _flags(field: Field[Any], declared: Any) -> list[Flag]:
+    hint, several = _bare(declared)
     if field.default is MISSING and field.default_factory is MISSING:
         return [Flag(field.name, *_choices(field.name, hint), switch=False, required=not several)]
     name = field.name.replace("_", "-")
-    if hint is bool:
+    if declared is bool:  # one that may be None as well takes its value as a word
         return [Flag(f"--{prefix}{name}", (), "no value", switch=True, required=False) for prefix in ("", "no-")]
     choices, allowed = _choices(field.name, hint)
     return [Flag(f"--{name}", choices, f"{allowed}; or several" if several else allowed, switch=False, required=False)]
@@ -82,8 +82,8 @@ def _bare(hint: Any) -> tuple[Any, bool]:
 
 def _choices(name: str, hint: Any) -> tuple[tuple[str, ...], str]:
     """What is proposed, and what is allowed in words."""
-    if get_origin(hint) is Literal:
-        choices = tuple(map(str, get_args(hint)))
+    if get_origin(hint) is Literal or hint is bool:
+        choices = tuple(map(str, get_args(hint))) or ("True", "False")
         return choices, ", ".join(choices)
     if name in NAMED:
         choices = tuple(NAMED[name]())

