@@ -14,9 +14,11 @@ from fastvit_train.dry_run import dry_run
 from fastvit_train.errors import UserError
 from fastvit_train.plan import PlanOptions
 from fastvit_train.planning import plan_run
+from fastvit_train.predict import predict_images
 from fastvit_train.profiling import profile_run
 from fastvit_train.repeat import fit_seeds
 from fastvit_train.train import fit
+from fastvit_train.visualize import inspect_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,6 +155,60 @@ def compare(command: Compare) -> None:
 
 
 @dataclass(frozen=True)
+class Predict:
+    """Say what images show: the most probable classes of each."""
+
+    run: str
+    """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a name of timm's"""
+    images: tuple[str, ...]
+    """files, folders, patterns; - reads an image, or names of images, from standard input"""
+    top: int = 3
+    """classes to tell of each image"""
+    json: bool = False
+    """print a line of JSON per image"""
+    show: bool = False
+    """draw the images with their predictions"""
+    batch_size: int = 256
+    """images at a time"""
+    output: Path | None = None
+    """folder for the pictures of --show; predictions/ in the run's folder by default"""
+
+
+def predict(command: Predict) -> int:
+    launch.check_alone("predict")
+    broken = predict_images(
+        command.run,
+        command.images,
+        top=command.top,
+        batch_size=command.batch_size,
+        as_json=command.json,
+        show=command.show,
+        output=command.output,
+    )
+    return 1 if broken else 0
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Draw what a trained model looks at, and what it has learned of positions and patches."""
+
+    run: str
+    """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a name of timm's"""
+    images: tuple[str, ...]
+    """image files; by default one of each class of the test set"""
+    data_dir: str | None = None
+    """where the test set lies, if no longer where the run found it"""
+    output: Path | None = None
+    """folder for the pictures; inspect/ in the run's folder by default"""
+
+
+def inspect(command: Inspect) -> None:
+    launch.check_alone("inspect")
+    for path in inspect_run(command.run, command.images, command.output, command.data_dir):
+        print(f"written to {path}")
+
+
+@dataclass(frozen=True)
 class Models:
     """List the models: their sizes, and their speed on this machine.
 
@@ -203,14 +259,16 @@ def complete(command: Completion) -> None:
 
 SCRIPT = "fastvit"
 """what the package installs"""
-VERBS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+VERBS: dict[str, tuple[type[Any], Callable[[Any], int | None]]] = {
     "train": (Train, train),
     "profile": (Profile, profile),
     "plan": (Plan, plan),
     "eval": (Eval, evaluate),
+    "predict": (Predict, predict),
+    "inspect": (Inspect, inspect),
     "compare": (Compare, compare),
     "models": (Models, models),
     "recipes": (Recipes, recipes),
     "completion": (Completion, complete),
 }
-"""by name: what the verb takes, and what it does"""
+"""by name: what the verb takes, and what it does; what it returns is the exit status, None for 0"""

@@ -95,7 +95,7 @@ def _settings(
     return TrainConfig(
         run=RunConfig(eval_batch_size=batch_size),
         model=ModelConfig(
-            loaded.architecture, attention or recorded, num_classes=len(loaded.classes), image_size=loaded.image_size
+            loaded.architecture, attention or recorded, num_classes=loaded.num_classes, image_size=loaded.image_size
         ),
         data=replace(own, data_dir=data_dir or own.data_dir),
     )
@@ -103,8 +103,10 @@ def _settings(
 
 def _check_classes(loaded: LoadedRun, dataset: DatasetSpec) -> None:
     """Raise UserError unless the model names its outputs as the data set names its classes, where it names them."""
-    numbers = tuple(map(str, range(len(loaded.classes))))
-    fits = loaded.classes == dataset.classes or (loaded.classes == numbers and len(numbers) >= len(dataset.classes))
+    if loaded.class_names is None:
+        fits = loaded.num_classes >= len(dataset.classes)
+    else:
+        fits = loaded.class_names == dataset.classes
     if not fits:
         trained, found = list(loaded.classes[:MOST_CLASSES_SHOWN]), list(dataset.classes[:MOST_CLASSES_SHOWN])
         raise UserError(f"{loaded.source} was trained on the classes {trained}, {dataset.name} has {found}")

@@ -90,6 +90,12 @@ def part() -> None:
     PartialState().destroy_process_group()
 
 
+def check_alone(verb: str) -> None:
+    """Raise UserError where several processes would all do what one is enough for."""
+    if _launched() > 1:
+        raise UserError(f"{verb} takes one process, the launch started {_launched()}: python -m fastvit_train {verb}")
+
+
 def check_kind() -> None:
     """Raise UserError where the launch asks for a kind of training that this trainer doesn't do, or not here."""
     for variable, kind in OTHER_KINDS.items():

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit_train.config import ModelConfig, TrainConfig, override
+from fastvit_train.data.datasets import DatasetSpec, load_dataset
 from fastvit_train.data.loader import Preprocess
 from fastvit_train.errors import UserError, printable
 from fastvit_train.inputs import image_size
@@ -44,7 +45,8 @@ class LoadedRun:
     architecture: str
     """timm's name of the model"""
     attention: str
-    classes: tuple[str, ...]
+    class_names: tuple[str, ...] | None
+    """what its outputs are called, where that is known"""
     image_size: int
     """side of the input, pixels"""
 
@@ -52,6 +54,15 @@ class LoadedRun:
     def name(self) -> str:
         """For tables and files' names."""
         return printable(self.folder.resolve().name if self.folder else self.source.rpartition("/")[2])
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.model.num_classes)  # type: ignore[arg-type]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the outputs, or else their numbers."""
+        return self.class_names or tuple(map(str, range(self.num_classes)))
 
     @property
     def parameters(self) -> int:
@@ -66,6 +77,17 @@ class LoadedRun:
         """Mean and standard deviation per channel, of pixels from 0 to 1, that the model's input is normalised by."""
         cfg = pretrained_cfg(self.model)
         return tuple(cfg["mean"]), tuple(cfg["std"])
+
+    def dataset(self, data_dir: str | None = None) -> DatasetSpec:
+        """The data that the run was trained and evaluated on, from where it was then or from `data_dir`.
+
+        Raises:
+            UserError: where it isn't to be had, or the model brings no data set.
+        """
+        if self.config is None:
+            raise UserError(f"{self.source} brings no data set")
+        data = self.config.data
+        return load_dataset(replace(data, data_dir=data_dir or data.data_dir), self.image_size)
 
     def preprocess(self, images_BCHW: Tensor) -> Tensor:
         """uint8 or float images of 0 to 255, (batch, 3, height, width), to the model's input on its device."""
@@ -103,7 +125,7 @@ def load_run(run: str | Path, attention: str | None = None, device: torch.device
     attention = attention or plain_attention(model)
     check_attention(ModelConfig(architecture, attention))
     set_attention(model, attention)
-    device = device or torch.accelerator.current_accelerator() or "cpu"
+    device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return LoadedRun(
         source,
         folder if folder.is_dir() else None,
@@ -111,7 +133,7 @@ def load_run(run: str | Path, attention: str | None = None, device: torch.device
         model.to(device).eval(),
         architecture,
         attention,
-        _classes(model, folder if config else None),
+        _class_names(model, folder if config else None),
         size,
     )
 
@@ -159,10 +181,8 @@ def _from_timm(source: str, folder: Path) -> tuple[nn.Module, str]:
     return model, str(architecture)
 
 
-def _classes(model: nn.Module, run: Path | None) -> tuple[str, ...]:
-    """The names of the model's outputs, by number where they have none."""
-    outputs = int(model.num_classes)  # type: ignore[arg-type]
+def _class_names(model: nn.Module, run: Path | None) -> tuple[str, ...] | None:
     names = _described(run).get("label_names") if run else pretrained_cfg(model).get("label_names")
-    if isinstance(names, list | tuple) and len(names) == outputs:
+    if isinstance(names, list | tuple) and len(names) == model.num_classes:
         return tuple(printable(str(name)) for name in names)
-    return tuple(map(str, range(outputs)))
+    return None

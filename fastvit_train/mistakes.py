@@ -15,7 +15,7 @@ def unknown_flag(args: Sequence[str], verb: str, takes: type[Any]) -> str | None
     known = options(takes)
     for arg in args:
         name = arg.partition("=")[0].replace("_", "-")
-        if name.startswith("-") and not _is_number(name) and name not in (*known, "-h", "--"):
+        if name.startswith("-") and not _is_number(name) and name not in (*known, "-h", "-", "--"):
             close = nearest(name, known)
             hint = f"did you mean {' or '.join(close)}?" if close else f"{verb} {HELP} lists what there is"
             return f"unknown flag {arg.partition('=')[0]}; {hint}"

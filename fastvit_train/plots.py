@@ -35,7 +35,7 @@ def plot_curves(runs: list[Path], output: Path, title: str) -> None:
             axes.plot(
                 epochs,
                 [scale * value for value in columns[key]],
-                label=_literal(run.resolve().name),
+                label=literal(run.resolve().name),
                 marker="." if len(epochs) < 3 else "",
             )
     for axes, name in zip(panels, PANELS, strict=True):
@@ -44,8 +44,8 @@ def plot_curves(runs: list[Path], output: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].legend(frameon=False)
-    figure.suptitle(_literal(title))
-    _save(figure, output)
+    figure.suptitle(literal(title))
+    save(figure, output)
 
 
 def plot_scaling(curves: dict[str, dict[str, list[tuple[int, float, float]]]], output: Path) -> None:
@@ -64,7 +64,7 @@ def plot_scaling(curves: dict[str, dict[str, list[tuple[int, float, float]]]], o
         for style, (way, points) in zip(("-", "--"), ways.items(), strict=False):
             processes, *figures = zip(*points, strict=True)
             for axes, values in zip(panels, figures, strict=True):
-                axes.plot(processes, values, style, color=f"C{number}", marker=".", label=_literal(f"{model}, {way}"))
+                axes.plot(processes, values, style, color=f"C{number}", marker=".", label=literal(f"{model}, {way}"))
     for axes, name in zip(panels, ("memory of a process, MiB", "images/s of all, estimated"), strict=True):
         axes.set(title=name, xlabel="processes")
         axes.set_xscale("log", base=2)
@@ -72,7 +72,7 @@ def plot_scaling(curves: dict[str, dict[str, list[tuple[int, float, float]]]], o
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].legend(frameon=False, fontsize="small")
-    _save(figure, output)
+    save(figure, output)
 
 
 def plot_confusion(confusion: Tensor, classes: Sequence[str], title: str, output: Path) -> None:
@@ -92,19 +92,39 @@ def plot_confusion(confusion: Tensor, classes: Sequence[str], title: str, output
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     drawn = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(drawn, ax=axes, label="share of the true class", shrink=0.8)
-    axes.set(title=_literal(title), xlabel="predicted", ylabel="true")
+    axes.set(title=literal(title), xlabel="predicted", ylabel="true")
     if count <= MOST_NAMED:
-        names = [_literal(name) for name in classes]
+        names = [literal(name) for name in classes]
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), names)
         for row, values in enumerate(confusion.tolist()):
             for column, value in enumerate(values):
                 color = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, f"{value:,}", ha="center", va="center", color=color, fontsize=8)
-    _save(figure, output)
+    save(figure, output)
 
 
-def _save(figure: Figure, output: Path) -> None:
+def plot_images(images: Tensor, captions: Sequence[str], output: Path) -> None:
+    """Images, uint8 (images, 3, height, width), six in a row, each under its caption, as a PNG.
+
+    Raises:
+        UserError: where the picture can't be written.
+    """
+    columns = min(6, len(captions))
+    rows = -(-len(captions) // 6)
+    figure = Figure(figsize=(1.9 * columns, 2.2 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in panels:
+        axes.axis("off")
+    for axes, image, caption in zip(panels, images, captions, strict=False):
+        axes.imshow(image.permute(1, 2, 0).numpy())
+        axes.set_title(_literal_lines(caption), fontsize=8)
+    save(figure, output)
+
+
+def save(figure: Figure, output: Path) -> None:
+    """Write the figure as a PNG; UserError where that fails."""
     try:
         figure.savefig(output, dpi=150)
     except (OSError, ValueError) as error:
@@ -127,6 +147,10 @@ def _columns(run: Path) -> dict[str, list[float]]:
     return columns
 
 
-def _literal(text: str) -> str:
+def _literal_lines(text: str) -> str:
+    return "\n".join(map(literal, text.split("\n")))
+
+
+def literal(text: str) -> str:
     """`text` as matplotlib shows it unchanged: a dollar begins no formula."""
     return printable(text).replace("$", r"\$")

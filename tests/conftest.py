@@ -13,14 +13,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
+from timm.models._hub import save_for_hf
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before anything of ours is imported
 
 from fastvit_train.config import TrainConfig, override
 from fastvit_train.recipes import recipe
+from fastvit_train.train import fit
 
 ROOT = Path(__file__).parents[1]
 ON_CPUS = {"CUDA_VISIBLE_DEVICES": ""}
@@ -94,6 +97,23 @@ def small_config(tmp_path: Path) -> Callable[..., TrainConfig]:
         return override(recipe("quickstart"), {**small, **settings}, "the test")
 
     return config
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a small mc-ViT trained on the digits for long enough to know most of them; to be read only."""
+    settings = {"epochs": 6, "batch_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2, "attention": "fused"}
+    runs = tmp_path_factory.mktemp("trained")
+    fit(override(recipe("quickstart"), {**settings, "runs_dir": str(runs), "exp_name": "run"}, "the test"))
+    return runs / "run"
+
+
+@pytest.fixture(scope="session")
+def timms(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model in a folder as timm writes one, without a trace of the run."""
+    folder = tmp_path_factory.mktemp("timms") / "model"
+    save_for_hf(timm.create_model(f"local-dir:{trained}", pretrained=True), folder, safe_serialization=True)
+    return folder
 
 
 def launch(

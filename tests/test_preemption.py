@@ -10,16 +10,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
-from fastvit_train import preemption, train
+from fastvit_train import preemption
 from fastvit_train.config import TrainConfig
 from fastvit_train.errors import UserError
 from fastvit_train.evaluation import evaluate_run
 from fastvit_train.preemption import INTERVAL, Stop, StopRequest, Watch
 from fastvit_train.progress import ProgressBar
-from fastvit_train.setup import setup
+from fastvit_train.setup import Job, setup
 from fastvit_train.tracking import read_rows
 from fastvit_train.train import fit, train_epoch
 
@@ -100,7 +101,7 @@ def test_a_loss_that_is_no_number_ends_the_epoch_early(
         time.sleep(0.01)
         return cross_entropy(*args, **kwargs) * (float("inf") if calls == 20 else 1)
 
-    monkeypatch.setattr(train.F, "cross_entropy", spoilt)
+    monkeypatch.setattr(F, "cross_entropy", spoilt)
     with pytest.raises(UserError, match=r"became inf at step 20 \(epoch 1, learning rate 0\.\d+\)") as caught:
         train_epoch(job, ProgressBar(job.log.console, 1, 1, 1))
     assert calls < 20 + 2 * INTERVAL / 0.01 + 5 < job.train_loader.steps_per_epoch
@@ -150,7 +151,7 @@ def test_steps_that_the_scaler_skips_are_counted_and_shown(
 ) -> None:
     taken = iter(range(10**6))
     skipped = property(lambda _: next(taken) in (2, 7))
-    monkeypatch.setattr(train.Job.__annotations__["optimizer"], "step_was_skipped", skipped)
+    monkeypatch.setattr(Job.__annotations__["optimizer"], "step_was_skipped", skipped)
     summary = fit(small_config(stop_after=1))
     assert summary["skipped_steps"] == 1
     summary = fit(small_config(), resume="must")

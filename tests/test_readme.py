@@ -12,7 +12,11 @@ from conftest import ROOT, idx_bytes, write_cifar10, write_folder
 from fastvit_train.cli import main
 
 FAST = ["--epochs", "2", "--depth", "1", "--embed-dim", "24", "--num-heads", "6"]
-IN_CI = ("pip install -e . && accelerate launch -m fastvit_train", 'pip install -e ".[test]" && pytest')
+IN_CI = (
+    "pip install -e . && accelerate launch -m fastvit_train",
+    'pip install -e ".[test]" && pytest',
+    "python -m fastvit_train inspect runs/digits-mc_vit_4_4_32-seed0",
+)
 
 
 def commands() -> list[str]:
@@ -21,8 +25,8 @@ def commands() -> list[str]:
     return [line for block in blocks for line in block.splitlines() if line.strip()]
 
 
-def test_the_two_commands_stand_in_the_first_screen_and_ci_runs_them() -> None:
-    first_screen = (ROOT / "README.md").read_text().splitlines()[:24]
+def test_the_first_commands_stand_in_the_first_screen_and_ci_runs_them() -> None:
+    first_screen = (ROOT / "README.md").read_text().splitlines()[:28]
     script = (ROOT / ".ci" / "run").read_text().splitlines()
     for command in IN_CI:
         assert command in first_screen and command in script
@@ -52,6 +56,19 @@ def test_every_other_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         if args[0] in ("profile", "plan"):
             args += ["--steps", "1", "--depth", "1", "--attention", "fused"]
         main(args)
+
+
+@pytest.mark.slow
+def test_the_librarys_examples_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert [re.findall("import (.*)", example)[0] for example in examples] == ["train", "evaluate", "load_run"]
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
+    text = capsys.readouterr().out
+    assert "of digits after 3 epochs" in text and "calibration error" in text and "torch.Size([4, 8, 8])" in text
 
 
 def test_the_operators_examples_run(capsys: pytest.CaptureFixture[str]) -> None:

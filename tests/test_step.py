@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastvit_train import train
 from fastvit_train.config import TrainConfig
 from fastvit_train.progress import ProgressBar
 from fastvit_train.setup import Job, setup
@@ -65,7 +65,7 @@ def test_a_loss_that_is_read_in_the_loop_is_seen(small_config: Config, monkeypat
         assert loss.item() > 0
         return loss
 
-    monkeypatch.setattr(train.F, "cross_entropy", watched)
+    monkeypatch.setattr(F, "cross_entropy", watched)
     found = reads(setup(small_config(), "never", overwrite=False))
     assert found.count["forward"] == found.steps
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastvit_train.config import DataConfig
 from fastvit_train.data import cifar, folder, idx
 from fastvit_train.data.augment import generator
+from fastvit_train.data.images import decode
 from fastvit_train.errors import UserError, printable
 
 FASHION_CLASSES = (
@@ -33,6 +34,12 @@ class Split:
         if isinstance(self.images, Tensor):
             return Split(self.images[samples], self.labels[samples])
         return Split([self.images[i] for i in samples.tolist()], self.labels[samples])
+
+    def pixels(self, samples: Tensor, image_size: int) -> Tensor:
+        """The given samples' images, uint8 (samples, 3, height, width); files are decoded at `image_size`."""
+        if isinstance(self.images, Tensor):
+            return self.images[samples]
+        return torch.stack([decode(self.images[i], image_size) for i in samples.tolist()])
 
 
 @dataclass(frozen=True)
