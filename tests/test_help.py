@@ -119,12 +119,14 @@ def _said_to_a_terminal(command: list[str], cwd: Path, env: dict[str, str]) -> s
     return b"".join(parts).decode()
 
 
+@pytest.mark.slow
 def test_colours_in_a_terminal(in_a_terminal: Callable[[str], list[str]]) -> None:
     overview_, help_, _, error, training, _ = in_a_terminal("")
     assert COLOUR.search(overview_) and COLOUR.search(help_) and COLOUR.search(training)
     assert one_line_error(error) == "unknown flag --epoch; did you mean --epochs?"
 
 
+@pytest.mark.slow
 def test_no_colours_under_no_color(in_a_terminal: Callable[[str], list[str]]) -> None:
     parts = in_a_terminal("1")
     assert not COLOUR.search("".join(parts))
