@@ -22,10 +22,14 @@ from fastvit_train.flags import flags_of, options
 from fastvit_train.overview import overview
 
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;\d+)*m")
+MISTAKE = (
+    "--dataset 'mnist' is not allowed (did you mean fashion-mnist?); "
+    "allowed: digits, cifar10, cifar100, fashion-mnist, folder, synthetic"
+)
 WORDS = f"""
 import sys
 from fastvit_train.cli import main
-for args in (["--help"], ["eval", "--help"], ["recipes"], ["--epoch", "3"], {list(TINY)!r}):
+for args in (["--help"], ["eval", "--help"], ["recipes"], ["--dataset", "mnist"], {list(TINY)!r}):
     try:
         main(args)
     except SystemExit:
@@ -123,7 +127,7 @@ def _said_to_a_terminal(command: list[str], cwd: Path, env: dict[str, str]) -> s
 def test_colours_in_a_terminal(in_a_terminal: Callable[[str], list[str]]) -> None:
     overview_, help_, _, error, training, _ = in_a_terminal("")
     assert COLOUR.search(overview_) and COLOUR.search(help_) and COLOUR.search(training)
-    assert one_line_error(error) == "unknown flag --epoch; did you mean --epochs?"
+    assert one_line_error(error) == MISTAKE
 
 
 @pytest.mark.slow
@@ -132,7 +136,7 @@ def test_no_colours_under_no_color(in_a_terminal: Callable[[str], list[str]]) ->
     assert not COLOUR.search("".join(parts))
     assert "\x1b" not in parts[1] and "--attention" in parts[1]
     assert "epoch 1/1" in parts[4]  # the progress bar is there
-    assert one_line_error(parts[3]) == "unknown flag --epoch; did you mean --epochs?"
+    assert one_line_error(parts[3]) == MISTAKE
 
 
 def test_nothing_but_text_in_a_pipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
