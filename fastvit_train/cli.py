@@ -4,18 +4,21 @@ import argparse
 import contextlib
 import io
 import logging
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+from rich.console import Console
 
-from fastvit_train import launch
-from fastvit_train.commands import VERBS, Settings
+from fastvit_train import launch, mistakes
+from fastvit_train.commands import SCRIPT, VERBS, Settings
 from fastvit_train.config import TrainConfig, override
-from fastvit_train.errors import UserError
+from fastvit_train.errors import UserError, did_you_mean
+from fastvit_train.overview import overview
 from fastvit_train.preemption import EXIT_STATUS, Preempted
 from fastvit_train.reading import read_settings
 from fastvit_train.recipes import recipe
@@ -33,14 +36,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     # What compiles would begin on a CPU machine with a warning about a CUDA that it found no runtime of.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] in (["-h"], ["--help"]):
+        if launch.is_first_process():
+            Console(highlight=False).print(overview(_program(), {name: takes for name, (takes, _) in VERBS.items()}))
+        return
     verb = args.pop(0) if args and not args[0].startswith("-") else "train"
     try:
         if any("\0" in arg for arg in args):
             raise UserError("an argument holds a null byte, which no name has")
         if verb not in VERBS:
-            raise UserError(f"unknown verb {verb!r}; allowed: {', '.join(VERBS)}")
+            raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; allowed: {', '.join(VERBS)}")
         takes, do = VERBS[verb]
-        if status := do(_parse(takes, args)):
+        if status := do(_parse(verb, takes, args)):
             sys.exit(status)
     except UserError as error:
         if not error.everywhere or launch.is_first_process():
@@ -65,6 +72,11 @@ def _complain(message: str, kind: str = "error") -> None:
         )
 
 
+def _program() -> str:
+    """The program as it was called."""
+    return SCRIPT if Path(sys.argv[0]).stem == SCRIPT else f"python -m {PROG}"
+
+
 def _base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
     """What the flags override: the recipe, and over it the --config file, which may name the recipe."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -73,7 +85,7 @@ def _base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
     try:
         known, _ = parser.parse_known_args(list(args))
     except argparse.ArgumentError as error:
-        raise UserError(str(error)) from None
+        raise UserError(mistakes.missing_value(str(error.argument_name), Settings)) from None
     settings = _read_config(Path(known.config)) if known.config else {}
     name = settings.get("recipe", "quickstart") if known.recipe is None else known.recipe
     base = recipe(str(name))
@@ -87,7 +99,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"--config {path} can't be read: {error}") from None
 
 
-def _parse(takes: type[Command], args: Sequence[str]) -> Command:
+def _parse(verb: str, takes: type[Command], args: Sequence[str]) -> Command:
     """tyro's reading of `args`; its boxed complaints become one line."""
     complaint = io.StringIO()
     extra: dict[str, Any] = {}
@@ -95,34 +107,58 @@ def _parse(takes: type[Command], args: Sequence[str]) -> Command:
         base, source = _base_config(args)
         extra["default"] = takes(config=source, run=base.run, model=base.model, data=base.data, optim=base.optim)
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), _colours_as_wanted():
             return tyro.cli(
                 takes,
                 args=list(args),
-                prog=f"python -m {PROG}",
+                prog=f"{_program()} {verb}",
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs),
+                console_outputs=launch.is_first_process(),
                 **extra,
             )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise UserError(_one_line(complaint.getvalue())) from None
+        raise UserError(_one_line(complaint.getvalue(), verb, takes, args)) from None
 
 
-def _one_line(box: str) -> str:
-    """The first paragraph of tyro's box; for an unknown flag, the known ones that it finds near."""
-    rows = [line.strip("│ ") for line in box.splitlines() if line.strip() and line[0] not in "╭╰"]
+@contextlib.contextmanager
+def _colours_as_wanted() -> Iterator[None]:
+    """tyro knows dumb terminals, but not NO_COLOR (https://no-color.org)."""
+    before = os.environ.get("TERM")
+    if os.environ.get("NO_COLOR"):
+        os.environ["TERM"] = "dumb"
+    try:
+        yield
+    finally:
+        os.environ.pop("TERM", None)
+        if before is not None:
+            os.environ["TERM"] = before
+
+
+def _one_line(box: str, verb: str, takes: type[Any], args: Sequence[str]) -> str:
+    """What tyro complains of, in our words."""
+    text = _first_paragraph(box)
+    if unknown := mistakes.unknown_flag(args, verb, takes):
+        return unknown
+    if match := re.match(r"Missing value for argument '(--[^']+)'", text):
+        return mistakes.missing_value(match[1], takes)
+    if text.startswith("Missing"):
+        return mistakes.missing_argument(verb, takes)
+    if match := re.match(r"invalid choice '(.*)' for argument '(\S+)'", text):
+        return mistakes.wrong_value(match[2], match[1], takes)
+    if match := re.match(r"Error parsing (--[^\s:]+)", text):
+        return mistakes.wrong_value(match[1], mistakes.value_of(match[1], args), takes)
+    if match := re.match(r"Unrecognized options: ([^,]+)", text):
+        return mistakes.unknown_argument(match[1], args, list(VERBS), verb, takes)
+    return f"{text or 'the arguments cannot be read'}; see {verb} --help"
+
+
+def _first_paragraph(box: str) -> str:
+    """What stands in tyro's box up to its first rule."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()
+    rows = [line.strip("│ ") for line in lines if line.strip() and line[0] not in "╭╰"]
     if len(rows) > 1 and not rows[1].strip("-"):  # without UTF-8 there is no frame, but a title and a rule
         rows = rows[2:]
     rules = [i for i, row in enumerate(rows) if not row.strip("─-")]
-    text = " ".join(rows[: rules[0] if rules else None])
-    if match := re.match(r"Error parsing (--\S+): .*?('.*')", text):
-        flag, value = match.groups()
-        wanted = next((row.removeprefix(flag).strip() for row in rows if row.startswith(f"{flag} ")), "see --help")
-        return f"{flag} {value} is not allowed; allowed: {wanted}"
-    if "nrecognized" not in text:
-        return re.sub(r"\s+\.$", ".", text) or "the arguments can't be read; see --help"
-    unknown = text.partition(": ")[2].partition(",")[0]
-    close = [row.split()[0] for row in rows if re.match("--[a-z]", row)]
-    hint = f"did you mean {' or '.join(close)}?" if close else "see --help for the allowed ones"
-    return f"unknown {'flag' if unknown.startswith('-') else 'argument'} {unknown}; {hint}"
+    return " ".join(rows[: rules[0] if rules else None])

@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from fastvit_train import comparison, evaluation, launch, plots
+from fastvit_train import catalog, comparison, completion, evaluation, launch, plots
+from fastvit_train.completion import Shell
 from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from fastvit_train.dry_run import dry_run
 from fastvit_train.errors import UserError
 from fastvit_train.plan import PlanOptions
 from fastvit_train.planning import plan_run
@@ -49,10 +51,14 @@ class Train(Settings):
     """start over where the folder holds a run already"""
     repeat: int = 1
     """train with so many seeds, one after the other, and tell mean and spread"""
+    dry_run: bool = False
+    """train nothing: show settings and shapes, and by a few measured steps the memory, time and disk of one run"""
 
 
 def train(command: Train) -> None:
-    if command.repeat == 1:
+    if command.dry_run:
+        dry_run(command.training)
+    elif command.repeat == 1:
         fit(command.training, resume=command.resume, overwrite=command.overwrite)
     else:
         fit_seeds(command.training, command.repeat, resume=command.resume, overwrite=command.overwrite)
@@ -61,7 +67,10 @@ def train(command: Train) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile(Settings):
-    """Where a training step's time goes, and what to change first; takes the flags of a training."""
+    """Where a training step's time goes, and what to change first.
+
+    Takes the flags of a training.
+    """
 
     steps: int = 20
     """to measure at a time"""
@@ -77,7 +86,10 @@ def profile(command: Profile) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Settings):
-    """Memory, communication and speed against the number of processes; takes the flags of a training on one."""
+    """Memory, communication and speed against the number of processes.
+
+    Takes the flags of a training on one.
+    """
 
     plan: PlanOptions = field(default_factory=PlanOptions)
 
@@ -88,7 +100,10 @@ def plan(command: Plan) -> None:
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluate a trained model: accuracy, top-5, loss, calibration, precision and recall, confusion matrix."""
+    """Evaluate a trained model: accuracy, calibration, confusion matrix.
+
+    And top-5 accuracy, loss, and the precision and recall of each class.
+    """
 
     run: str
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a name of timm's"""
@@ -211,6 +226,56 @@ def report(command: Report) -> None:
     print(f"written to {write_report(command.runs, command.output, command.data_dir)}")
 
 
+class Models:
+    """List the models: their sizes, and their speed on this machine.
+
+    Ours, unless a pattern is given.
+    """
+
+    pattern: str | None = None
+    """list all of ours and timm's whose name fits, as vit_tiny* does"""
+    measure: bool = True
+    """time training steps and inference, which takes some seconds"""
+
+
+def models(command: Models) -> None:
+    catalog.show_models(command.pattern, command.measure)
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List the recipes, or show one as the YAML that --config takes."""
+
+    recipe: tuple[str, ...]
+    """the one to show; without, all are listed"""
+
+
+def recipes(command: Recipes) -> None:
+    if len(command.recipe) > 1:
+        raise UserError("recipes shows one at a time, as in: recipes fast-cifar10; without a name it lists all")
+    if command.recipe:
+        print(catalog.recipe_yaml(command.recipe[0]), end="")
+    else:
+        catalog.show_recipes()
+
+
+@dataclass(frozen=True)
+class Completion:
+    """Print the script that completes verbs, flags and names in a shell.
+
+    How to install it stands in its first lines.
+    """
+
+    shell: Shell
+    """whose script"""
+
+
+def complete(command: Completion) -> None:
+    print(completion.script(command.shell, SCRIPT, {name: takes for name, (takes, _) in VERBS.items()}), end="")
+
+
+SCRIPT = "fastvit"
+"""what the package installs"""
 VERBS: dict[str, tuple[type[Any], Callable[[Any], int | None]]] = {
     "train": (Train, train),
     "profile": (Profile, profile),
@@ -220,5 +285,8 @@ VERBS: dict[str, tuple[type[Any], Callable[[Any], int | None]]] = {
     "inspect": (Inspect, inspect),
     "report": (Report, report),
     "compare": (Compare, compare),
+    "models": (Models, models),
+    "recipes": (Recipes, recipes),
+    "completion": (Completion, complete),
 }
 """by name: what the verb takes, and what it does; what it returns is the exit status, None for 0"""

@@ -3,11 +3,10 @@
 import types
 import unicodedata
 from dataclasses import asdict, dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from fastvit_train.errors import UserError
+from fastvit_train.errors import UserError, did_you_mean, nearest
 
 
 @dataclass(frozen=True)
@@ -179,7 +178,7 @@ def override(config: TrainConfig, settings: dict[str, Any], source: str) -> Trai
     known = flatten(config)
     for key in settings:
         if key not in known:
-            close = get_close_matches(key, known, n=2)
+            close = nearest(key, known)
             hint = f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(known)}"
             raise UserError(f"unknown key {key!r} in {source}; {hint}")
     sections = {}
@@ -201,7 +200,9 @@ def _checked(key: str, value: Any, hint: Any, source: str) -> Any:
     if origin is Literal:
         if value in options:
             return value
-        raise UserError(f"{key}: {value!r} in {source} is not allowed; allowed: {', '.join(map(str, options))}")
+        names = [str(option) for option in options]
+        hint = did_you_mean(str(value), names)
+        raise UserError(f"{key}: {value!r} in {source} is not allowed{hint}; allowed: {', '.join(names)}")
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_checked(key, item, options[0], source) for item in value)
     if hint is bool and isinstance(value, bool):

@@ -132,10 +132,12 @@ def step_of(job: Job, variant: Variant) -> Callable[[], None]:
     return step
 
 
-def in_turn(runs: list[Callable[[], None]], calls: int, device: torch.device) -> list[tuple[float, float, float]]:
+def in_turn(
+    runs: list[Callable[[], None]], calls: int, device: torch.device, rounds: int = ROUNDS
+) -> list[tuple[float, float, float]]:
     """Quartiles of the seconds that `calls` calls of each take, all of them in every round."""
     seconds: list[list[float]] = [[] for _ in runs]
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         for run, values in zip(runs, seconds, strict=True):
             started = time.perf_counter()
             for _ in range(calls):

@@ -113,7 +113,11 @@ def load_run(run: str | Path, attention: str | None = None, device: torch.device
     """
     source = str(run)
     folder = Path(source.removeprefix(FOLDER))
-    if (folder / "config.yaml").is_file():
+    try:
+        is_run = (folder / "config.yaml").is_file()
+    except OSError as error:  # such as a name that is too long
+        raise UserError(f"{source} is no run ({error.strerror}); allowed: {ALLOWED}") from None
+    if is_run:
         config = _config_of(folder)
         model = _model_of(folder, config)
         size = image_size(config)

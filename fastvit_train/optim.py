@@ -10,7 +10,7 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from fastvit_train.config import OptimConfig
-from fastvit_train.errors import UserError
+from fastvit_train.errors import UserError, did_you_mean
 from fastvit_train.models import pretrained_cfg
 from fastvit_train.muon import Muon
 
@@ -22,7 +22,7 @@ def check_optimizer(name: str) -> None:
     """Raise UserError unless timm has an optimizer of that name."""
     known = [str(known) for known in list_optimizers()]
     if name.lower().removeprefix("lookahead_") not in known:
-        raise UserError(f"unknown optimizer {name!r}; allowed: {', '.join(known)}")
+        raise UserError(f"unknown optimizer {name!r}{did_you_mean(name, known)}; allowed: {', '.join(known)}")
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

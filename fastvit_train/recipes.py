@@ -1,10 +1,9 @@
 """Named settings: a recipe is a function that returns a configuration."""
 
 from collections.abc import Callable
-from difflib import get_close_matches
 
 from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from fastvit_train.errors import UserError
+from fastvit_train.errors import UserError, did_you_mean
 
 
 def quickstart() -> TrainConfig:
@@ -92,7 +91,5 @@ RECIPES: dict[str, Callable[[], TrainConfig]] = {
 def recipe(name: str) -> TrainConfig:
     """The configuration of that name; UserError where there is none."""
     if name not in RECIPES:
-        close = get_close_matches(name, RECIPES, n=1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        raise UserError(f"unknown recipe {name!r}{hint}; allowed: {', '.join(RECIPES)}")
+        raise UserError(f"unknown recipe {name!r}{did_you_mean(name, RECIPES)}; allowed: {', '.join(RECIPES)}")
     return RECIPES[name]()

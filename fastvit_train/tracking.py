@@ -115,7 +115,7 @@ class RunFolder:
                     shutil.rmtree(path)
                 elif path.name not in lock.FILES and path != self.config:
                     path.unlink()
-            storage.write_atomically(self.config, yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+            storage.write_atomically(self.config, to_yaml(config))
 
     def lock(self) -> tuple[lock.RunLock, list[str]]:
         """The folder's lock, taken, and what is to be said of it.
@@ -171,6 +171,11 @@ class Journal:
 def plain(config: TrainConfig) -> dict[str, Any]:
     """The configuration as YAML holds it: flat, lists for tuples."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(config).items()}
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """The configuration as config.yaml holds it and --config takes it."""
+    return str(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import torch
 from conftest import one_line_error, run, write_cifar10, write_folder
 
 from fastvit_train.cli import main
+from fastvit_train.commands import VERBS
 
 
 def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
@@ -24,17 +25,34 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     ("args", "message"),
     [
         ("--recipe fast", "unknown recipe 'fast'.*allowed: quickstart, seed-cifar10"),
-        ("--recipe", "expected one argument|Missing value"),
+        ("--recipe", "--recipe takes a value; allowed: a name, such as quickstart"),
+        ("--recipe --epochs 3", "--recipe takes a value; allowed: a name, such as quickstart"),
+        ("--recipe fast_cifar", "unknown recipe 'fast_cifar' .did you mean fast-cifar10"),
+        ("--model mc_vit", "unknown model 'mc_vit' .did you mean mc_vit_4_4_32"),
+        ("--attention sdp", "unknown attention implementation 'sdp' .did you mean sdpa.*; allowed: naive"),
         ("--model vit_mini", "unknown model 'vit_mini'"),
         ("--attention flash", "unknown attention implementation 'flash'; allowed: naive, fused, sdpa"),
-        ("--dataset mnist", "invalid choice 'mnist' for argument '--dataset'. Expected one of .*digits"),
+        ("--dataset mnist", "--dataset 'mnist' is not allowed .did you mean fashion-mnist.*; allowed: digits, cifar10"),
         ("--epoch 3", "unknown flag --epoch; did you mean --epochs"),
-        ("--xyzzy", "unknown flag --xyzzy; see --help"),
-        ("--epochs three", "--epochs 'three' is not allowed; allowed: INT"),
-        ("--epochs", "--epochs"),
+        ("--epoch=3", "unknown flag --epoch; did you mean --epochs"),
+        ("-epochs 3", "unknown flag -epochs; did you mean --epochs"),
+        ("--batch_sise 3", "unknown flag --batch_sise; did you mean --batch-size"),
+        ("--batch_size 0", "--batch-size 0 is out of range"),
+        ("--batch_size x", "--batch-size 'x' is not allowed; allowed: a whole number"),
+        ("--save 3", "unknown flag --save; did you mean --save-every or --save-model-every"),
+        ("--xyzzy", "unknown flag --xyzzy; train --help lists what there is"),
+        ("--epochs three", "--epochs 'three' is not allowed; allowed: a whole number"),
+        ("--epochs", "--epochs takes a value; allowed: a whole number"),
+        ("--lr fast", "--lr 'fast' is not allowed; allowed: a number"),
+        ("--schedule cosin", "--schedule 'cosin' is not allowed .did you mean cosine.*; allowed: constant, cosine"),
+        ("--track tensorboard wand", "--track 'wand' is not allowed .did you mean wandb"),
+        ("--compile yes", "--compile takes no value; leave yes out, as in --compile, or --no-compile"),
+        ("--no-compile=yes", "--no-compile takes no value; leave yes out, as in --compile, or --no-compile"),
+        ("--config", "--config takes a value"),
+        ("--qkv-bias yes", "--qkv-bias 'yes' is not allowed; allowed: True, False"),
         ("--epochs 0", "--epochs 0 is out of range; allowed: 1 or more"),
         ("--lr -1", "--lr -1.0 is out of range"),
-        ("--optimizer adamx", "unknown optimizer 'adamx'; allowed: "),
+        ("--optimizer adamx", "unknown optimizer 'adamx' .did you mean ada.*; allowed: "),
         ("--patch-size 5", "image size 32x32 is not a multiple of patch size 5"),
         ("--num-heads 5", "num_heads 5 does not divide embed_dim 48"),
         ("--model resnet18 --embed-dim 8", "resnet18 can't be built with .*embed_dim"),
@@ -43,7 +61,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("--weights missing.pth", "no weights at missing.pth"),
         ("--config missing.yaml", "--config missing.yaml can't be read"),
         ("--resume must", "has no checkpoint to resume from"),
-        ("--resume sometimes", "invalid choice 'sometimes'"),
+        ("--resume sometimes", "--resume 'sometimes' is not allowed; allowed: never, auto, must"),
         ("--dataset folder --data-dir nowhere", "--data-dir nowhere is no folder"),
         ("--dataset cifar10 --data-url http://127.0.0.1:9/x", "can't download .* put cifar-10-python.tar.gz"),
         ("--dataset cifar10 --data-url ftp://x", "can't download ftp://x .no URL; allowed are http"),
@@ -53,12 +71,28 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("--optimizer adahessian", "optimizer 'adahessian' can't be used: it needs second derivatives"),
         ("--exp-name a/b", "--exp-name 'a/b' must be a plain folder name"),
         ("frobnicate", "unknown verb 'frobnicate'; allowed: train, profile, plan, eval"),
+        ("trian --epochs 3", "unknown verb 'trian' .did you mean train"),
+        ("--epochs 3 eval", "unknown argument eval; a verb comes first: eval --epochs 3"),
         ("profile --steps 0", "--steps 0 is out of range; allowed: 1 or more"),
         ("profile --output /dev/null/profile", "can't write /dev/null/profile"),
+        ("eval", "eval takes a run, as in: eval runs/NAME"),
+        ("eval --attention fused", "eval takes a run, as in: eval runs/NAME"),
+        ("eval --out x", "unknown flag --out; did you mean --output"),
         ("eval nowhere", "nowhere is no run"),
         ("compare nowhere", "nowhere is no finished run"),
         ("compare --out x.png", "unknown flag --out; did you mean --output"),
-        ("train foo", "unknown argument foo; see --help"),
+        ("train foo", "unknown argument foo; train --help lists what there is"),
+        ("train epochs 3", "unknown argument epochs; did you mean --epochs"),
+        ("completion", "completion takes a shell, as in: completion bash; allowed: bash, zsh, fish"),
+        ("completion bsh", "shell 'bsh' is not allowed .did you mean bash.*; allowed: bash, zsh, fish"),
+        ("recipes fast", "unknown recipe 'fast' .did you mean fast-cifar10"),
+        ("recipes quickstart fast-cifar10", "recipes shows one at a time"),
+        (
+            "models --pattern vit_tinny",
+            "--pattern vit_tinny fits no model.*; a . in it stands for",
+        ),
+        ("models --pattern vit*", "fits .* models, and up to 12 are measured.*narrow it, or give --no-measure"),
+        ("--dry-run --patch-size 5", "image size 32x32 is not a multiple of patch size 5"),
         ("compare", "compare takes the folders of one or more runs"),
         ("--runs-dir /dev/null/runs", "can't write /dev/null/runs/digits"),
     ],
@@ -75,6 +109,7 @@ def test_mistakes(
     ("text", "message"),
     [
         ("epochz: 3", "unknown key 'epochz' in .*my.yaml; did you mean epochs"),
+        ("crop: shifts", "crop: 'shifts' in .*my.yaml is not allowed .did you mean shift.*; allowed: none, shift"),
         ("epochs: many", "epochs: 'many' in .*my.yaml is not of type int"),
         ("- a list", "must hold `name: value` lines"),
         ("a: [", "can't be read"),
@@ -122,19 +157,13 @@ def test_cifar_and_folders_by_flag(tmp_path: Path) -> None:
 
 
 def test_help_names_every_verb_and_groups_the_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    assert set(VERBS) <= {line.split()[0] for line in capsys.readouterr().out.splitlines() if line.startswith("  ")}
     with pytest.raises(SystemExit) as stop:
-        main(["--help"])
+        main(["train", "--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for word in (
-        "eval RUN",
-        "compare RUN",
-        "--recipe",
-        "--exp-name",
-        "--save-model-every",
-        "--attention",
-        "data options",
-    ):
+    for word in ("--recipe", "--exp-name", "--save-model-every", "--attention", "run options", "data options"):
         assert word in text, word
 
 
@@ -143,6 +172,6 @@ def test_python_m_gives_the_line_alone_with_status_2() -> None:
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.count("\n") == 1
     result = run([sys.executable, "-m", "fastvit_train", "--flip", "up"], PYTHONIOENCODING="ascii", LC_ALL="C")
-    assert "invalid choice 'up' for argument '--flip'" in one_line_error(result.stderr)
+    assert "--flip 'up' is not allowed; allowed: none, random, alternating" in one_line_error(result.stderr)
     result = run([sys.executable, "-m", "fastvit_train", "--epoch", "3"], PYTHONIOENCODING="ascii", LC_ALL="C")
     assert one_line_error(result.stderr) == "unknown flag --epoch; did you mean --epochs?"

@@ -72,7 +72,10 @@ def test_recipe_then_file_then_flags(tmp_path: Path) -> None:
         ({"flip": "up"}, "flip: 'up' in f is not allowed; allowed: none, random, alternating"),
         ({"decay_all": "yes"}, "decay_all: 'yes' in f is not of type bool"),
         ({"track": ["visdom"]}, "track: 'visdom' in f is not allowed; allowed: tensorboard, wandb"),
-        ({"dataset": "mnist"}, "dataset: 'mnist' in f is not allowed; allowed: digits, cifar10"),
+        (
+            {"dataset": "mnist"},
+            "dataset: 'mnist' in f is not allowed .did you mean fashion-mnist..; allowed: digits",
+        ),
     ],
 )
 def test_bad_keys_and_values(settings: dict[str, object], message: str) -> None:

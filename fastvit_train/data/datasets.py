@@ -87,6 +87,13 @@ def load_dataset(config: DataConfig, image_size: int) -> DatasetSpec:
     return _hold_out(dataset, config.holdout) if config.holdout else dataset
 
 
+def class_count(name: str) -> int | None:
+    """The classes of the data set of that name; None for a folder, which has its own."""
+    if name in cifar.VARIANTS:
+        return cifar.VARIANTS[name].num_classes
+    return {"digits": 10, "fashion-mnist": len(FASHION_CLASSES), "synthetic": 10}.get(name)
+
+
 def check_labels(labels: Tensor, num_classes: int, what: str) -> None:
     """Raise UserError unless there are labels and all are in 0 .. num_classes - 1."""
     if not len(labels):

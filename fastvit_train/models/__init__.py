@@ -3,7 +3,6 @@
 import logging
 import warnings
 from dataclasses import asdict
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from timm.models import PretrainedCfg, clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
 from fastvit_train.config import ModelConfig
-from fastvit_train.errors import UserError
+from fastvit_train.errors import UserError, did_you_mean
 from fastvit_train.models.attention import check_attention, pick_attention, plain_attention, set_attention, warm_up
 from fastvit_train.models.compiling import compile_model
 from fastvit_train.models.looking import Looks, look, patch_filters, position_similarity
@@ -53,8 +52,7 @@ UNFIT = (RuntimeError, ValueError, TypeError, LookupError)
 def check_model(name: str) -> None:
     """Raise UserError unless `name` is one of our models or timm's."""
     if not timm.is_model(name):
-        close = get_close_matches(name, timm.list_models(), n=3)
-        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+        hint = did_you_mean(name, timm.list_models(), most=3)
         raise UserError(f"unknown model {name!r}{hint}; allowed: {', '.join(OUR_MODELS)}, or any of timm's names")
 
 

@@ -20,6 +20,11 @@ TIMM = "timm"
 COMPILING = fastvit_kernels.COMPILING
 
 
+def attentions() -> list[str]:
+    """The names that an attention may have, whether or not it can run here; `timm` serves timm's models alone."""
+    return [*fastvit_kernels.implementations(), TIMM]
+
+
 def check_attention(config: ModelConfig, recorded_in: Path | None = None) -> None:
     """Raise UserError unless `config.attention` is the name of an attention that can run here.
 

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,8 @@ def _triton_refusal(x: Tensor, num_heads: int) -> str | None:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that matrices are multiplied in: autocast's where it is on, else x's own."""
     kind = x.device.type
+    if kind == "meta":  # which autocast knows nothing of
+        return x.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
@@ -109,7 +112,10 @@ def check_implementation(name: str) -> None:
 @torch.compiler.assume_constant_result
 def _problem(name: str) -> str | None:
     if name != AUTO and name not in IMPLEMENTATIONS:
-        return f"unknown attention implementation {name!r}; allowed: {', '.join((*IMPLEMENTATIONS, AUTO))}"
+        names = [*IMPLEMENTATIONS, AUTO]
+        close = get_close_matches(name, names, n=1)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        return f"unknown attention implementation {name!r}{hint}; allowed: {', '.join(names)}"
     reason = None if name == AUTO else IMPLEMENTATIONS[name].unavailable()
     if reason is None:
         return None

@@ -1,0 +1,62 @@
+"""What a model does to an image, part by part."""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a model that has parameters."""
+
+    name: str
+    shape: tuple[int, ...]
+    """of its output for one image"""
+    parameters: int
+
+
+def stages(model: nn.Module, image_size: int) -> list[Stage]:
+    """The parts of `model` in the order in which an image passes them; containers are opened, once.
+
+    Args:
+        model: on any device, torch's meta device included; it is left as it is.
+        image_size: side of the input, pixels.
+    """
+    probe = copy.deepcopy(model).eval()
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def record(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            if isinstance(output, Tensor):
+                shapes[name] = tuple(output.shape[1:])
+
+        return hook
+
+    parts = dict(_parts(probe))
+    for name, part in parts.items():
+        part.register_forward_hook(record(name))
+    with torch.no_grad():
+        probe(torch.zeros(1, 3, image_size, image_size, device=next(probe.parameters()).device))
+    found = [Stage(name, shape, _count(parts[name])) for name, shape in shapes.items()]
+    return [stage for stage in found if stage.parameters]
+
+
+def tokens(passed: list[Stage]) -> int | None:
+    """The most tokens that an image is at once, a class token included; None for a model without tokens."""
+    return max((stage.shape[0] for stage in passed if len(stage.shape) == 2), default=None)
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in model.named_children():
+        if isinstance(child, nn.ModuleList | nn.Sequential):
+            yield from ((f"{name}.{inner}", part) for inner, part in child.named_children())
+        else:
+            yield name, child
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
