@@ -10,6 +10,7 @@ from rich.console import Console
 from fastvit_train import comparison, evaluation, launch, plots
 from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from fastvit_train.errors import UserError
+from fastvit_train.export import export_run
 from fastvit_train.plan import PlanOptions
 from fastvit_train.planning import plan_run
 from fastvit_train.profiling import profile_run
@@ -137,11 +138,28 @@ def compare(command: Compare) -> None:
     print(f"written to {command.output}")
 
 
+@dataclass(frozen=True)
+class Export:
+    """Write a trained model for others to run, read it back as they would, and compare the two."""
+
+    run: str
+    """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a name of timm's"""
+    to: Literal["onnx", "torch-export", "safetensors", "timm"] = "onnx"
+    """onnx and torch-export take uint8 images; safetensors and timm are weights and what else is needed"""
+    output: Path | None = None
+    """file, or for timm folder; in export/ in the run's folder by default"""
+
+
+def export(command: Export) -> None:
+    export_run(command.run, command.to, command.output)
+
+
 VERBS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "train": (Train, train),
     "profile": (Profile, profile),
     "plan": (Plan, plan),
     "eval": (Eval, evaluate),
     "compare": (Compare, compare),
+    "export": (Export, export),
 }
 """by name: what the verb takes, and what it does"""

@@ -164,6 +164,14 @@ def _asked_for() -> int | None:
         return None
 
 
+def check_alone(verb: str) -> None:
+    """Raise UserError where the launch started several processes for what one does."""
+    if _launched() > 1:
+        raise UserError(
+            f"{verb} runs in one process, and the launch started {_launched()}; start `python -m fastvit_train {verb}`"
+        )
+
+
 def launcher() -> list[str] | None:
     """The command line of the launcher that this process is a child of, accelerate's or torch's; None without one."""
     try:
