@@ -103,7 +103,7 @@ def load_run(run: str | Path, attention: str | None = None, device: torch.device
     attention = attention or plain_attention(model)
     check_attention(ModelConfig(architecture, attention))
     set_attention(model, attention)
-    device = device or torch.accelerator.current_accelerator() or "cpu"
+    device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
     return LoadedRun(
         source,
         folder if folder.is_dir() else None,
