@@ -14,6 +14,7 @@ from fastvit_train.export import export_run
 from fastvit_train.plan import PlanOptions
 from fastvit_train.planning import plan_run
 from fastvit_train.profiling import profile_run
+from fastvit_train.push import push_run
 from fastvit_train.repeat import fit_seeds
 from fastvit_train.train import fit
 
@@ -154,6 +155,26 @@ def export(command: Export) -> None:
     export_run(command.run, command.to, command.output)
 
 
+@dataclass(frozen=True)
+class Push:
+    """Send a trained model to the Hugging Face Hub with a model card, for you alone unless --public."""
+
+    run: str
+    """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a name of timm's"""
+    repo: str
+    """USER/NAME on the Hub"""
+    public: bool = False
+    """let everyone see it"""
+    dry_run: bool = False
+    """write what would be pushed into hub/ in the run's folder, and send nothing"""
+    license: str | None = None
+    """the Hub's name of a license, such as apache-2.0, for the model card"""
+
+
+def push(command: Push) -> None:
+    push_run(command.run, command.repo, public=command.public, dry_run=command.dry_run, license=command.license)
+
+
 VERBS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "train": (Train, train),
     "profile": (Profile, profile),
@@ -161,5 +182,6 @@ VERBS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
     "eval": (Eval, evaluate),
     "compare": (Compare, compare),
     "export": (Export, export),
+    "push": (Push, push),
 }
 """by name: what the verb takes, and what it does"""

@@ -169,8 +169,12 @@ def _read_torch(path: Path) -> Answer:
 
 
 def _write_safetensors(run: LoadedRun, path: Path) -> None:
+    _write_weights(run, path, describe(run))
+
+
+def _write_weights(run: LoadedRun, path: Path, said: dict[str, str]) -> None:
     weights = {name: value.clone().contiguous() for name, value in run.model.state_dict().items()}
-    save_file(weights, path, {"format": "pt", **describe(run)})
+    save_file(weights, path, {"format": "pt", **said})
 
 
 def _read_safetensors(path: Path) -> Answer:
@@ -183,7 +187,7 @@ def _read_safetensors(path: Path) -> Answer:
 
 def _write_timm(run: LoadedRun, path: Path) -> None:
     path.mkdir()
-    _write_safetensors(run, path / "model.safetensors")
+    _write_weights(run, path / "model.safetensors", {})  # several would stand in another order every time
     mean, std = run.normalisation
     feeding: dict[str, Any] = {"input_size": (3, run.image_size, run.image_size), "mean": mean, "std": std}
     if run.config is not None:
