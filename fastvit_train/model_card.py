@@ -135,12 +135,11 @@ def _recipe(config: TrainConfig) -> str:
 
 def _results(folder: Path, summary: dict[str, Any]) -> str:
     _, *rows = comparison.figures([folder])
-    held = (
-        "the held-out images" if summary["evaluated_on"] == "holdout" else f"the {_text(summary['evaluated_on'])} set"
-    )
+    on = summary["evaluated_on"]
+    images = "the held-out images" if on == "holdout" else f"the {_text(on)} set"
     table = _table([["", "figure"], ["---"] * 2, *([name, _text(value)] for name, value in rows)])
     return (
-        f"## Results\n\n{table}\n\nAccuracy is that of the last epoch, on {held}. The best epoch's was chosen on the "
+        f"## Results\n\n{table}\n\nAccuracy is that of the last epoch, on {images}. The best epoch's was chosen on the "
         f"same images, which flatters it: don't compare it with others' test accuracy. Metrics of every epoch are in "
         "`metrics.jsonl`."
     )
