@@ -64,6 +64,8 @@ def export_run(run: str, to: str, output: Path | None) -> Path:
             `TOLERANCE`; nothing is written then.
     """
     launch.check_alone("export")
+    if to not in FORMATS:
+        raise UserError(f"unknown format {to!r}; allowed: {', '.join(FORMATS)}")
     form = FORMATS[to]
     missing = [module for module in form.needs if importlib.util.find_spec(module) is None]
     if missing:
@@ -190,10 +192,11 @@ def _write_timm(run: LoadedRun, path: Path) -> None:
     _write_weights(run, path / "model.safetensors", {})  # several would stand in another order every time
     mean, std = run.normalisation
     feeding: dict[str, Any] = {"input_size": (3, run.image_size, run.image_size), "mean": mean, "std": std}
-    if run.config is not None:
-        feeding |= {"interpolation": "bilinear", "crop_pct": 1.0}  # as it was trained, whatever timm's model was
-    names = {"label_names": list(run.classes)}
-    save_config_for_hf(run.model, str(path / "config.json"), names, data_config=feeding)
+    said: dict[str, Any] = {"label_names": list(run.classes)}
+    if run.config is not None:  # what timm says of its own weights doesn't hold for those trained afresh
+        feeding |= {"interpolation": "bilinear", "crop_pct": 1.0}
+        said["pretrained_cfg"] = {"license": None}
+    save_config_for_hf(run.model, str(path / "config.json"), said, data_config=feeding)
 
 
 def _read_timm(path: Path) -> Answer:

@@ -120,7 +120,7 @@ def beside(final: Path) -> Iterator[Path]:
             return
         there = {path.name for path in final.iterdir()} if final.exists() else set()
         if other := sorted(there - {path.name for path in partial.iterdir()}):
-            raise UserError(f"{final} holds something else, such as {other[0]}; choose another --output, or remove it")
+            raise UserError(f"{final} holds something else, such as {other[0]}; remove it, or choose another place")
         for path in partial.iterdir():
             _sync(path)
         final.parent.mkdir(parents=True, exist_ok=True)

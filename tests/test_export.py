@@ -41,6 +41,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ours = timm.create_model("mc_vit_4_4_32", num_classes=7, img_size=24, depth=1, qkv_bias=False)
     save_for_hf(ours, str(root / "by-timm"), safe_serialization=True)
     vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32, patch_size=8, depth=1, embed_dim=24)
+    afresh = ("--model", "test_vit", "--image-size", "32", "--epochs", "1", "--no-telemetry")
+    main(["--runs-dir", str(root), "--exp-name", "timms-afresh", "--attention", "timm", *afresh])
+    for name in ("cct_2_3x2_32", "cvt_7_4_32"):
+        compact = timm.create_model(name, depth=1, embed_dim=32)
+        save_for_hf(compact, str(root / name), safe_serialization=True)
     save_for_hf(vit, str(root / "timms-own"), {"label_names": ["a", "b", "c"]}, safe_serialization=True)
     return root
 
@@ -98,9 +103,10 @@ def answers(path: Path, to: str, images: Tensor) -> tuple[Tensor, dict[str, str]
     return model(normalised(images, cfg["mean"], cfg["std"])), metadata
 
 
+TRACED = ("onnx", "torch-export")  # which takes seconds
 CASES = [
-    pytest.param(name, to, marks=[pytest.mark.slow] if to == "onnx" and name != "mc-vit" else [])
-    for name in ("mc-vit", "c-vit", "by-timm", "timms-own")
+    pytest.param(name, to, marks=[pytest.mark.slow] if to in TRACED and name != "mc-vit" else [])
+    for name in ("mc-vit", "c-vit", "by-timm", "timms-own", "timms-afresh", "cct_2_3x2_32", "cvt_7_4_32")
     for to in FORMATS
 ]
 
@@ -122,7 +128,11 @@ def test_what_is_exported_answers_as_the_model(
     assert tuple(json.loads(metadata["class_names"])) == loaded.classes
     assert int(metadata["image_size"]) == size == {"by-timm": 24}.get(name, 32)
     assert tuple(map(tuple, (json.loads(metadata["mean"]), json.loads(metadata["std"])))) == loaded.normalisation
-    assert to == "timm" or "centre" in metadata["resize"]
+    if to != "timm":
+        assert "centre" in metadata["resize"]
+    elif name == "timms-afresh":
+        described = json.loads((path / "config.json").read_text())["pretrained_cfg"]
+        assert (described["license"], described["crop_pct"], described["interpolation"]) == (None, 1.0, "bilinear")
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
