@@ -90,12 +90,6 @@ def part() -> None:
     PartialState().destroy_process_group()
 
 
-def check_alone(verb: str) -> None:
-    """Raise UserError where several processes would all do what one is enough for."""
-    if _launched() > 1:
-        raise UserError(f"{verb} takes one process, the launch started {_launched()}: python -m fastvit_train {verb}")
-
-
 def check_kind() -> None:
     """Raise UserError where the launch asks for a kind of training that this trainer doesn't do, or not here."""
     for variable, kind in OTHER_KINDS.items():
@@ -165,6 +159,14 @@ def _asked_for() -> int | None:
         return load_config_from_file(told.config_file).num_processes
     except (OSError, ValueError):
         return None
+
+
+def check_alone(verb: str) -> None:
+    """Raise UserError where the launch started several processes for what one does."""
+    if _launched() > 1:
+        raise UserError(
+            f"{verb} runs in one process, and the launch started {_launched()}; start `python -m fastvit_train {verb}`"
+        )
 
 
 def launcher() -> list[str] | None:

@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from safetensors import SafetensorError
 
-from fastvit_train.errors import SaveError
+from fastvit_train.errors import SaveError, UserError
 from fastvit_train.reading import read_json
 
 CHECKSUMS = "checksums.json"
@@ -99,6 +100,31 @@ def put_folder(partial: Path, final: Path) -> None:
     partial.rename(final)
     _sync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def beside(final: Path) -> Iterator[Path]:
+    """A path near `final`, to write a file or a folder to; it is put in place at the end, unless something is raised.
+
+    Raises:
+        UserError: where `final` is a folder with something in it that would be lost.
+        OSError: where it can't be written; then nothing is.
+    """
+    near = next(parent for parent in final.absolute().parents if parent.is_dir())
+    with TemporaryDirectory(dir=near, prefix=".unfinished-") as folder:
+        partial = Path(folder) / final.name
+        yield partial
+        if not partial.is_dir():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            put(partial, final)
+            return
+        there = {path.name for path in final.iterdir()} if final.exists() else set()
+        if other := sorted(there - {path.name for path in partial.iterdir()}):
+            raise UserError(f"{final} holds something else, such as {other[0]}; remove it, or choose another place")
+        for path in partial.iterdir():
+            _sync(path)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        put_folder(partial, final)
 
 
 def recover(parent: Path) -> None:

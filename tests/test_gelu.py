@@ -49,6 +49,15 @@ def test_the_layer_is_the_two_layers(bias: bool, compiled: bool, monkeypatch: py
     torch.testing.assert_close(gradients(layer, x, out), wanted_gradients)
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_what_is_exported_holds_torchs_operators_alone(strict: bool, seed: int) -> None:
+    layer, x = GELULinear(20, 6, "tanh"), torch.randn(3, 20)
+    program = torch.export.export(layer.eval(), (x,), strict=strict)
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert "aten.gelu.default" in called and not [name for name in called if not name.startswith("aten.")]
+    torch.testing.assert_close(program.module()(x), layer(x))
+
+
 def test_under_autocast_it_computes_in_bfloat16_and_keeps_its_argument_alone(seed: int) -> None:
     layer, x = GELULinear(192, 48, "tanh"), torch.randn(64, 192, requires_grad=True)
     kept: list[Tensor] = []

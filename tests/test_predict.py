@@ -116,4 +116,4 @@ def test_several_processes_are_refused(
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit):
         main(["predict", str(trained), str(digits)])
-    assert one_line_error(capsys.readouterr().err).startswith("predict takes one process, the launch started 2")
+    assert one_line_error(capsys.readouterr().err).startswith("predict runs in one process, and the launch started 2")

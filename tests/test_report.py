@@ -19,7 +19,7 @@ from conftest import one_line_error, write_folder
 from PIL import Image
 
 from fastvit_train.cli import _parse, main
-from fastvit_train.commands import Train
+from fastvit_train.commands.training import Train
 from fastvit_train.config import flatten
 from fastvit_train.loaded import load_run
 from fastvit_train.report import write_report

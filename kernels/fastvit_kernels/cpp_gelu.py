@@ -25,6 +25,8 @@ SOURCE = "cpp_gelu.cpp"
 class GELULinear(nn.Linear):
     """A linear layer of its input's GELU; faster on a CPU with a C++ compiler, elsewhere and in other dtypes the same.
 
+    torch.export sees torch's own operators: what it writes is to run where this package isn't.
+
     Args:
         in_features, out_features: as of nn.Linear, which also names and initialises the parameters.
         approximate: "tanh" or "none", as of nn.GELU; only "tanh" has the kernel.
@@ -38,7 +40,8 @@ class GELULinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
-        if self.approximate == "tanh" and not self.drop and x.device.type == "cpu" and _serves(dtype):
+        fits = self.approximate == "tanh" and not self.drop and x.device.type == "cpu"
+        if fits and not torch.compiler.is_exporting() and _serves(dtype):
             bias = None if self.bias is None else self.bias.to(dtype)
             return _GELULinear.apply(x.to(dtype), self.weight.to(dtype), bias)
         active = F.gelu(x, approximate=self.approximate)

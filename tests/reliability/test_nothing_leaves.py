@@ -47,6 +47,8 @@ main(["--exp-name", "a", *tiny])
 main(["--exp-name", "a", *tiny, "--resume", "must"])
 main(["eval", "runs/a"])
 main(["compare", "runs/a"])
+main(["export", "runs/a", "--to", "safetensors"])
+main(["push", "runs/a", "me/a", "--dry-run"])
 print(open({seen!r}).read() == "", "before a download is asked for")
 main(["--dataset", "cifar10", "--data-url", "http://mirror.invalid/", *tiny])
 """
