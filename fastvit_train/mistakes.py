@@ -6,7 +6,7 @@ from typing import Any
 from fastvit_train.errors import did_you_mean, nearest
 from fastvit_train.flags import HELP, Flag, flags_of, options
 
-EXAMPLES = {"run": "runs/NAME"}
+EXAMPLES = {"run": "runs/NAME", "repo": "USER/NAME"}
 """of positional arguments, by name; of others the name itself"""
 
 

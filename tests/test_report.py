@@ -170,7 +170,7 @@ def test_the_commands_repeat_the_run(runs: Path, tmp_path: Path, name: str) -> N
     lines = [shlex.split(line) for line in text.splitlines() if line.startswith("accelerate launch")]
     assert len(lines) == 2
     for words in lines:
-        told = flatten(_parse(Train, words[words.index("fastvit_train") + 1 :]).training)
+        told = flatten(_parse("train", Train, words[words.index("fastvit_train") + 1 :]).training)
         again = {key: list(value) if isinstance(value, tuple) else value for key, value in told.items()}
         recorded = yaml.safe_load((runs / name / "config.yaml").read_text())
         moved = {"exp_name": "again", "runs_dir": again["runs_dir"], "image_size": again["image_size"]}
