@@ -57,6 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if launch.is_first_process():
             _complain(str(stopped), "stopped")
         sys.exit(EXIT_STATUS)
+    except BrokenPipeError:  # what read the output, such as head, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains of it at its end
+        sys.exit(141)
     except KeyboardInterrupt:
         if launch.is_first_process():
             _complain("interrupted; --resume auto goes on from the last checkpoint")

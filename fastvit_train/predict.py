@@ -1,13 +1,9 @@
 """What a trained model says of images: the verb `predict`."""
 
-import glob
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from fastvit_train.data.folder import EXTENSIONS
-from fastvit_train.data.images import MAX_FILE_BYTES, decode
+from fastvit_train.data.found import STANDARD_INPUT, found
+from fastvit_train.data.images import decode
 from fastvit_train.errors import UserError, printable
 from fastvit_train.loaded import LoadedRun, load_run
 from fastvit_train.plots import plot_images
 
-STANDARD_INPUT = "-"
-SIGNATURES = (b"\x89PNG", b"\xff\xd8", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0*", b"P5", b"P6")
 PER_PICTURE = 36
 
 
@@ -71,7 +65,7 @@ def predict_images(
     loaded = load_run(run)
     said: list[Prediction] = []
     seen: list[Tensor] = []
-    with _found(images) as files:
+    with found(images, "predict") as files:
         for predictions, pixels in _predicted(loaded, files, min(top, loaded.num_classes), batch_size):
             said += predictions
             seen += [pixels] if show else []
@@ -117,54 +111,6 @@ def _read(file: tuple[str, Path], image_size: int) -> Tensor | str:
         return decode(path, image_size)
     except UserError as error:
         return str(error).replace(str(path), name) if name == STANDARD_INPUT else str(error)
-
-
-@contextmanager
-def _found(images: Sequence[str]) -> Iterator[list[tuple[str, Path]]]:
-    """The files that `images` stand for, each with the name that it is called by."""
-    if not images:
-        raise UserError("predict takes images after the run, as in: predict runs/NAME cat.png photos/ '*.jpg'")
-    with tempfile.TemporaryDirectory() as folder:
-        files: list[tuple[str, Path]] = []
-        for name in images:
-            if name == STANDARD_INPUT:
-                files += _from_standard_input(Path(folder))
-            else:
-                files += [(str(path), path) for path in _expand(name)]
-        yield files
-
-
-def _expand(name: str) -> list[Path]:
-    path = Path(name)
-    if path.is_dir():
-        found = sorted(
-            Path(where) / file
-            for where, _, names in os.walk(path)
-            for file in names
-            if Path(file).suffix.lower() in EXTENSIONS
-        )
-        if not found:
-            raise UserError(f"folder {name} holds no images; allowed: {' '.join(sorted(EXTENSIONS))}")
-        return found
-    if not path.exists() and glob.has_magic(name):
-        found = sorted(Path(match) for match in glob.glob(name, recursive=True))
-        if not found:
-            raise UserError(f"nothing is named like {name!r}; ** stands for folders in between")
-        return found
-    return [path]
-
-
-def _from_standard_input(folder: Path) -> list[tuple[str, Path]]:
-    """An image, or names of images, one per line."""
-    content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
-    if content.startswith(SIGNATURES):
-        path = folder / "image"
-        path.write_bytes(content)
-        return [(STANDARD_INPUT, path)]
-    names = [line for line in os.fsdecode(content).splitlines() if line.strip()]
-    if not names or any("\0" in name for name in names):
-        raise UserError("standard input holds neither an image nor names of images, one per line")
-    return [(str(path), path) for name in names for path in _expand(name)]
 
 
 def _print_table(loaded: LoadedRun, said: Sequence[Prediction]) -> None:

@@ -11,12 +11,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fastvit_train.data.found import found
 from fastvit_train.data.images import decode
 from fastvit_train.errors import UserError, printable
 from fastvit_train.loaded import LoadedRun, load_run
 from fastvit_train.models import Looks, look, patch_filters, position_similarity
 from fastvit_train.plots import literal, save
 
+MOST_GIVEN = 32
 OF_EACH_SET, CLOSER = 10, 4
 """images of the test set that are shown, and how many of them layer by layer"""
 MOST_HEADS, MOST_FILTERS = 16, 100
@@ -41,7 +43,7 @@ def inspect_run(run: str, images: Sequence[str], output: Path | None, data_dir: 
 
     Args:
         run: as in `load_run`.
-        images: image files; by default some of the test set, one of each class.
+        images: as in `predict_images`, up to 32; by default some of the test set, one of each class.
         output: folder for the pictures; by default inspect/ in the run's folder.
         data_dir: where the test set lies, if no longer where the run found it.
 
@@ -60,8 +62,11 @@ def inspect_run(run: str, images: Sequence[str], output: Path | None, data_dir: 
 
 
 def _given(images: Sequence[str], image_size: int) -> Shown:
-    pixels = torch.stack([decode(Path(image), image_size) for image in images])
-    names = tuple(printable(Path(image).stem) for image in images)
+    with found(images, "inspect") as files:
+        if len(files) > MOST_GIVEN:
+            raise UserError(f"inspect draws up to {MOST_GIVEN} images, got {len(files):,}; name fewer")
+        pixels = torch.stack([decode(path, image_size) for _, path in files])
+    names = tuple(printable(Path(name).stem) for name, _ in files)
     if len(set(names)) < len(names):
         names = tuple(f"{number}-{name}" for number, name in enumerate(names, start=1))
     return Shown(names, names, pixels)

@@ -1,12 +1,13 @@
 """The command line: what is asked for happens, mistakes are one line and status 2, nothing is written."""
 
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import one_line_error, run, write_cifar10, write_folder
+from conftest import environment, one_line_error, run, write_cifar10, write_folder
 
 from fastvit_train.cli import main
 from fastvit_train.commands import VERBS
@@ -178,3 +179,12 @@ def test_python_m_gives_the_line_alone_with_status_2() -> None:
     assert "--flip 'up' is not allowed; allowed: none, random, alternating" in one_line_error(result.stderr)
     result = run([sys.executable, "-m", "fastvit_train", "--epoch", "3"], PYTHONIOENCODING="ascii", LC_ALL="C")
     assert one_line_error(result.stderr) == "unknown flag --epoch; did you mean --epochs?"
+
+
+@pytest.mark.slow
+def test_output_that_nobody_reads_is_no_traceback() -> None:
+    """As in `predict ... | head -1`."""
+    command = [sys.executable, "-m", "fastvit_train", "recipes"]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141

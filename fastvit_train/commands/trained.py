@@ -85,12 +85,12 @@ def predict(command: Predict) -> int:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Draw what a trained model looks at, and what it has learned of positions and patches."""
+    """Draw what a trained model looks at, and what it has learned."""
 
     run: str
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a name of timm's"""
     images: tuple[str, ...]
-    """image files; by default one of each class of the test set"""
+    """files, folders, patterns; by default one of each class of the test set"""
     data_dir: str | None = None
     """where the test set lies, if no longer where the run found it"""
     output: Path | None = None
@@ -105,7 +105,7 @@ def inspect(command: Inspect) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """Write a page of HTML on one run or several: figures, curves, mistakes, and where the models look."""
+    """Write a page on one run or several, to be opened in a browser."""
 
     runs: tuple[str, ...]
     """runs' folders, local-dir:FOLDER, hf-hub:USER/MODEL, or names of timm's"""
@@ -122,7 +122,7 @@ def report(command: Report) -> None:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a trained model for others to run, read it back as they would, and compare the two."""
+    """Write a trained model for others to run, and check it by them."""
 
     run: str
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a name of timm's"""
@@ -139,14 +139,14 @@ def export(command: Export) -> None:
 
 @dataclass(frozen=True)
 class Push:
-    """Send a trained model to the Hugging Face Hub with a model card, for you alone unless --public."""
+    """Send a trained model to the Hugging Face Hub, with a model card."""
 
     run: str
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a name of timm's"""
     repo: str
     """USER/NAME on the Hub"""
     public: bool = False
-    """let everyone see it"""
+    """let everyone see it; without, only you do"""
     dry_run: bool = False
     """write what would be pushed into hub/ in the run's folder, and send nothing"""
     license: str | None = None
