@@ -47,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; allowed: {', '.join(VERBS)}")
         takes, do = VERBS[verb]
-        if status := do(_parse(verb, takes, args)):
+        status = do(_parse(verb, takes, args))
+        sys.stdout.flush()
+        if status:
             sys.exit(status)
     except UserError as error:
         if not error.everywhere or launch.is_first_process():
