@@ -183,8 +183,8 @@ def test_python_m_gives_the_line_alone_with_status_2() -> None:
 
 @pytest.mark.slow
 def test_output_that_nobody_reads_is_no_traceback() -> None:
-    """As in `predict ... | head -1`."""
-    command = [sys.executable, "-m", "fastvit_train", "recipes"]
+    """As in `predict ... --json | head -1`; rich, which prints the tables, ends such a process with status 1 itself."""
+    command = [sys.executable, "-m", "fastvit_train", "recipes", "quickstart"]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
