@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from PIL import Image
-from timm.models._hub import save_for_hf
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before anything of ours is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before anything of ours is imported, or timm
+
+import timm
+from timm.models._hub import save_for_hf
 
 from fastvit_train.config import TrainConfig, override
 from fastvit_train.recipes import recipe
