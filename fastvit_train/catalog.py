@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import timm
 import torch
 import torch.nn.functional as F
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
@@ -23,6 +22,7 @@ from fastvit_train.models import OUR_MODELS, build_model, native_image_size, pla
 from fastvit_train.models.shapes import stages, tokens
 from fastvit_train.recipes import RECIPES, recipe
 from fastvit_train.roofline import count_flops
+from fastvit_train.terminal import Terminal
 from fastvit_train.tracking import to_yaml
 
 CLASSES = 10
@@ -208,6 +208,6 @@ def _print(table: Table, what: dict[str, str], said: Sequence[str]) -> None:
     for name, text in what.items():
         if text:
             words.add_row(name, escape(printable(text)))
-    console = Console(highlight=False)
+    console = Terminal()
     for part in (table, "", words, "", *said):
         console.print(part, markup=False)

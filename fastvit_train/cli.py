@@ -8,11 +8,11 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
-from rich.console import Console
 
 from fastvit_train import launch, mistakes
 from fastvit_train.commands import SCRIPT, VERBS, Settings
@@ -22,8 +22,11 @@ from fastvit_train.overview import overview
 from fastvit_train.preemption import EXIT_STATUS, Preempted
 from fastvit_train.reading import read_settings
 from fastvit_train.recipes import recipe
+from fastvit_train.terminal import Terminal
 
 PROG = "fastvit_train"
+TOLD = ("-h", "--help", "help", "--version")
+"""instead of a verb"""
 Command = TypeVar("Command")
 
 
@@ -35,15 +38,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     # What compiles would begin on a CPU machine with a warning about a CUDA that it found no runtime of.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    _open_streams()
     args = list(sys.argv[1:] if argv is None else argv)
-    if args[:1] in (["-h"], ["--help"]):
-        if launch.is_first_process():
-            Console(highlight=False).print(overview(_program(), {name: takes for name, (takes, _) in VERBS.items()}))
-        return
-    verb = args.pop(0) if args and not args[0].startswith("-") else "train"
+    verb = args.pop(0) if args and (not args[0].startswith("-") or args[0] in TOLD) else "train"
     try:
+        if verb in TOLD:
+            if launch.is_first_process():
+                _tell(verb)
+            return
         if any("\0" in arg for arg in args):
             raise UserError("an argument holds a null byte, which no name has")
+        if "" in args:
+            raise UserError("an argument is empty; leave it out, or see whether a variable in it is set")
         if verb not in VERBS:
             raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; allowed: {', '.join(VERBS)}")
         takes, do = VERBS[verb]
@@ -64,8 +70,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(141)
     except KeyboardInterrupt:
         if launch.is_first_process():
-            _complain("interrupted; --resume auto goes on from the last checkpoint")
+            _complain("interrupted" + ("; --resume auto goes on from the last checkpoint" if verb == "train" else ""))
         sys.exit(130)
+
+
+def _open_streams() -> None:
+    """Have all three standard streams, closed ones too, and show what their encoding lacks in escapes."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _tell(what: str) -> None:
+    if what == "--version":
+        print(f"{PROG} {metadata.version('fastvit-train')}")
+    else:
+        Terminal().print(overview(_program(), {name: takes for name, (takes, _) in VERBS.items()}))
 
 
 def _complain(message: str, kind: str = "error") -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from fastvit_train import markdown as marked
 from fastvit_train.errors import UserError, printable
 from fastvit_train.reading import read_json
 from fastvit_train.tracking import RunFolder, read_rows
@@ -84,5 +85,4 @@ def table(runs: list[Path]) -> Table:
 
 def markdown(runs: list[Path]) -> str:
     """`figures` in Markdown."""
-    head, *rows = figures(runs)
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
+    return marked.table([[marked.text(cell) for cell in row] for row in figures(runs)])

@@ -8,6 +8,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastvit_train.errors import UserError, did_you_mean, nearest
 
+DatasetName = Literal["digits", "cifar10", "cifar100", "fashion-mnist", "folder", "synthetic"]
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -53,7 +55,7 @@ class ModelConfig:
 class DataConfig:
     """Data and augmentation."""
 
-    dataset: Literal["digits", "cifar10", "cifar100", "fashion-mnist", "folder", "synthetic"] = "digits"
+    dataset: DatasetName = "digits"
     """digits ships with the package; folder reads DATA_DIR/train and DATA_DIR/test (or val), a folder per class"""
     data_dir: str = "data"
     """where data sets lie, and where downloads go"""

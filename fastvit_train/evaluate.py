@@ -58,13 +58,15 @@ class Evaluation:
 
     def precision(self) -> Tensor:
         """Of the images taken for each class, the fraction that are of it, (num_classes,); NaN where none was."""
-        confusion = self.confusion().double()
-        return confusion.diagonal() / confusion.sum(0)
+        return self._right() / self.predicted.bincount(minlength=self.num_classes)
 
     def recall(self) -> Tensor:
         """Of the images of each class, the fraction taken for it, (num_classes,); NaN where there is none."""
-        confusion = self.confusion().double()
-        return confusion.diagonal() / confusion.sum(1)
+        return self._right() / self.labels.bincount(minlength=self.num_classes)
+
+    def _right(self) -> Tensor:
+        """Images of each class that were taken for it, (num_classes,)."""
+        return self.labels[self.predicted == self.labels].bincount(minlength=self.num_classes).double()
 
     def calibration_error(self) -> float:
         """Expected calibration error: |accuracy - confidence|, over 15 equal bins of confidence, by their images.
@@ -93,10 +95,18 @@ def evaluate(
         num_classes = logits.shape[1]
         losses = F.cross_entropy(logits, labels, reduction="none")
         confidence, predicted = logits.softmax(1).max(1)
-        ahead = (logits > logits.gather(1, labels[:, None])).sum(1)
+        ahead = _ahead(logits, labels)
         rows = torch.stack([figure.to(exact) for figure in (losses, confidence, predicted, ahead)], 1)
         said.index_copy_(0, places, rows)
         tick()
     # Every place was written by one process, and is zero on the others.
     losses, confidence, predicted, ahead = accelerator.reduce(said, "sum")[: len(loader.labels)].cpu().unbind(1)
     return Evaluation(loader.labels.cpu(), predicted.long(), confidence, losses, ahead.long(), num_classes)
+
+
+def _ahead(logits: Tensor, labels: Tensor) -> Tensor:
+    """Classes held for more probable than the true one, (batch,); of equals the first, as argmax has it."""
+    true = logits.gather(1, labels[:, None])
+    later = torch.arange(logits.shape[1], device=logits.device) >= labels[:, None]
+    behind = (logits < true) | (logits == true) & later
+    return logits.shape[1] - behind.sum(1)  # what is no number is behind nothing

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastvit_train import launch, memory, storage
-from fastvit_train.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from fastvit_train.config import DataConfig, DatasetName, ModelConfig, RunConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec
 from fastvit_train.data.loader import EvalLoader, Place
 from fastvit_train.errors import UserError
@@ -25,6 +25,8 @@ from fastvit_train.setup import choose_attention
 from fastvit_train.tracking import Log, RunFolder
 
 MOST_CLASSES_SHOWN = 20
+MOST_CONFUSED = 200
+"""classes, for their confusion to be written and drawn"""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Evaluated:
 def evaluate_run(
     run: str | Path,
     *,
-    dataset: str | None = None,
+    dataset: DatasetName | None = None,
     data_dir: str | None = None,
     attention: str | None = None,
     batch_size: int = RunConfig.eval_batch_size,
@@ -52,7 +54,8 @@ def evaluate_run(
 
     Args:
         run: as in `load_run`.
-        dataset, data_dir: what to evaluate on; by default what the run was evaluated on, where it was then.
+        dataset: evaluate on its test set; by default on what the run was evaluated on, be it held out of training.
+        data_dir: where it lies, if no longer where the run found it.
         attention: how attention is computed; by default as in the run, or plainly. "auto" measures.
         batch_size: images per step and process.
 
@@ -77,11 +80,15 @@ def evaluate_run(
     started = time.perf_counter()
     result = evaluate(model, loader, accelerator)
     seconds = time.perf_counter() - started
+    if spoilt := int((~result.losses.isfinite()).sum()):
+        raise UserError(
+            f"{loaded.source} answers {spoilt:,} of {result.samples:,} images with infinities or no numbers"
+        )
     return Evaluated(loaded, data, result, result.samples / seconds, name, accelerator)
 
 
 def _settings(
-    loaded: LoadedRun, dataset: str | None, data_dir: str | None, attention: str | None, batch_size: int
+    loaded: LoadedRun, dataset: DatasetName | None, data_dir: str | None, attention: str | None, batch_size: int
 ) -> TrainConfig:
     """What a run of training would have for settings that ended in this evaluation."""
     if not 1 <= batch_size <= 10**6:
@@ -89,8 +96,8 @@ def _settings(
     if loaded.config is None and dataset is None:
         raise UserError(f"{loaded.source} brings no data set; say which with --dataset, and where with --data-dir")
     own = loaded.config.data if loaded.config is not None else DataConfig()
-    if dataset is not None and dataset != own.dataset:
-        own = DataConfig(dataset=dataset)  # type: ignore[arg-type]  # load_dataset knows the names
+    if dataset is not None:
+        own = replace(own, holdout=0.0) if dataset == own.dataset else DataConfig(dataset=dataset)
     recorded = loaded.config.model.attention if loaded.config is not None else loaded.attention
     return TrainConfig(
         run=RunConfig(eval_batch_size=batch_size),
@@ -104,7 +111,7 @@ def _settings(
 def _check_classes(loaded: LoadedRun, dataset: DatasetSpec) -> None:
     """Raise UserError unless the model names its outputs as the data set names its classes, where it names them."""
     if loaded.class_names is None:
-        fits = loaded.num_classes >= len(dataset.classes)
+        fits = loaded.config is not None or loaded.num_classes == len(dataset.classes)
     else:
         fits = loaded.class_names == dataset.classes
     if not fits:
@@ -152,7 +159,7 @@ def figures(evaluated: Evaluated) -> dict[str, Any]:
             {"name": name, "images": images, "precision": _share(precision), "recall": _share(recall)}
             for name, images, precision, recall in per_class
         ],
-        "confusion": result.confusion().tolist(),
+        "confusion": result.confusion().tolist() if result.num_classes <= MOST_CONFUSED else None,
     }
 
 
@@ -167,8 +174,10 @@ def show(evaluated: Evaluated, output: Path | None) -> None:
         UserError: where they can't be written.
     """
     accelerator = evaluated.accelerator
-    log = Log(accelerator.is_main_process)
     found = figures(evaluated)
+    folder = output or (evaluated.run.folder or Path()) / "eval"
+    written = launch.first_decides(accelerator, lambda: _write(evaluated, found, folder))
+    log = Log(accelerator.is_main_process)
     log.line(
         f"{found['source']}: {found['dataset']} ({found['evaluated_on']}, {found['images']:,} images) "
         f"accuracy {found['accuracy']:.2%}, top-5 {found['top5_accuracy']:.2%}, loss {found['loss']:.6f}, "
@@ -179,17 +188,19 @@ def show(evaluated: Evaluated, output: Path | None) -> None:
         f"{found['images_per_second']:,.0f} img/s, input included, on {found['device']}; "
         f"world size {found['world_size']}; mixed precision {found['mixed_precision']}"
     )
-    folder = output or (evaluated.run.folder or Path()) / "eval"
+    log.line(f"written to {folder}: {', '.join(written)}")
 
-    def write() -> None:
-        with storage.told_of(f"{folder} can't be written"):
-            folder.mkdir(parents=True, exist_ok=True)
-            storage.write_atomically(folder / "evaluation.json", json.dumps(found, indent=2) + "\n")
-        title = f"{evaluated.run.name} on {found['dataset']}: {found['accuracy']:.2%}"
-        plot_confusion(evaluated.evaluation.confusion(), evaluated.dataset.classes, title, folder / "confusion.png")
 
-    launch.first_decides(accelerator, write)
-    log.line(f"written to {folder}: evaluation.json, confusion.png")
+def _write(evaluated: Evaluated, found: dict[str, Any], folder: Path) -> list[str]:
+    """Write the figures and the confusion matrix; returns the files' names."""
+    with storage.told_of(f"{folder} can't be written; choose another --output"):
+        folder.mkdir(parents=True, exist_ok=True)
+        storage.write_atomically(folder / "evaluation.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
+    if found["confusion"] is None:
+        return ["evaluation.json"]
+    title = f"{evaluated.run.name} on {found['dataset']}: {found['accuracy']:.2%}"
+    plot_confusion(evaluated.evaluation.confusion(), evaluated.dataset.classes, title, folder / "confusion.png")
+    return ["evaluation.json", "confusion.png"]
 
 
 def _table(found: dict[str, Any]) -> Table:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -68,13 +69,13 @@ def export_run(run: str, to: str, output: Path | None) -> Path:
     form = FORMATS[to]
     missing = [module for module in form.needs if importlib.util.find_spec(module) is None]
     if missing:
-        raise UserError(f'--to {to} needs {" and ".join(missing)}; pip install "fastvit-train[export]"')
+        raise UserError(f"--to {to} needs {' and '.join(missing)}; pip install {' '.join(missing)}")
     suffix = Path(form.name).suffix
     if output is not None and output.suffix != suffix and suffix:
         raise UserError(f"--output {output} is no name for what --to {to} writes; allowed: one that ends in {suffix}")
     loaded = load_run(run, device="cpu")
     final = output or (loaded.folder or Path()) / "export" / form.name
-    with storage.told_of(f"{final} can't be written"), storage.beside(final) as partial:
+    with storage.told_of(f"{final} can't be written; choose another --output"), storage.beside(final) as partial:
         said = write_verified(loaded, to, partial)
     print(f"written to {printable(str(final))}: {said}")
     return final
@@ -97,7 +98,9 @@ def write_verified(run: LoadedRun, to: str, path: Path) -> str:
         raise
     except Exception as error:  # exporters raise anything at what they don't know
         raise UserError(f"{run.source} can't be written as {to}: {_reason(error)}; try another --to") from None
-    if not difference <= TOLERANCE:  # nor NaN
+    if not math.isfinite(difference):
+        raise UserError(f"{run.source} answers with infinities or no numbers: its weights are spoilt")
+    if difference > TOLERANCE:
         raise UserError(
             f"{run.source} written as {to} and read back gives other logits, by up to {difference:.1e}; "
             f"allowed: {TOLERANCE:.0e}; try another --to"

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from fastvit_train.config import override
+from fastvit_train.config import DatasetName, override
 from fastvit_train.evaluate import Evaluation
 from fastvit_train.evaluation import evaluate_run
 from fastvit_train.loaded import LoadedRun, load_run
@@ -36,13 +36,14 @@ def train(
 
 
 def evaluate(
-    run: str | Path, dataset: str | None = None, data_dir: str | None = None, attention: str | None = None
+    run: str | Path, dataset: DatasetName | None = None, data_dir: str | None = None, attention: str | None = None
 ) -> Evaluation:
     """Evaluate a trained model; all processes of the launch do it together and get the same.
 
     Args:
         run: as in `load_run`.
-        dataset, data_dir: what to evaluate on; by default what the run was evaluated on, where it was then.
+        dataset: evaluate on its test set; by default on what the run was evaluated on, be it held out of training.
+        data_dir: where it lies, if no longer where the run found it.
         attention: how attention is computed; by default as in the run, or plainly.
 
     Raises:

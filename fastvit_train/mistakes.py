@@ -1,6 +1,7 @@
 """What to say of an argument that a verb doesn't take, or takes otherwise."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fastvit_train.errors import did_you_mean, nearest
@@ -17,6 +18,8 @@ def unknown_flag(args: Sequence[str], verb: str, takes: type[Any]) -> str | None
         name = arg.partition("=")[0].replace("_", "-")
         if name.startswith("-") and not _is_number(name) and name not in (*known, "-h", "-", "--"):
             close = nearest(name, known)
+            if Path(arg).exists():
+                return f"{arg} is taken for a flag; write ./{arg}"
             hint = f"did you mean {' or '.join(close)}?" if close else f"{verb} {HELP} lists what there is"
             return f"unknown flag {arg.partition('=')[0]}; {hint}"
     return None

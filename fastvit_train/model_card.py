@@ -1,6 +1,5 @@
 """The model card of a trained model: what it is, what it was trained on and how well, and what isn't known."""
 
-import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,9 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from fastvit_train import comparison
 from fastvit_train.config import TrainConfig, flatten
-from fastvit_train.errors import UserError, printable
+from fastvit_train.errors import UserError
 from fastvit_train.loaded import LoadedRun
+from fastvit_train.markdown import code, table, text
 from fastvit_train.models import OUR_MODELS
 from fastvit_train.recipes import recipe
 
@@ -46,7 +46,7 @@ def model_card(run: LoadedRun, repo: str, license: str | None) -> str:
     known = run.folder is not None and run.config is not None
     summary = comparison.read_summary(run.folder) if run.folder is not None and known else {}
     header = _header(run, repo, license, summary).to_yaml()
-    parts = [f"---\n{header}\n---", f"# {_text(repo.rpartition('/')[2])}", _what_it_is(run)]
+    parts = [f"---\n{header}\n---", f"# {text(repo.rpartition('/')[2])}", _what_it_is(run)]
     if run.folder is not None and run.config is not None:
         parts += [_training_data(run, summary), _recipe(run.config), _results(run.folder, summary)]
     else:
@@ -97,21 +97,24 @@ def _number(summary: dict[str, Any], key: str) -> float:
 def _what_it_is(run: LoadedRun) -> str:
     ours = " (a model of fastvit-train's)" if run.architecture in OUR_MODELS else " (timm)"
     mean, std = (", ".join(f"{value:g}" for value in values) for values in run.normalisation)
-    names = ", ".join(_text(name) for name in run.classes[:MOST_CLASSES])
+    names = ", ".join(text(name) for name in run.classes[:MOST_CLASSES])
     more = f" and {len(run.classes) - MOST_CLASSES:,} more" if len(run.classes) > MOST_CLASSES else ""
+    ours_to_say = run.config is not None
+    resized = "the shorter side resized (bilinear), the centre cut out"
+    resized = resized if ours_to_say else "resized as config.json has it"
     return (
-        f"An image classifier, trained with fastvit-train.\n\n"
-        f"- architecture: `{_code(run.architecture)}`{ours}\n"
+        f"An image classifier{', trained with fastvit-train' if ours_to_say else ''}.\n\n"
+        f"- architecture: `{code(run.architecture)}`{ours}\n"
         f"- parameters: {run.parameters:,}\n"
-        f"- input: RGB images of {run.image_size} x {run.image_size} pixels, the shorter side resized (bilinear), the "
-        f"centre cut out; pixels from 0 to 1 normalised by mean ({mean}) and standard deviation ({std})\n"
+        f"- input: RGB images of {run.image_size} x {run.image_size} pixels, {resized}; "
+        f"pixels from 0 to 1 normalised by mean ({mean}) and standard deviation ({std})\n"
         f"- output: logits of {len(run.classes):,} classes: {names}{more}"
     )
 
 
 def _training_data(run: LoadedRun, summary: dict[str, Any]) -> str:
     assert run.config is not None
-    lines = [f"## Training data\n\n{_text(summary['dataset'])}, its training set."]
+    lines = [f"## Training data\n\n{text(summary['dataset'])}, its training set."]
     if run.config.data.holdout:
         lines.append(
             f"{run.config.data.holdout:.0%} of it was held out of training and is what the figures below were "
@@ -124,22 +127,22 @@ def _recipe(config: TrainConfig) -> str:
     try:
         base = flatten(recipe(config.run.recipe))
     except UserError:
-        return f"## Recipe\n\n`{_code(config.run.recipe)}`, which this version of fastvit-train doesn't know."
+        return f"## Recipe\n\n`{code(config.run.recipe)}`, which this version of fastvit-train doesn't know."
     own = flatten(config)
-    rows = [["setting", "recipe", "here"], ["---"] * 3]
+    rows = [["setting", "recipe", "here"]]
     departures = [key for key in own if key not in NO_DEPARTURE and own[key] != base[key]]
-    rows += [[key, *("default" if v is None else _text(v) for v in (base[key], own[key]))] for key in departures]
-    differing = f", except:\n\n{_table(rows)}" if len(rows) > 2 else ", as it is."
-    return f"## Recipe\n\n`{_code(config.run.recipe)}`{differing}\n\nAll settings are in `config.yaml`."
+    rows += [[key, *("default" if v is None else text(v) for v in (base[key], own[key]))] for key in departures]
+    differing = f", except:\n\n{table(rows)}" if len(rows) > 1 else ", as it is."
+    return f"## Recipe\n\n`{code(config.run.recipe)}`{differing}\n\nAll settings are in `config.yaml`."
 
 
 def _results(folder: Path, summary: dict[str, Any]) -> str:
     _, *rows = comparison.figures([folder])
     on = summary["evaluated_on"]
-    images = "the held-out images" if on == "holdout" else f"the {_text(on)} set"
-    table = _table([["", "figure"], ["---"] * 2, *([name, _text(value)] for name, value in rows)])
+    images = "the held-out images" if on == "holdout" else f"the {text(on)} set"
+    shown = table([["", "figure"], *([name, text(value)] for name, value in rows)])
     return (
-        f"## Results\n\n{table}\n\nAccuracy is that of the last epoch, on {images}. The best epoch's was chosen on the "
+        f"## Results\n\n{shown}\n\nAccuracy is that of the last epoch, on {images}. The best epoch's was chosen on the "
         f"same images, which flatters it: don't compare it with others' test accuracy. Metrics of every epoch are in "
         "`metrics.jsonl`."
     )
@@ -151,9 +154,9 @@ def _limits(run: LoadedRun, summary: dict[str, Any]) -> str:
         if summary.get("evaluated_on") == "holdout"
         else ""
     )
-    trained = "Trained on" if run.config is not None else "Made for"
+    trained = "Trained on small" if run.config is not None else "Made for"
     return (
-        f"## Limits\n\n{trained} small images ({run.image_size} x {run.image_size} pixels) of these classes only: it "
+        f"## Limits\n\n{trained} images ({run.image_size} x {run.image_size} pixels) of these classes only: it "
         "answers with one of them whatever it is shown. It has not been evaluated for anything else, nor for bias, "
         f"robustness or safety.{held}"
     )
@@ -163,7 +166,7 @@ def _use(run: LoadedRun, repo: str) -> str:
     return f"""## How to use it
 
 ```python
-import timm, fastvit_train  # pip install fastvit-train: it registers its models with timm
+import timm, fastvit_train  # installed from its repository, fastvit_train registers its models with timm
 from PIL import Image
 model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -179,19 +182,5 @@ def _again(summary: dict[str, Any]) -> str:
     processes, precision = summary.get("world_size"), summary.get("mixed_precision")
     flags = f" --multi_gpu --num_processes {processes}" if isinstance(processes, int) and processes > 1 else ""
     if precision != "no":
-        flags += f" --mixed_precision {shlex.quote(_code(str(precision)))}"
+        flags += f" --mixed_precision {shlex.quote(code(str(precision)))}"
     return f"## How to train it again\n\n```bash\n{REPEATED.format(flags=flags)}\n```"
-
-
-def _table(rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def _text(value: object) -> str:
-    """`value` as Markdown shows it unchanged, in a line or in a table."""
-    return re.sub(r"([\\`*_{}\[\]<>#|&~$])", r"\\\1", printable(str(value)))
-
-
-def _code(name: str) -> str:
-    """`name` between backquotes, which nothing in it ends."""
-    return printable(name).replace("`", "'")

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import torch.nn.functional as F
-from rich.console import Console
 from torch.profiler import record_function
 
 from fastvit_train import collectives, launch, memory, parallel, plots
@@ -33,6 +32,7 @@ from fastvit_train.plan import (
 )
 from fastvit_train.setup import Job
 from fastvit_train.storage import write_atomically
+from fastvit_train.terminal import Terminal
 from fastvit_train.trial import bar_of, make_output, timed_epoch, trial
 
 ROUNDS = 3
@@ -55,7 +55,7 @@ def plan_run(config: TrainConfig, options: PlanOptions) -> list[Plan]:
     for name in options.models or (config.model.model,):
         started = time.perf_counter()
         plan = plan_model(replace(config, model=replace(config.model, model=name)), options)
-        console = Console(width=TABLE_WIDTH, highlight=False, soft_wrap=True)
+        console = Terminal(width=TABLE_WIDTH, soft_wrap=True)
         console.print(table(plan, options))
         for line in (*lines(plan, options), f"planned in {time.perf_counter() - started:.0f} s", plan.conclusion):
             console.print(line, markup=False)

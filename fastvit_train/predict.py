@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
+from fastvit_train import storage
 from fastvit_train.data.found import STANDARD_INPUT, found
 from fastvit_train.data.images import decode
 from fastvit_train.errors import UserError, printable
 from fastvit_train.loaded import LoadedRun, load_run
 from fastvit_train.plots import plot_images
+from fastvit_train.terminal import Terminal
 
 PER_PICTURE = 36
 
@@ -60,8 +61,9 @@ def predict_images(
     Raises:
         UserError: where the model or any image at all isn't to be had.
     """
-    if top < 1 or batch_size < 1:
-        raise UserError(f"--top {top} or --batch-size {batch_size} is out of range; allowed: 1 or more")
+    for flag, number in (("--top", top), ("--batch-size", batch_size)):
+        if number < 1:
+            raise UserError(f"{flag} {number} is out of range; allowed: 1 or more")
     loaded = load_run(run)
     said: list[Prediction] = []
     seen: list[Tensor] = []
@@ -71,12 +73,12 @@ def predict_images(
             seen += [pixels] if show else []
             if as_json:
                 print("\n".join(prediction.as_json() for prediction in predictions), flush=True)
-    if not as_json:
+    if not as_json and any(prediction.top for prediction in said):
         _print_table(loaded, said)
     for prediction in said:
         if prediction.error is not None:
             print(prediction.error, file=sys.stderr)
-    if show:
+    if show and any(prediction.top for prediction in said):
         folder = output or (loaded.folder or Path()) / "predictions"
         _draw([prediction for prediction in said if prediction.error is None], torch.cat(seen), folder)
         print(f"pictures written to {folder}", file=sys.stderr if as_json else sys.stdout)
@@ -93,7 +95,7 @@ def _predicted(
             read = list(pool.map(lambda file: _read(file, loaded.image_size), batch))
             good = [pixels for pixels in read if isinstance(pixels, Tensor)]
             pixels = torch.stack(good) if good else torch.empty(0, 3, loaded.image_size, loaded.image_size)
-            ranked = loaded.predict(pixels).cpu().topk(top) if good else None
+            ranked = _probabilities(loaded, pixels).topk(top) if good else None
             rows = iter(zip(ranked.values.tolist(), ranked.indices.tolist(), strict=True)) if ranked else iter(())
             said = []
             for (name, _), result in zip(batch, read, strict=True):
@@ -105,6 +107,13 @@ def _predicted(
             yield said, pixels
 
 
+def _probabilities(loaded: LoadedRun, pixels: Tensor) -> Tensor:
+    probabilities = loaded.predict(pixels).cpu()
+    if not probabilities.isfinite().all():
+        raise UserError(f"{loaded.source} answers with infinities or no numbers: its weights are spoilt")
+    return probabilities
+
+
 def _read(file: tuple[str, Path], image_size: int) -> Tensor | str:
     name, path = file
     try:
@@ -114,7 +123,7 @@ def _read(file: tuple[str, Path], image_size: int) -> Tensor | str:
 
 
 def _print_table(loaded: LoadedRun, said: Sequence[Prediction]) -> None:
-    console = Console(highlight=False)
+    console = Terminal()
     table = Table("image", "class", "probability", "then")
     for prediction in said:
         if prediction.top:
@@ -132,10 +141,8 @@ def _print_table(loaded: LoadedRun, said: Sequence[Prediction]) -> None:
 
 
 def _draw(said: Sequence[Prediction], pixels: Tensor, folder: Path) -> None:
-    try:
+    with storage.told_of(f"{folder} can't be written; choose another --output"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"can't write {folder} ({error.strerror or error}); choose another --output") from None
     for start in range(0, len(said), PER_PICTURE):
         part = said[start : start + PER_PICTURE]
         captions = [f"{Path(one.image).name}\n{one.top[0][0]} {one.top[0][1]:.1%}" for one in part]

@@ -3,19 +3,22 @@
 import re
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from fastvit_train import __version__, storage
+from fastvit_train.config import TrainConfig
 from fastvit_train.errors import UserError, printable
 from fastvit_train.export import write_verified
 from fastvit_train.loaded import LoadedRun, load_run
 from fastvit_train.model_card import model_card
+from fastvit_train.tracking import to_yaml
 
-OF_A_RUN = ("config.yaml", "summary.json", "metrics.jsonl", "curves.png")
-"""what goes with the model where a run of ours left it"""
+OF_A_RUN = ("summary.json", "metrics.jsonl", "curves.png")
+"""what goes with the model where a run of ours left it, besides its settings"""
 LOGIN = "`hf auth login`, or HF_TOKEN, with a token that may write"
 ANSWERS = {
     401: f"it doesn't know the token; give {LOGIN}",
@@ -76,10 +79,27 @@ def _write(run: LoadedRun, repo: str, license: str | None, folder: Path) -> None
     (folder / "README.md").write_text(model_card(run, repo, license))
     if run.folder is None or run.config is None:
         return
+    (folder / "config.yaml").write_text(to_yaml(_without_places(run.config)))
     for name in OF_A_RUN:
         if (run.folder / name).is_symlink():  # a run from elsewhere could send any file of yours
             raise UserError(f"{run.folder / name} is a link; what is pushed must lie in the run's folder")
-        shutil.copyfile(run.folder / name, folder / name)
+        if (run.folder / name).is_file():
+            shutil.copyfile(run.folder / name, folder / name)
+
+
+def _without_places(config: TrainConfig) -> TrainConfig:
+    """`config` with the last name alone of paths that say how this machine's folders are called."""
+
+    def last(path: str) -> str:
+        return Path(path).name if Path(path).is_absolute() else path
+
+    weights = config.model.weights
+    return replace(
+        config,
+        run=replace(config.run, runs_dir=last(config.run.runs_dir)),
+        data=replace(config.data, data_dir=last(config.data.data_dir)),
+        model=replace(config.model, weights=weights and last(weights)),
+    )
 
 
 def _send(folder: Path, repo: str, public: bool, token: str | None) -> tuple[str, str]:

@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fastvit_train import launch
 from fastvit_train.config import TrainConfig
 from fastvit_train.errors import UserError
 from fastvit_train.storage import write_atomically
+from fastvit_train.terminal import Terminal
 from fastvit_train.tracking import Resume
 from fastvit_train.train import fit
 
@@ -54,7 +54,7 @@ def fit_seeds(config: TrainConfig, repeat: int, *, resume: Resume = "never", ove
     if launch.is_first_process():
         path = Path(config.run.runs_dir) / f"{name}-{repeat}seeds.json"
         write_atomically(path, json.dumps(found, indent=2) + "\n")
-        console = Console(highlight=False, soft_wrap=True)
+        console = Terminal(soft_wrap=True)
         console.print(table(found))
         console.print(f"written to {path}", markup=False)
     return found

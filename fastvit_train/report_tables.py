@@ -100,6 +100,7 @@ def verdict(records: Sequence[Record]) -> str:
         low, high = sorted(records, key=lambda record: float(record.summary["test_accuracy"]))
         gap = high.summary["test_accuracy"] - low.summary["test_accuracy"]
         images = int(high.summary["evaluated_images"])
+        differing = round(gap * images)
         accuracies = f"{high.summary['test_accuracy']:.2%} against {low.summary['test_accuracy']:.2%}"
     except UNREADABLE:
         return ""
@@ -107,7 +108,7 @@ def verdict(records: Sequence[Record]) -> str:
         return f"{high.name} and {low.name} are equally accurate: {accuracies}."
     return (
         f"{high.name} is {100 * gap:.2f} points more accurate than {low.name}: {accuracies}, "
-        f"which is {round(gap * images):,} of {images:,} images."
+        f"which is {differing:,} of {images:,} images."
     )
 
 

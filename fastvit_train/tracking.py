@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from rich.console import Console
 
 from fastvit_train import checkpoint, lock, storage
 from fastvit_train.config import TrainConfig, differences, flatten
 from fastvit_train.errors import UserError
 from fastvit_train.position import Progress
 from fastvit_train.reading import read_settings
+from fastvit_train.terminal import Terminal
 
 Resume = Literal["never", "auto", "must"]
 
@@ -195,7 +195,7 @@ class Log:
     """Plain lines in the terminal and, from `attach` on, in a file; silent on all ranks but 0."""
 
     def __init__(self, speaks: bool) -> None:
-        self.console = Console(quiet=not speaks, highlight=False, soft_wrap=True)
+        self.console = Terminal(quiet=not speaks, soft_wrap=True)
         self.speaks = speaks
         self._path: Path | None = None
 

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fastvit_train import storage
 from fastvit_train.data.found import found
 from fastvit_train.data.images import decode
 from fastvit_train.errors import UserError, printable
@@ -54,10 +55,8 @@ def inspect_run(run: str, images: Sequence[str], output: Path | None, data_dir: 
     shown = _given(images, loaded.image_size) if images else _of_the_test_set(loaded, data_dir)
     looks = look(loaded.model, loaded.preprocess(shown.pixels))
     folder = output or (loaded.folder or Path()) / "inspect"
-    try:
+    with storage.told_of(f"{folder} can't be written; choose another --output"):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"can't write {folder} ({error.strerror or error}); choose another --output") from None
     return _draw(loaded, shown, looks, folder, closer=len(shown.names) if images else CLOSER)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import environment, one_line_error, run, write_cifar10, write_folder
 
+import fastvit_train
 from fastvit_train.cli import main
 from fastvit_train.commands import VERBS
 
@@ -71,6 +72,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         (f"--exp-name {'x' * 300}", "must be a plain folder name of up to 200 letters"),
         ("--optimizer adahessian", "optimizer 'adahessian' can't be used: it needs second derivatives"),
         ("--exp-name a/b", "--exp-name 'a/b' must be a plain folder name"),
+        ("recipes --unknown", "unknown flag --unknown; recipes --help"),
         ("frobnicate", "unknown verb 'frobnicate'; allowed: train, profile, plan, eval"),
         ("trian --epochs 3", "unknown verb 'trian' .did you mean train"),
         ("--epochs 3 eval", "unknown argument eval; a verb comes first: eval --epochs 3"),
@@ -182,9 +184,19 @@ def test_python_m_gives_the_line_alone_with_status_2() -> None:
 
 
 @pytest.mark.slow
-def test_output_that_nobody_reads_is_no_traceback() -> None:
-    """As in `predict ... --json | head -1`; rich, which prints the tables, ends such a process with status 1 itself."""
-    command = [sys.executable, "-m", "fastvit_train", "recipes", "quickstart"]
+@pytest.mark.parametrize("args", [["recipes", "quickstart"], ["recipes"], ["--help"]], ids=" ".join)
+def test_output_that_nobody_reads_is_no_traceback(args: list[str]) -> None:
+    """As in `predict ... --json | head -1`."""
+    command = [sys.executable, "-m", "fastvit_train", *args]
     process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.close()
     assert process.stderr.read() == "" and process.wait() == 141
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"fastvit_train {fastvit_train.__version__}\n"
+
+
+def test_an_empty_argument_is_a_mistake(capsys: pytest.CaptureFixture[str]) -> None:
+    assert mistake(capsys, "predict", "runs/x", "").startswith("an argument is empty; leave it out")

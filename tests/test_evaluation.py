@@ -1,26 +1,31 @@
 """Trained models evaluated: figures by their definitions, the same on every world size and from every source."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import launch, one_line_error, write_folder
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from fastvit_train.cli import main
+from fastvit_train.config import DatasetName
 from fastvit_train.errors import UserError
-from fastvit_train.evaluate import Evaluation
+from fastvit_train.evaluate import Evaluation, _ahead
 from fastvit_train.evaluation import evaluate_run
+from fastvit_train.export import export_run
 from fastvit_train.loaded import load_run
+from fastvit_train.predict import predict_images
 
 
 def said(logits: torch.Tensor, labels: torch.Tensor) -> Evaluation:
     """What `evaluate` makes of these logits, (N, classes)."""
     confidence, predicted = logits.softmax(1).max(1)
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
-    ahead = (logits > logits.gather(1, labels[:, None])).sum(1)
-    return Evaluation(labels, predicted, confidence, losses, ahead, logits.shape[1])
+    return Evaluation(labels, predicted, confidence, losses, _ahead(logits, labels), logits.shape[1])
 
 
 def test_the_figures_are_what_they_are_defined_as(seed: int) -> None:
@@ -52,6 +57,44 @@ def test_the_figures_are_what_they_are_defined_as(seed: int) -> None:
             gap = sum(right for _, right in inside) / len(inside) - sum(sure for sure, _ in inside) / len(inside)
             error += len(inside) / 500 * abs(gap)
     assert error > 0.02 and result.calibration_error() == pytest.approx(error)
+
+
+def test_what_is_equally_probable_or_no_number_is_not_known() -> None:
+    """All classes alike: only the first five are among the first five. No numbers: none is."""
+    labels = torch.arange(10)
+    assert said(torch.zeros(10, 10), labels).top5_accuracy == 0.5
+    assert said(torch.full((10, 10), torch.nan), labels).top5_accuracy == 0
+
+
+def test_a_spoilt_model_is_one_line(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {**weights, "head.weight": torch.full_like(weights["head.weight"], torch.nan)}, folder / "model.safetensors"
+    )
+    with pytest.raises(UserError, match="answers 359 of 359 images with infinities or no numbers"):
+        evaluate_run(folder)
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="answers with infinities or no numbers"):
+        predict_images(
+            str(folder), [str(tmp_path / "x.png")], top=1, batch_size=1, as_json=True, show=False, output=None
+        )
+    with pytest.raises(UserError, match="answers with infinities or no numbers"):
+        export_run(str(folder), "safetensors", None)
+    assert not (folder / "export" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("dataset", "on", "images"), [(None, "holdout", 143), ("digits", "test", 359)])
+def test_a_run_that_was_tuned_is_evaluated_on_the_test_set_when_asked(
+    trained: Path, tmp_path: Path, dataset: DatasetName | None, on: str, images: int
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("holdout: 0.0", "holdout: 0.1"))
+    evaluated = evaluate_run(folder, dataset=dataset)
+    assert (evaluated.dataset.evaluated_on, evaluated.evaluation.samples) == (on, images)
 
 
 def test_a_run_and_its_timm_folder_are_evaluated_alike(

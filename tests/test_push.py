@@ -82,8 +82,12 @@ def test_a_run_arrives_byte_for_byte_and_loads_from_there(
     assert f"pushed to {hub.url}/me/digits (private)" in push(capsys, run, "me/digits")
     there = hub.repos["me/digits"]
     assert there.private and set(there.files) == FILES
-    for name in ("config.yaml", "summary.json", "metrics.jsonl", "curves.png"):
+    for name in ("summary.json", "metrics.jsonl", "curves.png"):
         assert there.files[name] == (run / name).read_bytes()
+    settings, own_settings = (
+        yaml.safe_load(text) for text in (there.files["config.yaml"], (run / "config.yaml").read_text())
+    )
+    assert settings == {**own_settings, "runs_dir": Path(own_settings["runs_dir"]).name} != own_settings
     push(capsys, run, "me/digits", "--dry-run")
     assert {path.name: path.read_bytes() for path in (run / "hub").iterdir()} == there.files
     assert len(hub.verified) == 2, "the weights and the picture went as large files"

@@ -281,3 +281,12 @@ def test_the_page_goes_into_the_first_runs_folder(runs: Path, capsys: pytest.Cap
     main(["report", str(runs / "c"), str(runs / "mc")])
     assert f"written to {runs / 'c' / 'report.html'}" in capsys.readouterr().out
     assert (runs / "c" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "null"])
+def test_a_summary_without_a_number_is_still_reported(runs: Path, tmp_path: Path, value: str) -> None:
+    shutil.copytree(runs / "c", tmp_path / "spoilt")
+    summary = tmp_path / "spoilt" / "summary.json"
+    found = json.loads(summary.read_text())["test_accuracy"]
+    summary.write_text(summary.read_text().replace(f'"test_accuracy": {found}', f'"test_accuracy": {value}'))
+    report(tmp_path, tmp_path / "spoilt", runs / "mc")

@@ -4,15 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from fastvit_train import comparison, evaluation, launch, plots
-from fastvit_train.config import RunConfig
+from fastvit_train.config import DatasetName, RunConfig
 from fastvit_train.errors import UserError
 from fastvit_train.export import export_run
 from fastvit_train.predict import predict_images
 from fastvit_train.push import push_run
 from fastvit_train.report import write_report
+from fastvit_train.terminal import Terminal
 from fastvit_train.visualize import inspect_run
 
 
@@ -25,8 +24,8 @@ class Eval:
 
     run: str
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a name of timm's"""
-    dataset: Literal["digits", "cifar10", "cifar100", "fashion-mnist", "folder", "synthetic"] | None = None
-    """what to evaluate on; by default what the run was evaluated on"""
+    dataset: DatasetName | None = None
+    """evaluate on its test set; by default on what the run was evaluated on"""
     data_dir: str | None = None
     """where the data lies, if no longer where the run found it"""
     attention: str | None = None
@@ -174,9 +173,9 @@ def compare(command: Compare) -> None:
     runs = list(command.runs)
     if not runs:
         raise UserError("compare takes the folders of one or more runs, as in: compare runs/a runs/b")
+    plots.plot_curves(runs, command.output, comparison.datasets(runs))
     if command.markdown:
         print(comparison.markdown(runs))
     else:
-        Console().print(comparison.table(runs))
-    plots.plot_curves(runs, command.output, comparison.datasets(runs))
+        Terminal().print(comparison.table(runs))
     print(f"written to {command.output}")

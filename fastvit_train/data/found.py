@@ -55,7 +55,7 @@ def _expand(name: str) -> list[Path]:
     if not path.exists() and glob.has_magic(name):
         found = sorted(Path(match) for match in glob.glob(name, recursive=True))
         if not found:
-            raise UserError(f"nothing is named like {name!r}; ** stands for folders in between")
+            raise UserError(f"there is no {name!r}, nor anything that it fits as a pattern; ** stands for folders")
         return found
     return [path]
 
@@ -63,7 +63,7 @@ def _expand(name: str) -> list[Path]:
 def _from_standard_input(folder: Path) -> list[tuple[str, Path]]:
     """An image, or names of images, one per line."""
     content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
-    if content.startswith(SIGNATURES):
+    if content.startswith(SIGNATURES) and not _is_text(content):
         path = folder / "image"
         path.write_bytes(content)
         return [(STANDARD_INPUT, path)]
@@ -71,3 +71,11 @@ def _from_standard_input(folder: Path) -> list[tuple[str, Path]]:
     if not names or any("\0" in name for name in names):
         raise UserError("standard input holds neither an image nor names of images, one per line")
     return [(str(path), path) for name in names for path in _expand(name)]
+
+
+def _is_text(content: bytes) -> bool:
+    """Whether it can be names that begin as a format's files do: BM, P5."""
+    try:
+        return "\0" not in content.decode()
+    except UnicodeDecodeError:
+        return False

@@ -123,6 +123,8 @@ def decode(path: Path, image_size: int) -> Tensor:
     """
     try:
         image = _open(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no {path}; see how it is written") from None
     except Exception as error:  # a damaged file can raise anything in Pillow, running out of memory included
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} can't be decoded ({reason}); replace or remove the file") from None

@@ -143,6 +143,9 @@ def _grid(model: nn.Module) -> tuple[int, int]:
 
 def _readers(model: nn.Module) -> slice:
     """The tokens that the classifier reads: the class token, which is the first, or the patches."""
-    if getattr(model, "global_pool", None) in ("cls", "token"):
+    pool = getattr(model, "global_pool", None)
+    if pool in ("cls", "token"):
         return slice(0, 1)
-    return slice(int(getattr(model, "num_prefix_tokens", 0)), None)
+    if pool in ("seq", "avg"):
+        return slice(int(getattr(model, "num_prefix_tokens", 0)), None)
+    raise UserError(f"{type(model).__name__} pools its tokens by {pool!r}: what it reads of them can't be looked at")
