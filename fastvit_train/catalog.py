@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from fastvit_train import launch, memory, optim
-from fastvit_train.config import ModelConfig, OptimConfig, TrainConfig
+from fastvit_train.config import ModelConfig, OptimConfig
 from fastvit_train.data.datasets import class_count
 from fastvit_train.errors import UserError, did_you_mean, printable
 from fastvit_train.experiments import GPU_STEPS, STEPS, in_turn
@@ -104,19 +104,30 @@ def _entries(names: Sequence[str]) -> tuple[list[Entry], list[str]]:
 
 
 def describe(name: str) -> Entry:
-    """What can be told of a model without taking memory for its weights; UserError where it can't be built."""
-    size = native_image_size(name)
+    """What can be told of a model; UserError where it can't be built."""
+    parameters, passed, flops = _sizes(ModelConfig(name), native_image_size(name), CLASSES)
+    doc = (inspect.getdoc(timm.model_entrypoint(name)) or "").partition("\n")[0]
+    what = doc.partition(";")[0].removesuffix(".")
+    return Entry(name, what, parameters, passed, flops)
+
+
+def _sizes(config: ModelConfig, size: int, classes: int) -> tuple[int, int | None, float | None]:
+    """Parameters, tokens and FLOPs of an image's forward pass, without taking memory for the weights.
+
+    Args:
+        config: the model's.
+        size: side of its input, pixels.
+        classes: its outputs.
+    """
     with torch.device("meta"):
-        model = build_model(ModelConfig(name), size, CLASSES).eval()
+        model = build_model(config, size, classes).eval()
         with suppress(UserError):  # a model that keeps its own attention
             set_attention(model, "fused")
         passed, flops = [], None
         with suppress(Exception), torch.no_grad():  # some of timm's ask for values, and there are none
             passed = stages(model, size)
             flops = count_flops(lambda: model(torch.zeros(1, 3, size, size)))
-    doc = (inspect.getdoc(timm.model_entrypoint(name)) or "").partition("\n")[0]
-    what = doc.partition(";")[0].removesuffix(".")
-    return Entry(name, what, sum(p.numel() for p in model.parameters()), tokens(passed), flops)
+    return sum(p.numel() for p in model.parameters()), tokens(passed), flops
 
 
 def measure_speeds(names: Sequence[str], batch_size: int, device: torch.device) -> dict[str, Speed]:
@@ -163,36 +174,37 @@ def _models_table(entries: Sequence[Entry], speeds: dict[str, Speed]) -> Table:
     for entry in entries:
         speed = speeds.get(entry.name)
         rates = (f"{speed.training:,.0f}", f"{speed.inference:,.0f}") if speed else ()
-        flops = UNKNOWN if entry.flops is None else f"{entry.flops / 1e6:,.1f}"
-        table.add_row(entry.name, f"{entry.parameters:,}", f"{entry.tokens or UNKNOWN}", flops, *rates)
+        table.add_row(entry.name, f"{entry.parameters:,}", f"{entry.tokens or UNKNOWN}", _mega(entry.flops), *rates)
     return table
+
+
+def _mega(flops: float | None) -> str:
+    return UNKNOWN if flops is None else f"{flops / 1e6:,.1f}"
 
 
 def show_recipes() -> None:
     """Print the table of the recipes."""
-    table = _figures("recipe", "model", "data set", "epochs", "batch", "optimizer", "lr", "parameters")
+    table = _figures("recipe", "model", "data set", "epochs", "batch", "optimizer", "parameters", "MFLOPs")
     for name in RECIPES:
         config = recipe(name)
+        classes = class_count(config.data.dataset) or CLASSES
+        parameters, _, flops = _sizes(config.model, image_size(config), classes)
         run, choice = config.run, config.optim
         table.add_row(
             name,
             config.model.model,
             config.data.dataset,
-            *(str(run.epochs), str(run.batch_size), choice.optimizer, f"{choice.lr:g}", f"{_parameters(config):,}"),
+            *(str(run.epochs), str(run.batch_size), choice.optimizer),
+            *(f"{parameters:,}", _mega(flops)),
         )
     what = {name: inspect.getdoc(make) or "" for name, make in RECIPES.items()}
-    _print(table, what, ["`recipes NAME` shows all settings of one, as --config takes them"])
+    how = "as --config takes them; `--recipe NAME --dry-run` measures its speed here"
+    _print(table, what, [f"`recipes NAME` shows all settings of one, {how}"])
 
 
 def recipe_yaml(name: str) -> str:
     """The settings of a recipe, as a --config file holds them; UserError where there is none of that name."""
     return to_yaml(recipe(name))
-
-
-def _parameters(config: TrainConfig) -> int:
-    with torch.device("meta"):
-        model = build_model(config.model, image_size(config), class_count(config.data.dataset) or CLASSES)
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _figures(name: str, *columns: str) -> Table:
