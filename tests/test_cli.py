@@ -173,6 +173,7 @@ def test_help_names_every_verb_and_groups_the_flags(capsys: pytest.CaptureFixtur
         assert word in text, word
 
 
+@pytest.mark.slow
 def test_python_m_gives_the_line_alone_with_status_2() -> None:
     result = run([sys.executable, "-m", "fastvit_train", "--recipe", "nope"])
     assert result.returncode == 2 and result.stdout == ""

@@ -21,6 +21,7 @@ def _nothing_compiled_before() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_run(small_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     eager = fit(small_config(epochs=2, exp_name="eager"))
     compiled = fit(small_config(epochs=2, exp_name="compiled", compile=True))

@@ -60,6 +60,6 @@ def test_another_package_may_be_called_kernels(tmp_path: Path) -> None:
     """The one on PyPI is, and our folder of that name must not hide it from who works in this repository."""
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("name = 'the other'")
-    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.name)"
+    code = f"import sys; sys.path.insert(1, {str(tmp_path)!r}); import kernels; print(kernels.name)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert done.stdout == "the other\n"

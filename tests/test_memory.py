@@ -21,6 +21,7 @@ print(kept, min(faults() for _ in range(3)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_freed_memory_is_used_again_without_a_page_fault() -> None:
     pages = 40 * 2**20 // 4096

@@ -72,6 +72,7 @@ def test_two_processes_train_several_seeds(tmp_path: Path) -> None:
     assert [len(found[key]["values"]) for key in ("test_accuracy", "train_seconds")] == [2, 2]
 
 
+@pytest.mark.slow
 def test_numbers_out_of_range_are_one_line(small_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--repeat 0 is out of range; allowed: 1 or more"):
         fit_seeds(small_config(), 0)

@@ -62,7 +62,8 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("name", ["C", *(pytest.param(name, marks=pytest.mark.slow) for name in ODD if name != "C")])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ODD)
 def test_other_languages_and_bare_environments(name: str, tmp_path: Path) -> None:
     odd = {"OMP_NUM_THREADS": "1", **ODD[name]}
     folder, exp_name = (tmp_path / "runs", "run") if name == "C" else (tmp_path / "läufe", "ığdır")
