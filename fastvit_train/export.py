@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from fastvit_train import __version__, storage
 from fastvit_train.config import DataConfig
 from fastvit_train.data.datasets import load_dataset
-from fastvit_train.data.images import decode
 from fastvit_train.data.loader import Preprocess
 from fastvit_train.errors import UserError, printable
 from fastvit_train.loaded import FOLDER, LoadedRun, load_run
@@ -236,11 +235,8 @@ def _images(run: LoadedRun) -> tuple[Tensor, str]:
 
 def _test_images(config: DataConfig, size: int) -> tuple[Tensor, str]:
     dataset = load_dataset(config, size)
-    images, count = dataset.test.images, len(dataset.test.labels)
-    chosen = torch.linspace(0, count - 1, min(count, MOST_IMAGES)).long()
-    if not isinstance(images, Tensor):
-        return torch.stack([decode(images[i], size) for i in chosen.tolist()]), dataset.name
-    some = images[chosen]
+    count = len(dataset.test.labels)
+    some = dataset.test.pixels(torch.linspace(0, count - 1, min(count, MOST_IMAGES)).long(), size)
     if some.shape[-1] != size:
         some = F.interpolate(some.float(), size, mode="bilinear", antialias=True).round().to(torch.uint8)
     return some, dataset.name

@@ -92,7 +92,7 @@ def looks(evaluated: Evaluated) -> Looked:
     """
     run, said, classes = evaluated.run, evaluated.evaluation, class_names(evaluated)
     labels = said.labels
-    firsts = torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()[:MOST_LOOKED_AT]])
+    firsts = evaluated.dataset.test.first_of_each_class(MOST_LOOKED_AT)
     pixels = evaluated.dataset.test.pixels(firsts, run.image_size)
     seen = look(run.model, run.preprocess(pixels))
     images = [

@@ -78,7 +78,7 @@ def _of_the_test_set(loaded: LoadedRun, data_dir: str | None) -> Shown:
     except UserError as error:
         raise UserError(f"{error}; name images to look at, as in: inspect {loaded.source} cat.png") from None
     labels = dataset.test.labels
-    firsts = torch.stack([(labels == label).nonzero()[0, 0] for label in labels.unique()[:OF_EACH_SET]])
+    firsts = dataset.test.first_of_each_class(OF_EACH_SET)
     names = tuple(f"{dataset.evaluated_on}{sample}" for sample in firsts.tolist())
     captions = tuple(dataset.classes[label] for label in labels[firsts].tolist())
     return Shown(names, captions, dataset.test.pixels(firsts, loaded.image_size))

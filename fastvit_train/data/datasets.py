@@ -35,6 +35,10 @@ class Split:
             return Split(self.images[samples], self.labels[samples])
         return Split([self.images[i] for i in samples.tolist()], self.labels[samples])
 
+    def first_of_each_class(self, most: int) -> Tensor:
+        """Indices of the first sample of each class, of the first `most` classes that have one."""
+        return torch.stack([(self.labels == label).nonzero()[0, 0] for label in self.labels.unique()[:most]])
+
     def pixels(self, samples: Tensor, image_size: int) -> Tensor:
         """The given samples' images, uint8 (samples, 3, height, width); files are decoded at `image_size`."""
         if isinstance(self.images, Tensor):
