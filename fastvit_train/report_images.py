@@ -12,13 +12,12 @@ from torch import Tensor
 
 from fastvit_train.evaluation import Evaluated
 from fastvit_train.models import look
+from fastvit_train.visualize import OPACITY
 
 MOST_MISTAKES = 12
 MOST_LOOKED_AT = 6
 SIDE = 128
 """pixels that a small image is enlarged to, about"""
-OPACITY = 0.65
-"""of weights over an image, as in `inspect`"""
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ MOST_GIVEN = 32
 OF_EACH_SET, CLOSER = 10, 4
 """images of the test set that are shown, and how many of them layer by layer"""
 MOST_HEADS, MOST_FILTERS = 16, 100
+OPACITY = 0.65
+"""of weights over an image"""
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,6 @@ def _show(axes: Axes, pixels: Tensor, weights: Tensor | None = None) -> None:
         return
     axes.imshow(image.mean(2), cmap="gray", vmin=0, vmax=255)
     axes.imshow(
-        weights.numpy(), cmap="inferno", alpha=0.65, extent=(-0.5, width - 0.5, height - 0.5, -0.5), vmin=0,
+        weights.numpy(), cmap="inferno", alpha=OPACITY, extent=(-0.5, width - 0.5, height - 0.5, -0.5), vmin=0,
         interpolation="bilinear",
     )  # fmt: skip

@@ -69,10 +69,8 @@ def look(model: nn.Module, inputs_BCHW: Tensor) -> Looks:
     finally:
         for hook in hooks:
             hook.remove()
-    patches = grid[0] * grid[1]
-    if not attention or any(
-        layer.shape[-1] != attention[0].shape[-1] or layer.shape[-1] < patches for layer in attention
-    ):
+    lengths = {layer.shape[-1] for layer in attention}
+    if len(lengths) != 1 or min(lengths) < grid[0] * grid[1]:
         raise UserError(f"{type(model).__name__}'s attention is not over a grid of patches: there is no picture of it")
     if pool_weights:
         pooling = "pooling weights"
