@@ -42,6 +42,7 @@ def typical(batch: int, holdout: float) -> tuple[Epoch, int]:
     """The typical script's epoch, and its model's parameters."""
     train = load_dataset(config(batch, holdout).data, 32).train
     script = Script(MODEL, cast(Tensor, train.images), train.labels, batch)
+    script.check()
     return script.epoch, sum(p.numel() for p in script.model.parameters())
 
 

@@ -4,16 +4,20 @@ A loop over the heads, eager float32, torchvision transforms on PIL images in a 
 and `.item()` on every step's loss and accuracy. Its workers stay alive from epoch to epoch, which is kinder than most.
 """
 
+from typing import Any
+
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from fastvit_train.models.vit import Mlp
+import fastvit_train  # noqa: F401  registers the model with timm
+from fastvit_kernels import GELULinear
 
 HALF = (0.5, 0.5, 0.5)
 WORKERS = 2
@@ -55,6 +59,26 @@ def loader(pictures: Pictures, batch_size: int) -> DataLoader[tuple[Tensor, int]
     )
 
 
+class PlainGELULinear(nn.Linear):
+    """The layer that `GELULinear` is, computed with torch's own operators as a typical script computes it."""
+
+    def __init__(self, layer: GELULinear) -> None:
+        super().__init__(layer.in_features, layer.out_features)
+        self.load_state_dict(layer.state_dict())
+        self.approximate = layer.approximate
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.gelu(x, approximate=self.approximate))
+
+
+class RefuseOurOperators(TorchDispatchMode):
+    """Raises AssertionError when an operator of `fastvit_kernels` runs within it, forward or backward."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func.namespace != "fastvit_kernels", f"{func} ran in the typical script, which uses torch's operators"
+        return func(*args, **(kwargs or {}))
+
+
 class Script:
     """The script's state: model, optimizer and loader."""
 
@@ -62,10 +86,18 @@ class Script:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.loader = loader(Pictures(images, labels), batch_size)
         self.model = timm.create_model(model, attention="naive").to(self.device)
-        for module in self.model.modules():
-            if isinstance(module, Mlp):
-                module.act = nn.GELU(approximate="tanh")  # not our kernel
+        for parent in list(self.model.modules()):
+            for name, layer in list(parent.named_children()):
+                if isinstance(layer, GELULinear):
+                    setattr(parent, name, PlainGELULinear(layer).to(self.device))
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, weight_decay=0.01)
+
+    def check(self) -> None:
+        """Raise AssertionError if one training step runs an operator of `fastvit_kernels`; the weights stay."""
+        images = torch.zeros(2, 3, 32, 32, device=self.device)
+        with RefuseOurOperators():
+            self.model.train()(images).sum().backward()
+        self.optimizer.zero_grad()
 
     def epoch(self) -> tuple[float, int]:
         """Train for one epoch; returns the mean loss and how many images there were."""
