@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastvit_kernels
 from bench.case import CALLS, DTYPES, Case, Work, assert_close, device
-from fastvit_train.roofline import count_flops
+from fastvit_train.profiling.roofline import count_flops
 
 SHAPES = {
     "cpu": [(256, 64, 48, 4), (64, 256, 256, 4)],

@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.bench_attention import replayed, unavailable
 from bench.bench_step import EAGER, MODELS, Training
 from bench.case import CALLS, DTYPES, Case, Work, assert_close, device
-from fastvit_train.roofline import count_flops
+from fastvit_train.profiling.roofline import count_flops
 
 LATENCY, THROUGHPUT = "inference latency", "inference throughput"
 ROWS = {**{name: (name, False, False) for name in EAGER}, "fused, model compiled": ("fused", True, False)}

@@ -9,7 +9,7 @@ from torchvision import transforms
 
 from bench.case import Case, Work, device
 from bench.typical import HALF, Pictures, loader
-from fastvit_train.config import DataConfig
+from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.images import ResidentImages
 from fastvit_train.data.loader import Place, Preprocess, TrainLoader
 

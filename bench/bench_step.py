@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from bench.bench_attention import unavailable
 from bench.case import CALLS, DTYPES, Case, Work, assert_close, device
-from fastvit_train.config import OptimConfig
+from fastvit_train.config.schema import OptimConfig
 from fastvit_train.models import compile_model, pretrained_cfg
-from fastvit_train.optim import build_optimizer
-from fastvit_train.roofline import count_flops
+from fastvit_train.profiling.roofline import count_flops
+from fastvit_train.training.optimizer import build_optimizer
 
 MODELS: dict[str, dict[str, tuple[int, ...]]] = {
     "cpu": {"c_vit_4_4_32": (256,), "mc_vit_4_4_32": (256,), "cvt_7_4_32": (32,), "cct_7_3x1_32": (32,)},

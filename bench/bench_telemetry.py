@@ -17,9 +17,9 @@ from bench.bench_step import Training
 from bench.case import Case, Work, device
 from bench.compare import NOTCH
 from bench.measure import quartiles, seconds_of
-from fastvit_train import telemetry
-from fastvit_train.roofline import synchronize
-from fastvit_train.telemetry import Gpu, Meter, Usage
+from fastvit_train.profiling.roofline import synchronize
+from fastvit_train.utils import gpu_monitor
+from fastvit_train.utils.gpu_monitor import Gpu, Meter, Usage
 
 WHAT = "telemetry's cost"
 MODEL, BATCH = "mc_vit_4_4_32", 64
@@ -75,7 +75,7 @@ def meter(enabled: bool) -> TimedMeter:
         return TimedMeter(device(), enabled)
     with (
         mock.patch.dict(sys.modules, pynvml=StandIn()),
-        mock.patch.object(telemetry, "identify", return_value=Gpu("stand-in", None)),
+        mock.patch.object(gpu_monitor, "identify", return_value=Gpu("stand-in", None)),
     ):
         return TimedMeter(device())
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_train import launch, memory
+from fastvit_train.distributed import env
+from fastvit_train.utils import memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2}
@@ -104,9 +105,9 @@ def assert_close(found: Tensor, wanted: Tensor, dtype: str, what: str) -> None:
 
 def prepare_process() -> None:
     """Threads and memory as a training on this device sets them."""
-    launch.use_all_cores()
+    env.use_all_cores()
     if device().type == "cpu":
-        memory.keep_freed()
+        memory.retain_freed_memory()
 
 
 def many_compiled_at_once() -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from bench.measure import quartiles
-from fastvit_train.errors import UserError
+from fastvit_train.utils.errors import UserError
 
 NOTCH = 1.58 * 1.5
 FLOOR = 0.02

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from bench.typical import Script
-from fastvit_train import memory
-from fastvit_train.config import TrainConfig, override
+from fastvit_train.config.recipes import recipe
+from fastvit_train.config.schema import TrainConfig, override
 from fastvit_train.data.datasets import load_dataset
-from fastvit_train.progress import ProgressBar
-from fastvit_train.recipes import recipe
-from fastvit_train.setup import setup
-from fastvit_train.train import train_epoch
+from fastvit_train.training.loop import train_epoch
+from fastvit_train.training.progress_bar import ProgressBar
+from fastvit_train.training.setup import setup
+from fastvit_train.utils import memory
 
 MODEL = "mc_vit_4_4_32"
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "compiled": "bf16"}
@@ -79,7 +79,7 @@ def main() -> None:
         made = ours(row, batch, holdout, folder) if row in PRECISIONS else typical(batch, holdout)
         epoch, parameters = made
         answers.write(json.dumps({"parameters": parameters}) + "\n")
-        memory.forget_peak(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        memory.reset_peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         for _ in sys.stdin:
             loss, images = epoch()
             answers.write(json.dumps({"loss": loss, "images": images, "memory": peak_mib()}) + "\n")

@@ -9,9 +9,9 @@ import torch
 
 from bench.case import DTYPES, Case, Work, device
 from bench.environment import environment
-from fastvit_train import memory
-from fastvit_train.roofline import matmul_ceiling, synchronize
-from fastvit_train.telemetry import Meter, Usage
+from fastvit_train.profiling.roofline import matmul_ceiling, synchronize
+from fastvit_train.utils import memory
+from fastvit_train.utils.gpu_monitor import Meter, Usage
 
 WARM_UP_SECONDS = 0.3
 
@@ -96,7 +96,7 @@ def memory_of(work: Work) -> dict[str, float | None]:
     if device().type == "cpu" and work.parameters is not None:
         saved = memory.saved_for_backward(work.run, work.parameters) / 2**20
     before = torch.cuda.memory_allocated() if device().type == "cuda" else 0
-    memory.forget_peak(device())
+    memory.reset_peak_memory(device())
     work.run()
     synchronize(device())
     peak = memory.peak_mib(device())

@@ -11,7 +11,7 @@ from torch import nn
 
 from bench.case import Case, device
 from bench.measure import Row, quartiles, seconds_of
-from fastvit_train.roofline import synchronize
+from fastvit_train.profiling.roofline import synchronize
 
 FEWEST, MOST = 9, 41
 """rounds"""

@@ -4,9 +4,10 @@ Importing the package registers its models with timm: `timm.create_model("mc_vit
 """
 
 from fastvit_train import models
-
-# After all modules are there: two of them are called as these functions are, and would take their names.
-from fastvit_train.library import Evaluation, LoadedRun, evaluate, load_run, train
+from fastvit_train.inference.evaluate import evaluate
+from fastvit_train.inference.trained_model import TrainedModel, load_run
+from fastvit_train.models.evaluator import Evaluation
+from fastvit_train.training.loop import train
 
 __version__ = "0.1.0"
-__all__ = ["Evaluation", "LoadedRun", "__version__", "evaluate", "load_run", "models", "train"]
+__all__ = ["Evaluation", "TrainedModel", "__version__", "evaluate", "load_run", "models", "train"]

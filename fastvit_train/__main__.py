@@ -1,3 +1,3 @@
-from fastvit_train.cli import main
+from fastvit_train.cli.main import main
 
 main()

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastvit_train.config import DataConfig
+from fastvit_train.config.schema import DataConfig
 
 CROP_TRIES = 10
 CROP_RATIO = (3 / 4, 4 / 3)

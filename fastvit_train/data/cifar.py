@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastvit_train.data.arrays import load_arrays
 from fastvit_train.data.download import check_md5, download
-from fastvit_train.errors import UserError
+from fastvit_train.utils.errors import UserError
 
 
 @dataclass(frozen=True)

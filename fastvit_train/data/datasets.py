@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit_train.config import DataConfig
+from fastvit_train.config.schema import DataConfig
 from fastvit_train.data import cifar, folder, idx
 from fastvit_train.data.augment import generator
 from fastvit_train.data.images import decode
-from fastvit_train.errors import UserError, printable
+from fastvit_train.utils.errors import UserError, printable
 
 FASHION_CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",

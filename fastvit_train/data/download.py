@@ -12,7 +12,7 @@ from typing import IO
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from fastvit_train.errors import UserError
+from fastvit_train.utils.errors import UserError
 
 TIMEOUT_SECONDS = 30
 CHUNK_BYTES = 1 << 18

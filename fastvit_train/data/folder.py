@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastvit_train.data.images import StreamedImages, local_processes
-from fastvit_train.errors import UserError
+from fastvit_train.data.images import StreamedImages
+from fastvit_train.distributed.env import local_processes
+from fastvit_train.utils.errors import UserError
 
 log = logging.getLogger(__name__)
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))

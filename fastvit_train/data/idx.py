@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastvit_train.data.download import download
-from fastvit_train.errors import UserError
+from fastvit_train.utils.errors import UserError
 
 HOST = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 MD5 = {

@@ -1,6 +1,5 @@
 """Where a set's images come from, batch by batch: memory on the device, or files decoded on the way."""
 
-import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from fastvit_train.errors import UserError
+from fastvit_train.distributed.env import local_processes
+from fastvit_train.utils.errors import UserError
 
 # Left to itself, Pillow tries all that it knows, and hands PostScript to another program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
@@ -79,11 +79,6 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def local_processes() -> int:
-    """How many processes of this run share the machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 class _Unreadable:

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit_train.config import DataConfig
+from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.augment import Augment, generator
 from fastvit_train.data.images import Images, to_device
-from fastvit_train.errors import UserError
+from fastvit_train.utils.errors import UserError
 
 MOST_PROCESSES_NAMED = 1024
 

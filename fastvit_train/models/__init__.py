@@ -12,27 +12,27 @@ import torch
 from timm.models import PretrainedCfg, clean_state_dict, load_state_dict
 from torch import Tensor, nn
 
-from fastvit_train.config import ModelConfig
-from fastvit_train.errors import UserError, did_you_mean
+from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models.attention import check_attention, pick_attention, plain_attention, set_attention, warm_up
+from fastvit_train.models.attention_maps import AttentionMaps, attention_maps, patch_filters, position_similarity
 from fastvit_train.models.compiling import compile_model
-from fastvit_train.models.looking import Looks, look, patch_filters, position_similarity
+from fastvit_train.models.convert import checkpoint_filter_fn, pretrained_cfg, reset_head_if_other_classes
 from fastvit_train.models.registry import OUR_MODELS
 from fastvit_train.models.vit import ConvTokenizer, ViT
-from fastvit_train.models.weights import checkpoint_filter_fn, pretrained_cfg, reset_head_if_other_classes
 from fastvit_train.models.whitening import whiten_patches
-from fastvit_train.reading import read_json
+from fastvit_train.utils.errors import UserError, did_you_mean
+from fastvit_train.utils.safe_load import read_json
 
 __all__ = [
     "OUR_MODELS",
-    "Looks",
+    "AttentionMaps",
     "ViT",
+    "attention_maps",
     "build_model",
     "check_attention",
     "check_model",
     "check_timm_folder",
     "compile_model",
-    "look",
     "native_image_size",
     "patch_filters",
     "pick_attention",

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import fastvit_kernels
-from fastvit_train.config import ModelConfig
-from fastvit_train.errors import UserError
+from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models.registry import OUR_MODELS
+from fastvit_train.utils.errors import UserError
 
 AUTO = fastvit_kernels.AUTO
 TIMM = "timm"

@@ -4,8 +4,8 @@ from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
+from fastvit_train.models.convert import checkpoint_filter_fn
 from fastvit_train.models.vit import ViT
-from fastvit_train.models.weights import checkpoint_filter_fn
 
 HALF = (0.5, 0.5, 0.5)
 CIFAR10_MEAN, CIFAR10_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastvit_train.errors import UserError
 from fastvit_train.models.vit import PatchTokenizer
+from fastvit_train.utils.errors import UserError
 
 SAMPLES = 5000
 """images that the directions are taken from"""

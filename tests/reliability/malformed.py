@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-from conftest import one_line_error
 from hypothesis import strategies as st
 
-from fastvit_train.cli import main
+from fastvit_train.cli.main import main
+from tests.support import one_line_error
 
 MALFORMED = "malformed inputs, each one line and status 2"
 SECONDS_PER_INPUT = 20

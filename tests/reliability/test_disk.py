@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from victims import Victim, differences, outcome, undisturbed
 
-from fastvit_train import checkpoint, storage
-from fastvit_train.tracking import read_rows
+from fastvit_train.runs import checkpoint
+from fastvit_train.runs.run_folder import read_rows
+from fastvit_train.utils import atomic_io
+from tests.reliability.victims import Victim, differences, outcome, undisturbed
 
 Count = Callable[..., None]
 BALLAST = "ballast"
@@ -59,7 +60,7 @@ def test_a_disk_that_fills_up(how: str, disk: Path, tmp_path: Path, seed: int, c
     assert words.count("fastvit_train: error:") == (status == [2])
     newest = checkpoint.newest(second.folder / "checkpoints")
     assert newest is not None and before is not None and int(newest.name[5:]) >= int(before.name[5:])
-    assert storage.damage(newest) is None and (second.folder / "checkpoints" / "last").resolve() == newest.resolve()
+    assert atomic_io.damage(newest) is None and (second.folder / "checkpoints" / "last").resolve() == newest.resolve()
     if how == "stop":
         assert re.search(r"(no checkpoint could be written|takes no metrics).* at step \d+; the last good", words)
         assert f"checkpoint is {newest}; make room and go on with --resume auto" in words
@@ -82,7 +83,7 @@ def test_a_folder_that_can_only_be_read(disk: Path, tmp_path: Path) -> None:
         words = said(refused)
         assert words.count("fastvit_train: error: can't write") == 1 and "choose another --runs-dir" in words
         assert "Traceback" not in words
-    assert storage.damage(finished.folder / "checkpoints" / "last") is None
+    assert atomic_io.damage(finished.folder / "checkpoints" / "last") is None
     assert sorted(path.name for path in disk.iterdir()) == ["run"]
 
 
@@ -145,6 +146,6 @@ def test_the_best_that_could_be_written_stays(tmp_path: Path) -> None:
     spoil(checkpoints / "step_22" / "model.safetensors", "missing")
     resumed = Victim(tmp_path, "run", "--resume", "must", "--stop-after", 2, "--keep", 1)
     assert resumed.wait() == [0], said(resumed)
-    assert storage.damage(checkpoints / "best") is None
+    assert atomic_io.damage(checkpoints / "best") is None
     rows = read_rows(victim.folder / "metrics.jsonl")
     assert (checkpoints / "best").resolve().name == f"step_{max(rows, key=lambda row: row['test_accuracy'])['step']}"

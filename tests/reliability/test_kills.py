@@ -7,9 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from victims import DieAt, Victim, differences, forget_the_samplers_position, outcome, random_trick, undisturbed
 
-from fastvit_train.tracking import read_rows
+from fastvit_train.runs.run_folder import read_rows
+from tests.reliability.victims import (
+    DieAt,
+    Victim,
+    differences,
+    forget_the_samplers_position,
+    outcome,
+    random_trick,
+    undisturbed,
+)
 
 KILLED = -signal.SIGKILL
 Count = Callable[..., None]

@@ -12,14 +12,14 @@ from typing import Any, get_args, get_origin, get_type_hints
 import numpy as np
 import pytest
 import yaml
-from conftest import write_folder
 from hypothesis import strategies as st
-from malformed import MALFORMED, NOT_WRITABLE, TINY, answer, asked, for_each, mutated
 from PIL import Image
 
 import fastvit_train.models  # noqa: F401 before a test's clock starts
-from fastvit_train.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, flatten
-from fastvit_train.recipes import recipe
+from fastvit_train.config.recipes import recipe
+from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, flatten
+from tests.reliability.malformed import MALFORMED, NOT_WRITABLE, TINY, answer, asked, for_each, mutated
+from tests.support import write_folder
 
 Count = Callable[..., None]
 A_FEW_OR_MANY = pytest.mark.parametrize("examples", [12, pytest.param(1000, marks=pytest.mark.slow)])

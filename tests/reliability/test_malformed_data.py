@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import idx_bytes, write_cifar10
-from malformed import MALFORMED, NOT_WRITABLE, TINY, Evil, answer, asked, for_each, mutated
 
 from fastvit_train.data import cifar, idx
-from fastvit_train.errors import UserError
+from fastvit_train.utils.errors import UserError
+from tests.reliability.malformed import MALFORMED, NOT_WRITABLE, TINY, Evil, answer, asked, for_each, mutated
+from tests.support import idx_bytes, write_cifar10
 
 Count = Callable[..., None]
 A_FEW_OR_MANY = pytest.mark.parametrize("examples", [10, pytest.param(400, marks=pytest.mark.slow)])

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from malformed import NOT_WRITABLE, TINY, Evil, asked, for_each, mutated
 from safetensors.torch import load_file
 
-from fastvit_train import storage
-from fastvit_train.cli import main
+from fastvit_train.cli.main import main
+from fastvit_train.utils import atomic_io
+from tests.reliability.malformed import NOT_WRITABLE, TINY, Evil, asked, for_each, mutated
 
 Count = Callable[..., None]
 A_FEW_OR_MANY = pytest.mark.parametrize("examples", [10, pytest.param(400, marks=pytest.mark.slow)])
@@ -208,13 +208,13 @@ def resume(run: Path) -> tuple[object, ...]:
 def test_hostile_checkpoints(copy: Path, count: Count, marker: Path) -> None:
     last = (copy / "checkpoints" / "last").resolve()
     before = shutil.copytree(last, copy.parent / "before")
-    for name in sorted(path.name for path in last.iterdir() if path.name != storage.CHECKSUMS):
+    for name in sorted(path.name for path in last.iterdir() if path.name != atomic_io.CHECKSUMS):
         for evil in (pickle.dumps(Evil(marker)), None):
             if evil is None:
                 torch.save({"x": Evil(marker)}, last / name)
             else:
                 (last / name).write_bytes(evil)
-            storage.seal(last)
+            atomic_io.write_checksums(last)
             # A random state that can't be read is told by its fingerprint, which here may be the same without it.
             assert asked(count, *resume(copy)) or name.startswith("random_states"), name
             shutil.rmtree(last)
@@ -222,7 +222,7 @@ def test_hostile_checkpoints(copy: Path, count: Count, marker: Path) -> None:
     (last / "model.safetensors").unlink()
     for planted in ("pytorch_model.bin", "model.safetensors.index.json", "custom_checkpoint_0.pkl"):
         torch.save({"x": Evil(marker)}, last / planted)
-        storage.seal(last)
+        atomic_io.write_checksums(last)
         assert asked(count, *resume(copy)), planted
 
 
@@ -237,7 +237,7 @@ def test_checkpoints_mutated(copy: Path, count: Count, seed: int, forged: bool, 
         def check(content: bytes, name: str = name) -> None:
             (last / name).write_bytes(content)
             if forged:
-                storage.seal(last)
+                atomic_io.write_checksums(last)
             asked(count, *resume(copy))
             shutil.rmtree(copy)
             shutil.copytree(before, copy, symlinks=True)

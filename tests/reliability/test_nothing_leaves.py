@@ -7,9 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, one_line_error, run, write_cifar10, write_folder
-from malformed import MALFORMED, TINY, Evil
-from test_malformed import IMAGES, LAUGHS
+
+from tests.reliability.malformed import MALFORMED, TINY, Evil
+from tests.reliability.test_malformed import IMAGES, LAUGHS
+from tests.support import ROOT, one_line_error, run, write_cifar10, write_folder
 
 # Python imports a module of this name by itself when it starts.
 WATCH = """

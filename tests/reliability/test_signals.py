@@ -10,11 +10,12 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import environment, launch_command
-from victims import SETTINGS, DieAt, Victim, differences, outcome, random_trick, undisturbed
 
-from fastvit_train import checkpoint, storage
-from fastvit_train.preemption import EXIT_STATUS
+from fastvit_train.runs import checkpoint
+from fastvit_train.training.preemption import EXIT_STATUS
+from fastvit_train.utils import atomic_io
+from tests.reliability.victims import SETTINGS, DieAt, Victim, differences, outcome, random_trick, undisturbed
+from tests.support import environment, launch_command
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
 Count = Callable[..., None]
@@ -22,7 +23,7 @@ Count = Callable[..., None]
 
 def check_checkpoint_left(folder: Path, log: Path) -> Path:
     newest = checkpoint.newest(folder / "checkpoints")
-    assert newest is not None and storage.damage(newest) is None
+    assert newest is not None and atomic_io.damage(newest) is None
     assert f"the last good checkpoint is {newest}" in log.read_text()
     return newest
 
@@ -109,7 +110,7 @@ def hang_when_saving() -> None:
         print("hanging", flush=True)
         time.sleep(60)
 
-    storage.seal = hang
+    atomic_io.write_checksums = hang
 
 
 def test_a_run_that_is_being_trained_is_refused_to_others_and_a_stale_lock_is_not(tmp_path: Path) -> None:

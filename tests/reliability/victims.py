@@ -23,11 +23,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from fastvit_train import checkpoint, storage
-from fastvit_train.tracking import read_rows
+from fastvit_train.runs import checkpoint
+from fastvit_train.runs.run_folder import read_rows
+from fastvit_train.utils import atomic_io
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "fastvit_train.cli", "victims"])
+SERVER.set_forkserver_preload(["torch", "fastvit_train.cli.main", "tests.reliability.victims"])
 # Dropout and a moving average, so that random state and average must come back; accumulation; checkpoints inside
 # epochs; 11 steps an epoch, so that they lie at other places in each.
 SETTINGS = (
@@ -123,7 +124,7 @@ def _train(argv: Sequence[str], log: Path, world: dict[str, str], trick: Trick |
     os.dup2(output, 2)
     os.environ.update(world, OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
-    from fastvit_train.cli import main
+    from fastvit_train.cli.main import main
 
     if trick is not None:
         trick()
@@ -170,7 +171,7 @@ def forget_the_samplers_position() -> None:
 def outcome(folder: Path) -> dict[str, Any]:
     """All of a finished run that must not depend on its having been stopped, to be compared with ==."""
     last = folder / "checkpoints" / "last"
-    assert storage.damage(last) is None
+    assert atomic_io.damage(last) is None
     progress = json.loads((last / "progress.json").read_text())["progress"]
     rows = [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(folder / "metrics.jsonl")]
     return {

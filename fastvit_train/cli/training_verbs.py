@@ -1,0 +1,126 @@
+"""The verbs before and during a training."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from fastvit_train.distributed.accelerator import leave_process_group
+from fastvit_train.profiling import catalog
+from fastvit_train.profiling.estimate import dry_run
+from fastvit_train.profiling.scaling import plan_run
+from fastvit_train.profiling.scaling_rows import PlanOptions
+from fastvit_train.profiling.step_profile import profile_run
+from fastvit_train.training.loop import fit
+from fastvit_train.training.seeds import fit_seeds
+from fastvit_train.utils.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a training takes; recipe < --config < flags."""
+
+    config: str | None = None
+    """YAML file of settings, named as the flags are"""
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+    @property
+    def training(self) -> TrainConfig:
+        return TrainConfig(self.run, self.model, self.data, self.optim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train(Settings):
+    """Train a small Vision Transformer from scratch.
+
+    Recipe < --config < flags. The resolved settings are saved with the run as config.yaml.
+    """
+
+    resume: Literal["never", "auto", "must"] = "never"
+    """go on from the run's last checkpoint: auto if there is one, must insists"""
+    overwrite: bool = False
+    """start over where the folder holds a run already"""
+    repeat: int = 1
+    """train with so many seeds, one after the other, and tell mean and spread"""
+    dry_run: bool = False
+    """train nothing: show settings and shapes, and by a few measured steps the memory, time and disk of one run"""
+
+
+def train(command: Train) -> None:
+    if command.dry_run:
+        dry_run(command.training)
+    elif command.repeat == 1:
+        fit(command.training, resume=command.resume, overwrite=command.overwrite)
+    else:
+        fit_seeds(command.training, command.repeat, resume=command.resume, overwrite=command.overwrite)
+    leave_process_group()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile(Settings):
+    """Where a training step's time goes, and what to change first.
+
+    Takes the flags of a training.
+    """
+
+    steps: int = 20
+    """to measure at a time"""
+    output: Path = Path("profile")
+    """folder for the trace and the figures"""
+
+
+def profile(command: Profile) -> None:
+    if command.steps < 1:
+        raise UserError(f"--steps {command.steps} is out of range; allowed: 1 or more")
+    profile_run(command.training, command.steps, command.output)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Settings):
+    """Memory, communication and speed against the number of processes.
+
+    Takes the flags of a training on one.
+    """
+
+    plan: PlanOptions = field(default_factory=PlanOptions)
+
+
+def plan(command: Plan) -> None:
+    plan_run(command.training, command.plan)
+
+
+@dataclass(frozen=True)
+class Models:
+    """List the models: their sizes, and their speed on this machine.
+
+    Ours, unless a pattern is given.
+    """
+
+    pattern: str | None = None
+    """list all of ours and timm's whose name fits, as vit_tiny* does"""
+    measure: bool = True
+    """time training steps and inference, which takes some seconds"""
+
+
+def models(command: Models) -> None:
+    catalog.show_models(command.pattern, command.measure)
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """List the recipes, or show one as the YAML that --config takes."""
+
+    recipe: tuple[str, ...]
+    """the one to show; without, all are listed"""
+
+
+def recipes(command: Recipes) -> None:
+    if len(command.recipe) > 1:
+        raise UserError("recipes shows one at a time, as in: recipes fast-cifar10; without a name it lists all")
+    if command.recipe:
+        print(catalog.recipe_yaml(command.recipe[0]), end="")
+    else:
+        catalog.show_recipes()

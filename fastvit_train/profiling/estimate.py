@@ -1,0 +1,173 @@
+"""A training tried out before it is started: settings, shapes, and what it will take."""
+
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from rich import box
+from rich.table import Table
+from torch import Tensor
+from torch.profiler import record_function
+
+from fastvit_train.config.schema import TrainConfig
+from fastvit_train.distributed import env
+from fastvit_train.models.shapes import Stage, stages, tokens
+from fastvit_train.profiling.roofline import synchronize
+from fastvit_train.profiling.short_run import bar_of, plain_model, short_run, timed_epoch
+from fastvit_train.runs.run_folder import to_yaml
+from fastvit_train.training.inputs import image_size, num_classes
+from fastvit_train.training.session import TrainSession
+from fastvit_train.training.setup import resolve
+from fastvit_train.utils import memory
+
+STEPS, ROUNDS = 3, 3
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a run will take, from its start to its end."""
+
+    memory_mib: float
+    """peak of one process"""
+    epochs: int
+    images_per_second: float
+    """of all processes, in training"""
+    epoch_seconds: float
+    """training and evaluating"""
+    seconds: float
+    """of all epochs"""
+    checkpoint_bytes: int
+    weights_bytes: int
+    disk_bytes: int
+    """the most that checkpoints and weights take at once"""
+
+
+def dry_run(config: TrainConfig) -> Expected:
+    """Print the settings that `config` comes to, the model's shapes, and what a few measured steps let expect.
+
+    Nothing of the run is written; a data set that has to be downloaded is, as it is needed in any case.
+
+    Raises:
+        UserError: for anything wrong with the configuration, the data or the launch.
+    """
+    with short_run(config, STEPS) as job:
+        resolved = replace(resolve(config), model=job.config.model)
+        job.log.line(f"\nsettings, as --config takes them:\n{to_yaml(resolved)}")
+        if not env.sharded():
+            job.log.console.print(shapes_table(job))
+        expected = expect(job)
+        for line in lines(job, expected):
+            job.log.line(line)
+    return expected
+
+
+def expect(job: TrainSession) -> Expected:
+    """What the run that was set up as a trial will take; some steps of it are trained."""
+    bar = bar_of(job)
+    timed_epoch(job, bar, record_function)
+    step = statistics.median(timed_epoch(job, bar, record_function) for _ in range(ROUNDS))
+    run = job.config.run
+    steps = len(job.dataset.train.labels) // job.batch_size
+    epoch_seconds = step * steps + evaluation_seconds(job)
+    epochs = min(run.epochs, run.stop_after or run.epochs)
+    weights, checkpoint = weights_bytes(job), checkpoint_bytes(job)
+    copies = epochs // run.save_model_every if run.save_model_every else 0
+    return Expected(
+        memory.peak_mib(job.accelerator.device),
+        epochs,
+        job.batch_size / step,
+        epoch_seconds,
+        epoch_seconds * epochs,
+        checkpoint,
+        weights,
+        (run.keep + 2) * checkpoint + (1 + copies) * weights,
+    )
+
+
+@torch.no_grad()
+def evaluation_seconds(job: TrainSession) -> float:
+    """Seconds of an evaluation, from one batch of it; the batch before it is for warming up."""
+    loader, device = job.eval_loader, job.accelerator.device
+    job.eval_model.eval()
+    batches = loader.places // (loader.batch_size * job.accelerator.num_processes)
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        images, _, _ = next(iter(loader))
+        job.eval_model(images)
+        synchronize(device)
+        seconds = time.perf_counter() - started
+    return seconds * batches
+
+
+def weights_bytes(job: TrainSession) -> int:
+    """Bytes of the weights."""
+    return _bytes(job.bare_model.state_dict().values())
+
+
+def checkpoint_bytes(job: TrainSession) -> int:
+    """Bytes of a checkpoint: weights, their moving average, and what the optimizer keeps, which must have stepped."""
+    states = job.optimizer.state.values()
+    kept = sum(_bytes(value for value in state.values() if isinstance(value, Tensor)) for state in states)
+    return weights_bytes(job) * (1 if job.ema is None else 2) + kept
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def shapes_table(job: TrainSession) -> Table:
+    """What the model does to an image, part by part; parts that are alike and follow each other in one row."""
+    size, model = image_size(job.config), plain_model(job)
+    passed = stages(model, size)
+    own = [(name, p.numel()) for name, p in model.named_parameters(recurse=False)]
+    table = Table("part", box=box.SIMPLE_HEAD)
+    table.add_column("output", justify="right")
+    table.add_column("parameters", justify="right")
+    table.add_row("input", _by((3, size, size)), "")
+    if (count := tokens(passed)) is not None:
+        table.add_row("tokens", str(count), "")
+    for name, parameters in own:
+        table.add_row(name, "", f"{parameters:,}")
+    for (shape, parameters), group in groupby(passed, key=lambda stage: (stage.shape, stage.parameters)):
+        table.add_row(_together(list(group)), _by(shape), f"{parameters:,}")
+    table.add_row("logits", str(num_classes(job.config, job.dataset)), "")
+    table.add_row("all", "", f"{sum(p.numel() for p in model.parameters()):,}")
+    return table
+
+
+def _together(alike: list[Stage]) -> str:
+    return alike[0].name if len(alike) == 1 else f"{alike[0].name} to {alike[-1].name}, each"
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def lines(job: TrainSession, expected: Expected) -> list[str]:
+    """What is expected, in words."""
+    checkpoint, weights, disk = (
+        f"{size / MIB:,.1f} MiB" for size in (expected.checkpoint_bytes, expected.weights_bytes, expected.disk_bytes)
+    )
+    epoch, whole = in_words(expected.epoch_seconds), in_words(expected.seconds)
+    return [
+        f"expected, by {STEPS * ROUNDS} training steps of {job.batch_size} images and a batch of evaluation, measured:",
+        f"  memory  {expected.memory_mib:,.0f} MiB per process",
+        f"  speed   {expected.images_per_second:,.0f} img/s in training, all processes together",
+        f"  time    {epoch} per epoch with its evaluation, {whole} in all ({expected.epochs} epochs)",
+        f"  disk    {disk} at most: checkpoints of {checkpoint} (the newest {job.config.run.keep}, the best and "
+        f"the one being written) and weights of {weights}",
+        "nothing was trained or written; the same without --dry-run does it",
+    ]
+
+
+def in_words(seconds: float) -> str:
+    """A duration as people say it."""
+    if seconds < 100:
+        return f"{seconds:,.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60:,} h {minutes % 60} min"

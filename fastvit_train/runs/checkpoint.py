@@ -1,0 +1,218 @@
+"""Checkpoints at optimizer-step boundaries: put in place whole or not at all, checked when they come back."""
+
+import functools
+import hashlib
+import json
+import shutil
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from timm.scheduler.scheduler import Scheduler
+
+from fastvit_train.distributed import sync
+from fastvit_train.runs.train_state import TrainState
+from fastvit_train.utils import atomic_io
+from fastvit_train.utils.errors import SaveError, UserError
+from fastvit_train.utils.safe_load import read_json
+
+PROGRESS_FILE = "progress.json"
+
+
+def save(
+    folder: Path,
+    accelerator: Accelerator,
+    scheduler: Scheduler,
+    progress: TrainState,
+    data: dict[str, object],
+    keep: int = 2,
+) -> None:
+    """Write step_N below `folder`, point `last` (and `best`) to it, and drop all but the newest `keep` and the best.
+
+    Raises:
+        SaveError: on all processes, where one of them could not write.
+    """
+    name = f"step_{progress.step}"
+    partial, is_main = folder / f".{name}.partial", accelerator.is_main_process
+    state = {
+        "progress": asdict(progress),
+        "learning_rates": _learning_rates(scheduler),
+        "optimizer_steps": _optimizer_steps(scheduler),
+        "rng": accelerator.gather(_rng_fingerprint().to(accelerator.device)).tolist(),
+        "mixed_precision": accelerator.mixed_precision,
+        "data": data,
+    }
+
+    def publish() -> None:
+        (partial / PROGRESS_FILE).write_text(json.dumps(state))
+        atomic_io.write_checksums(partial)
+        atomic_io.publish_folder(partial, folder / name)
+        atomic_io.link(folder / "last", name)
+        if progress.best_step == progress.step:
+            atomic_io.link(folder / "best", name)
+        _prune(folder, keep)
+
+    def write(action: Callable[[], Any]) -> None:
+        with atomic_io.as_save_error(f"no checkpoint could be written into {folder}"):
+            action()
+
+    try:
+        for action in (
+            lambda: _make_empty(partial) if is_main else None,
+            lambda: accelerator.save_state(str(partial)),
+            lambda: publish() if is_main else None,
+        ):
+            sync.run_on_all_ranks(accelerator, functools.partial(write, action))
+    except SaveError:
+        if is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def exists(folder: Path) -> bool:
+    """True where there is a checkpoint to resume from."""
+    return newest(folder) is not None or any(folder.glob(".step_*.old"))
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint that came last, whole or not; None where there is none."""
+    return next(iter(_newest_first(folder)), None)
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    steps = {int(path.name[5:]): path for path in folder.glob("step_*") if path.name[5:].isdecimal() and path.is_dir()}
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def load(
+    folder: Path,
+    accelerator: Accelerator,
+    scheduler: Scheduler,
+    data: dict[str, object],
+    check: Callable[[Path, Accelerator], None],
+) -> tuple[TrainState, list[str]]:
+    """Restore the newest whole checkpoint into everything that was prepared; to be called on every process.
+
+    Args:
+        folder: of the checkpoints.
+        accelerator, scheduler: what is restored.
+        data: what must be the same in the checkpoint.
+        check: raises UserError on any process where this launch can't read a checkpoint.
+
+    Returns:
+        How far it had come, and what is to be said of newer ones that are damaged.
+
+    Raises:
+        UserError: on all processes, where no checkpoint is whole, the data or the precision is another one now, or
+            random state, optimizer or schedule did not come back as they were saved.
+    """
+    path, complaints = sync.broadcast_from_rank0(accelerator, lambda: _newest_whole(folder))
+    if path is None:
+        raise UserError(f"no checkpoint in {folder} is whole: {'; '.join(complaints)}; start over with --overwrite")
+    sync.run_on_all_ranks(accelerator, lambda: check(path, accelerator))
+    progress = sync.run_on_all_ranks(accelerator, lambda: _restore(path, accelerator, scheduler, data))
+    return progress, [f"{complaint}: going on from {path.name}" for complaint in complaints]
+
+
+def _restore(path: Path, accelerator: Accelerator, scheduler: Scheduler, data: dict[str, object]) -> TrainState:
+    try:
+        saved = read_json(path / PROGRESS_FILE)
+        progress = TrainState(**saved["progress"])
+        _check_same(path, saved, accelerator, data)
+        with warnings.catch_warnings(action="ignore"):  # torch's, about files that it didn't write
+            accelerator.load_state(str(path))
+        _check_back(saved, accelerator, scheduler)
+        return progress
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file can raise anything in torch's reader
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} can't be read ({reason}); start over with --overwrite") from None
+
+
+def _check_back(saved: dict[str, Any], accelerator: Accelerator, scheduler: Scheduler) -> None:
+    """Raise ValueError unless random state, schedule and optimizer are as they were saved."""
+    if len(saved["rng"]) == accelerator.num_processes and (
+        int(_rng_fingerprint()) != saved["rng"][accelerator.process_index]
+    ):
+        raise ValueError("the random state did not come back")
+    if _learning_rates(scheduler) != saved["learning_rates"]:
+        raise ValueError("the learning rates did not come back")
+    if _optimizer_steps(scheduler) != saved["optimizer_steps"]:
+        raise ValueError("the optimizer did not come back")
+
+
+def _newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that passes its checksums, and what is wrong with those after it."""
+    atomic_io.recover(folder)
+    complaints: list[str] = []
+    for path in _newest_first(folder):
+        try:
+            damage = atomic_io.damage(path)
+        except OSError as error:
+            raise UserError(f"checkpoint {path} can't be read now ({error.strerror}); try again") from None
+        if damage is None:
+            return path, complaints
+        complaints.append(f"checkpoint {path.name} is damaged ({damage})")
+    return None, complaints or ["there is none"]
+
+
+def rewind(folder: Path, progress: TrainState) -> None:
+    """Drop the checkpoints after `progress`, which the resumed run will write again, and mend the links."""
+    for path in _newest_first(folder):
+        if int(path.name[5:]) > progress.step:
+            shutil.rmtree(path)
+    atomic_io.link(folder / "last", f"step_{progress.step}")
+    best = f"step_{progress.best_step}"
+    if (folder / best).is_dir():
+        atomic_io.link(folder / "best", best)
+    elif not (folder / "best").exists():  # else it is the best of those that could be written
+        (folder / "best").unlink(missing_ok=True)
+
+
+def _check_same(path: Path, saved: dict[str, Any], accelerator: Accelerator, data: dict[str, object]) -> None:
+    changed = [f"{key}: {saved['data'][key]} -> {data[key]}" for key in data if saved["data"][key] != data[key]]
+    if changed:
+        raise UserError(
+            f"{path} was trained on other data ({'; '.join(changed)}); "
+            "bring the data back as it was, or start another run with --exp-name"
+        )
+    if saved["mixed_precision"] != accelerator.mixed_precision:
+        before, now = saved["mixed_precision"], accelerator.mixed_precision
+        raise UserError(
+            f"{path} was trained with mixed precision {before!r}, this launch has {now!r}; "
+            f"resume with accelerate launch --mixed_precision {before}"
+        )
+
+
+def _rng_fingerprint() -> torch.Tensor:
+    """A 1-element int64 tensor that tells this process's torch random state, the GPU's included."""
+    digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=7)
+    if torch.cuda.is_available():
+        digest.update(torch.cuda.get_rng_state().numpy().tobytes())
+    return torch.tensor([int.from_bytes(digest.digest())])
+
+
+def _learning_rates(scheduler: Scheduler) -> list[float]:
+    return [float(group["lr"]) for group in scheduler.optimizer.param_groups]
+
+
+def _optimizer_steps(scheduler: Scheduler) -> list[float]:
+    """The steps that the optimizer counts, fewer than the run's where fp16 skipped some."""
+    return sorted({float(state["step"]) for state in scheduler.optimizer.state.values() if "step" in state})
+
+
+def _prune(folder: Path, keep: int) -> None:
+    kept = {(folder / link).resolve() for link in ("last", "best")}
+    for path in _newest_first(folder)[keep:]:
+        if path.resolve() not in kept:
+            shutil.rmtree(path, ignore_errors=True)  # what somebody reads goes with the next

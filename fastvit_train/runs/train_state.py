@@ -1,0 +1,84 @@
+"""How far a run has come: what changes from step to step and isn't in the model or the optimizer."""
+
+from dataclasses import dataclass, field
+
+from fastvit_train.utils.gpu_monitor import Usage
+
+
+@dataclass
+class TrainState:
+    """How far a run has come; together with the configuration all that the data order needs."""
+
+    epoch: int = 0
+    """epochs completed"""
+    step_in_epoch: int = 0
+    """optimizer steps done of the epoch under way"""
+    step: int = 0
+    """optimizer steps done in all"""
+    train_seconds: float = 0.0
+    """spent training in the completed epochs"""
+    eval_seconds: float = 0.0
+    """spent evaluating after the completed epochs"""
+    epochs_to_target: int | None = None
+    """completed when an evaluation first reached the target accuracy"""
+    seconds_to_target: float | None = None
+    """spent training and evaluating until then"""
+    skipped_steps: int = 0
+    """optimizer steps that fp16's scaler left out, in all: gradients had overflowed"""
+    best_accuracy: float = -1.0
+    best_step: int = -1
+    epoch_losses: list[float] = field(default_factory=list)
+    """loss of each step of the epoch under way, mean over all processes"""
+    epoch_correct: float = 0.0
+    """training samples classified right in the epoch under way, over all processes"""
+    epoch_seconds: float = 0.0
+    """spent training in the epoch under way"""
+    energy_joules: float | None = 0.0
+    """that the GPUs took in `train_seconds`; None once it was not measured"""
+    busy_seconds: float | None = 0.0
+    """of `train_seconds` in which the GPUs had something to do, on average"""
+    energy_unmeasured: str | None = None
+    """why there is no energy"""
+    epoch_joules: float | None = 0.0
+    epoch_busy_seconds: float | None = 0.0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where the numbers, which may come from a file, are none or don't go together."""
+        counts = (self.epoch, self.step_in_epoch, self.step, self.skipped_steps)
+        seconds = (self.train_seconds, self.eval_seconds, self.epoch_seconds, self.epoch_correct, self.best_accuracy)
+        if not all(type(count) is int and count >= 0 for count in counts) or self.step < self.step_in_epoch:
+            raise ValueError(f"epoch, step in the epoch, steps and steps skipped are {counts}")
+        if not all(isinstance(value, int | float) for value in (*seconds, *self.epoch_losses, self.best_step)):
+            raise ValueError("what is to be a number is none")
+        if len(self.epoch_losses) != self.step_in_epoch:
+            raise ValueError(f"{len(self.epoch_losses)} losses for {self.step_in_epoch} steps")
+
+    def spend(self, usage: Usage) -> None:
+        """Count what training took towards the epoch under way."""
+        self.epoch_seconds += usage.seconds
+        self.energy_unmeasured = self.energy_unmeasured or usage.unmeasured
+        self.epoch_joules = _add(self.epoch_joules, usage.energy_joules)
+        self.epoch_busy_seconds = _add(self.epoch_busy_seconds, usage.busy_seconds)
+
+    def close_epoch(self) -> None:
+        """Count the epoch under way as completed."""
+        self.epoch += 1
+        self.train_seconds += self.epoch_seconds
+        self.energy_joules = _add(self.energy_joules, self.epoch_joules)
+        self.busy_seconds = _add(self.busy_seconds, self.epoch_busy_seconds)
+        self.step_in_epoch, self.epoch_losses, self.epoch_correct = 0, [], 0.0
+        self.epoch_seconds, self.epoch_joules, self.epoch_busy_seconds = 0.0, 0.0, 0.0
+
+    def evaluated(self, accuracy: float, seconds: float, target: float | None) -> bool:
+        """Count an evaluation after the last completed epoch; True where it is the first to reach `target`."""
+        self.eval_seconds += seconds
+        if accuracy > self.best_accuracy:
+            self.best_accuracy, self.best_step = accuracy, self.step
+        if target is None or accuracy < target or self.epochs_to_target is not None:
+            return False
+        self.epochs_to_target, self.seconds_to_target = self.epoch, self.train_seconds + self.eval_seconds
+        return True
+
+
+def _add(total: float | None, more: float | None) -> float | None:
+    return None if total is None or more is None else total + more

@@ -1,0 +1,102 @@
+"""Optimizer and schedule, from timm's factories by name."""
+
+import inspect
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, param_groups_weight_decay
+from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from fastvit_train.config.schema import OptimConfig
+from fastvit_train.models import pretrained_cfg
+from fastvit_train.training.muon import Muon
+from fastvit_train.utils.errors import UserError, did_you_mean
+
+MUON = ("muon", "nmuon")  # nmuon: with Nesterov momentum
+WARMUP_START = 0.01  # of the peak learning rate
+
+
+def check_optimizer(name: str) -> None:
+    """Raise UserError unless timm has an optimizer of that name."""
+    known = [str(known) for known in list_optimizers()]
+    if name.lower().removeprefix("lookahead_") not in known:
+        raise UserError(f"unknown optimizer {name!r}{did_you_mean(name, known)}; allowed: {', '.join(known)}")
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """The optimizer over all trainable parameters; muon and nmuon are ours, every other name is timm's.
+
+    Raises:
+        UserError: where the optimizer can't be built with these settings.
+    """
+    if config.optimizer in MUON:
+        if config.decay_all:
+            raise UserError(f"--decay-all doesn't go with {config.optimizer}; leave it out or take another --optimizer")
+        groups = param_groups_weight_decay(
+            model,
+            config.weight_decay,
+            no_weight_decay_list=getattr(model, "no_weight_decay", set)(),
+            fallback_list=_outside_blocks(model),
+        )
+        momentum = 0.95 if config.momentum is None else config.momentum
+        groups = _merged_apart(groups, model)
+        return Muon(groups, config.lr, momentum=momentum, nesterov=config.optimizer == "nmuon")
+    kwargs: dict[str, Any] = {} if config.momentum is None else {"momentum": config.momentum}
+    if _has_fused(config.optimizer):
+        kwargs["fused"] = True
+    parameters = [p for p in model.parameters() if p.requires_grad] if config.decay_all else model
+    try:
+        optimizer = create_optimizer_v2(parameters, config.optimizer, config.lr, config.weight_decay, **kwargs)
+        if getattr(optimizer, "is_second_order", False):
+            raise ValueError("it needs second derivatives, which this loop doesn't compute")
+        return optimizer
+    except (TypeError, ValueError, ImportError, AssertionError) as error:
+        raise UserError(f"optimizer {config.optimizer!r} can't be used: {error}") from None
+
+
+def _has_fused(name: str) -> bool:
+    """Whether the optimizer updates all parameters in one kernel where it is asked to: torch's own on most devices."""
+    cls = get_optimizer_class(name.lower().removeprefix("lookahead_"), bind_defaults=False)
+    return isinstance(cls, type) and "fused" in inspect.signature(cls).parameters
+
+
+def _merged_apart(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+    """`groups` with the merged projections to query, key and value in groups that say so."""
+    merged = {p for name, p in model.named_parameters() if name.endswith("qkv.weight") and p.shape[0] % 3 == 0}
+    halves = [
+        {**group, "params": [p for p in group["params"] if (p in merged) == (parts == 3)], "merged": parts}
+        for group in groups
+        for parts in (1, 3)
+    ]
+    return [group for group in halves if group["params"]]
+
+
+def _outside_blocks(model: nn.Module) -> list[str]:
+    """Parameters that AdamW trains under Muon: all but the blocks' matrices; where there are no blocks, the head."""
+    names = [name for name, _ in model.named_parameters()]
+    head = str(pretrained_cfg(model)["classifier"])
+    if any(name.startswith("blocks.") for name in names):
+        return [name for name in names if not name.startswith("blocks.")]
+    return [name for name in names if name.startswith(head)]
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimConfig, epochs: int, steps_per_epoch: int
+) -> Scheduler:
+    """timm's schedule of that name, to be moved on by `step_update(number of optimizer steps done)`.
+
+    It is not to be prepared by accelerate, which would step it once per process.
+    """
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        sched="poly" if config.schedule == "linear" else config.schedule,
+        num_epochs=epochs * steps_per_epoch,
+        decay_rate=1.0 if config.schedule == "linear" else 0.1,
+        warmup_epochs=round(config.warmup * epochs * steps_per_epoch),
+        warmup_lr=config.lr * WARMUP_START,
+        step_on_epochs=False,
+        updates_per_epoch=1,  # so that everything above counts in optimizer steps
+    )
+    return scheduler

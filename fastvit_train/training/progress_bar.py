@@ -1,0 +1,65 @@
+"""The live progress bar."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from fastvit_train.runs import train_state
+
+REFRESH_SECONDS = 0.5
+
+
+class ProgressBar:
+    """Loss, accuracy, images/s and time left, in a terminal; nothing elsewhere.
+
+    Reading the loss makes the host wait for the device, so it happens every half second, not every step.
+    """
+
+    def __init__(self, console: Console, total_steps: int, epochs: int, processes: int) -> None:
+        self._epochs = epochs
+        self._processes = processes
+        self._shown = console.is_terminal and not console.quiet
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            auto_refresh=False,  # its thread would take the interpreter from the training loop ten times a second
+            disable=not self._shown,
+        )
+        self._task = self._bar.add_task("epoch 1", total=total_steps, figures="")
+        self._last = (time.perf_counter(), -1)
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, progress: train_state.TrainState, losses: Tensor, correct: Tensor, images_per_step: int) -> None:
+        """Show this process's mean loss (nats) and accuracy of the epoch so far, and all processes' images/s."""
+        now = time.perf_counter()
+        then, step = self._last
+        if not self._shown or (step >= 0 and now - then < REFRESH_SECONDS):
+            return
+        self._last = (now, progress.step)
+        rate = images_per_step * (progress.step - step) / (now - then) if step >= 0 else 0
+        loss = float(losses[: progress.step_in_epoch].mean())
+        accuracy = float(correct) / (images_per_step / self._processes * progress.step_in_epoch)
+        self._bar.update(
+            self._task,
+            completed=progress.step,
+            description=f"epoch {progress.epoch + 1}/{self._epochs}",
+            refresh=True,
+            figures=f"loss {loss:.3f}  acc {accuracy:.1%}  {rate:,.0f} img/s",
+        )

@@ -1,0 +1,91 @@
+"""One configuration trained with several seeds, one after the other, and what came of it."""
+
+import json
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fastvit_train.config.schema import TrainConfig
+from fastvit_train.distributed import env
+from fastvit_train.runs.run_folder import Resume
+from fastvit_train.training.loop import fit
+from fastvit_train.utils.atomic_io import write_atomically
+from fastvit_train.utils.console import Terminal
+from fastvit_train.utils.errors import UserError
+
+SPREAD = {
+    "accuracy": "test_accuracy",
+    "training, s": "train_seconds",
+    "evaluation, s": "eval_seconds",
+    "first passes and compiling, s": "compile_seconds",
+    "to the target, s": "seconds_to_target",
+    "to the target, epochs": "epochs_to_target",
+}
+"""figures of a summary that seeds differ in, by what people call them"""
+
+
+def fit_seeds(config: TrainConfig, repeat: int, *, resume: Resume = "never", overwrite: bool = False) -> dict[str, Any]:
+    """Train with `repeat` seeds, from `config.run.seed` on, each into a folder of its own; see `fit`.
+
+    Args:
+        config: of every run; its exp_name gets `-seedN` behind it.
+        repeat: how many seeds.
+        resume, overwrite: of every run.
+
+    Returns:
+        What is written to the runs' directory as NAME-REPEATseeds.json: the runs, and for each figure its mean and
+        standard deviation (n - 1) over the seeds that have it.
+
+    Raises:
+        UserError: where `repeat` is no positive number, or what `fit` raises.
+    """
+    if repeat < 1:
+        raise UserError(f"--repeat {repeat} is out of range; allowed: 1 or more")
+    name = config.run.exp_name or f"{config.data.dataset}-{config.model.model}"
+    summaries = []
+    for seed in range(config.run.seed, config.run.seed + repeat):
+        run = replace(config.run, seed=seed, exp_name=f"{name}-seed{seed}")
+        summaries.append(fit(replace(config, run=run), resume=resume, overwrite=overwrite))
+    found = {"runs": [f"{name}-seed{summary['seed']}" for summary in summaries], **spread(summaries)}
+    if env.is_rank0():
+        path = Path(config.run.runs_dir) / f"{name}-{repeat}seeds.json"
+        write_atomically(path, json.dumps(found, indent=2) + "\n")
+        console = Terminal(soft_wrap=True)
+        console.print(table(found))
+        console.print(f"written to {path}", markup=False)
+    return found
+
+
+def spread(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Mean and standard deviation of what the runs of several seeds came to, and how many reached the target."""
+    found: dict[str, Any] = {"seeds": [summary["seed"] for summary in summaries]}
+    found["target_accuracy"] = summaries[0]["target_accuracy"]
+    found["reached_target"] = sum(summary["seconds_to_target"] is not None for summary in summaries)
+    for key in SPREAD.values():
+        values = [summary[key] for summary in summaries if summary[key] is not None]
+        found[key] = {
+            "values": values,
+            "mean": statistics.mean(values) if values else None,
+            "std": statistics.stdev(values) if len(values) > 1 else None,
+        }
+    return found
+
+
+def table(found: dict[str, Any]) -> Table:
+    """`spread` for the terminal."""
+    seeds, target = found["seeds"], found["target_accuracy"]
+    title = f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}"
+    if target is not None:
+        title += f"; {found['reached_target']} of them reached {target:.2%}"
+    result = Table("", "mean", "standard deviation", "lowest", "highest", title=title)
+    for name, key in SPREAD.items():
+        figure = found[key]
+        if figure["values"]:
+            shown = (figure["mean"], figure["std"], min(figure["values"]), max(figure["values"]))
+            words = [("" if x is None else f"{x:.2%}" if key == "test_accuracy" else f"{x:,.1f}") for x in shown]
+            result.add_row(name, *words)
+    return result

@@ -1,0 +1,292 @@
+"""The bench can be trusted: it checks what it times, counts exactly, and tells a change from noise."""
+
+import json
+import random
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import bench_attention, bench_input, bench_step, compare, plots, turns
+from bench.__main__ import main, select
+from bench.case import Case, Work, device
+from bench.environment import environment
+from bench.measure import Row
+from fastvit_kernels import registry
+from fastvit_train.data import loader
+from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.memory import saved_for_backward
+from tests.support import ROOT, run, write_folder
+
+ATTENTION = "attention operator forward+backward, B256 N64 D48 H4, fp32, "
+SMALL = ["--benchmark-min-rounds", "3", "--benchmark-max-time", "0.05", "-p", "no:cacheprovider"]
+
+
+def case_of(suite: Any, id: str) -> Case:
+    return next(case for case in suite.cases() if case.id == id)
+
+
+def pytest_here(*arguments: str, **env: str) -> Any:
+    return run([sys.executable, "-m", "pytest", *arguments], ROOT, **env)
+
+
+@pytest.mark.slow
+def test_benchmark_only_takes_bench_alone_and_every_row_of_it() -> None:
+    told = pytest_here("--benchmark-only", "--collect-only", "-q").stdout.splitlines()
+    rows = [line for line in told if "::" in line]
+    assert rows and all(line.startswith("bench/") for line in rows)
+    asked = select(("",))
+    runnable = [case.id for cases in asked.values() for case in cases]
+    assert {row.partition("[")[2].removesuffix("]") for row in rows} >= set(runnable)
+
+
+def test_a_row_carries_its_facts(tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    row_id = f"bench/bench_attention.py::test_attention[{ATTENTION}fused]"
+    done = pytest_here("--benchmark-only", row_id, "--benchmark-json", str(out), *SMALL)
+    assert done.returncode == 0, done.stdout
+    (row,) = json.loads(out.read_text())["benchmarks"]
+    facts, median = row["extra_info"], row["stats"]["median"]
+    assert row["group"].startswith(ATTENTION.removesuffix(", "))
+    median /= facts["calls_per_block"]
+    assert facts["images_per_second"] == pytest.approx(256 / median)
+    tokens, dim = 64, 48
+    assert facts["flops_per_image"] == 3 * (6 * tokens * dim**2 + 4 * tokens**2 * dim)
+    assert facts["mfu"] == pytest.approx(facts["flops_per_image"] * 256 / median / facts["matmul_ceiling_flops"])
+    assert 0 < facts["mfu"] < 1 and facts["first_call_seconds"] > 0
+    if device().type == "cpu":
+        t, scores = 256 * tokens * dim * 4 / 2**20, 256 * 4 * tokens**2 * 4 / 2**20
+        # x; query, key and value as the batched products take them; the softmax's result
+        assert facts["saved_for_backward_mib"] == pytest.approx(4 * t + scores)
+        assert facts["energy_joules_per_image"] is None and facts["energy_unmeasured"] == "no NVIDIA GPU"
+    assert facts["environment"].keys() >= {"device", "driver", "torch", "triton", "threads", "commit"}
+    assert facts["peak_rss_mib" if device().type == "cpu" else "peak_memory_mib"] > 0
+
+
+def test_plain_pytest_times_nothing() -> None:
+    done = pytest_here("bench/bench_input.py", "-p", "no:cacheprovider")
+    assert "2 passed" in done.stdout and "Rounds" not in done.stdout
+
+
+SLOWED = """
+import time, pytest
+from fastvit_kernels import registry
+entry = registry.IMPLEMENTATIONS["fused"]
+def slowed(*arguments):
+    time.sleep(0.010)  # the row takes 3 to 5 ms, by machine
+    return entry.function(*arguments)
+registry.IMPLEMENTATIONS["fused"] = entry._replace(function=slowed)
+"""
+
+
+@pytest.mark.slow
+def test_pytest_benchmark_tells_a_slowed_implementation_from_the_same_one(tmp_path: Path) -> None:
+    (tmp_path / "slowed.py").write_text(SLOWED)
+    row_id = "bench/bench_attention.py::test_attention[attention operator forward, B256 N64 D48 H4, bf16, fused]"
+    chosen = ["--benchmark-only", row_id]
+    chosen += ["--benchmark-storage", str(tmp_path / "storage"), "--benchmark-min-rounds", "40"]
+    assert pytest_here(*chosen, "--benchmark-autosave").returncode == 0
+    against = ["--benchmark-compare", "--benchmark-compare-fail=median:60%"]
+    same = pytest_here(*chosen, *against)
+    assert same.returncode == 0, same.stdout
+    slowed = pytest_here(*chosen, *against, "-p", "slowed", PYTHONPATH=f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}")
+    assert slowed.returncode != 0 and "Performance has regressed" in slowed.stdout + slowed.stderr
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., torch.Tensor]) -> None:
+    entry = registry.IMPLEMENTATIONS[name]
+    monkeypatch.setitem(registry.IMPLEMENTATIONS, name, entry._replace(function=function))
+
+
+def test_an_attention_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = registry.IMPLEMENTATIONS["sdpa"].function
+    Row(case_of(bench_attention, f"{ATTENTION}sdpa"), 2)
+    spoil(monkeypatch, "sdpa", lambda x, weight, *rest: right(x, weight * 1.01, *rest))
+    with pytest.raises(AssertionError, match="from the reference"):
+        Row(case_of(bench_attention, f"{ATTENTION}sdpa"), 2)
+
+
+def test_a_step_with_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = case_of(bench_step, "training step, mc_vit_4_4_32 B256, fp32, sdpa")
+    right = registry.IMPLEMENTATIONS["sdpa"].function
+    Row(case, 2)
+    spoil(monkeypatch, "sdpa", lambda x, *rest: right(x.detach() * 0.9 + x * 0.1, *rest))
+    with pytest.raises(AssertionError, match="gradients"):
+        Row(case, 2)
+
+
+def test_an_input_that_loses_an_image_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(case for case in bench_input.cases() if case.name == "fastvit_train")
+    Row(case, 8)
+    monkeypatch.setattr(loader.TrainLoader, "sample_order", lambda self, epoch: torch.zeros(1, 1, 8, dtype=torch.long))
+    with pytest.raises(AssertionError, match="every image once"):
+        Row(case, 8)
+
+
+def test_what_autograd_saves_is_counted_to_the_byte(seed: int) -> None:
+    x, weight = torch.randn(8, 32, requires_grad=True), torch.randn(16, 32, requires_grad=True)
+    kept: list[torch.Tensor] = []
+
+    def forward() -> None:
+        hidden = (x * 2) @ weight.t()  # saves x * 2, and the weight, which is there anyway
+        kept.append((hidden.view(128).exp() + hidden.exp().view(128)).sum())  # saves two results
+
+    assert saved_for_backward(forward, (weight,)) == (8 * 32 + 2 * 8 * 16) * 4
+    part = torch.randn(100, requires_grad=True) * 1.0
+    assert saved_for_backward(lambda: kept.append((part[:10] * part[10:20]).sum()), ()) == 400  # one storage, once
+    with torch.no_grad():
+        assert saved_for_backward(forward, ()) == 0
+
+
+def result(scale: float, seed: int, rows: int = 200, control: float = 1.0, device: str = "cpu") -> dict[str, Any]:
+    """A made-up result: rows of 21 rounds with 8% of noise, controls in all rounds; `scale` slows the first row."""
+    draws = random.Random(seed)
+
+    def rounds(median: float, number: int = 21) -> list[float]:
+        return [median * draws.lognormvariate(0, 0.08) for _ in range(number)]
+
+    measured = {f"row {i}": rounds(0.01 * (scale if i == 0 else 1) * control) for i in range(rows)}
+    facts = {"device": device, "commit": str(seed)}
+    return {"environment": facts, "controls": {"product": rounds(control, 210)}, "rows": measured}
+
+
+def verdicts(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
+    return {change.id: change.verdict for change in compare.changes(before, after)}
+
+
+def test_the_same_commit_is_unchanged_and_a_slowed_row_is_caught(seed: int) -> None:
+    same = verdicts(result(1.0, seed), result(1.0, seed + 1))
+    assert list(same.values()).count("unchanged") >= 197
+    slowed = verdicts(result(1.0, seed), result(1.3, seed + 1))
+    assert slowed["row 0"] == "slower"
+    assert verdicts(result(1.3, seed), result(1.0, seed + 1))["row 0"] == "faster"
+
+
+def test_a_slower_machine_widens_the_noise(seed: int) -> None:
+    drifted = verdicts(result(1.0, seed), result(1.0, seed + 1, control=1.3))
+    assert list(drifted.values()).count("unchanged") >= 190  # without the controls, none is
+
+
+def test_results_that_cant_be_compared_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="different devices"):
+        compare.changes(result(1, 0), result(1, 1, device="gpu"))
+    with pytest.raises(UserError, match="no row in common"):
+        compare.changes(result(1, 0), {**result(1, 1), "rows": {}})
+    with pytest.raises(UserError, match="different controls"):
+        compare.changes(result(1, 0), {**result(1, 1), "controls": {"other": [1.0]}})
+    for content in ("[]", "{", '{"rows": []}'):
+        (tmp_path / "x.json").write_text(content)
+        with pytest.raises(UserError, match="no result of"):
+            compare.read(tmp_path / "x.json")
+
+
+def test_rows_of_a_group_take_turns() -> None:
+    order: list[str] = []
+
+    def case(name: str) -> Case:
+        return Case(
+            "what", "shape", "fp32", name, 1, lambda batch: Work(lambda: order.append(name), lambda: None, batch)
+        )
+
+    for _ in turns.measure({"group": [case("a"), case("b")]}, 0.0, turns.Console(quiet=True)):
+        pass
+    timed = "".join(order)
+    assert "ab" * turns.FEWEST in timed
+
+
+def test_the_main_comparison_is_written_compared_and_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only = ["--only", "attention operator forward, B256 N64 D48 H4, bf16, fused", "--seconds", "0.3"]
+    before, after = tmp_path / "before", tmp_path / "after"
+    bench(monkeypatch, *only, "--output", str(before))
+    spoil_speed = registry.IMPLEMENTATIONS["fused"].function
+    spoil(monkeypatch, "fused", lambda *arguments: time.sleep(0.02) or spoil_speed(*arguments))
+    bench(monkeypatch, *only, "--output", str(after))
+    written = json.loads((before / "bench.json").read_text())
+    assert written["environment"]["commit"] == environment()["commit"] and len(written["controls"]) == 3
+    assert "| fused |" in (before / "table.md").read_text()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        bench(monkeypatch, "--compare", str(before / "bench.json"), str(after / "bench.json"))
+    assert stop.value.code == 1
+    said = capsys.readouterr().out
+    assert "slower" in said and "0 rows unchanged, 1 slower" in said and "noise ±" in said
+
+
+def bench(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench", *arguments])
+    main()
+
+
+@pytest.mark.slow
+def test_every_command_in_the_readme_is_one_that_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (ROOT / "bench" / "README.md").read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    assert len(lines) == 6
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        if program == "pytest":  # collected here, run by .ci/run
+            done = pytest_here(
+                *(argument for argument in arguments if "compare" not in argument), "--collect-only", "-q"
+            )
+            assert done.returncode == 0 and "bench/bench_" in done.stdout, line
+        elif "--compare" in arguments:  # run by test_the_main_comparison_is_written_compared_and_drawn
+            assert arguments[:3] == ["-m", "bench", "--compare"]
+        elif program == "python":
+            bench(monkeypatch, *arguments[2:], "--list")
+            assert "training step, mc_vit" in capsys.readouterr().out
+        else:
+            assert (ROOT / program).is_file()
+
+
+def test_unknown_rows_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        bench(monkeypatch, "--only", "nonsense")
+    assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path) -> None:
+    rows = [
+        {"what": case.what, "shape": case.shape, "dtype": case.dtype, "name": case.name}
+        | {"images_per_second": 100.0, "saved_for_backward_mib": 3.0}
+        for cases in select(("training step, mc_vit", "scaling with batch", "scaling with tokens")).values()
+        for case in cases
+    ]
+    written = plots.draw(rows, environment(), tmp_path)
+    assert [path.name for path in written] == ["throughput.png", "memory.png", "scaling.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    assert plots.draw([], environment(), tmp_path) == []
+
+
+def test_the_gpu_check_refuses_without_a_gpu(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    done = run(["bash", str(ROOT / "bench" / "gpu_check.sh"), str(tmp_path / "out")])
+    assert done.returncode == 2 and "no GPU" in done.stderr
+
+
+@pytest.mark.slow
+def test_the_gpu_check_does_a_part_once_and_shows_what_there_is(tmp_path: Path) -> None:
+    images = write_folder(tmp_path / "shapes", per_class=20)
+    command = ["bash", str(ROOT / "bench" / "gpu_check.sh"), str(tmp_path / "out"), str(images)]
+    # three seeds at once on two cores: with more than a thread each they would wait for one another's threads
+    env = {"ANY_DEVICE": "1", "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    first = run(command, PARTS="accuracy together", **env)
+    assert first.returncode == 0, first.stdout + first.stderr
+    for line in ("fast-cifar10, 3 seeds", "to 74.0%", "3 seeds at once", "not done"):
+        assert line in first.stdout
+    found = json.loads((tmp_path / "out" / "accuracy.json").read_text())
+    assert found["seeds"] == [0, 1, 2] and found["environment"]["device"]
+    assert len(json.loads((tmp_path / "out" / "together.json").read_text())["seconds"]) == 3
+    second = run(command, PARTS="accuracy", **env)
+    assert "accuracy: done before" in second.stdout

@@ -1,0 +1,108 @@
+"""Batches: the same for every world size, every sample in its place."""
+
+import random
+
+import pytest
+import torch
+
+from fastvit_train.config.schema import DataConfig
+from fastvit_train.data.images import ResidentImages
+from fastvit_train.data.loader import EvalLoader, Place, Preprocess, TrainLoader, check_batch_size, fit_batch_size
+from fastvit_train.utils.errors import UserError
+
+CPU = torch.device("cpu")
+PREPROCESS = Preprocess((0.5,) * 3, (0.5,) * 3, 8, CPU)
+COUNT = 53
+
+
+def images() -> tuple[ResidentImages, torch.Tensor]:
+    """Images whose every pixel is the sample's number, which is its label too."""
+    labels = torch.arange(COUNT)
+    pixels = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
+    return ResidentImages(pixels, CPU), labels
+
+
+def train_loader(
+    rank: int = 0, world_size: int = 1, accum: int = 1, seed: int = 0, batch_size: int = 12, **settings: object
+) -> TrainLoader:
+    config = DataConfig(**{"crop": "shift", "shift": 2, "flip": "random", "cutout": 2, **settings})
+    return TrainLoader(*images(), config, PREPROCESS, batch_size, accum, seed, Place(CPU, rank, world_size))
+
+
+def divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+@pytest.mark.parametrize("crop", ["none", "shift", "resized"])
+def test_what_all_processes_get_in_a_step_is_the_batch_of_one_process(crop: str, seed: int) -> None:
+    """Row for row and augmented alike, however many processes and micro-batches share it."""
+    draw = random.Random(seed)
+    for _ in range(10):
+        batch_size = draw.choice([12, 16, 24])
+        accum = draw.choice(divisors(batch_size))
+        world_size = draw.choice(divisors(batch_size // accum))
+        settings = {"seed": draw.randrange(100), "batch_size": batch_size, "crop": crop, "cutout": draw.choice([0, 3])}
+        settings["flip"] = draw.choice(["none", "random", "alternating"])
+        epoch, first_step = draw.randrange(5), draw.randrange(COUNT // batch_size)
+        print(world_size, accum, settings, epoch, first_step)
+        whole = list(train_loader(**settings).micro_batches(epoch, first_step))
+        parts = [
+            list(train_loader(rank, world_size, accum, **settings).micro_batches(epoch, first_step))
+            for rank in range(world_size)
+        ]
+        assert {len(part) for part in parts} == {len(whole) * accum}
+        for step, (pixels, labels) in enumerate(whole):
+            for i in range(accum):
+                rows = slice(i * batch_size // accum, (i + 1) * batch_size // accum)
+                for rank, part in enumerate(parts):
+                    own_pixels, own_labels = part[step * accum + i]
+                    assert torch.equal(own_labels, labels[rows][rank::world_size])
+                    assert torch.equal(own_pixels, pixels[rows][rank::world_size])
+
+
+def test_an_epoch_shows_each_sample_at_most_once_and_each_epoch_shuffles_anew() -> None:
+    loader = train_loader()
+    first, second = (torch.cat([labels for _, labels in loader.micro_batches(epoch)]) for epoch in (0, 1))
+    assert len(first) == 48 == len(first.unique())
+    assert not torch.equal(first, second)
+    assert torch.equal(first, torch.cat([labels for _, labels in train_loader().micro_batches(0)]))
+    assert not torch.equal(first, torch.cat([labels for _, labels in train_loader(seed=1).micro_batches(0)]))
+
+
+def test_starting_in_the_middle_of_an_epoch_gives_the_rest_of_it() -> None:
+    whole = list(train_loader(accum=2).micro_batches(1))
+    rest = list(train_loader(accum=2).micro_batches(1, first_step=3))
+    assert len(rest) == 2
+    for (a, b), (c, d) in zip(whole[6:], rest, strict=True):
+        assert torch.equal(a, c) and torch.equal(b, d)
+
+
+def test_evaluation_sees_every_sample_exactly_once(seed: int) -> None:
+    """Whatever the number of processes, the last batch's uneven shares included."""
+    draw = random.Random(seed)
+    pixels, labels = images()
+    drawn = [(draw.randint(1, 60), draw.randint(1, 60)) for _ in range(5)]
+    for world_size, batch_size in [(1, 1000), (2, 27), (7, 1), *drawn]:
+        print(world_size, batch_size)
+        seen, shapes = [], set()
+        for rank in range(world_size):
+            batches = list(EvalLoader(pixels, labels, PREPROCESS, batch_size, Place(CPU, rank, world_size)))
+            shapes.add((len(batches), *(len(own) for _, own, _ in batches)))
+            seen += [places for _, _, places in batches]
+            for own, number, places in batches:
+                assert ((own[:, 0, 0, 0] + 1) * 127.5).round().long().equal(number)
+                assert number.equal(places.clamp(max=COUNT - 1)), "a sample's place is its index, padding comes after"
+        assert torch.cat(seen).sort().values[:COUNT].equal(torch.arange(COUNT))
+        assert len(shapes) == 1, "every rank must do the same number of equally large steps"
+
+
+def test_batch_sizes_that_cannot_be_cut_say_which_world_sizes_can() -> None:
+    check_batch_size(256, 8, 2)
+    with pytest.raises(
+        UserError, match=r"--batch-size 10 can't be cut evenly into 3 processes.* among 1, 2, 5, 10 processes"
+    ):
+        check_batch_size(10, 3, 1)
+    assert fit_batch_size(256, 1000, 8, 2) == 256
+    assert fit_batch_size(256, 53, 4, 1) == 52
+    with pytest.raises(UserError, match="3 training images are too few"):
+        fit_batch_size(256, 3, 4, 1)

@@ -1,0 +1,175 @@
+"""Trained models evaluated: figures by their definitions, the same on every world size and from every source."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from fastvit_train.cli.main import main
+from fastvit_train.config.schema import DatasetName
+from fastvit_train.inference.evaluate import evaluate_run
+from fastvit_train.inference.export import export_run
+from fastvit_train.inference.predict import predict_images
+from fastvit_train.inference.trained_model import load_run
+from fastvit_train.models.evaluator import Evaluation, _ahead
+from fastvit_train.utils.errors import UserError
+from tests.support import launch, one_line_error, write_folder
+
+
+def said(logits: torch.Tensor, labels: torch.Tensor) -> Evaluation:
+    """What `evaluate` makes of these logits, (N, classes)."""
+    confidence, predicted = logits.softmax(1).max(1)
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    return Evaluation(labels, predicted, confidence, losses, _ahead(logits, labels), logits.shape[1])
+
+
+def test_the_figures_are_what_they_are_defined_as(seed: int) -> None:
+    """Each counted image by image, in plain Python."""
+    labels, logits = torch.randint(0, 6, (500,)), torch.randn(500, 7, dtype=torch.float64) * 2
+    logits[range(500), labels] += 1.5  # class 6 has no image
+    result = said(logits, labels)
+    probabilities = logits.softmax(1).tolist()
+    pairs = Counter(zip(labels.tolist(), (row.index(max(row)) for row in probabilities), strict=True))
+    assert result.accuracy == pytest.approx(sum(n for (true, found), n in pairs.items() if true == found) / 500)
+    fifth = [sorted(row)[-5] for row in probabilities]
+    top5 = sum(row[true] >= limit for row, true, limit in zip(probabilities, labels.tolist(), fifth, strict=True))
+    assert result.top5_accuracy == pytest.approx(top5 / 500)
+    for true in range(7):
+        for found in range(7):
+            assert result.confusion()[true, found] == pairs[true, found]
+    told = sum(n for (_, found), n in pairs.items() if found == 2)
+    assert result.precision()[2].item() == pytest.approx(pairs[2, 2] / told)
+    assert result.recall()[2].item() == pytest.approx(pairs[2, 2] / labels.tolist().count(2))
+    assert result.recall()[6].isnan()
+    error = 0.0
+    for number in range(15):
+        inside = [
+            (max(row), row.index(max(row)) == true)
+            for row, true in zip(probabilities, labels.tolist(), strict=True)
+            if number / 15 < max(row) <= (number + 1) / 15
+        ]
+        if inside:
+            gap = sum(right for _, right in inside) / len(inside) - sum(sure for sure, _ in inside) / len(inside)
+            error += len(inside) / 500 * abs(gap)
+    assert error > 0.02 and result.calibration_error() == pytest.approx(error)
+
+
+def test_what_is_equally_probable_or_no_number_is_not_known() -> None:
+    """All classes alike: only the first five are among the first five. No numbers: none is."""
+    labels = torch.arange(10)
+    assert said(torch.zeros(10, 10), labels).top5_accuracy == 0.5
+    assert said(torch.full((10, 10), torch.nan), labels).top5_accuracy == 0
+
+
+def test_a_spoilt_model_is_one_line(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        {**weights, "head.weight": torch.full_like(weights["head.weight"], torch.nan)}, folder / "model.safetensors"
+    )
+    with pytest.raises(UserError, match="answers 359 of 359 images with infinities or no numbers"):
+        evaluate_run(folder)
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    with pytest.raises(UserError, match="answers with infinities or no numbers"):
+        predict_images(
+            str(folder), [str(tmp_path / "x.png")], top=1, batch_size=1, as_json=True, show=False, output=None
+        )
+    with pytest.raises(UserError, match="answers with infinities or no numbers"):
+        export_run(str(folder), "safetensors", None)
+    assert not (folder / "export" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("dataset", "on", "images"), [(None, "holdout", 143), ("digits", "test", 359)])
+def test_a_run_that_was_tuned_is_evaluated_on_the_test_set_when_asked(
+    trained: Path, tmp_path: Path, dataset: DatasetName | None, on: str, images: int
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    config = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(config.replace("holdout: 0.0", "holdout: 0.1"))
+    evaluated = evaluate_run(folder, dataset=dataset)
+    assert (evaluated.dataset.evaluated_on, evaluated.evaluation.samples) == (on, images)
+
+
+def test_a_run_and_its_timm_folder_are_evaluated_alike(
+    trained: Path, timms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = json.loads((trained / "summary.json").read_text())
+    main(["eval", str(trained), "--output", str(tmp_path / "a"), "--attention", "naive"])
+    line = capsys.readouterr().out
+    assert f"digits (test, 359 images) accuracy {summary['test_accuracy']:.2%}, top-5 " in line
+    main(["eval", f"local-dir:{timms}", "--dataset", "digits", "--output", str(tmp_path / "b"), "--batch-size", "50"])
+    first, second = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in "ab")
+    assert first["accuracy"] == second["accuracy"] == summary["test_accuracy"] > 0.6
+    assert first["loss"] == pytest.approx(summary["test_loss"], abs=1e-5)
+    assert first["confusion"] == second["confusion"]
+    assert sum(map(sum, first["confusion"])) == first["images"] == 359
+    assert [row["images"] for row in first["classes"]] == [sum(row) for row in first["confusion"]]
+    assert (tmp_path / "b" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_find_the_same_to_the_sample(trained: Path, tmp_path: Path, processes: int) -> None:
+    """359 images on 3 processes leave uneven shares."""
+    args = ["eval", trained, "--batch-size", 50, "--output", tmp_path / "eval"]
+    done = launch(*args, processes=processes, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f"world size {processes}" in done.stdout and done.stdout.count("accuracy") == 1
+    found = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+    alone = evaluate_run(trained).evaluation
+    assert found["images"] == 359 and found["confusion"] == alone.confusion().tolist()
+    assert found["loss"] == pytest.approx(alone.loss, abs=1e-6)
+    assert found["expected_calibration_error"] == pytest.approx(alone.calibration_error(), abs=1e-5)
+
+
+def test_other_classes_are_refused(trained: Path, tmp_path: Path) -> None:
+    data = str(write_folder(tmp_path / "shapes"))
+    with pytest.raises(UserError, match=r"was trained on the classes \['0', .*, shapes has \['circle', 'square'\]"):
+        evaluate_run(trained, dataset="folder", data_dir=data)
+
+
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ("nowhere", "nowhere is no run; allowed: the folder of a finished run, local-dir:FOLDER"),
+        ("mc_vit_4_4_32", "mc_vit_4_4_32 can't be loaded: .*pretrained weights"),
+        ("hf-hub:", "hf-hub: can't be loaded"),
+        (".", "is no run, and no folder that timm wrote: config.json"),
+    ],
+)
+def test_what_is_no_run_is_one_line(run: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        load_run(run)
+
+
+def test_a_model_without_data_says_what_to_give(timms: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["eval", str(timms)])
+    assert "brings no data set; say which with --dataset" in one_line_error(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"architecture": "os.system"}, {"architecture": "../../etc"}, {"architecture": 5},
+        {"model_args": {"embed_dim": 10**9}}, {"model_args": {"depth": "x"}}, {"model_args": [1]},
+        {"num_classes": "many"}, {"pretrained_cfg": 5},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_timm_folders_that_are_damaged_are_one_line(timms: Path, tmp_path: Path, damage: dict[str, object]) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes((timms / "model.safetensors").read_bytes())
+    described = json.loads((timms / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**described, **damage}))
+    with pytest.raises(UserError, match="is no run|can't be loaded"):
+        load_run(folder)

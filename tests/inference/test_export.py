@@ -1,0 +1,227 @@
+"""Exports compute what the model does where nothing of ours is, say how to feed them, and are there whole or not."""
+
+import json
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from timm.models._hub import save_for_hf
+from torch import Tensor
+
+from fastvit_train.cli.main import main
+from fastvit_train.data import download
+from fastvit_train.inference.export import FORMATS, _write_safetensors
+from fastvit_train.inference.trained_model import load_run
+from tests.support import one_line_error, write_cifar10, write_folder
+
+SMALL = (
+    *("--depth", "2", "--embed-dim", "16", "--num-heads", "2", "--patch-size", "8", "--attention", "sdpa"),
+    *("--epochs", "2", "--no-telemetry"),
+)
+SHAPES = ("circle", "square")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of trained models: runs of mc-ViT and c-ViT, and an mc-ViT and a ViT that timm alone saved."""
+    root = tmp_path_factory.mktemp("models")
+    main(["--runs-dir", str(root), "--exp-name", "mc-vit", *SMALL])
+    photos = ("--dataset", "folder", "--data-dir", str(write_folder(root / "photos", classes=SHAPES, size=40)))
+    main(["--runs-dir", str(root), "--exp-name", "c-vit", "--model", "c_vit_4_4_32", *photos, *SMALL])
+    torch.manual_seed(0)
+    ours = timm.create_model("mc_vit_4_4_32", num_classes=7, img_size=24, depth=1, qkv_bias=False)
+    save_for_hf(ours, str(root / "by-timm"), safe_serialization=True)
+    vit = timm.create_model("vit_tiny_patch16_224", num_classes=3, img_size=32, patch_size=8, depth=1, embed_dim=24)
+    afresh = ("--model", "test_vit", "--image-size", "32", "--epochs", "1", "--no-telemetry")
+    main(["--runs-dir", str(root), "--exp-name", "timms-afresh", "--attention", "timm", *afresh])
+    for name in ("cct_2_3x2_32", "cvt_7_4_32"):
+        compact = timm.create_model(name, depth=1, embed_dim=32)
+        save_for_hf(compact, str(root / name), safe_serialization=True)
+    save_for_hf(vit, str(root / "timms-own"), {"label_names": ["a", "b", "c"]}, safe_serialization=True)
+    return root
+
+
+def exported(run: Path, to: str, capsys: pytest.CaptureFixture[str]) -> Path:
+    """What `export` wrote of a copy of `run`, by default, with nothing else left and nothing else said."""
+    capsys.readouterr()
+    main(["export", str(run), "--to", to])
+    said = capsys.readouterr()
+    match = re.fullmatch(r"written to (.*): largest difference of a logit (\S+) over \d+ images of \w+\n", said.out)
+    assert match and float(match[2]) <= 1e-4 and not said.err, said
+    path = Path(match[1])
+    assert path == run / "export" / FORMATS[to].name
+    assert [other.name for other in path.parent.iterdir()] == [path.name]
+    assert not list(run.glob(".unfinished*"))
+    return path
+
+
+def normalised(images: Tensor, mean: list[float], std: list[float]) -> Tensor:
+    return (images.float() / 255 - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
+
+
+def answers(path: Path, to: str, images: Tensor) -> tuple[Tensor, dict[str, str]]:
+    """Logits and metadata by the library alone that the format is for."""
+    if to == "onnx":
+        session = onnxruntime.InferenceSession(path)
+        (feed,), (answer,) = session.get_inputs(), session.get_outputs()
+        assert (feed.name, feed.type, answer.name) == ("images", "tensor(uint8)", "logits")
+        assert {opset.domain for opset in onnx.load(path).opset_import} == {""}
+        return torch.tensor(
+            session.run(None, {"images": images.numpy()})[0]
+        ), session.get_modelmeta().custom_metadata_map
+    if to == "torch-export":
+        said = {"metadata.json": ""}
+        program = torch.export.load(path, extra_files=said)
+        names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        assert not [name for name in names if not name.startswith("aten.") and "getitem" not in name]
+        return program.module()(images), json.loads(said["metadata.json"])
+    if to == "safetensors":
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        model = timm.create_model(metadata["architecture"], **json.loads(metadata["model_args"]))
+        model.load_state_dict(load_file(path))
+        return model.eval()(normalised(images, json.loads(metadata["mean"]), json.loads(metadata["std"]))), metadata
+    model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
+    cfg = model.pretrained_cfg
+    said = {"class_names": json.dumps(cfg["label_names"]), "image_size": str(cfg["input_size"][-1])}
+    metadata = {
+        **said,
+        "architecture": cfg["architecture"],
+        "mean": json.dumps(cfg["mean"]),
+        "std": json.dumps(cfg["std"]),
+    }
+    assert {path.name for path in path.iterdir()} == {"model.safetensors", "config.json"}
+    return model(normalised(images, cfg["mean"], cfg["std"])), metadata
+
+
+TRACED = ("onnx", "torch-export")  # which takes seconds
+CASES = [
+    pytest.param(name, to, marks=[pytest.mark.slow] if to in TRACED and name != "mc-vit" else [])
+    for name in ("mc-vit", "c-vit", "by-timm", "timms-own", "timms-afresh", "cct_2_3x2_32", "cvt_7_4_32")
+    for to in FORMATS
+]
+
+
+@pytest.mark.parametrize(("name", "to"), CASES)
+@torch.no_grad()
+def test_what_is_exported_answers_as_the_model(
+    models: Path, name: str, to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], seed: int
+) -> None:
+    run = shutil.copytree(models / name, tmp_path / name, symlinks=True)
+    loaded = load_run(run, device="cpu")
+    size = loaded.image_size
+    path = exported(run, to, capsys)
+    for count in (1, 5, 65):
+        images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+        logits, metadata = answers(path, to, images)
+        torch.testing.assert_close(logits, loaded.model(loaded.preprocess(images)), rtol=0, atol=1e-4)
+    assert metadata["architecture"] == loaded.architecture
+    assert tuple(json.loads(metadata["class_names"])) == loaded.classes
+    assert int(metadata["image_size"]) == size == {"by-timm": 24}.get(name, 32)
+    assert tuple(map(tuple, (json.loads(metadata["mean"]), json.loads(metadata["std"])))) == loaded.normalisation
+    if to != "timm":
+        assert "centre" in metadata["resize"]
+    elif name == "timms-afresh":
+        described = json.loads((path / "config.json").read_text())["pretrained_cfg"]
+        assert (described["license"], described["crop_pct"], described["interpolation"]) == (None, 1.0, "bilinear")
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["export", *map(str, args)])
+    assert stop.value.code == 2
+    return one_line_error(capsys.readouterr().err)
+
+
+def test_it_is_compared_on_the_runs_test_images_or_on_digits(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    capsys.readouterr()
+    main(["export", str(models / "c-vit"), "--to", "safetensors", "--output", str(tmp_path / "x.safetensors")])
+    assert "over 24 images of photos" in capsys.readouterr().out
+    monkeypatch.setattr(download, "_fetch", lambda *_: pytest.fail("something was downloaded"))
+    cifar = write_cifar10(tmp_path / "cifar", per_batch=4)
+    main(["--runs-dir", str(tmp_path), "--exp-name", "run", "--dataset", "cifar10", "--data-dir", str(cifar), *SMALL])
+    shutil.rmtree(cifar)
+    assert (tmp_path / "run" / "summary.json").is_file() and not cifar.exists()
+    capsys.readouterr()
+    main(["export", str(tmp_path / "run"), "--to", "safetensors"])
+    assert "over 256 images of digits" in capsys.readouterr().out
+    assert not cifar.exists()
+
+
+def test_what_answers_otherwise_is_not_left(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(models / "mc-vit", tmp_path / "run", symlinks=True)
+    before = sorted(run.rglob("*"))
+
+    def slightly_off(loaded: object, path: Path) -> None:
+        _write_safetensors(loaded, path)  # type: ignore[arg-type]
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        weights = load_file(path)
+        weights["head.bias"][0] += 1e-3
+        save_file(weights, path, metadata)
+
+    monkeypatch.setitem(FORMATS, "safetensors", replace(FORMATS["safetensors"], write=slightly_off))
+    assert "gives other logits, by up to 1.0e-03; allowed: 1e-04" in refused(capsys, run, "--to", "safetensors")
+    assert sorted(run.rglob("*")) == before
+    weights = load_file(run / "model.safetensors")
+    save_file(
+        {**weights, "head.bias": weights["head.bias"] * float("nan")}, run / "model.safetensors", {"format": "pt"}
+    )
+    assert "answers with infinities or no numbers" in refused(capsys, run, "--to", "timm")
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_model_that_the_exporter_can_not_take_is_one_line(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def by_value(model: torch.nn.Module, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :7] if x.sum() > 1e9 else x.flatten(1)[:, 1:8]
+
+    monkeypatch.setattr("fastvit_train.models.vit.ViT.forward", by_value)
+    message = refused(capsys, models / "by-timm", "--to", "torch-export", "--output", tmp_path / "x.pt2")
+    assert re.search("by-timm can't be written as torch-export: .*; try another --to", message)
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs(models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = models / "mc-vit"
+    assert "allowed: one that ends in .onnx" in refused(capsys, run, "--to", "onnx", "--output", tmp_path / "x.pt2")
+    new = tmp_path / "some" / "where" / "model.safetensors"
+    for _ in range(2):
+        main(["export", str(run), "--to", "safetensors", "--output", str(new)])
+        main(["export", str(run), "--to", "timm", "--output", str(new.parent / "timm")])
+    assert sorted(path.name for path in new.parent.iterdir()) == ["model.safetensors", "timm"]
+    (new.parent / "timm" / "thesis.txt").write_text("years of work")
+    assert "timm holds something else, such as thesis.txt" in refused(
+        capsys, run, "--to", "timm", "--output", new.parent / "timm"
+    )
+    assert (new.parent / "timm" / "thesis.txt").is_file()
+    for to, bad in (("safetensors", "/dev/null/x.safetensors"), ("timm", "/dev/null/x")):
+        assert f"{bad} can't be written" in refused(capsys, run, "--to", to, "--output", bad)
+
+
+def test_in_the_wrong_place(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    output = ("--output", tmp_path / "x.onnx")
+    assert "--to onnx needs onnxruntime; pip install onnxruntime" in refused(
+        capsys, models / "mc-vit", "--to", "onnx", *output
+    )
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "export runs in one process, and the launch started 2" in refused(capsys, models / "mc-vit", *output)
+    assert not list(tmp_path.iterdir())

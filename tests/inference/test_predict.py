@@ -1,0 +1,148 @@
+"""What a model says of images: files, folders, patterns and standard input, broken ones among them."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fastvit_train.cli.main import main
+from fastvit_train.inference.trained_model import load_run
+from tests.support import one_line_error
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def digits(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """digits/NUMBER-LABEL.png of the first 30 of the test set, and a broken one."""
+    folder = tmp_path_factory.mktemp("images") / "digits"
+    folder.mkdir()
+    test = load_run(trained).dataset().test
+    assert not isinstance(test.images, list)
+    for number, (pixels, label) in enumerate(zip(test.images[:30], test.labels[:30].tolist(), strict=True)):
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(folder / f"{number:02}-{label}.png")
+    return folder
+
+
+def predicted(capsys: Capture, *args: object, status: int = 0) -> list[dict]:
+    """The lines of JSON that the command prints; it must end with `status`."""
+    if status:
+        with pytest.raises(SystemExit) as stop:
+            main(["predict", *map(str, args), "--json"])
+        assert stop.value.code == status
+    else:
+        main(["predict", *map(str, args), "--json"])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize("batch_size", [7, 256])
+def test_a_folder_is_predicted_as_well_as_it_is_evaluated(
+    trained: Path, timms: Path, digits: Path, capsys: Capture, batch_size: int
+) -> None:
+    said = predicted(capsys, trained, digits, "--top", 10, "--batch-size", batch_size)
+    assert [Path(one["image"]).name for one in said] == sorted(path.name for path in digits.iterdir())
+    right = sum(one["top"][0]["class"] == one["image"][-5] for one in said)
+    assert right >= 15, "it knows most digits"
+    assert all(sum(entry["probability"] for entry in one["top"]) == pytest.approx(1, abs=1e-5) for one in said)
+    logits = load_run(trained).predict(load_run(trained).dataset().test.images[:30])  # type: ignore[index]
+    assert [one["top"][0]["probability"] for one in said] == pytest.approx(logits.max(1).values.tolist(), abs=1e-5)
+    assert predicted(capsys, timms, digits, "--top", 10) == [
+        {"image": one["image"], "top": [pytest.approx(entry, abs=1e-5) for entry in one["top"]]} for one in said
+    ]
+
+
+def test_patterns_and_a_broken_image(trained: Path, digits: Path, tmp_path: Path, capsys: Capture) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(next(digits.iterdir()).read_bytes()[:60])
+    pattern = digits / "0?-*.png"
+    said = predicted(capsys, trained, broken, pattern, tmp_path / "nowhere.png", status=1)
+    assert len(said) == 12 and all("top" in one for one in said[1:-1])
+    assert "can't be decoded" in said[0]["error"] and "nowhere.png" in said[-1]["error"]
+
+
+def test_the_table_says_how_images_are_resized(
+    trained: Path, digits: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (300, 200), "white").save("[red]large.png")
+    main(["predict", str(trained), "[red]large.png", "--show", "--output", "shown"])
+    text = capsys.readouterr().out
+    assert "resized to 32 pixels on the shorter side (bilinear), the centre cut out" in text
+    assert "[red]large.png" in text
+    assert (tmp_path / "shown" / "1.png").read_bytes().startswith(b"\x89PNG")
+    assert not (trained / "predictions").exists()
+
+
+@pytest.mark.parametrize("name", ["BMW.png", "P5_01.png"])
+def test_names_that_begin_as_images_do(
+    name: str, trained: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32)).save(name)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(f"{name}\n".encode())))
+    assert [one["image"] for one in predicted(capsys, trained, "-")] == [name]
+
+
+def test_a_terminal_that_lacks_letters(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (32, 32)).save("日本.png")
+    out = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, encoding="ascii"))
+    main(["predict", str(trained), "日本.png", "--top", "1"])
+    sys.stdout.flush()
+    assert b"u65e5" in out.getvalue()
+
+
+def test_closed_streams(trained: Path, digits: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit):
+        main(["predict", str(trained), "-"])
+    assert "standard input holds neither" in one_line_error(capsys.readouterr().err)
+    monkeypatch.setattr(sys, "stdout", None)
+    main(["predict", str(trained), str(digits)])
+
+
+@pytest.mark.parametrize("kind", ["image", "names"])
+def test_standard_input(
+    kind: str, trained: Path, digits: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = sorted(digits.iterdir())[:2]
+    content = files[0].read_bytes() if kind == "image" else "\n".join(map(str, files)).encode()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    said = predicted(capsys, trained, "-")
+    assert [one["image"] for one in said] == (["-"] if kind == "image" else [str(path) for path in files])
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        ((), "predict takes images after the run"),
+        (("*.nothing",), "there is no '*.nothing', nor anything that it fits as a pattern"),
+        ((".",), "folder . holds no images; allowed: .bmp"),
+    ],
+)
+def test_nothing_to_predict(
+    images: tuple[str, ...],
+    message: str,
+    trained: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", str(trained), *images])
+    assert stop.value.code == 2
+    assert message in one_line_error(capsys.readouterr().err)
+
+
+def test_several_processes_are_refused(
+    trained: Path, digits: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        main(["predict", str(trained), str(digits)])
+    assert one_line_error(capsys.readouterr().err).startswith("predict runs in one process, and the launch started 2")

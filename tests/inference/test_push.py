@@ -1,0 +1,248 @@
+"""What is pushed arrives byte for byte, for its owner alone, and says what it is; else there is one line."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from huggingface_hub import constants
+from PIL import Image
+from timm.models._hub import save_for_hf
+
+from fastvit_train.cli.main import main
+from fastvit_train.inference.trained_model import load_run
+from tests.inference.fake_hub import TOKEN, FakeHub, fake_hub
+from tests.support import environment, one_line_error, write_folder
+
+SMALL = (
+    *("--depth", "2", "--embed-dim", "16", "--num-heads", "2", "--patch-size", "8", "--attention", "fused"),
+    *("--epochs", "2", "--no-telemetry"),
+)
+FILES = {"model.safetensors", "config.json", "README.md", "config.yaml", "summary.json", "metrics.jsonl", "curves.png"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    runs = tmp_path_factory.mktemp("finished")
+    main(["--runs-dir", str(runs), "--exp-name", "run", *SMALL])
+    return runs / "run"
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run", symlinks=True)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """The hub that huggingface_hub takes for its own, with a token that it knows."""
+    with fake_hub() as hub:
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # read from HF_ENDPOINT when it is imported
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub
+
+
+def push(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """What `push` prints."""
+    capsys.readouterr()
+    main(["push", *map(str, args)])
+    return capsys.readouterr().out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """The one line that `push` is refused with, with status 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main(["push", *map(str, args)])
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.out == ""
+    return one_line_error(said.err)
+
+
+def front_matter(readme: str) -> dict:
+    return yaml.safe_load(readme.split("---\n")[1])
+
+
+def test_a_run_arrives_byte_for_byte_and_loads_from_there(
+    run: Path, hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert f"pushed to {hub.url}/me/digits (private)" in push(capsys, run, "me/digits")
+    there = hub.repos["me/digits"]
+    assert there.private and set(there.files) == FILES
+    for name in ("summary.json", "metrics.jsonl", "curves.png"):
+        assert there.files[name] == (run / name).read_bytes()
+    settings, own_settings = (
+        yaml.safe_load(text) for text in (there.files["config.yaml"], (run / "config.yaml").read_text())
+    )
+    assert settings == {**own_settings, "runs_dir": Path(own_settings["runs_dir"]).name} != own_settings
+    push(capsys, run, "me/digits", "--dry-run")
+    assert {path.name: path.read_bytes() for path in (run / "hub").iterdir()} == there.files
+    assert len(hub.verified) == 2, "the weights and the picture went as large files"
+
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    pushed, own = (load_run(source, device="cpu") for source in ("hf-hub:me/digits", run))
+    assert torch.equal(pushed.predict(images), own.predict(images)) and pushed.classes == own.classes
+    monkeypatch.chdir(tmp_path)
+    main(["export", "hf-hub:me/digits", "--to", "safetensors"])
+    assert (tmp_path / "export" / "model.safetensors").is_file()
+
+    readme = there.files["README.md"].decode()
+    (example,) = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    Image.new("RGB", (40, 32)).save("image.png")
+    capsys.readouterr()
+    exec(compile(example, "README.md", "exec"), {})
+    assert "tensor([[" in capsys.readouterr().out
+
+
+def test_the_card_says_what_is_known(run: Path, capsys: pytest.CaptureFixture[str], hub: FakeHub) -> None:
+    assert f"written to {run}/hub; nothing was sent" in push(
+        capsys, run, "me/digits", "--dry-run", "--license", "apache-2.0"
+    )
+    assert not hub.asked
+    readme = (run / "hub" / "README.md").read_text()
+    summary = json.loads((run / "summary.json").read_text())
+    front = front_matter(readme)
+    assert (front["library_name"], front["pipeline_tag"]) == ("timm", "image-classification")
+    assert front["license"] == "apache-2.0" and front["metrics"] == ["accuracy"] and "datasets" not in front
+    (result,) = front["model-index"][0]["results"]
+    assert result["dataset"] == {"name": "digits", "type": "digits", "split": "test"}
+    assert result["metrics"][0]["value"] == pytest.approx(summary["test_accuracy"], abs=1e-6)
+    for words in (
+        "`mc_vit_4_4_32`", f"parameters: {summary['parameters']:,}", "32 x 32 pixels", "| embed_dim | default | 16 |",
+        "| epochs | 30 | 2 |", f"| accuracy | {summary['test_accuracy']:.2%} |", "chosen on the same images",
+        "training time", "| device |", "of these classes only", "--config config.yaml", "hf-hub:me/digits",
+    ):  # fmt: skip
+        assert words in readme, words
+    assert "held" not in readme and str(run.parent) not in readme
+
+
+def test_the_card_tells_a_holdout_and_shows_names_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], hub: FakeHub
+) -> None:
+    photos = write_folder(tmp_path / "<b>photos|`", classes=("[a](http:x)", "<img src=x>"))
+    data = ("--dataset", "folder", "--data-dir", str(photos), "--holdout", "0.25")
+    main(["--runs-dir", str(tmp_path), "--exp-name", "run", *data, *SMALL])
+    push(capsys, tmp_path / "run", "me/photos", "--dry-run")
+    readme = (tmp_path / "run" / "hub" / "README.md").read_text()
+    front = front_matter(readme)
+    assert front["model-index"][0]["results"][0]["dataset"]["split"] == "holdout"
+    assert front["model-index"][0]["results"][0]["dataset"]["name"] == "<b>photos|`"
+    assert "license" not in front
+    body = readme.split("---\n", 2)[2]
+    assert "25% of it was held out" in body and "they say nothing of the test set" in body
+    assert r"\<b\>photos\|\`" in body and r"\<img src=x\>, \[a\](http:x)" in body
+    assert not re.search(r"(?<!\\)<(b|img)", body)
+
+
+def test_the_card_of_a_model_that_no_run_left(tmp_path: Path, capsys: pytest.CaptureFixture[str], hub: FakeHub) -> None:
+    save_for_hf(timm.create_model("mc_vit_4_4_32", depth=1), str(tmp_path / "theirs"), safe_serialization=True)
+    push(capsys, tmp_path / "theirs", "me/theirs", "--public")
+    there = hub.repos["me/theirs"]
+    assert not there.private and set(there.files) == {"model.safetensors", "config.json", "README.md"}
+    readme = there.files["README.md"].decode()
+    assert "What isn't known" in readme and "model-index" not in readme and "accuracy |" not in readme
+    assert load_run("hf-hub:me/theirs").architecture == "mc_vit_4_4_32"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("digits",), "digits is no USER/NAME"),
+        (("me/a/b",), "me/a/b"),
+        (("me/a b",), "me/a b"),
+        (("me/..",), r"me/\.\."),
+        (("me/x", "--license", "My own"), "--license 'My own' is no name of a license"),
+    ],
+)
+def test_a_wrong_name_is_refused_before_anything_is_sent(
+    args: tuple[str, ...], message: str, run: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert re.search(message, refused(capsys, run, *args))
+    assert not hub.asked
+
+
+def test_nothing_is_sent_without_a_token_or_a_model(
+    run: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert "is no run" in refused(capsys, "nowhere", "me/digits")
+    (run / "metrics.jsonl").rename(run / "elsewhere")
+    assert "is no finished run" in refused(capsys, run, "me/digits")
+    (run / "metrics.jsonl").symlink_to(run / "elsewhere")
+    assert "metrics.jsonl is a link" in refused(capsys, run, "me/digits")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "push runs in one process" in refused(capsys, run, "me/digits")
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("HF_TOKEN")
+    assert "`hf auth login`" in refused(capsys, run, "me/digits")
+    assert not hub.asked
+
+
+def test_what_is_public_is_not_pushed_to_by_accident(
+    run: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    push(capsys, run, "me/digits", "--public")
+    hub.repos["me/digits"].files.clear()
+    assert "me/digits is there already and public; give --public" in refused(capsys, run, "me/digits")
+    assert not hub.repos["me/digits"].files
+    assert "(public)" in push(capsys, run, "me/digits", "--public")
+    assert set(hub.repos["me/digits"].files) == FILES
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "message"),
+    [
+        ("/commit/", 403, "the token may not write there; give `hf auth login`"),
+        ("/commit/", 409, "something else is being done there at the same time; push again"),
+        ("/commit/", 500, r"push again later \(it answered 500"),
+        ("/storage/", 403, "the token may not write there"),
+        ("/repos/create", 401, "it doesn't know the token; give `hf auth login`"),
+    ],
+)
+def test_what_the_hub_does_not_take_is_one_line(
+    path: str, status: int, message: str, run: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.failing[path] = status
+    before = sorted(run.rglob("*"))
+    assert re.search(f"{hub.url} did not take me/digits: {message}", refused(capsys, run, "me/digits"))
+    assert sorted(run.rglob("*")) == before
+    assert "me/digits" not in hub.repos or not hub.repos["me/digits"].files
+
+
+def test_a_hub_that_is_not_there(
+    run: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9 did not take me/digits" in refused(capsys, run, "me/digits")
+
+
+@pytest.mark.slow
+def test_as_users_set_it_up(run: Path, tmp_path: Path) -> None:
+    """HF_ENDPOINT and HF_TOKEN alone say where to and who."""
+    with fake_hub() as hub:
+        settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
+        off = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+        command = [sys.executable, "-m", "fastvit_train"]
+        for args in (["push", str(run), "me/digits"], ["eval", "hf-hub:me/digits", "--dataset", "digits"]):
+            done = subprocess.run(
+                [*command, *args], cwd=tmp_path, env=environment(**settings, **off), capture_output=True, text=True
+            )
+            assert done.returncode == 0, done.stderr
+        assert set(hub.repos["me/digits"].files) == FILES
+        bad = {**settings, "HF_TOKEN": "hf_other"}
+        done = subprocess.run(
+            [*command, "push", str(run), "me/other"], env=environment(**bad, **off), capture_output=True, text=True
+        )
+        assert done.returncode == 2 and "it doesn't know the token" in one_line_error(done.stderr)

@@ -1,0 +1,240 @@
+"""The page of a report in a real browser: from disk, without network, by mouse, finger and keyboard, on a phone."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.remote.webelement import WebElement
+
+from fastvit_train.cli.main import main
+from fastvit_train.inference.report.write import write_report
+
+SMALL = (
+    *("--depth", "1", "--embed-dim", "16", "--num-heads", "2", "--patch-size", "8", "--attention", "fused"),
+    *("--batch-size", "240", "--no-telemetry", "--epochs", "3"),
+)
+DRIVER, BROWSER = shutil.which("chromedriver"), shutil.which("chromium")
+pytestmark = pytest.mark.skipif(not (DRIVER and BROWSER), reason="chromium or chromedriver isn't installed")
+FLAGS = (
+    *("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update"),
+    *("disable-sync", "no-first-run"),
+)
+CHART = 1  # test loss
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("browser")
+    for name, model in (("c", "c_vit_4_4_32"), ("mc", "mc_vit_4_4_32")):
+        main(["--runs-dir", str(root), "--exp-name", name, "--model", model, *SMALL])
+    both = [str(root / "c"), str(root / "mc")]
+    write_report(both, root / "page.html")
+    write_report(both * 2, root / "crowded.html")
+    return root
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(BROWSER)
+    for flag in (*FLAGS, f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture
+def page(runs: Path, browser: webdriver.Chrome) -> Iterator[webdriver.Chrome]:
+    """The page, newly opened on a desk's screen; it must ask for nothing but itself, and complain of nothing."""
+    look(browser, 1280)
+    browser.get_log("performance")
+    browser.get((runs / "page.html").as_uri())
+    yield browser
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+    assert asked and all(url.startswith((f"{runs.as_uri()}/", "data:")) for url in asked)
+
+
+def look(browser: webdriver.Chrome, width: int, **features: str) -> None:
+    """Change the width of the screen, and the reader's preferences."""
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": named})
+
+
+def said(runs: Path, epoch: int) -> str:
+    """What the chart of the test loss says of an epoch, by the runs' metrics."""
+    rows = {}
+    for name in ("c", "mc"):
+        metrics = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+        rows[name] = next(row["test_loss"] for row in metrics if row["epoch"] == epoch)
+    return "\n".join([f"epoch {epoch}", *(f"{name}: {loss:.4f}" for name, loss in rows.items())])
+
+
+def chart(page: webdriver.Chrome) -> tuple[WebElement, WebElement]:
+    """What the reader moves over, and what then tells the values."""
+    plot = page.find_elements(By.CLASS_NAME, "plot")[CHART]
+    page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", plot)
+    return plot.find_element(By.CLASS_NAME, "reach"), plot.find_element(By.CLASS_NAME, "tip")
+
+
+def place(reach: WebElement, epoch: int) -> int:
+    """How far from the middle of the chart, in pixels, an epoch of the three lies."""
+    return round((epoch - 2) * 0.4 * reach.size["width"])
+
+
+def test_the_mouse_reads_the_values(runs: Path, page: webdriver.Chrome) -> None:
+    reach, tip = chart(page)
+    for epoch in (1, 2, 3):
+        ActionChains(page).move_to_element_with_offset(reach, place(reach, epoch), 10).perform()
+        assert tip.text == said(runs, epoch)
+    ActionChains(page).move_to_element(page.find_element(By.TAG_NAME, "h1")).perform()
+    assert tip.text == ""
+
+
+def test_a_finger_reads_the_values(runs: Path, page: webdriver.Chrome) -> None:
+    look(page, 375)
+    reach, tip = chart(page)
+    box: dict[str, Any] = page.execute_script("return arguments[0].getBoundingClientRect().toJSON()", reach)
+    at = {"x": box["x"] + box["width"] / 2 + place(reach, 1), "y": box["y"] + 40}
+    page.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [at]})
+    page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    page.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+    assert tip.text == said(runs, 1)
+    frame = page.execute_script("return arguments[0].getBoundingClientRect().toJSON()", tip)
+    assert frame["left"] >= 0 and frame["right"] <= 375
+
+
+def test_the_keyboard_reaches_the_chart_and_reads_the_values(runs: Path, page: webdriver.Chrome) -> None:
+    reach, tip = chart(page)
+    for _ in range(40):
+        ActionChains(page).send_keys(Keys.TAB).perform()
+        focused = page.switch_to.active_element
+        assert page.execute_script("return getComputedStyle(arguments[0]).outlineStyle", focused) == "solid"
+        if focused == reach:
+            break
+    assert page.switch_to.active_element == reach and tip.text == said(runs, 3)
+    for key, epoch in (
+        (Keys.ARROW_LEFT, 2),
+        (Keys.HOME, 1),
+        (Keys.ARROW_LEFT, 1),
+        (Keys.ARROW_RIGHT, 2),
+        (Keys.END, 3),
+    ):
+        ActionChains(page).send_keys(key).perform()
+        assert tip.text == said(runs, epoch)
+        assert reach.get_attribute("aria-valuetext") == f"epoch {epoch}"
+        hair = page.find_elements(By.CLASS_NAME, "hair")[CHART]
+        assert hair.value_of_css_property("visibility") == "visible"
+    assert tip.get_attribute("aria-live") == "polite"
+    ActionChains(page).send_keys(Keys.ESCAPE).perform()
+    assert tip.text == ""
+
+
+def test_the_first_tab_skips_to_the_figures(page: webdriver.Chrome) -> None:
+    ActionChains(page).send_keys(Keys.TAB).perform()
+    link = page.switch_to.active_element
+    assert link.text.startswith("Skip") and link.location["x"] >= 0
+    ActionChains(page).send_keys(Keys.ENTER).perform()
+    assert page.switch_to.active_element.tag_name == "main"
+
+
+@pytest.mark.parametrize("name", ["page.html", "crowded.html"])
+@pytest.mark.parametrize("width", [375, 768, 1280])
+def test_nothing_makes_the_page_scroll_sideways(runs: Path, page: webdriver.Chrome, width: int, name: str) -> None:
+    look(page, width)
+    page.get((runs / name).as_uri())
+    page.execute_script("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+    assert page.execute_script("return innerWidth") == width
+    assert (
+        page.execute_script("return document.scrollingElement.scrollWidth - document.scrollingElement.clientWidth") == 0
+    )
+    outside = """return [...document.querySelectorAll("body *")].filter(
+        (e) => e.getBoundingClientRect().right > innerWidth + 1 && !e.closest(".scroll")).map((e) => e.outerHTML)"""
+    assert page.execute_script(outside) == []
+
+
+def test_what_scrolls_on_a_phone_is_reached_by_the_keyboard(page: webdriver.Chrome) -> None:
+    look(page, 375)
+    wide = """return [...document.querySelectorAll(".scroll")]
+        .filter((e) => e.scrollWidth > e.clientWidth).map((e) => e.tabIndex)"""
+    found = page.execute_async_script(
+        f"requestAnimationFrame(() => setTimeout(() => arguments[0]((() => {{ {wide} }})()), 50))"
+    )
+    assert found and set(found) == {0}
+
+
+def test_dark_and_light_differ_and_both_are_legible(page: webdriver.Chrome) -> None:
+    found = {}
+    for scheme in ("light", "dark"):
+        look(page, 1280, prefers_color_scheme=scheme)
+        found[scheme] = page.execute_script(CONTRASTS)
+    assert found["light"]["page"] != found["dark"]["page"]
+    for scheme, seen in found.items():
+        assert seen["texts"] > 100 and seen["lowest"] >= 4.5, (scheme, seen)
+
+
+def test_motion_is_kept_from_those_who_do_not_want_it(page: webdriver.Chrome) -> None:
+    behaviour = "return getComputedStyle(document.documentElement).scrollBehavior"
+    look(page, 1280, prefers_reduced_motion="reduce")
+    assert page.execute_script(behaviour) == "auto"
+
+
+def test_headings_images_and_landmarks_are_in_order(page: webdriver.Chrome) -> None:
+    levels = [int(heading.tag_name[1]) for heading in page.find_elements(By.CSS_SELECTOR, "h1, h2, h3, h4, h5, h6")]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    images = page.find_elements(By.TAG_NAME, "img")
+    assert images and all(image.get_attribute("alt") for image in images)
+    assert page.execute_script("return [...document.images].every((image) => image.naturalWidth >= 128)")
+    for landmark in ("header", "nav", "main", "footer"):
+        assert len(page.find_elements(By.TAG_NAME, landmark)) == 1
+    assert page.find_element(By.TAG_NAME, "html").get_attribute("lang") == "en"
+    for drawing in page.find_elements(By.CSS_SELECTOR, "svg[role=img]"):
+        assert "by epoch" in drawing.accessible_name
+
+
+# The lowest contrast (WCAG 2.2) of a text on the nearest background that is painted.
+CONTRASTS = """
+const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+function rgb(color) {
+  canvas.clearRect(0, 0, 1, 1);
+  canvas.fillStyle = color;
+  canvas.fillRect(0, 0, 1, 1);
+  return canvas.getImageData(0, 0, 1, 1).data;
+}
+function luminance(color) {
+  const [r, g, b] = [...rgb(color)].map((v) => (v / 255 <= 0.04045 ? v / 3294.6 : ((v / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+function background(element) {
+  const color = getComputedStyle(element).backgroundColor;
+  return rgb(color)[3] === 0 ? background(element.parentElement) : color;
+}
+let lowest = 21, texts = 0, worst = "";
+for (const element of document.querySelectorAll("body *")) {
+  const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+  if (!own || element.closest("script, svg title, svg desc") || !element.checkVisibility()) continue;
+  const style = getComputedStyle(element);
+  const drawn = element.closest("svg") ? style.fill : style.color;
+  const [light, dark] = [luminance(drawn), luminance(background(element))].sort((a, b) => b - a);
+  const contrast = (light + 0.05) / (dark + 0.05);
+  texts++;
+  if (contrast < lowest) [lowest, worst] = [contrast, element.outerHTML.slice(0, 100)];
+}
+return { page: getComputedStyle(document.body).backgroundColor, lowest, texts, worst };
+"""

@@ -1,0 +1,183 @@
+"""All implementations compute the same function, forward and backward."""
+
+import functools
+import itertools
+
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+import fastvit_kernels
+from tests.kernels.attention_cases import DTYPES, SHAPES, cast, chain, draw, passes, sdpa_chain
+
+NAMES = [name for name in fastvit_kernels.implementations() if name != fastvit_kernels.AUTO]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+DRAWS = 4
+"""whose errors are summed: a single draw's can be twice another's by chance alone"""
+QUICK = [("compiled", (5, 7, 24, 3)), ("triton", (3, 64, 48, 4)), ("triton", (2, 50, 96, 6))]
+
+
+def operator(name: str, heads: int, device: str = "cpu", **options: float) -> functools.partial[Tensor]:
+    if name == "triton" and device == "cpu" and torch.cuda.is_available():
+        pytest.skip("Triton's interpreter and a GPU don't go together in a process")
+    return functools.partial(fastvit_kernels.attention, num_heads=heads, implementation=name, **options)
+
+
+def accuracy_cases() -> list[object]:
+    """All of them; left for `-m slow`, but for some: what compiles for seconds, low precision in the interpreter."""
+    cases = []
+    for name, shape, dtype in itertools.product(NAMES, SHAPES, DTYPES):
+        takes_long = name == "compiled" or (name == "triton" and dtype != torch.float32)
+        slow = takes_long and (name, shape) not in QUICK
+        cases.append(pytest.param(name, shape, dtype, marks=pytest.mark.slow if slow else []))
+    return cases
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("name", "shape", "dtype"), accuracy_cases(), ids=str)
+def test_error_is_at_most_twice_that_of_torchs_own_chain(
+    name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, seed: int
+) -> None:
+    heads = shape[-1]
+    # The chain that torch's own module would run: scaled_dot_product_attention where that is what is compared.
+    torchs = functools.partial(sdpa_chain if name == "sdpa" else chain, heads=heads)
+    squares = []
+    for _ in range(DRAWS):
+        arguments = draw(shape, True, dtype, device)
+        upstream = torch.randn(shape[:3], device=device).to(dtype)
+        exact = passes(functools.partial(chain, heads=heads), cast(arguments, torch.float64), upstream)
+        both = passes(operator(name, heads, device), arguments, upstream), passes(torchs, arguments, upstream)
+        squares.append(
+            [[float((got - right).square().sum()) for got, right in zip(g, exact, strict=True)] for g in both]
+        )
+    ours, allowed = torch.tensor(squares, dtype=torch.float64).sum(0)
+    for what, error, limit in zip(("output", "x", "weight", "bias"), ours.sqrt(), 2 * allowed.sqrt(), strict=True):
+        assert error <= limit, f"{what}: root of the summed squares {error:.2e}, allowed {limit:.2e}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", NAMES)
+def test_without_bias_and_with_tensors_that_are_not_contiguous(name: str, device: str, seed: int) -> None:
+    _, weight, bias = draw((1, 1, 24, 3), True, torch.float32, device)
+    inputs = [
+        (torch.randn(7, 4, 24, device=device).transpose(0, 1), weight, bias),
+        (torch.randn(1, 7, 24, device=device).expand(4, -1, -1), weight, None),
+        (torch.randn(4, 7, 30, device=device)[..., 3:27], weight, None),
+        (torch.randn(4, 24, 7, device=device).transpose(1, 2), weight.detach().t().contiguous().t(), bias),
+    ]
+    upstreams = (torch.ones(1, device=device).expand(4, 7, 24), torch.randn(7, 4, 24, device=device).transpose(0, 1))
+    for x, w, b in inputs:
+        arguments = (x.requires_grad_(), w.detach().requires_grad_(), b)
+        for upstream in upstreams:
+            ours = passes(operator(name, 3, device), arguments, upstream)
+            doubles = cast(tuple(None if t is None else t.double() for t in arguments), torch.float64)
+            for got, right in zip(ours, passes(functools.partial(chain, heads=3), doubles, upstream), strict=True):
+                assert torch.allclose(got, right, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["naive", "fused", "sdpa", "compiled"])
+def test_gradcheck(name: str, seed: int) -> None:
+    arguments = draw((2, 3, 4, 2), True, torch.float64)
+    assert torch.autograd.gradcheck(operator(name, 2), arguments)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(3, 7, 24, 3), (2, 5, 96, 4)], ids=str)
+def test_every_element_is_written(name: str, shape: tuple[int, int, int, int], device: str, seed: int) -> None:
+    arguments = draw(shape, True, torch.float32, device)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
+    try:
+        assert torch.empty(1, device=device).isnan()
+        results = passes(operator(name, shape[-1], device), arguments, torch.randn(shape[:3]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(result.isfinite().all() for result in results)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", NAMES)
+def test_dropout_zeroes_weights_and_keeps_the_mean(name: str, device: str, seed: int) -> None:
+    x, weight, bias = (t.detach() for t in draw((1, 16, 8, 2), True, torch.float32, device))
+    many = x.expand(100 if name == "triton" else 4000, -1, -1)
+    outputs = operator(name, 2, device, dropout_p=0.3)(many, weight, bias)
+    off = outputs.mean(0) - chain(x, weight, bias, 2)[0]
+    assert (off.abs() < 6 * outputs.std(0) / len(many) ** 0.5).all()
+    assert outputs.std(0).min() > 0.01
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("name", "shape"), [*((name, (4, 9, 24, 3)) for name in NAMES), ("triton", (2, 9, 96, 4))], ids=str
+)
+def test_dropout_is_the_same_in_the_backward_pass(
+    name: str, shape: tuple[int, int, int, int], device: str, seed: int
+) -> None:
+    """The gradient is the slope of the function that the forward pass computed, drawn weights and all."""
+    arguments = draw(shape, True, torch.float32, device)
+    function = operator(name, shape[-1], device, dropout_p=0.4)
+    upstream, directions = torch.randn(shape[:3], device=device), [torch.randn_like(t) for t in arguments]
+
+    def value(step: float) -> float:
+        torch.manual_seed(7)
+        moved = (t.detach() + step * d for t, d in zip(arguments, directions, strict=True))
+        return float((function(*moved).double() * upstream).sum())
+
+    torch.manual_seed(7)
+    gradients = torch.autograd.grad(function(*arguments), arguments, upstream)
+    slope = sum(float((g.double() * d).sum()) for g, d in zip(gradients, directions, strict=True))
+    assert (value(1e-3) - value(-1e-3)) / 2e-3 == pytest.approx(slope, rel=0.01, abs=0.5)
+
+
+@pytest.mark.parametrize("model_name", ["c_vit_4_4_32", "mc_vit_4_4_32", "cct_2_3x2_32"])
+def test_one_checkpoint_gives_the_same_logits_and_gradients_under_each(
+    model_name: str, triton_device: str, seed: int
+) -> None:
+    model = timm.create_model(model_name, initializer_range=0.2, depth=2).eval().to(triton_device)
+    images = torch.randn(4, 3, 32, 32, device=triton_device)
+    results = {}
+    for name in NAMES:
+        fastvit_kernels.swap_attention(model, name)
+        model.zero_grad()
+        logits = model(images)
+        logits.logsumexp(1).sum().backward()
+        results[name] = [logits.detach(), *(p.grad.clone() for p in model.parameters())]
+    for name in NAMES[1:]:
+        for got, expected in zip(results[name], results[NAMES[0]], strict=True):
+            assert (got - expected).abs().max() <= 1e-5 * max(1.0, float(expected.abs().max())), name
+
+
+def test_attention_weights_are_the_probabilities(seed: int) -> None:
+    x, weight, bias = (t.detach() for t in draw((2, 7, 24, 3), True, torch.float64))
+    weights = fastvit_kernels.attention_weights(x, weight, bias, 3)
+    assert weights.shape == (2, 3, 7, 7)
+    assert torch.allclose(weights.sum(-1), torch.ones(2, 3, 7, dtype=torch.float64))
+    value = (x @ weight[48:].T + bias[48:]).view(2, 7, 3, 8).transpose(1, 2)
+    assert torch.allclose((weights @ value).transpose(1, 2).flatten(2), chain(x, weight, bias, 3))
+    with pytest.raises(ValueError, match="got 5 heads for dim 24"):
+        fastvit_kernels.attention_weights(x, weight, bias, 5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"implementation": "flash"},
+            "unknown attention implementation 'flash'; allowed: naive, fused, sdpa, compiled",
+        ),
+        ({"x": torch.zeros(4, 8)}, r"x must be \(batch, tokens, dim\)"),
+        ({"x": torch.zeros(1, 4, 8, dtype=torch.int64)}, "x must be floating point, got torch.int64"),
+        ({"qkv_weight": torch.zeros(8, 8)}, r"qkv_weight must be \(3\*dim, dim\)"),
+        ({"qkv_bias": torch.zeros(8)}, r"qkv_bias must be \(3\*dim,\)"),
+        ({"num_heads": 3}, "got 3 heads for dim 8"),
+        ({"num_heads": 0}, "got 0 heads for dim 8"),
+        ({"dropout_p": 1.0}, "dropout_p must be in"),
+        ({"x": torch.zeros(1, 4, 8, dtype=torch.float64)}, "qkv_weight is torch.float32, x is torch.float64"),
+        ({"x": torch.zeros(1, 4, 8, device="meta")}, "qkv_weight is on cpu, x on meta"),
+    ],
+)
+def test_bad_arguments(change: dict[str, object], message: str) -> None:
+    arguments = {"x": torch.zeros(1, 4, 8), "qkv_weight": torch.zeros(24, 8), "qkv_bias": None, "num_heads": 2}
+    with pytest.raises(ValueError, match=message):
+        fastvit_kernels.attention(**{**arguments, **change})

@@ -1,0 +1,48 @@
+"""`compiled` compiles once per shape, not per step."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import fastvit_kernels
+from tests.kernels.attention_cases import draw
+
+
+def test_no_recompilation_from_step_to_step(seed: int) -> None:
+    torch._dynamo.reset()
+
+    def step(batch: int) -> None:
+        x, weight, bias = draw((batch, 5, 16, 2), True, torch.float32)
+        fastvit_kernels.attention(x, weight, bias, 2, implementation="compiled").sum().backward()
+
+    graphs = []
+    for batch in (3, 3, 3, 4, 3, 4):
+        step(batch)
+        graphs.append(counters["stats"]["unique_graphs"])
+    first = graphs[0]
+    assert graphs == [first, first, first, first + 1, first + 1, first + 1]
+
+
+def test_more_shapes_than_dynamo_recompiles_one_function_for(seed: int) -> None:
+    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+        for batch in range(1, 5):
+            x, weight, bias = draw((batch, 2, 8, 2), False, torch.float32)
+            fastvit_kernels.attention(x, weight, bias, 2, implementation="compiled")
+
+
+def test_inside_a_larger_compiled_graph(seed: int) -> None:
+    x, weight, bias = draw((3, 5, 16, 2), True, torch.float32)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return fastvit_kernels.attention(x, weight, bias, 2, implementation="compiled") + 1
+
+    assert torch.allclose(torch.compile(function, fullgraph=True)(x), function(x), atol=1e-5)
+
+
+def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "needs a C++ compiler, and no-such-compiler is not to be found" in str(
+        fastvit_kernels.implementations()["compiled"]
+    )
+    with pytest.raises(ValueError, match=r"'compiled' needs a C\+\+ compiler.*here there are: naive, fused, sdpa"):
+        fastvit_kernels.check_implementation("compiled")

@@ -1,0 +1,84 @@
+"""Shared by the tests: processes as users start them, small data sets on disk."""
+
+import os
+import pickle
+import re
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+ON_CPUS = {"CUDA_VISIBLE_DEVICES": ""}
+"""for several processes: a machine with a GPU may have no second one"""
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+
+
+def launch(
+    *args: object, processes: int = 1, before: Sequence[object] = (), cwd: Path | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `accelerate launch BEFORE -m fastvit_train ARGS` as a user would, in a process of its own."""
+    on_cpus = ON_CPUS if processes > 1 else {}
+    return run(launch_command(*args, processes=processes, before=before), cwd, **on_cpus, **env)
+
+
+def launch_command(*args: object, processes: int = 1, before: Sequence[object] = ()) -> list[str]:
+    """`accelerate launch BEFORE -m fastvit_train ARGS`."""
+    multi = ["--multi_gpu", "--num_processes", processes] if processes > 1 else []
+    return [*map(str, (*ACCELERATE, "launch", *multi, *before, "-m", "fastvit_train", *args))]
+
+
+def run(command: list[str], cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a command without the thread settings that pytest may have been started with, and the interpreter's."""
+    return subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=900)
+
+
+def environment(**env: str) -> dict[str, str]:
+    """This process's environment as a user's would be, and `env`."""
+    ours = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET")
+    return {**{key: value for key, value in os.environ.items() if key not in ours}, **env}
+
+
+def one_line_error(text: str) -> str:
+    """The message of the one line that a user's mistake is answered with; fails on a traceback of ours."""
+    lines = re.findall(r"^fastvit_train: error: (.*)$", text, re.MULTILINE)
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+def write_folder(
+    root: Path, per_class: int = 12, classes: tuple[str, ...] = ("circle", "square"), size: int = 32
+) -> Path:
+    """A folder of images that a model can learn: one colour per class, with noise."""
+    generator = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(per_class):
+                pixels = generator.integers(0, 100, (size, size, 3), dtype=np.uint8)
+                pixels[..., label % 3] += 120
+                Image.fromarray(pixels).save(root / split / name / f"{i}.png")
+    return root
+
+
+def write_cifar10(root: Path, per_batch: int = 20, labels: int = 10) -> Path:
+    """Batches in torchvision's layout, as the original archive holds them."""
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
+        data = generator.integers(0, 256, (per_batch, 3072), dtype=np.uint8)
+        batch = {b"data": data, b"labels": [i % labels for i in range(per_batch)], b"filenames": [b"x.png"] * per_batch}
+        (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
+    meta = {b"label_names": [f"class {i}".encode() for i in range(10)]}
+    (folder / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
+    return root
+
+
+def idx_bytes(array: np.ndarray) -> bytes:
+    """`array` in the idx format."""
+    return struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()

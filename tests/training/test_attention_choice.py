@@ -1,0 +1,120 @@
+"""The attention of a run: by flag, by measurement, kept on resume, in our models and in timm's."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+import fastvit_kernels
+from fastvit_train.config.schema import TrainConfig
+from fastvit_train.inference.evaluate import evaluate_run
+from fastvit_train.runs.run_folder import read_rows
+from fastvit_train.training.loop import fit
+from fastvit_train.utils.errors import UserError
+from tests.support import one_line_error, run
+
+Config = Callable[..., TrainConfig]
+
+
+def losses(tmp_path: Path, name: str = "run") -> list[float]:
+    return [row["loss"] for row in read_rows(tmp_path / "runs" / name / "steps.jsonl")]
+
+
+def recorded(tmp_path: Path) -> str:
+    return yaml.safe_load((tmp_path / "runs" / "run" / "config.yaml").read_text())["attention"]
+
+
+def choose_always(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    milliseconds = {"fused": 2.0, "naive": 2.0, "sdpa": 2.0, name: 1.0}
+    choice = fastvit_kernels.Choice(name, "a case", milliseconds, 0.0)
+    monkeypatch.setattr(fastvit_kernels, "choose", lambda *arguments, **options: choice)
+
+
+def test_runs_under_each_attention_end_alike(small_config: Config, tmp_path: Path) -> None:
+    ends = {}
+    for name in ("naive", "fused", "sdpa", "compiled", "cpp", "auto"):
+        summary = fit(small_config(attention=name, exp_name=name, epochs=2))
+        assert summary["attention"] == name or name == "auto"
+        assert (summary["compile_seconds"] is not None) == (summary["attention"] in ("compiled", "cpp"))
+        ends[name] = [*losses(tmp_path, name), summary["test_loss"]]
+    for name, values in ends.items():
+        assert values == pytest.approx(ends["fused"], abs=1e-4), name
+
+
+def test_auto_is_the_default_and_its_pick_is_recorded_and_kept(
+    small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose_always(monkeypatch, "naive")
+    assert TrainConfig().model.attention == "auto"
+    fit(small_config(attention="auto", stop_after=1))
+    assert recorded(tmp_path) == "naive"
+    assert "attention auto: naive, by ms per" in (tmp_path / "runs" / "run" / "train.log").read_text()
+    choose_always(monkeypatch, "sdpa")  # what another measurement might say
+    assert fit(small_config(attention="auto"), resume="must")["attention"] == "naive"
+    assert recorded(tmp_path) == "naive"
+
+
+def test_a_resumed_run_takes_another_attention_if_it_is_named(small_config: Config, tmp_path: Path) -> None:
+    fit(small_config(stop_after=1, attention="naive"))
+    assert fit(small_config(attention="fused"), resume="must")["attention"] == "fused"
+
+
+def test_a_recorded_attention_that_cant_run_here_is_said_to_be_recorded(
+    small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit(small_config(stop_after=1, attention="compiled"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    message = r"'compiled' needs a C\+\+ compiler.*recorded in .*config.yaml, --attention takes another"
+    with pytest.raises(UserError, match=message):
+        fit(small_config(attention="auto"), resume="must")
+    with pytest.raises(UserError, match=message):
+        evaluate_run(tmp_path / "runs" / "run")
+    evaluate_run(tmp_path / "runs" / "run", attention="fused")
+
+
+def test_tokens_that_the_attention_cant_serve_are_one_line(small_config: Config, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="triton holds whole rows of up to 256 tokens here, got 1024; take sdpa"):
+        fit(small_config(attention="triton", patch_size=1, epochs=1))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_compiling_is_warmed_up_without_a_trace_in_the_run(
+    small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and random state are those of a run that had no warm-up: dropout would show it."""
+    options = {"epochs": 1, "drop_rate": 0.2, "attn_drop_rate": 0.0}
+    fit(small_config(attention="fused", exp_name="fused", **options))
+    monkeypatch.setattr("fastvit_train.training.setup.COMPILING", ("fused",))
+    assert fit(small_config(attention="fused", exp_name="warm", **options))["compile_seconds"] > 0
+    assert losses(tmp_path, "fused") == losses(tmp_path, "warm")
+
+
+def test_timms_vit_trains_with_ours(small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    choose_always(monkeypatch, "naive")
+    timms = {"model": "vit_tiny_patch16_224", "image_size": 32, "epochs": 1, "optimizer": "adamw"}
+    used = {}
+    for name in ("timm", "sdpa", "auto"):
+        used[name] = fit(small_config(attention=name, exp_name=name, **timms))["attention"]
+    assert used == {"timm": "timm", "sdpa": "sdpa", "auto": "naive"}
+    for name in ("sdpa", "auto"):
+        assert losses(tmp_path, name) == pytest.approx(losses(tmp_path, "timm"), abs=1e-3)
+    results = [evaluate_run(tmp_path / "runs" / "sdpa", attention=name) for name in (None, "fused", "timm", "auto")]
+    assert [r.evaluation.loss for r in results] == pytest.approx([results[0].evaluation.loss] * 4, abs=1e-5)
+
+
+def test_a_model_that_it_cant_serve_keeps_its_own(small_config: Config) -> None:
+    resnet = {"model": "resnet18", "embed_dim": None, "depth": None, "num_heads": None, "patch_size": None, "epochs": 1}
+    with pytest.raises(UserError, match="ResNet has no attention that 'sdpa' could be put into; take --attention timm"):
+        fit(small_config(attention="sdpa", **resnet))
+    assert fit(small_config(attention="auto", image_size=32, **resnet))["attention"] == "timm"
+
+
+def test_what_cant_run_here_is_one_line(tmp_path: Path) -> None:
+    flags = ["--attention", "triton", "--runs-dir", str(tmp_path)]
+    done = run(["python", "-m", "fastvit_train", *flags], CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    assert one_line_error(done.stderr).startswith(
+        "attention implementation 'triton' needs a GPU; with TRITON_INTERPRET"
+    )
+    assert not list(tmp_path.iterdir())

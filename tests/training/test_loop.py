@@ -1,0 +1,94 @@
+"""A training step asks the device for nothing: the host would wait for the answer."""
+
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastvit_train.config.schema import TrainConfig
+from fastvit_train.training.loop import train_epoch
+from fastvit_train.training.progress_bar import ProgressBar
+from fastvit_train.training.session import TrainSession
+from fastvit_train.training.setup import setup
+
+Config = Callable[..., TrainConfig]
+
+
+class HostReads(TorchDispatchMode):
+    """Counts the operators whose answer the host waits for, by the part of the step."""
+
+    OPERATORS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = "outside"
+        self.steps = 0
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count[self.part] += func in self.OPERATORS
+        return func(*args, **(kwargs or {}))
+
+    @contextmanager
+    def phase(self, name: str):
+        self.part = name
+        yield
+        self.part = "between"
+        self.steps += name == "forward"
+
+
+def reads(job: TrainSession) -> HostReads:
+    with HostReads() as found:
+        train_epoch(job, ProgressBar(job.log.console, 1, 1, 1), found.phase)
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "nmuon"])
+def test_no_part_of_a_step_reads_a_value_back(small_config: Config, optimizer: str) -> None:
+    settings = {"optimizer": optimizer, "clip_grad": 1.0, "label_smoothing": 0.1, "crop": "resized", "cutout": 2}
+    found = reads(setup(small_config(**settings), "never", overwrite=False))
+    assert found.steps == 5
+    parts = ("input", "forward", "backward", "optimizer", "between")
+    assert {part: found.count[part] for part in parts} == dict.fromkeys(parts, 0)
+    assert found.count["waiting"] > 0  # at the epoch's end the losses are read: so reading does show
+
+
+def test_a_loss_that_is_read_in_the_loop_is_seen(small_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    cross_entropy = torch.nn.functional.cross_entropy
+
+    def watched(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = cross_entropy(*args, **kwargs)
+        assert loss.item() > 0
+        return loss
+
+    monkeypatch.setattr(F, "cross_entropy", watched)
+    found = reads(setup(small_config(), "never", overwrite=False))
+    assert found.count["forward"] == found.steps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_on_a_gpu_torch_sees_no_synchronisation_either(small_config: Config, compile: bool) -> None:
+    job = setup(small_config(compile=compile, attention="triton"), "never", overwrite=False)
+    bar = ProgressBar(job.log.console, 1, 1, 1)
+    train_epoch(job, bar)
+    job.progress.close_epoch()
+    modes = {"waiting": "default"}
+
+    @contextmanager
+    def phase(name: str):
+        torch.cuda.set_sync_debug_mode(modes.get(name, "error"))
+        yield
+        torch.cuda.set_sync_debug_mode("default")
+
+    first = iter([True])
+
+    def after_the_first(name: str):
+        return phase("waiting" if next(first, False) else name)  # the epoch's draws are moved in its first input
+
+    train_epoch(job, bar, after_the_first)

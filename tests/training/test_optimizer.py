@@ -1,0 +1,135 @@
+"""Optimizers and schedules: the seed's to the letter, Muon on the right matrices."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+
+from fastvit_train.config.recipes import recipe
+from fastvit_train.config.schema import OptimConfig
+from fastvit_train.training.muon import Muon, orthogonalize
+from fastvit_train.training.optimizer import build_optimizer, build_schedule, check_optimizer
+from fastvit_train.utils.errors import UserError
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, images: torch.Tensor) -> None:
+    optimizer.zero_grad()
+    model(images).square().sum().backward()
+    optimizer.step()
+
+
+def test_the_seeds_adamw_is_torchs_over_all_parameters(seed: int) -> None:
+    ours = timm.create_model("c_vit_4_4_32")
+    theirs = copy.deepcopy(ours)
+    images = torch.randn(4, 3, 32, 32)
+    our_optimizer = build_optimizer(ours, recipe("seed-cifar10").optim)
+    their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.01, fused=True)
+    for _ in range(3):
+        step(ours, our_optimizer, images)
+        step(theirs, their_optimizer, images)
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_muon_trains_the_blocks_matrices_and_adamw_the_rest() -> None:
+    model = timm.create_model("mc_vit_4_4_32")
+    optimizer = build_optimizer(model, OptimConfig(optimizer="muon", weight_decay=0.1))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    by_muon = {
+        names[p]
+        for group in optimizer.param_groups
+        for p in group["params"]
+        if not group["use_fallback"] and p.ndim >= 2
+    }
+    assert by_muon == {n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
+    assert len(by_muon) == 16
+    not_decayed = {names[p] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
+    assert not_decayed == {n for n, p in model.named_parameters() if p.ndim == 1 or n in ("pos_embed", "cls_token")}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+def test_muon_agrees_with_torchs(seed: int) -> None:
+    """torch.optim.Muon orthogonalises in bfloat16, hence the tolerance; the fallback is compared exactly."""
+    ours = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((48, 16), (48, 16), (16, 48), (20,))]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    groups = [{"params": ours[:3]}, {"params": ours[3:], "use_fallback": True}]
+    optimizer = Muon(groups, lr=0.02, weight_decay=0.1, momentum=0.9, nesterov=True)
+    muon = torch.optim.Muon(
+        theirs[:3], lr=0.02, weight_decay=0.1, momentum=0.9, nesterov=True, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(theirs[3:], lr=0.02, weight_decay=0.1, betas=(0.9, 0.95))
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        before = [p.detach().clone() for p in theirs]
+        optimizer.step()
+        muon.step()
+        adamw.step()
+        for a, b, old in zip(ours[:3], theirs[:3], before, strict=False):
+            assert (a - b).norm() < 0.05 * (b - old).norm()
+            b.data.copy_(a.data)
+        assert torch.allclose(ours[3], theirs[3], atol=1e-7)
+
+
+def test_merged_projections_are_orthogonalised_one_by_one(seed: int) -> None:
+    merged = torch.nn.Parameter(torch.randn(24, 8))
+    single = [torch.nn.Parameter(part.detach().clone()) for part in merged.chunk(3)]
+    together = Muon([{"params": [merged], "merged": 3}], lr=0.02, weight_decay=0.1)
+    apart = Muon([{"params": single}], lr=0.02, weight_decay=0.1)
+    for _ in range(3):
+        merged.grad = torch.randn_like(merged)
+        for part, gradient in zip(single, merged.grad.chunk(3), strict=True):
+            part.grad = gradient.clone()
+        together.step()
+        apart.step()
+    assert torch.allclose(merged, torch.cat(single), atol=1e-6)
+    model = timm.create_model("mc_vit_4_4_32")
+    optimizer = build_optimizer(model, OptimConfig(optimizer="nmuon"))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    in_three = {names[p] for group in optimizer.param_groups for p in group["params"] if group["merged"] == 3}
+    assert in_three == {name for name in names.values() if name.endswith("qkv.weight")} and len(in_three) == 4
+
+
+@pytest.mark.parametrize("shape", [(3, 48, 144), (2, 192, 48), (1, 48, 48)])
+def test_orthogonalize_keeps_singular_vectors_and_evens_out_values(seed: int, shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(*shape)
+    result = orthogonalize(matrices)
+    assert result.shape == shape
+    u, values, vh = torch.linalg.svd(matrices.double(), full_matrices=False)
+    inner = u.mT @ result.double() @ vh.mT
+    diagonal = torch.diagonal(inner, dim1=1, dim2=2)
+    assert (inner - torch.diag_embed(diagonal)).abs().max() < 1e-3
+    assert diagonal[values > 0.05 * values.amax(1, keepdim=True)].sub(1).abs().max() < 0.45
+
+
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear"])
+def test_schedules(name: str) -> None:
+    config = OptimConfig(lr=0.8, schedule=name, warmup=0.1)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
+    schedule = build_schedule(optimizer, config, epochs=10, steps_per_epoch=10)
+    rates = []
+    for i in range(100):
+        rates.append(optimizer.param_groups[0]["lr"])
+        schedule.step_update(i + 1)
+    assert rates[0] == pytest.approx(0.008) and rates[5] == pytest.approx((0.008 + 0.8) / 2)
+    expected = {"constant": 0.8, "cosine": 0.4 * (1 + math.cos(0.6 * math.pi)), "linear": 0.8 * 0.4}
+    assert rates[60] == pytest.approx(expected[name])
+
+
+def test_unknown_and_unfit_optimizers_are_refused() -> None:
+    with pytest.raises(UserError, match="unknown optimizer 'adamx' .did you mean ada.*; allowed: .*adamw"):
+        check_optimizer("adamx")
+    with pytest.raises(UserError, match="doesn't go with muon"):
+        build_optimizer(timm.create_model("mc_vit_4_4_32"), OptimConfig(optimizer="muon", decay_all=True))
+    check_optimizer("lookahead_adamw")
+
+
+@pytest.mark.parametrize("name", ["sgd", "lamb", "lion", "nmuon"])
+def test_timms_optimizers_by_name(name: str, seed: int) -> None:
+    model = timm.create_model("mc_vit_4_4_32")
+    before = model.head.weight.detach().clone()
+    step(model, build_optimizer(model, OptimConfig(optimizer=name, lr=0.01, momentum=None)), torch.randn(2, 3, 32, 32))
+    assert not torch.equal(before, model.head.weight)

@@ -1,0 +1,160 @@
+"""What the processes agree on a few times a second, and what is counted for the steps between."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.optimizer import AcceleratedOptimizer
+from safetensors.torch import load_file
+
+from fastvit_train.config.schema import TrainConfig
+from fastvit_train.inference.evaluate import evaluate_run
+from fastvit_train.runs.run_folder import read_rows
+from fastvit_train.training import preemption
+from fastvit_train.training.loop import fit, train_epoch
+from fastvit_train.training.preemption import INTERVAL, Stop, StopRequest, Watch
+from fastvit_train.training.progress_bar import ProgressBar
+from fastvit_train.training.session import TrainSession
+from fastvit_train.training.setup import setup
+from fastvit_train.utils.errors import UserError
+
+SmallConfig = Callable[..., TrainConfig]
+
+
+class Clock:
+    """A clock that stands still between steps, each of which takes `step` seconds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(preemption.time, "perf_counter", lambda: self.now)
+
+
+def watch(processes: int = 1, request: StopRequest | None = None) -> Watch:
+    accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=processes)
+    return Watch(accelerator, request or StopRequest())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("step", [0.0005, 0.01, 0.1, 3.0])
+def test_the_exchanges_are_a_quarter_of_a_second_apart_whatever_a_step_takes(
+    step: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, at = Clock(monkeypatch), []
+    two = watch(processes=2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda news, operation: at.append(clock.now))
+    for _ in range(round(20 / step)):
+        clock.now += step
+        assert two.tick()
+    gaps = [after - before for before, after in pairwise(at)]
+    assert max(gaps) <= max(INTERVAL, step) + 1e-9
+    settled = gaps[len(gaps) // 2 :]
+    assert min(settled) >= min(INTERVAL, step) * 0.9 and len(at) <= 20 / max(INTERVAL, step) * 2 + 12
+
+
+def test_a_process_alone_stops_after_the_step_and_others_agree_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = StopRequest()
+    alone = watch(request=request)
+    assert alone.tick()
+    request.received = signal.SIGUSR1
+    with pytest.raises(Stop, match="SIGUSR1"):
+        alone.tick()
+
+    def another_was_told(news: torch.Tensor, operation: object) -> None:
+        news[0] = max(int(news[0]), signal.SIGTERM)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", another_was_told)
+    with pytest.raises(Stop, match="SIGTERM"):
+        watch(processes=2).tick()
+
+
+def test_signals_are_taken_while_a_run_lasts_and_given_back() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopRequest() as request:
+        signal.raise_signal(signal.SIGUSR1)
+        assert request.received == signal.SIGUSR1
+    assert signal.getsignal(signal.SIGUSR1) == before
+
+
+def test_a_run_in_another_thread_leaves_signals_alone(small_config: SmallConfig) -> None:
+    summaries = []
+    thread = threading.Thread(target=lambda: summaries.append(fit(small_config(epochs=1))))
+    thread.start()
+    thread.join()
+    assert summaries[0]["epochs"] == 1
+
+
+def test_a_loss_that_is_no_number_ends_the_epoch_early(
+    small_config: SmallConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps go on until the next exchange, not to the epoch's end; no checkpoint is written of it."""
+    job = setup(small_config(batch_size=10, save_every=50), "never", overwrite=False)
+    cross_entropy, calls = torch.nn.functional.cross_entropy, 0
+
+    def spoilt(*args: torch.Tensor, **kwargs: float) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        time.sleep(0.01)
+        return cross_entropy(*args, **kwargs) * (float("inf") if calls == 20 else 1)
+
+    monkeypatch.setattr(F, "cross_entropy", spoilt)
+    with pytest.raises(UserError, match=r"became inf at step 20 \(epoch 1, learning rate 0\.\d+\)") as caught:
+        train_epoch(job, ProgressBar(job.log.console, 1, 1, 1))
+    assert calls < 20 + 2 * INTERVAL / 0.01 + 5 < job.train_loader.steps_per_epoch
+    named = [int(word) for word in str(caught.value).rpartition(": ")[2].split()]
+    assert named == job.train_loader.sample_order(0)[19].flatten().tolist()
+    assert not list(job.folder.checkpoints.glob("step_*"))
+
+
+def test_weights_that_are_no_numbers_are_not_saved(
+    small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may come about in the very step before a checkpoint: no loss has shown it yet."""
+    step, calls = AcceleratedOptimizer.step, 0
+
+    def spoilt(optimizer: AcceleratedOptimizer, *args: object) -> None:
+        nonlocal calls
+        calls += 1
+        step(optimizer, *args)
+        if calls == 10:  # the second epoch's last
+            optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", spoilt)
+    message = r"holds infinite or no numbers after step 10 \(epoch \d\); .*; the last good checkpoint is \S+step_5"
+    with pytest.raises(UserError, match=message):
+        fit(small_config())
+    monkeypatch.undo()
+    assert fit(small_config(), resume="must")["epochs"] == 3
+
+
+def test_the_moving_average_is_what_is_evaluated_and_written(small_config: SmallConfig, tmp_path: Path) -> None:
+    decay, epochs = 0.8, 2
+    summary = fit(small_config(ema=decay, epochs=epochs, batch_size=480, exp_name="averaged", save_every=1, keep=99))
+    run = tmp_path / "runs" / "averaged"
+    assert evaluate_run(run).evaluation.accuracy == summary["test_accuracy"]
+    steps = [load_file(run / f"checkpoints/step_{step}/model.safetensors") for step in range(1, 2 * epochs + 1)]
+    expected = {key: value.double() for key, value in steps[0].items()}
+    for number, weights in enumerate(steps[1:], start=2):  # timm's warm-up of the decay: 1 - step ** -2/3
+        rate = min(decay, 1 - number ** (-2 / 3))
+        expected = {key: rate * value + (1 - rate) * weights[key].double() for key, value in expected.items()}
+    written = load_file(run / "model.safetensors")
+    assert all(torch.allclose(written[key].double(), value, atol=1e-6) for key, value in expected.items())
+    assert not torch.equal(written["head.weight"], steps[-1]["head.weight"])
+
+
+def test_steps_that_the_scaler_skips_are_counted_and_shown(
+    small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    taken = iter(range(10**6))
+    skipped = property(lambda _: next(taken) in (2, 7))
+    monkeypatch.setattr(TrainSession.__annotations__["optimizer"], "step_was_skipped", skipped)
+    summary = fit(small_config(stop_after=1))
+    assert summary["skipped_steps"] == 1
+    summary = fit(small_config(), resume="must")
+    assert summary["skipped_steps"] == 2 and "2 steps skipped by fp16's scaler so far" in capsys.readouterr().out
+    assert [row["skipped_steps"] for row in read_rows(tmp_path / "runs" / "run" / "metrics.jsonl")] == [1, 2, 2]

@@ -1,0 +1,47 @@
+"""Memory that was freed stays with the process, and the peak is counted from where it was forgotten."""
+
+import sys
+
+import pytest
+import torch
+
+from fastvit_train.utils import memory
+from tests.support import run
+
+FAULTS = """
+import resource, sys, torch
+from fastvit_train import memory
+kept = memory.keep_freed() if sys.argv[1] == "kept" else None
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.zeros(40 * 2**20, dtype=torch.uint8)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(kept, min(faults() for _ in range(3)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_freed_memory_is_used_again_without_a_page_fault() -> None:
+    pages = 40 * 2**20 // 4096
+    said = run([sys.executable, "-c", FAULTS, "kept"]).stdout.split()
+    if said[0] == "False":
+        pytest.skip("another C library")
+    assert int(said[1]) < pages / 100
+    assert run([sys.executable, "-c", FAULTS, "kept"], MALLOC_TRIM_THRESHOLD_="1000").stdout.split()[0] == "False"
+
+
+def test_the_peak_is_counted_from_where_it_was_forgotten() -> None:
+    if sys.platform != "linux":
+        pytest.skip("elsewhere it is the process's")
+    cpu = torch.device("cpu")
+    held = torch.ones(200 * 2**20, dtype=torch.uint8)
+    high = memory.peak_mib(cpu)
+    del held
+    memory.reset_peak_memory(cpu)
+    low = memory.peak_mib(cpu)
+    torch.ones(50 * 2**20, dtype=torch.uint8)
+    assert low <= high and low <= memory.peak_mib(cpu) <= max(high, low + 150)
+    part = torch.ones(400 * 2**20, dtype=torch.uint8)
+    assert memory.peak_mib(cpu) >= low + 190 and len(part)
