@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from bench.typical import Script
+from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import recipe
-from fastvit_train.config.schema import TrainConfig, override
+from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.datasets import load_dataset
 from fastvit_train.training.loop import train_epoch
 from fastvit_train.training.progress_bar import ProgressBar
@@ -35,7 +36,7 @@ Epoch = Callable[[], tuple[float, int]]
 def config(batch: int, holdout: float, runs_dir: str = "runs") -> TrainConfig:
     """The seed's recipe on synthetic images; the typical script trains on the same images with the same optimizer."""
     settings: dict[str, Any] = {"dataset": "synthetic", "holdout": holdout, "batch_size": batch, "epochs": 10**6}
-    return override(recipe("seed-cifar10"), {**settings, "runs_dir": runs_dir, "exp_name": "bench"}, "the bench")
+    return override(recipe("upstream-cifar10"), {**settings, "runs_dir": runs_dir, "exp_name": "bench"}, "the bench")
 
 
 def typical(batch: int, holdout: float) -> tuple[Epoch, int]:

@@ -15,8 +15,9 @@ if not torch.cuda.is_available():
 import timm
 from timm.models._hub import save_for_hf
 
+from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import recipe
-from fastvit_train.config.schema import TrainConfig, override
+from fastvit_train.config.schema import TrainConfig
 from fastvit_train.training.loop import fit
 
 COUNTS: Counter[str] = Counter()

@@ -17,8 +17,9 @@ import tyro
 from fastvit_train.cli import messages
 from fastvit_train.cli.overview import overview
 from fastvit_train.cli.verbs import SCRIPT, VERBS, Settings
+from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import recipe
-from fastvit_train.config.schema import TrainConfig, override
+from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed import env
 from fastvit_train.training.preemption import EXIT_STATUS, Preempted
 from fastvit_train.utils.console import Terminal
@@ -118,7 +119,7 @@ def _base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
     settings = _read_config(Path(known.config)) if known.config else {}
     name = settings.get("recipe", "quickstart") if known.recipe is None else known.recipe
     base = recipe(str(name))
-    return override(base, {**settings, "recipe": name}, str(known.config)), known.config
+    return override(base, {**settings, "recipe": base.run.recipe}, str(known.config)), known.config
 
 
 def _read_config(path: Path) -> dict[str, Any]:

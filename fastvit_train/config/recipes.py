@@ -7,7 +7,7 @@ from fastvit_train.utils.errors import UserError, did_you_mean
 
 
 def quickstart() -> TrainConfig:
-    """mc-ViT on the embedded digits: a first run within a minute or two on a laptop's CPU."""
+    """mc-ViT on the digits that ship with the package: a first run of a minute or two on a laptop's CPU."""
     return TrainConfig(
         run=RunConfig(recipe="quickstart", epochs=30, batch_size=64),
         data=DataConfig(dataset="digits", crop="shift", shift=3),
@@ -15,27 +15,26 @@ def quickstart() -> TrainConfig:
     )
 
 
-def seed_cifar10() -> TrainConfig:
-    """The seed to the letter: AdamW at a constant 0.01 on all parameters, random resized crop and flip."""
+def upstream_cifar10() -> TrainConfig:
+    """The upstream's recipe unchanged: AdamW at a constant 0.01 on all parameters, random resized crop and flip."""
     return TrainConfig(
-        run=RunConfig(recipe="seed-cifar10", epochs=100, batch_size=256),
+        run=RunConfig(recipe="upstream-cifar10", epochs=100, batch_size=256),
         data=DataConfig(dataset="cifar10", crop="resized", crop_scale=0.8, flip="random"),
         optim=OptimConfig(optimizer="adamw", lr=0.01, weight_decay=0.01, decay_all=True, schedule="constant"),
     )
 
 
-def seed_cifar100() -> TrainConfig:
-    """The seed to the letter, on CIFAR-100."""
-    base = seed_cifar10()
+def upstream_cifar100() -> TrainConfig:
+    """The upstream's recipe unchanged, on CIFAR-100."""
     return TrainConfig(
-        run=RunConfig(recipe="seed-cifar100", epochs=100, batch_size=256),
+        run=RunConfig(recipe="upstream-cifar100", epochs=100, batch_size=256),
         data=DataConfig(dataset="cifar100", crop="resized", crop_scale=0.8, flip="random"),
-        optim=base.optim,
+        optim=upstream_cifar10().optim,
     )
 
 
 def fast_cifar10() -> TrainConfig:
-    """The seed's 100-epoch accuracy in 6: Muon, whitened patches, small shifts; tuned in bench/RECIPES.md."""
+    """The upstream's 100-epoch accuracy in 6 epochs: Muon, whitened patches, small shifts; see bench/RECIPES.md."""
     return TrainConfig(
         run=RunConfig(recipe="fast-cifar10", epochs=6, batch_size=128),
         model=ModelConfig(patch_init="whiten"),
@@ -45,7 +44,7 @@ def fast_cifar10() -> TrainConfig:
 
 
 def best_cifar10() -> TrainConfig:
-    """The seed's model as good as 100 epochs make it: fast-cifar10 with larger shifts and cutout."""
+    """The highest accuracy of the upstream's model in 100 epochs: fast-cifar10 with larger shifts and cutout."""
     fast = fast_cifar10()
     return TrainConfig(
         run=RunConfig(recipe="best-cifar10", epochs=100, batch_size=128),
@@ -56,17 +55,17 @@ def best_cifar10() -> TrainConfig:
 
 
 def cvt_cifar10() -> TrainConfig:
-    """CVT-7/4 in 60 epochs, meant to pass the 92.43% of its published 200; not run in full yet."""
+    """CVT-7/4 in 60 epochs, intended to exceed the 92.43% of its published 200 epochs; not run in full yet."""
     return _compact("cvt-cifar10", epochs=60, model=ModelConfig(model="cvt_7_4_32", patch_init="whiten"))
 
 
 def cct_cifar10() -> TrainConfig:
-    """CCT-7/3x1 in 100 epochs, meant to pass the 94.78% of its published 200; not run in full yet."""
+    """CCT-7/3x1 in 100 epochs, intended to exceed the 94.78% of its published 200 epochs; not run in full yet."""
     return _compact("cct-cifar10", epochs=100, model=ModelConfig(model="cct_7_3x1_32"))
 
 
 def _compact(name: str, epochs: int, model: ModelConfig) -> TrainConfig:
-    """3.7 million parameters learn the images by heart: more is done to the images, and to the labels."""
+    """Models of 3.7 million parameters overfit sooner, hence stronger augmentation and label smoothing."""
     return TrainConfig(
         run=RunConfig(recipe=name, epochs=epochs, batch_size=256),
         model=model,
@@ -79,17 +78,20 @@ def _compact(name: str, epochs: int, model: ModelConfig) -> TrainConfig:
 
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "quickstart": quickstart,
-    "seed-cifar10": seed_cifar10,
-    "seed-cifar100": seed_cifar100,
+    "upstream-cifar10": upstream_cifar10,
+    "upstream-cifar100": upstream_cifar100,
     "fast-cifar10": fast_cifar10,
     "best-cifar10": best_cifar10,
     "cvt-cifar10": cvt_cifar10,
     "cct-cifar10": cct_cifar10,
 }
+ALIASES = {"seed-cifar10": "upstream-cifar10", "seed-cifar100": "upstream-cifar100"}
+"""Earlier names of recipes, which older runs have recorded."""
 
 
 def recipe(name: str) -> TrainConfig:
-    """The configuration of that name; UserError where there is none."""
+    """Return the configuration of the recipe `name`; raise UserError if there is none."""
+    name = ALIASES.get(name, name)
     if name not in RECIPES:
         raise UserError(f"unknown recipe {name!r}{did_you_mean(name, RECIPES)}; allowed: {', '.join(RECIPES)}")
     return RECIPES[name]()

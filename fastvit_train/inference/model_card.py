@@ -6,8 +6,10 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from fastvit_train.config.overrides import flatten, marked
 from fastvit_train.config.recipes import recipe
-from fastvit_train.config.schema import TrainConfig, flatten
+from fastvit_train.config.schema import TrainConfig
+from fastvit_train.config.validation import Mark
 from fastvit_train.inference.trained_model import TrainedModel
 from fastvit_train.models import OUR_MODELS
 from fastvit_train.runs import comparison
@@ -22,18 +24,6 @@ PUBLIC = {
 }
 """the Hub's names of data sets, by ours; what a folder holds, only its owner knows"""
 MOST_CLASSES = 100
-NO_DEPARTURE = (
-    "recipe",
-    "exp_name",
-    "runs_dir",
-    "data_dir",
-    "data_url",
-    "track",
-    "telemetry",
-    "image_size",
-    "attention",
-)
-"""settings that every run has its own of; which attention it was doesn't change the model"""
 REPEATED = "accelerate launch{flags} -m fastvit_train --config config.yaml --exp-name again"
 
 
@@ -130,7 +120,7 @@ def _recipe(config: TrainConfig) -> str:
         return f"## Recipe\n\n`{code(config.run.recipe)}`, which this version of fastvit-train doesn't know."
     own = flatten(config)
     rows = [["setting", "recipe", "here"]]
-    departures = [key for key in own if key not in NO_DEPARTURE and own[key] != base[key]]
+    departures = [key for key in own if key not in marked(Mark.NOT_A_DEPARTURE) and own[key] != base[key]]
     rows += [[key, *("default" if v is None else text(v) for v in (base[key], own[key]))] for key in departures]
     differing = f", except:\n\n{table(rows)}" if len(rows) > 1 else ", as it is."
     return f"## Recipe\n\n`{code(config.run.recipe)}`{differing}\n\nAll settings are in `config.yaml`."

@@ -3,14 +3,15 @@
 import re
 import shutil
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from fastvit_train import __version__
+from fastvit_train.config.overrides import map_marked
 from fastvit_train.config.schema import TrainConfig
+from fastvit_train.config.validation import Mark
 from fastvit_train.inference.export import write_verified
 from fastvit_train.inference.model_card import model_card
 from fastvit_train.inference.trained_model import TrainedModel, load_run
@@ -94,13 +95,7 @@ def _without_places(config: TrainConfig) -> TrainConfig:
     def last(path: str) -> str:
         return Path(path).name if Path(path).is_absolute() else path
 
-    weights = config.model.weights
-    return replace(
-        config,
-        run=replace(config.run, runs_dir=last(config.run.runs_dir)),
-        data=replace(config.data, data_dir=last(config.data.data_dir)),
-        model=replace(config.model, weights=weights and last(weights)),
-    )
+    return map_marked(config, Mark.PATH, last)
 
 
 def _send(folder: Path, repo: str, public: bool, token: str | None) -> tuple[str, str]:

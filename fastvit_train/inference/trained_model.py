@@ -8,7 +8,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fastvit_train.config.schema import ModelConfig, TrainConfig, override
+from fastvit_train.config.overrides import override
+from fastvit_train.config.schema import ModelConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
 from fastvit_train.data.loader import Preprocess
 from fastvit_train.models import (

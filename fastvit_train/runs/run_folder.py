@@ -11,7 +11,8 @@ from typing import Any, Literal
 
 import yaml
 
-from fastvit_train.config.schema import TrainConfig, differences, flatten
+from fastvit_train.config.overrides import differences, to_plain
+from fastvit_train.config.schema import TrainConfig
 from fastvit_train.runs import checkpoint, lock
 from fastvit_train.runs.train_state import TrainState
 from fastvit_train.utils import atomic_io
@@ -62,7 +63,7 @@ class RunFolder:
         if resume == "must" and not has_checkpoint:
             raise UserError(f"--resume must: {self.root} has no checkpoint to resume from; leave --resume out to start")
         if resume != "never" and has_checkpoint:
-            changed = differences(self.read_config(), plain(config))
+            changed = differences(self.read_config(), to_plain(config))
             if changed:
                 raise UserError(
                     f"{self.root} was started with another configuration ({'; '.join(changed)}); "
@@ -151,14 +152,9 @@ class RunFolder:
             raise UserError(f"can't write {self.root} ({error.strerror or error}); choose another --runs-dir") from None
 
 
-def plain(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as YAML holds it: flat, lists for tuples."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(config).items()}
-
-
 def to_yaml(config: TrainConfig) -> str:
     """The configuration as config.yaml holds it and --config takes it."""
-    return str(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True))
+    return str(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

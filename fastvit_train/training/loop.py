@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from fastvit_train.config import recipes
-from fastvit_train.config.schema import TrainConfig, override
+from fastvit_train.config.overrides import override
+from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed import sync
 from fastvit_train.distributed.parallelize import full_tensor
 from fastvit_train.models.evaluator import Evaluation, evaluate_model

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from timm.models._hub import save_config_for_hf
 
-from fastvit_train.config.schema import flatten
+from fastvit_train.config.overrides import flatten
 from fastvit_train.distributed import sync
 from fastvit_train.distributed.accelerator import device_name
 from fastvit_train.models.evaluator import Evaluation

@@ -9,7 +9,8 @@ from accelerate.utils import broadcast_object_list, set_seed
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fastvit_train.config.schema import TrainConfig, validate
+from fastvit_train.config.overrides import validate
+from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.loader import Place, check_batch_size, fit_batch_size
 from fastvit_train.distributed import env, parallelize, preflight, sync
 from fastvit_train.distributed.accelerator import be_deterministic, device_name, start_accelerator

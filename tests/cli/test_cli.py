@@ -26,7 +26,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ("--recipe fast", "unknown recipe 'fast'.*allowed: quickstart, seed-cifar10"),
+        ("--recipe fast", "unknown recipe 'fast'.*allowed: quickstart, upstream-cifar10"),
         ("--recipe", "--recipe takes a value; allowed: a name, such as quickstart"),
         ("--recipe --epochs 3", "--recipe takes a value; allowed: a name, such as quickstart"),
         ("--recipe fast_cifar", "unknown recipe 'fast_cifar' .did you mean fast-cifar10"),
@@ -52,7 +52,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("--no-compile=yes", "--no-compile takes no value; leave yes out, as in --compile, or --no-compile"),
         ("--config", "--config takes a value"),
         ("--qkv-bias yes", "--qkv-bias 'yes' is not allowed; allowed: True, False"),
-        ("--epochs 0", "--epochs 0 is out of range; allowed: 1 or more"),
+        ("--epochs 0", "--epochs 0 is out of range; allowed: at least 1, at most 1,000,000"),
         ("--lr -1", "--lr -1.0 is out of range"),
         ("--optimizer adamx", "unknown optimizer 'adamx' .did you mean ada.*; allowed: "),
         ("--patch-size 5", "image size 32x32 is not a multiple of patch size 5"),
@@ -69,9 +69,9 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("--dataset cifar10 --data-url ftp://x", "can't download ftp://x .no URL; allowed are http"),
         ("--seed 4294967296", "--seed 4294967296 is out of range"),
         ("--mlp-ratio 0", "--mlp-ratio 0.0 is out of range"),
-        (f"--exp-name {'x' * 300}", "must be a plain folder name of up to 200 letters"),
+        (f"--exp-name {'x' * 300}", "is not allowed; allowed: a plain folder name of up to 200 bytes"),
         ("--optimizer adahessian", "optimizer 'adahessian' can't be used: it needs second derivatives"),
-        ("--exp-name a/b", "--exp-name 'a/b' must be a plain folder name"),
+        ("--exp-name a/b", "--exp-name 'a/b' is not allowed; allowed: a plain folder name"),
         ("recipes --unknown", "unknown flag --unknown; recipes --help"),
         ("frobnicate", "unknown verb 'frobnicate'; allowed: train, profile, plan, eval"),
         ("trian --epochs 3", "unknown verb 'trian' .did you mean train"),
@@ -155,7 +155,7 @@ def test_cifar_and_folders_by_flag(tmp_path: Path) -> None:
     small += ["--attention", "fused"]
     cifar = write_cifar10(tmp_path / "cifar")
     main([*small, "--recipe", "fast-cifar10", "--data-dir", str(cifar)])
-    main([*small, "--recipe", "seed-cifar10", "--data-dir", str(cifar), "--model", "c_vit_4_4_32"])
+    main([*small, "--recipe", "upstream-cifar10", "--data-dir", str(cifar), "--model", "c_vit_4_4_32"])
     folder = write_folder(tmp_path / "shapes")
     main([*small, "--dataset", "folder", "--data-dir", str(folder), "--cutout", "8"])
     names = {path.name for path in (tmp_path / "runs").iterdir()}

@@ -29,7 +29,7 @@ CASES = [
     (["eval", "runs/a", "--attention", "f"], {"fused"}),
     (["eval", "--rec"], set()),
     (["completion", ""], {"bash", "zsh", "fish"}),
-    (["recipes", "seed-cifar100"], {"seed-cifar100"}),
+    (["recipes", "upstream-cifar100"], {"upstream-cifar100"}),
 ]
 
 

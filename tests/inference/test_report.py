@@ -19,7 +19,7 @@ from PIL import Image
 
 from fastvit_train.cli.main import _parse, main
 from fastvit_train.cli.training_verbs import Train
-from fastvit_train.config.schema import flatten
+from fastvit_train.config.overrides import flatten
 from fastvit_train.inference.report.write import write_report
 from fastvit_train.inference.trained_model import load_run
 from tests.support import one_line_error, write_folder

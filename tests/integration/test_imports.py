@@ -37,10 +37,6 @@ def test_only_the_command_line_knows_the_parser() -> None:
     assert users == ["main.py"]
 
 
-def test_the_configuration_is_library_free() -> None:
-    assert top_levels(ROOT / "fastvit_train" / "config" / "schema.py") <= {"fastvit_train", *sys.stdlib_module_names}
-
-
 def test_kernels_is_a_folder_not_a_package() -> None:
     assert not list((ROOT / "kernels").glob("*.py"))
 

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from fastvit_train.cli.main import main
+from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import RECIPES, recipe
-from fastvit_train.config.schema import ModelConfig, TrainConfig, override
+from fastvit_train.config.schema import ModelConfig, TrainConfig
 from fastvit_train.models import OUR_MODELS, build_model
 from fastvit_train.models.shapes import stages, tokens
 from fastvit_train.profiling import catalog
@@ -76,7 +77,7 @@ def test_recipes_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     found = rows(out)
     assert set(RECIPES) <= set(found) and max(map(len, out.splitlines())) <= 80
     assert found["fast-cifar10"] == ["mc_vit_4_4_32", "cifar10", "6", "128", "nmuon", "119,147", "17.6"]
-    assert found["seed-cifar100"][-2] == "123,557"  # with a hundred classes
+    assert found["upstream-cifar100"][-2] == "123,557"  # with a hundred classes
     assert "a first run within a minute or two" in " ".join(out.split())
 
 

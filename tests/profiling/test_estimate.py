@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from fastvit_train.cli.main import main
-from fastvit_train.config.schema import TrainConfig, override
+from fastvit_train.config.overrides import override
+from fastvit_train.config.schema import TrainConfig
 from fastvit_train.profiling.estimate import in_words
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.utils.safe_load import read_settings

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import fastvit_train.models  # noqa: F401 before a test's clock starts
+from fastvit_train.config.overrides import flatten
 from fastvit_train.config.recipes import recipe
-from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig, flatten
+from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from tests.reliability.malformed import MALFORMED, NOT_WRITABLE, TINY, answer, asked, for_each, mutated
 from tests.support import write_folder
 

@@ -17,8 +17,8 @@ from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import recipe
-from fastvit_train.config.schema import override
 from fastvit_train.distributed import accelerator, env, parallelize, preflight
 from fastvit_train.training.loop import fit
 

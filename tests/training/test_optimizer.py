@@ -24,7 +24,7 @@ def test_the_seeds_adamw_is_torchs_over_all_parameters(seed: int) -> None:
     ours = timm.create_model("c_vit_4_4_32")
     theirs = copy.deepcopy(ours)
     images = torch.randn(4, 3, 32, 32)
-    our_optimizer = build_optimizer(ours, recipe("seed-cifar10").optim)
+    our_optimizer = build_optimizer(ours, recipe("upstream-cifar10").optim)
     their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=0.01, weight_decay=0.01, fused=True)
     for _ in range(3):
         step(ours, our_optimizer, images)

@@ -79,6 +79,6 @@ def test_numbers_out_of_range_are_one_line(small_config: Callable[..., TrainConf
     done = launch("--target-accuracy", 75, "--runs-dir", tmp_path / "runs")
     assert done.returncode != 0
     assert one_line_error(done.stderr) == (
-        "--target-accuracy 75.0 is out of range; allowed: above 0, at most 1 (0.75 for 75%)"
+        "--target-accuracy 75.0 is out of range; allowed: above 0, at most 1 (0.75 means 75%)"
     )
     assert not (tmp_path / "runs").exists()

@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fastvit_train.config.overrides import to_plain
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.inference.evaluate import Evaluated, evaluate_run
 from fastvit_train.inference.trained_model import FOLDER, TrainedModel, load_run
 from fastvit_train.runs.comparison import read_summary
-from fastvit_train.runs.run_folder import RunFolder, plain, read_rows
+from fastvit_train.runs.run_folder import RunFolder, read_rows
 from fastvit_train.utils.errors import UserError, printable
 
 Made = TypeVar("Made")
@@ -62,7 +63,7 @@ def _read_record(run: str, data_dir: str | None) -> Record:
     if not folder.config.is_file():
         return _from_elsewhere(run, load_run(run))
     summary, no_summary = attempt(lambda: read_summary(path))
-    settings, no_settings = attempt(lambda: {**plain(TrainConfig()), **folder.read_config()})
+    settings, no_settings = attempt(lambda: {**to_plain(TrainConfig()), **folder.read_config()})
     epochs: list[dict[str, Any]] = []
     with suppress(OSError):  # then there are no curves
         epochs = read_rows(folder.metrics)

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastvit_train.config.overrides import marked, override, to_plain
 from fastvit_train.config.recipes import recipe
-from fastvit_train.config.schema import override
+from fastvit_train.config.validation import Mark
 from fastvit_train.inference.report.records import Record
 from fastvit_train.runs.comparison import FIGURES, LONGEST_TEXT
-from fastvit_train.runs.run_folder import plain
 from fastvit_train.training.setup import resolve
 from fastvit_train.utils.errors import UserError, printable
 
@@ -34,8 +34,6 @@ SET_AGAINST = {
     ENERGY: "energy_joules",
 }
 """figures that two runs' difference is told of, as summary.json names them"""
-NAMES_ONLY = frozenset({"exp_name", "runs_dir"})
-"""settings that say where a run lies and nothing of how it was trained"""
 ENVIRONMENT = ("device", "world_size", "mixed_precision", "attention", "seed", "batch_size", "steps")
 UNREADABLE = (KeyError, TypeError, ValueError, OverflowError)
 
@@ -121,7 +119,7 @@ def settings(records: Sequence[Record]) -> Table:
     columns = [(record.name, record.settings) for record in records if record.settings]
     if len(columns) == 1:
         columns.insert(0, (f"recipe {printable(str(columns[0][1].get('recipe')))}", recipe_of(columns[0][1])))
-    keys = dict.fromkeys(key for _, own in columns for key in own if key not in NAMES_ONLY)
+    keys = dict.fromkeys(key for _, own in columns for key in own if key not in marked(Mark.RUN_NAME))
     rows = []
     for key in keys:
         first, *others = [own.get(key) for _, own in columns]
@@ -138,7 +136,7 @@ def recipe_of(own: dict[str, Any]) -> dict[str, Any]:
     """
     base = recipe(str(own.get("recipe")))
     for_model = resolve(override(base, {"model": own.get("model", base.model.model)}, "config.yaml"))
-    return {**plain(for_model), "model": base.model.model}
+    return {**to_plain(for_model), "model": base.model.model}
 
 
 def _value(value: Any) -> str:
@@ -159,7 +157,7 @@ def commands(record: Record) -> list[tuple[str, str]]:
     changed = [
         word
         for key, value in record.settings.items()
-        if key not in NAMES_ONLY and base.get(key) != value
+        if key not in marked(Mark.RUN_NAME) and base.get(key) != value
         for word in _flag(key, value)
     ]
     found.append(("by flags", [*start, "--recipe", str(record.settings.get("recipe")), *changed, *again]))

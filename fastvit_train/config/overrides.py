@@ -1,0 +1,84 @@
+"""Settings as a flat mapping of names: read, override, validate, compare."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
+from typing import Any, get_type_hints
+
+from fastvit_train.config.schema import TrainConfig
+from fastvit_train.config.validation import Mark, checked
+from fastvit_train.utils.errors import UserError, nearest
+
+
+def flatten(config: TrainConfig) -> dict[str, Any]:
+    """Return all settings by name, as in config.yaml and on the command line."""
+    return {key: value for section in asdict(config).values() for key, value in section.items()}
+
+
+def to_plain(config: TrainConfig) -> dict[str, Any]:
+    """Return all settings by name as YAML holds them: lists instead of tuples."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(config).items()}
+
+
+def override(config: TrainConfig, settings: dict[str, Any], source: str) -> TrainConfig:
+    """Return `config` with `settings` (by name, with - or _) replaced.
+
+    Args:
+        config: the base.
+        settings: values by name; numbers may be strings.
+        source: where the settings come from, for the error.
+
+    Raises:
+        UserError: if a name is unknown, or if a value has the wrong type or is out of range.
+    """
+    given, settings = settings, {key.replace("-", "_"): value for key, value in settings.items()}
+    if len(settings) < len(given):
+        raise UserError(f"{source} has a key twice, once with - and once with _; remove one of them")
+    names = list(flatten(config))
+    for key in settings:
+        if key not in names:
+            close = nearest(key, names)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(names)}"
+            raise UserError(f"unknown key {key!r} in {source}; {hint}")
+    return _converted(config, settings, source)
+
+
+def validate(config: TrainConfig) -> None:
+    """Raise UserError for the first setting that has the wrong type or is out of range."""
+    _converted(config, flatten(config), "the settings")
+    if config.model.patch_init == "whiten" and config.model.weights is not None:
+        raise UserError(
+            f"--patch-init whiten would overwrite the patch projection from --weights {config.model.weights}; "
+            "give --patch-init random"
+        )
+
+
+def _converted(config: TrainConfig, settings: dict[str, Any], source: str) -> TrainConfig:
+    sections = {}
+    for section in fields(config):
+        part = getattr(config, section.name)
+        hints = get_type_hints(type(part), include_extras=True)
+        own = {key: checked(key, value, hints[key], source) for key, value in settings.items() if key in hints}
+        sections[section.name] = replace(part, **own)
+    return replace(config, **sections)
+
+
+@functools.cache
+def marked(mark: Mark) -> frozenset[str]:
+    """Return the names of the settings that carry `mark` in `config.schema`."""
+    sections = get_type_hints(TrainConfig).values()
+    hints = {key: hint for section in sections for key, hint in get_type_hints(section, include_extras=True).items()}
+    return frozenset(key for key, hint in hints.items() if mark in getattr(hint, "__metadata__", ()))
+
+
+def map_marked(config: TrainConfig, mark: Mark, change: Callable[[Any], Any]) -> TrainConfig:
+    """Return `config` with `change` applied to each setting that carries `mark` and is not None."""
+    values = flatten(config)
+    changed = {key: change(values[key]) for key in marked(mark) if values[key] is not None}
+    return _converted(config, changed, "the settings")
+
+
+def differences(saved: dict[str, Any], current: dict[str, Any]) -> list[str]:
+    """List the settings that differ although a resumed run must have the same value, as `key: saved -> current`."""
+    keys = [key for key in {**saved, **current} if key not in marked(Mark.MAY_CHANGE)]
+    return [f"{k}: {saved.get(k)} -> {current.get(k)}" for k in keys if saved.get(k) != current.get(k)]
