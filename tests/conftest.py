@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before anything of ours is imported, or timm
 
 import timm
-from timm.models._hub import save_for_hf
+from timm.models import save_for_hf
 
 from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import recipe

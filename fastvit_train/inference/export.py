@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from timm.models._hub import save_config_for_hf
-from timm.models._input import get_model_args
+from timm.models import get_model_args
 from torch import Tensor, nn
 
 from fastvit_train import __version__
@@ -26,6 +25,7 @@ from fastvit_train.inference.trained_model import FOLDER, TrainedModel, load_run
 from fastvit_train.models import pretrained_cfg
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError, printable
+from fastvit_train.utils.timm_config import write_timm_config
 
 TOLERANCE = 1e-4
 """largest difference of a logit"""
@@ -201,7 +201,7 @@ def _write_timm(run: TrainedModel, path: Path) -> None:
     if run.config is not None:  # what timm says of its own weights doesn't hold for those trained afresh
         feeding |= {"interpolation": "bilinear", "crop_pct": 1.0}
         said["pretrained_cfg"] = {"license": None}
-    save_config_for_hf(run.model, str(path / "config.json"), said, data_config=feeding)
+    write_timm_config(run.model, path / "config.json", said, feeding)
 
 
 def _read_timm(path: Path) -> Answer:

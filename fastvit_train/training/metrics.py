@@ -8,7 +8,6 @@ import accelerate
 import timm
 import torch
 from safetensors.torch import save_file
-from timm.models._hub import save_config_for_hf
 
 from fastvit_train.config.overrides import flatten
 from fastvit_train.distributed import sync
@@ -19,6 +18,7 @@ from fastvit_train.runs.plots import plot_curves
 from fastvit_train.training.inputs import image_size
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import atomic_io, memory
+from fastvit_train.utils.timm_config import write_timm_config
 
 TRACKER_PROJECT = "fastvit_train"
 
@@ -145,7 +145,7 @@ def _write_summary(job: TrainSession, summary: dict[str, Any]) -> None:
     job.journal.flush()
     names = {"label_names": list(job.dataset.classes)} if len(job.dataset.classes) == summary["num_classes"] else {}
     input_size = {"input_size": (3, image_size(job.config), image_size(job.config))}
-    save_config_for_hf(job.bare_model, str(job.folder.root / "config.json"), names, data_config=input_size)
+    write_timm_config(job.bare_model, job.folder.root / "config.json", names, input_size)
     atomic_io.write_atomically(job.folder.summary, json.dumps(summary, indent=2) + "\n")
     plot_curves([job.folder.root], job.folder.root / "curves.png", job.dataset.name)
     job.log.console.print(table([job.folder.root]))

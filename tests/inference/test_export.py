@@ -14,7 +14,7 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from timm.models._hub import save_for_hf
+from timm.models import save_for_hf
 from torch import Tensor
 
 from fastvit_train.cli.main import main

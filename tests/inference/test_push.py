@@ -14,7 +14,7 @@ import torch
 import yaml
 from huggingface_hub import constants
 from PIL import Image
-from timm.models._hub import save_for_hf
+from timm.models import save_for_hf
 
 from fastvit_train.cli.main import main
 from fastvit_train.inference.trained_model import load_run

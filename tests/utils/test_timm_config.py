@@ -1,0 +1,25 @@
+"""The one private name of timm that the package needs does what timm's public function does."""
+
+import re
+from pathlib import Path
+
+import timm
+from timm.models import save_for_hf
+
+from fastvit_train.utils.timm_config import write_timm_config
+from tests.support import ROOT
+
+
+def test_the_config_is_the_one_that_timm_writes(tmp_path: Path) -> None:
+    model = timm.create_model("mc_vit_4_4_32", depth=1, num_classes=2)
+    labels, preprocessing = {"label_names": ["cat", "dog"]}, {"input_size": (3, 32, 32), "mean": (0.1, 0.2, 0.3)}
+    write_timm_config(model, tmp_path / "config.json", labels, preprocessing)
+    save_for_hf(model, tmp_path / "timm", labels, safe_serialization=True, data_config=preprocessing)
+    assert (tmp_path / "config.json").read_text() == (tmp_path / "timm" / "config.json").read_text()
+
+
+def test_only_one_module_imports_private_names_of_timm() -> None:
+    files = [path for folder in ("fastvit_train", "tests", "bench") for path in (ROOT / folder).rglob("*.py")]
+    private = re.compile(r"(?:from|import) timm(?:\.\w+)*\._|from timm\S* import (?:.*, )?_", re.MULTILINE)
+    importing = [path.relative_to(ROOT).as_posix() for path in files if private.search(path.read_text())]
+    assert importing == ["fastvit_train/utils/timm_config.py"]
