@@ -11,7 +11,7 @@ from bench.case import Case, Work, device
 from bench.typical import HALF, Pictures, loader
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.images import ResidentImages
-from fastvit_train.data.loader import Place, Preprocess, TrainLoader
+from fastvit_train.data.loader import Preprocess, RankInfo, TrainLoader
 
 BATCH = 256
 IMAGES = {"cpu": 4096, "cuda": 51200}
@@ -26,10 +26,12 @@ def pictures(count: int) -> tuple[Tensor, Tensor]:
 
 def ours(count: int, crop: str = "resized") -> TrainLoader:
     images, labels = pictures(count)
-    place = Place(device())
+    rank_info = RankInfo(device())
     config = DataConfig(crop=crop, flip="random" if crop != "none" else "none")  # type: ignore[arg-type]
-    preprocess = Preprocess(HALF, HALF, 32, place.device)
-    return TrainLoader(ResidentImages(images, place.device), labels, config, preprocess, min(BATCH, count), 1, 0, place)
+    preprocess = Preprocess(HALF, HALF, 32, rank_info.device)
+    return TrainLoader(
+        ResidentImages(images, rank_info.device), labels, config, preprocess, min(BATCH, count), 1, 0, rank_info
+    )
 
 
 def build_ours(count: int) -> Work:

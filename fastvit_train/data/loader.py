@@ -1,4 +1,4 @@
-"""Batches for training and evaluation: what is in them depends on (seed, epoch) alone, never on the world size."""
+"""Batches for training and evaluation. Their content depends on (seed, epoch) only, never on the world size."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from fastvit_train.data.augment import Augment, generator
 from fastvit_train.data.images import Images, to_device
 from fastvit_train.utils.errors import UserError
 
-MOST_PROCESSES_NAMED = 1024
+MAX_WORLD_SIZE_LISTED = 1024
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where this process stands among all: its device, its rank and how many there are."""
+class RankInfo:
+    """This process's device, its rank, and the world size."""
 
     device: torch.device
     rank: int = 0
@@ -25,7 +25,7 @@ class Place:
 
 
 class Preprocess:
-    """uint8 or float images (0 to 255) to normalised float32 at the model's size, on the device."""
+    """Turn uint8 or float images (0 to 255) into normalised float32 images of the model's size, on the device."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], image_size: int, device: torch.device) -> None:
         self._image_size = image_size
@@ -40,30 +40,33 @@ class Preprocess:
 
 
 def check_batch_size(batch_size: int, world_size: int, grad_accum: int) -> None:
-    """Raise UserError unless world_size * grad_accum divides batch_size; says which world sizes can."""
+    """Raise UserError unless world_size * grad_accum divides batch_size; the message lists the world sizes that fit."""
     if batch_size % (world_size * grad_accum):
-        most = min(batch_size, MOST_PROCESSES_NAMED)
-        allowed = [n for n in range(1, most + 1) if batch_size % (n * grad_accum) == 0]
+        largest = min(batch_size, MAX_WORLD_SIZE_LISTED)
+        allowed = [n for n in range(1, largest + 1) if batch_size % (n * grad_accum) == 0]
         raise UserError(
-            f"--batch-size {batch_size} can't be cut evenly into {world_size} processes x {grad_accum} micro-batches; "
-            f"with --grad-accum {grad_accum} it can be among {', '.join(map(str, allowed)) or 'no number of'} processes"
+            f"--batch-size {batch_size} is not a multiple of {world_size} processes x {grad_accum} micro-batches; "
+            f"world sizes allowed with --grad-accum {grad_accum}: {', '.join(map(str, allowed)) or 'none'}"
         )
 
 
 def fit_batch_size(batch_size: int, num_samples: int, world_size: int, grad_accum: int) -> int:
-    """`batch_size`, or where the training set is smaller the largest that can be cut evenly.
+    """Return `batch_size`, or the largest that divides evenly if the training set has fewer samples.
 
     Raises:
-        UserError: where the set is too small to cut.
+        UserError: if the training set has fewer samples than one batch needs.
     """
-    parts = world_size * grad_accum
-    if num_samples < parts:
-        raise UserError(f"{num_samples} training images are too few for {parts} processes x micro-batches")
-    return min(batch_size, num_samples - num_samples % parts)
+    divisor = world_size * grad_accum
+    if num_samples < divisor:
+        raise UserError(
+            f"{num_samples} training images are too few for {world_size} processes x {grad_accum} micro-batches; "
+            "lower --grad-accum, or start fewer processes"
+        )
+    return min(batch_size, num_samples - num_samples % divisor)
 
 
 class TrainLoader:
-    """Shuffled, augmented micro-batches of one rank; a ragged last batch is left out of the epoch."""
+    """Shuffled, augmented micro-batches of one rank; an incomplete last batch is dropped, as by `drop_last=True`."""
 
     def __init__(
         self,
@@ -74,57 +77,62 @@ class TrainLoader:
         batch_size: int,
         grad_accum: int,
         seed: int,
-        place: Place,
+        rank_info: RankInfo,
     ) -> None:
         self._images = images
-        self._labels = labels.to(place.device)
+        self._labels = labels.to(rank_info.device)
         self._preprocess = preprocess
-        self._augment = Augment(config, len(labels), seed, place.device)
+        self._augment = Augment(config, len(labels), seed, rank_info.device)
         self._batch_size = batch_size
         self._grad_accum = grad_accum
         self._seed = seed
-        self._place = place
+        self._rank_info = rank_info
         self.steps_per_epoch = len(labels) // batch_size
 
     def sample_order(self, epoch: int) -> Tensor:
-        """Sample indices of every micro-batch over all ranks, (steps, grad_accum, batch_size / grad_accum)."""
+        """Return the sample indices of all ranks, (steps, grad_accum, batch_size / grad_accum)."""
         order = torch.randperm(len(self._labels), generator=generator(self._seed, "order", epoch))
         used = order[: self.steps_per_epoch * self._batch_size]
         return used.view(self.steps_per_epoch, self._grad_accum, -1)
 
     def micro_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's (images, labels) of each micro-batch, from optimizer step `first_step` of the epoch on."""
+        """Yield this rank's (images, labels) of each micro-batch, starting at optimizer step `first_step`."""
         self._augment.start_epoch(epoch)
-        own = self.sample_order(epoch)[first_step:, :, self._place.rank :: self._place.world_size]
+        own = self.sample_order(epoch)[first_step:, :, self._rank_info.rank :: self._rank_info.world_size]
         samples = list(own.flatten(0, 1))
-        on_device = to_device(samples, self._place.device)
+        on_device = to_device(samples, self._rank_info.device)
         for samples_B, images in zip(on_device, self._images.batches(samples), strict=True):
             images = self._augment.crop_and_flip(images, samples_B)
             yield self._augment.cutout(self._preprocess(images), samples_B), self._labels[samples_B]
 
 
 class EvalLoader:
-    """All samples once, in order, cut evenly among the ranks; the last batches are filled up by padding."""
+    """All samples once, in order, in equal shards for all ranks; padding fills the last batches."""
 
-    def __init__(self, images: Images, labels: Tensor, preprocess: Preprocess, batch_size: int, place: Place) -> None:
+    def __init__(
+        self, images: Images, labels: Tensor, preprocess: Preprocess, batch_size: int, rank_info: RankInfo
+    ) -> None:
         self._images = images
         self._preprocess = preprocess
-        self._place = place
-        self.labels = labels.to(place.device)
-        self.batch_size = min(batch_size, -(-len(labels) // place.world_size))
-        """images of this rank in each batch"""
-        stride = self.batch_size * place.world_size
-        self.places = -(-len(labels) // stride) * stride
-        """samples and padding of all ranks"""
+        self._rank_info = rank_info
+        self.labels = labels.to(rank_info.device)
+        self.batch_size = min(batch_size, -(-len(labels) // rank_info.world_size))
+        """images in each batch of this rank"""
+        stride = self.batch_size * rank_info.world_size
+        self.padded_size = -(-len(labels) // stride) * stride
+        """number of samples on all ranks, padding included"""
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yields (images, labels, places); the same number of equally large batches on every rank.
+        """Yield (images, labels, indices); all ranks get the same number of batches of the same size.
 
-        A place is a sample's index; padding, which repeats the last sample, has the places from their number on.
+        The indices are the samples' in the data set. Padding repeats the last sample, with indices from
+        `len(labels)` to `padded_size - 1`.
         """
-        own = torch.arange(self.places).view(-1, self._place.world_size, self.batch_size)[:, self._place.rank]
+        own = torch.arange(self.padded_size).view(-1, self._rank_info.world_size, self.batch_size)[
+            :, self._rank_info.rank
+        ]
         samples = list(own.clamp(max=len(self.labels) - 1))
-        on_device = to_device(samples, self._place.device)
-        places = own.to(self._place.device)
-        for places_B, samples_B, images in zip(places, on_device, self._images.batches(samples), strict=True):
-            yield self._preprocess(images), self.labels[samples_B], places_B
+        on_device = to_device(samples, self._rank_info.device)
+        indices = own.to(self._rank_info.device)
+        for indices_B, samples_B, images in zip(indices, on_device, self._images.batches(samples), strict=True):
+            yield self._preprocess(images), self.labels[samples_B], indices_B

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from fastvit_train.config.schema import DataConfig, DatasetName, ModelConfig, RunConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec
-from fastvit_train.data.loader import EvalLoader, Place
+from fastvit_train.data.loader import EvalLoader, RankInfo
 from fastvit_train.distributed import env, sync
 from fastvit_train.distributed.accelerator import device_name, start_accelerator
 from fastvit_train.inference.trained_model import TrainedModel, load_run
@@ -76,8 +76,8 @@ def evaluate_run(
         memory.retain_freed_memory()
     data = load_data(config, accelerator)
     _check_classes(loaded, data)
-    place = Place(accelerator.device, accelerator.process_index, accelerator.num_processes)
-    loader = build_eval_loader(config, data, loaded.model, place)
+    rank_info = RankInfo(accelerator.device, accelerator.process_index, accelerator.num_processes)
+    loader = build_eval_loader(config, data, loaded.model, rank_info)
     name = _put_attention(loaded, config.model.attention, loader, accelerator)
     model = accelerator.prepare_model(loaded.model, device_placement=True, evaluation_mode=True)
     started = time.perf_counter()

@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from fastvit_train.data.expand_paths import expand_paths
+from fastvit_train.data.image_paths import expand_paths
 from fastvit_train.data.images import decode
 from fastvit_train.inference.trained_model import TrainedModel, load_run
 from fastvit_train.models import AttentionMaps, attention_maps, patch_filters, position_similarity

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from fastvit_train.data.expand_paths import STANDARD_INPUT, expand_paths
+from fastvit_train.data.image_paths import STANDARD_INPUT, expand_paths
 from fastvit_train.data.images import decode
 from fastvit_train.inference.trained_model import TrainedModel, load_run
 from fastvit_train.runs.plots import plot_images

@@ -88,18 +88,18 @@ def evaluate_model(
     """
     model.eval()
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64  # whole numbers too
-    said = torch.zeros(loader.places, 4, dtype=exact, device=accelerator.device)
+    said = torch.zeros(loader.padded_size, 4, dtype=exact, device=accelerator.device)
     num_classes = 0
-    for images, labels, places in loader:
+    for images, labels, indices in loader:
         logits = model(images).float()
         num_classes = logits.shape[1]
         losses = F.cross_entropy(logits, labels, reduction="none")
         confidence, predicted = logits.softmax(1).max(1)
         ahead = _ahead(logits, labels)
         rows = torch.stack([figure.to(exact) for figure in (losses, confidence, predicted, ahead)], 1)
-        said.index_copy_(0, places, rows)
+        said.index_copy_(0, indices, rows)
         tick()
-    # Every place was written by one process, and is zero on the others.
+    # Every row was written by one rank and is zero on the others.
     losses, confidence, predicted, ahead = accelerator.reduce(said, "sum")[: len(loader.labels)].cpu().unbind(1)
     return Evaluation(loader.labels.cpu(), predicted.long(), confidence, losses, ahead.long(), num_classes)
 

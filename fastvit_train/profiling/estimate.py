@@ -93,7 +93,7 @@ def evaluation_seconds(job: TrainSession) -> float:
     """Seconds of an evaluation, from one batch of it; the batch before it is for warming up."""
     loader, device = job.eval_loader, job.accelerator.device
     job.eval_model.eval()
-    batches = loader.places // (loader.batch_size * job.accelerator.num_processes)
+    batches = loader.padded_size // (loader.batch_size * job.accelerator.num_processes)
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()

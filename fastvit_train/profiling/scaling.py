@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.profiler import record_function
 
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.data.loader import Place
+from fastvit_train.data.loader import RankInfo
 from fastvit_train.distributed import accelerator, parallelize
 from fastvit_train.profiling import collectives
 from fastvit_train.profiling.collectives import Share
@@ -108,7 +108,7 @@ def plan_model(config: TrainConfig, options: PlanOptions) -> Plan:
 
 def measure(job: TrainSession, images: int, steps: int) -> Step:
     """Train on batches of so many images, for some rounds of `steps` steps."""
-    loader = build_train_loader(job.config, job.dataset, job.bare_model, images, Place(job.accelerator.device))
+    loader = build_train_loader(job.config, job.dataset, job.bare_model, images, RankInfo(job.accelerator.device))
     loader.steps_per_epoch = min(steps, loader.steps_per_epoch)
     job = replace(job, train_loader=loader, batch_size=images)
     bar = bar_of(job)

@@ -7,7 +7,7 @@ from torch import nn
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.datasets import DatasetSpec, Split, check_labels, load_dataset
 from fastvit_train.data.images import Images, ResidentImages, StreamedImages
-from fastvit_train.data.loader import EvalLoader, Place, Preprocess, TrainLoader
+from fastvit_train.data.loader import EvalLoader, Preprocess, RankInfo, TrainLoader
 from fastvit_train.distributed import sync
 from fastvit_train.models import native_image_size, pretrained_cfg, whiten_patches
 from fastvit_train.models.whitening import SAMPLES
@@ -43,41 +43,41 @@ def num_classes(config: TrainConfig, dataset: DatasetSpec) -> int:
 
 
 def build_train_loader(
-    config: TrainConfig, dataset: DatasetSpec, model: nn.Module, batch_size: int, place: Place
+    config: TrainConfig, dataset: DatasetSpec, model: nn.Module, batch_size: int, rank_info: RankInfo
 ) -> TrainLoader:
     """Batches of the training set as `model` takes them."""
     return TrainLoader(
-        _open(dataset.train, config, place),
+        _open(dataset.train, config, rank_info),
         dataset.train.labels,
         config.data,
-        _preprocess(config, model, place),
+        _preprocess(config, model, rank_info),
         batch_size,
         config.optim.grad_accum,
         config.run.seed,
-        place,
+        rank_info,
     )
 
 
-def build_eval_loader(config: TrainConfig, dataset: DatasetSpec, model: nn.Module, place: Place) -> EvalLoader:
+def build_eval_loader(config: TrainConfig, dataset: DatasetSpec, model: nn.Module, rank_info: RankInfo) -> EvalLoader:
     """Batches of the test set as `model` takes them."""
     return EvalLoader(
-        _open(dataset.test, config, place),
+        _open(dataset.test, config, rank_info),
         dataset.test.labels,
-        _preprocess(config, model, place),
+        _preprocess(config, model, rank_info),
         config.run.eval_batch_size,
-        place,
+        rank_info,
     )
 
 
-def _open(split: Split, config: TrainConfig, place: Place) -> Images:
+def _open(split: Split, config: TrainConfig, rank_info: RankInfo) -> Images:
     if isinstance(split.images, torch.Tensor):
-        return ResidentImages(split.images, place.device)
-    return StreamedImages(split.images, image_size(config), place.device)
+        return ResidentImages(split.images, rank_info.device)
+    return StreamedImages(split.images, image_size(config), rank_info.device)
 
 
-def _preprocess(config: TrainConfig, model: nn.Module, place: Place) -> Preprocess:
+def _preprocess(config: TrainConfig, model: nn.Module, rank_info: RankInfo) -> Preprocess:
     cfg = pretrained_cfg(model)
-    return Preprocess(cfg["mean"], cfg["std"], image_size(config), place.device)
+    return Preprocess(cfg["mean"], cfg["std"], image_size(config), rank_info.device)
 
 
 def whiten(model: nn.Module, config: TrainConfig, dataset: DatasetSpec) -> None:
@@ -89,5 +89,5 @@ def whiten(model: nn.Module, config: TrainConfig, dataset: DatasetSpec) -> None:
     images = dataset.train.images
     if not isinstance(images, torch.Tensor):
         raise UserError("--patch-init whiten needs the images in memory; give --patch-init random, or --stream never")
-    here = Place(torch.device("cpu"), rank=0, world_size=1)
-    whiten_patches(model, _preprocess(config, model, here)(images[:SAMPLES]))
+    on_cpu = RankInfo(torch.device("cpu"))
+    whiten_patches(model, _preprocess(config, model, on_cpu)(images[:SAMPLES]))

@@ -11,7 +11,7 @@ from torch import nn
 
 from fastvit_train.config.overrides import validate
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.data.loader import Place, check_batch_size, fit_batch_size
+from fastvit_train.data.loader import RankInfo, check_batch_size, fit_batch_size
 from fastvit_train.distributed import env, parallelize, preflight, sync
 from fastvit_train.distributed.accelerator import be_deterministic, device_name, start_accelerator
 from fastvit_train.models import (
@@ -106,9 +106,9 @@ def setup(
         measure = not config.run.deterministic  # what is fastest differs from run to run, and rounds differently
         name, said = choose_attention(model, micro_batch, image_size(config), accelerator, measure)
         config = replace(config, model=replace(config.model, attention=name))
-    place = Place(accelerator.device, accelerator.process_index, accelerator.num_processes)
-    train_loader = build_train_loader(config, dataset, model, batch_size, place)
-    eval_loader = build_eval_loader(config, dataset, model, place)
+    rank_info = RankInfo(accelerator.device, accelerator.process_index, accelerator.num_processes)
+    train_loader = build_train_loader(config, dataset, model, batch_size, rank_info)
+    eval_loader = build_eval_loader(config, dataset, model, rank_info)
     if config.run.compile:
         compile_model(model, graphed=cuda_graphs_serve(config, accelerator))
     optimizer = build_optimizer(model, config.optim)
@@ -119,9 +119,9 @@ def setup(
         accelerator.prepare_model(ema.module, evaluation_mode=True)  # after the model: so are they named when saved
     compile_seconds = None
     if config.run.compile or config.model.attention in COMPILING:
-        compile_seconds = warm_up(model, micro_batch, eval_loader.batch_size, image_size(config), place.device)
+        compile_seconds = warm_up(model, micro_batch, eval_loader.batch_size, image_size(config), rank_info.device)
         if ema is not None:
-            compile_seconds += warm_up(ema.module, 0, eval_loader.batch_size, image_size(config), place.device)
+            compile_seconds += warm_up(ema.module, 0, eval_loader.batch_size, image_size(config), rank_info.device)
     memory.reset_peak_memory(accelerator.device)
 
     lock, stale = sync.run_on_all_ranks(accelerator, lambda: folder.lock() if log.speaks else (None, []))

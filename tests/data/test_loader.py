@@ -1,4 +1,4 @@
-"""Batches: the same for every world size, every sample in its place."""
+"""Batches: the same for every world size, every sample in its position."""
 
 import random
 
@@ -7,7 +7,7 @@ import torch
 
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.images import ResidentImages
-from fastvit_train.data.loader import EvalLoader, Place, Preprocess, TrainLoader, check_batch_size, fit_batch_size
+from fastvit_train.data.loader import EvalLoader, Preprocess, RankInfo, TrainLoader, check_batch_size, fit_batch_size
 from fastvit_train.utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -16,7 +16,7 @@ COUNT = 53
 
 
 def images() -> tuple[ResidentImages, torch.Tensor]:
-    """Images whose every pixel is the sample's number, which is its label too."""
+    """Images in which every pixel is the sample's index, which is also its label."""
     labels = torch.arange(COUNT)
     pixels = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 8, 8).contiguous()
     return ResidentImages(pixels, CPU), labels
@@ -26,7 +26,7 @@ def train_loader(
     rank: int = 0, world_size: int = 1, accum: int = 1, seed: int = 0, batch_size: int = 12, **settings: object
 ) -> TrainLoader:
     config = DataConfig(**{"crop": "shift", "shift": 2, "flip": "random", "cutout": 2, **settings})
-    return TrainLoader(*images(), config, PREPROCESS, batch_size, accum, seed, Place(CPU, rank, world_size))
+    return TrainLoader(*images(), config, PREPROCESS, batch_size, accum, seed, RankInfo(CPU, rank, world_size))
 
 
 def divisors(number: int) -> list[int]:
@@ -34,8 +34,8 @@ def divisors(number: int) -> list[int]:
 
 
 @pytest.mark.parametrize("crop", ["none", "shift", "resized"])
-def test_what_all_processes_get_in_a_step_is_the_batch_of_one_process(crop: str, seed: int) -> None:
-    """Row for row and augmented alike, however many processes and micro-batches share it."""
+def test_all_ranks_together_get_the_batch_of_a_single_process(crop: str, seed: int) -> None:
+    """Row for row, with the same augmentation, for any world size and number of micro-batches."""
     draw = random.Random(seed)
     for _ in range(10):
         batch_size = draw.choice([12, 16, 24])
@@ -78,7 +78,7 @@ def test_starting_in_the_middle_of_an_epoch_gives_the_rest_of_it() -> None:
 
 
 def test_evaluation_sees_every_sample_exactly_once(seed: int) -> None:
-    """Whatever the number of processes, the last batch's uneven shares included."""
+    """For any world size, even if the last batch does not divide evenly."""
     draw = random.Random(seed)
     pixels, labels = images()
     drawn = [(draw.randint(1, 60), draw.randint(1, 60)) for _ in range(5)]
@@ -86,20 +86,20 @@ def test_evaluation_sees_every_sample_exactly_once(seed: int) -> None:
         print(world_size, batch_size)
         seen, shapes = [], set()
         for rank in range(world_size):
-            batches = list(EvalLoader(pixels, labels, PREPROCESS, batch_size, Place(CPU, rank, world_size)))
+            batches = list(EvalLoader(pixels, labels, PREPROCESS, batch_size, RankInfo(CPU, rank, world_size)))
             shapes.add((len(batches), *(len(own) for _, own, _ in batches)))
-            seen += [places for _, _, places in batches]
-            for own, number, places in batches:
+            seen += [indices for _, _, indices in batches]
+            for own, number, indices in batches:
                 assert ((own[:, 0, 0, 0] + 1) * 127.5).round().long().equal(number)
-                assert number.equal(places.clamp(max=COUNT - 1)), "a sample's place is its index, padding comes after"
+                assert number.equal(indices.clamp(max=COUNT - 1)), "padding has the indices after the last sample's"
         assert torch.cat(seen).sort().values[:COUNT].equal(torch.arange(COUNT))
-        assert len(shapes) == 1, "every rank must do the same number of equally large steps"
+        assert len(shapes) == 1, "every rank must get the same number of batches of the same size"
 
 
-def test_batch_sizes_that_cannot_be_cut_say_which_world_sizes_can() -> None:
+def test_a_batch_size_that_does_not_divide_lists_the_world_sizes_that_do() -> None:
     check_batch_size(256, 8, 2)
     with pytest.raises(
-        UserError, match=r"--batch-size 10 can't be cut evenly into 3 processes.* among 1, 2, 5, 10 processes"
+        UserError, match=r"--batch-size 10 is not a multiple of 3 processes.* allowed with --grad-accum 1: 1, 2, 5, 10$"
     ):
         check_batch_size(10, 3, 1)
     assert fit_batch_size(256, 1000, 8, 2) == 256

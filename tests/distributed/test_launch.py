@@ -82,7 +82,7 @@ def test_mistakes_on_two_processes_are_told_once(tmp_path: Path) -> None:
     result = launch(*streamed, "--batch-size", 8, processes=2)
     assert result.returncode != 0 and "circle/3.png can't be decoded" in one_line_error(result.stderr)
     result = launch("--batch-size", 65, "--runs-dir", tmp_path / "runs", processes=2)
-    assert "into 2 processes" in one_line_error(result.stderr) and "1, 5, 13, 65 processes" in result.stderr
+    assert "not a multiple of 2 processes" in one_line_error(result.stderr) and ": 1, 5, 13, 65" in result.stderr
     assert not (tmp_path / "runs").exists()
 
 
