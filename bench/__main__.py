@@ -25,9 +25,10 @@ from bench import (
 )
 from bench.case import Case, device, many_compiled_at_once, prepare_process
 from bench.environment import ROOT, environment
-from bench.measure import by_group, quartiles
+from bench.measure import by_group
 from fastvit_train.utils.atomic_io import write_atomically
 from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.timing import quartiles
 
 SUITES = (bench_epoch, bench_step, bench_input, bench_attention, bench_inference, bench_scaling, bench_telemetry)
 MAIN = (

@@ -16,10 +16,9 @@ import pytest
 from bench.bench_step import Training
 from bench.case import Case, Work, device
 from bench.compare import NOTCH
-from bench.measure import quartiles, seconds_of
-from fastvit_train.profiling.roofline import synchronize
 from fastvit_train.utils import gpu_monitor
 from fastvit_train.utils.gpu_monitor import Gpu, Meter, Usage
+from fastvit_train.utils.timing import quartiles, synchronize, time_in_rounds
 
 WHAT = "telemetry's cost"
 MODEL, BATCH = "mc_vit_4_4_32", 64
@@ -91,10 +90,6 @@ def build(enabled: bool, batch: int) -> Work:
         synchronize(device())
         return watch.stop()
 
-    def seconds(watch: TimedMeter) -> float:
-        """Of some steps, with what starting and stopping the meter takes."""
-        return seconds_of(lambda: steps(watch))
-
     def run() -> None:
         usages.append(steps(watches[enabled]))
 
@@ -110,8 +105,8 @@ def build(enabled: bool, batch: int) -> Work:
 
     def cost() -> dict[str, float]:
         """Of throughput, with and without in turn; no more than allowed, or than the pairs tell apart."""
-        pairs = [(seconds(watches[True]), seconds(watches[False])) for _ in range(PAIRS)]
-        low, middle, high = quartiles([on / off - 1 for on, off in pairs])
+        times = time_in_rounds([partial(steps, watches[on]) for on in (True, False)], PAIRS)
+        low, middle, high = quartiles([on / off - 1 for on, off in zip(*times, strict=True)])
         uncertainty = NOTCH * (high - low) / PAIRS**0.5
         assert middle - uncertainty < MOST, f"it costs {middle:.2%} ± {uncertainty:.2%} of throughput"
         return {"throughput_cost": middle, "uncertainty": uncertainty, "thread_share": watches[True].thread_share}

@@ -13,8 +13,8 @@ from typing import Any
 
 from rich.table import Table
 
-from bench.measure import quartiles
 from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.timing import quartiles
 
 NOTCH = 1.58 * 1.5
 FLOOR = 0.02

@@ -1,6 +1,5 @@
 """Measuring one row: the clock's block, FLOPs, the matrix product's ceiling, memory, energy."""
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +8,10 @@ import torch
 
 from bench.case import DTYPES, Case, Work, device
 from bench.environment import environment
-from fastvit_train.profiling.roofline import matmul_ceiling, synchronize
+from fastvit_train.profiling.roofline import matmul_ceiling
 from fastvit_train.utils import memory
 from fastvit_train.utils.gpu_monitor import Meter, Usage
+from fastvit_train.utils.timing import synchronize, time_call
 
 WARM_UP_SECONDS = 0.3
 
@@ -27,10 +27,7 @@ class Row:
     def __init__(self, case: Case, batch: int | None = None) -> None:
         self.case = case
         self.work: Work = case.build(batch or case.batch)
-        started = time.perf_counter()
-        self.work.run()
-        synchronize(device())
-        self.first_call_seconds = time.perf_counter() - started
+        self.first_call_seconds = time_call(self.work.run, device())
         self.work.check()
         self._meter = Meter(device())
         self._blocks = 0
@@ -103,21 +100,6 @@ def memory_of(work: Work) -> dict[str, float | None]:
     if device().type == "cpu":
         return {"saved_for_backward_mib": saved, "peak_rss_mib": peak}
     return {"peak_memory_mib": None if work.replayed else peak - before / 2**20}
-
-
-def seconds_of(run: Callable[[], object]) -> float:
-    """Seconds that `run` takes."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
-
-
-def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """First quartile, median, third quartile; of one value three times the value."""
-    if len(values) < 2:
-        return values[0], values[0], values[0]
-    low, middle, high = statistics.quantiles(values, method="inclusive")
-    return low, middle, high
 
 
 def by_group(found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:

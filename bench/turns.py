@@ -10,34 +10,26 @@ from rich.console import Console
 from torch import nn
 
 from bench.case import Case, device
-from bench.measure import Row, quartiles, seconds_of
-from fastvit_train.profiling.roofline import synchronize
+from bench.measure import Row
+from fastvit_train.utils.timing import quartiles, time_call, time_in_rounds
 
-FEWEST, MOST = 9, 41
+MIN_ROUNDS, MAX_ROUNDS = 9, 41
 """rounds"""
 
 Result = dict[str, Any]
 Results = list[Result]
 
 
-def controls() -> dict[str, Callable[[], None]]:
+def controls() -> dict[str, Callable[[], object]]:
     """What no commit changes, timed in every round: matrix products in both dtypes, a layer of torch.nn."""
     factor = 1 if device().type == "cpu" else 8
     matrix = torch.randn(1024 * factor, 1024 * factor, device=device())
     half, tokens = matrix.bfloat16(), torch.randn(64 * factor, 64, 48, device=device(), dtype=torch.bfloat16)
     layer = nn.TransformerEncoderLayer(48, 4, 96, dropout=0.0, batch_first=True, device=device(), dtype=torch.bfloat16)
-
-    def waited_for(run: Callable[[], object]) -> Callable[[], None]:
-        def work() -> None:
-            run()
-            synchronize(device())
-
-        return work
-
     return {
-        "matrix product": waited_for(lambda: matrix @ matrix),
-        "matrix product in bf16": waited_for(lambda: half @ half),
-        "a layer forward and backward in bf16": waited_for(lambda: layer(tokens).sum().backward()),
+        "matrix product": lambda: matrix @ matrix,
+        "matrix product in bf16": lambda: half @ half,
+        "a layer forward and backward in bf16": lambda: layer(tokens).sum().backward(),
     }
 
 
@@ -46,13 +38,12 @@ def measure(groups: dict[str, list[Case]], seconds: float, console: Console) -> 
 
     Args:
         groups: cases by group.
-        seconds: to spend on timing each row, about; no row is timed fewer than `FEWEST` times.
+        seconds: to spend on timing each row, about; no row is timed fewer than `MIN_ROUNDS` times.
         console: says what is under way.
     """
     control = controls()
     control_seconds: dict[str, list[float]] = {name: [] for name in control}
-    for run in control.values():
-        run()
+    time_in_rounds([*control.values()], 1, device())  # to warm up
     for name, cases in groups.items():
         with ExitStack() as stack:
             rows = []
@@ -67,19 +58,18 @@ def measure(groups: dict[str, list[Case]], seconds: float, console: Console) -> 
 
 
 def _in_turn(
-    rows: list[Row], seconds: float, control: dict[str, Callable[[], None]], control_seconds: dict[str, list[float]]
+    rows: list[Row], seconds: float, control: dict[str, Callable[[], object]], control_seconds: dict[str, list[float]]
 ) -> Results:
     for row in rows:
         row.warm_up()
-    times = [[seconds_of(row.block)] for row in rows]
-    round_seconds = sum(first for (first,) in times)
-    rounds = min(MOST, max(FEWEST, math.ceil(seconds * len(rows) / round_seconds)))
-    for _ in range(rounds - 1):
-        for name, run in control.items():
-            control_seconds[name].append(seconds_of(run))
-        for row, values in zip(rows, times, strict=True):
-            values.append(seconds_of(row.block))
-    return [_result(row, values, seconds) for row, values in zip(rows, times, strict=True)]
+    blocks = [row.block for row in rows]
+    first_times = [time_call(block) for block in blocks]
+    rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, math.ceil(seconds * len(rows) / sum(first_times))))
+    times = time_in_rounds([*control.values(), *blocks], rounds - 1, device())
+    for name, values in zip(control, times, strict=False):
+        control_seconds[name] += values
+    block_times = [[first, *values] for first, values in zip(first_times, times[len(control) :], strict=True)]
+    return [_result(row, values, seconds) for row, values in zip(rows, block_times, strict=True)]
 
 
 def _result(row: Row, block_seconds: list[float], seconds_metered: float) -> Result:

@@ -19,18 +19,19 @@ from fastvit_train.distributed import accelerator, env
 from fastvit_train.models import OUR_MODELS, build_model, native_image_size, plain_attention, set_attention
 from fastvit_train.models.shapes import stages, tokens
 from fastvit_train.profiling.roofline import count_flops
-from fastvit_train.profiling.speedups import GPU_STEPS, STEPS, in_turn
+from fastvit_train.profiling.speedups import GPU_STEPS, STEPS
 from fastvit_train.runs.run_folder import to_yaml
 from fastvit_train.training.inputs import image_size
 from fastvit_train.training.optimizer import build_optimizer
 from fastvit_train.utils import memory
 from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import UserError, did_you_mean, printable
+from fastvit_train.utils.timing import quartiles, time_in_rounds
 
 CLASSES = 10
 BATCH_SIZES = {"cpu": 8}
 GPU_BATCH_SIZE = 256
-ROUNDS = 3
+WARM_UP_ROUNDS, ROUNDS = 2, 3
 MOST_MEASURED = 12
 """models at a time, so that it takes seconds"""
 UNKNOWN = "-"
@@ -138,8 +139,9 @@ def measure_speeds(names: Sequence[str], batch_size: int, device: torch.device) 
         memory.retain_freed_memory()
     runs = [run for name in names for run in _passes(name, batch_size, device)]
     calls = STEPS.get(device.type, GPU_STEPS)
-    in_turn(runs, 1, device, rounds=2)  # to warm up
-    rates = [batch_size * calls / median for _, median, _ in in_turn(runs, calls, device, ROUNDS)]
+    time_in_rounds(runs, WARM_UP_ROUNDS, device)
+    times = time_in_rounds(runs, ROUNDS, device, calls)
+    rates = [batch_size * calls / quartiles(seconds).median for seconds in times]
     return {name: Speed(*rates[2 * i : 2 * i + 2]) for i, name in enumerate(names)}
 
 

@@ -1,7 +1,5 @@
 """A training tried out before it is started: settings, shapes, and what it will take."""
 
-import statistics
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -15,13 +13,13 @@ from torch.profiler import record_function
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed import env
 from fastvit_train.models.shapes import Stage, stages, tokens
-from fastvit_train.profiling.roofline import synchronize
 from fastvit_train.profiling.short_run import bar_of, plain_model, short_run, timed_epoch
 from fastvit_train.runs.run_folder import to_yaml
 from fastvit_train.training.inputs import image_size, num_classes
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import resolve
 from fastvit_train.utils import memory
+from fastvit_train.utils.timing import quartiles, time_call
 
 STEPS, ROUNDS = 3, 3
 MIB = 2**20
@@ -69,7 +67,7 @@ def expect(job: TrainSession) -> Expected:
     """What the run that was set up as a trial will take; some steps of it are trained."""
     bar = bar_of(job)
     timed_epoch(job, bar, record_function)
-    step = statistics.median(timed_epoch(job, bar, record_function) for _ in range(ROUNDS))
+    step = quartiles([timed_epoch(job, bar, record_function) for _ in range(ROUNDS)]).median
     run = job.config.run
     steps = len(job.dataset.train.labels) // job.batch_size
     epoch_seconds = step * steps + evaluation_seconds(job)
@@ -94,14 +92,13 @@ def evaluation_seconds(job: TrainSession) -> float:
     loader, device = job.eval_loader, job.accelerator.device
     job.eval_model.eval()
     batches = loader.padded_size // (loader.batch_size * job.accelerator.num_processes)
-    seconds = 0.0
-    for _ in range(2):
-        started = time.perf_counter()
+
+    def evaluate_batch() -> None:
         images, _, _ = next(iter(loader))
         job.eval_model(images)
-        synchronize(device)
-        seconds = time.perf_counter() - started
-    return seconds * batches
+
+    evaluate_batch()  # to warm up
+    return time_call(evaluate_batch, device) * batches
 
 
 def weights_bytes(job: TrainSession) -> int:

@@ -1,11 +1,12 @@
-"""What a computation costs by definition, and what the device can do at most."""
+"""The FLOPs of a computation, and the FLOP/s that the device reaches at most (the ceiling of a roofline plot)."""
 
-import time
 from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from fastvit_train.utils.timing import synchronize, time_call
 
 CEILING_SIZES = {"cpu": 2048}
 GPU_CEILING_SIZE = 8192
@@ -13,9 +14,10 @@ CEILING_ROUNDS = 10
 
 
 def count_flops(run: Callable[[], object]) -> float:
-    """Floating-point operations of matrix products and convolutions in one call of `run`, which is not compiled.
+    """Count the floating-point operations of the matrix products and convolutions in one call of `run`.
 
-    Unpadded; what is recomputed in the backward pass counts, so give it a model without checkpointing.
+    A multiply and an add are 2. `run` must not be compiled. Operations that the backward pass recomputes are counted,
+    so a model must not use activation checkpointing.
     """
     counter = FlopCounterMode(display=False)
     with counter:
@@ -25,20 +27,9 @@ def count_flops(run: Callable[[], object]) -> float:
 
 @cache
 def matmul_ceiling(dtype: torch.dtype, device: torch.device) -> float:
-    """FLOP/s of a large square matrix product, the best of some: the measured ceiling that MFU is a share of."""
+    """Measure the FLOP/s of a large square matrix product, the best of several: the ceiling that MFU is relative to."""
     size = CEILING_SIZES.get(device.type, GPU_CEILING_SIZE)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(CEILING_ROUNDS):
-        synchronize(device)
-        started = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done its work."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    synchronize(device)
+    seconds = (time_call(lambda: a @ b, device) for _ in range(CEILING_ROUNDS))
+    return 2 * size**3 / min(seconds)

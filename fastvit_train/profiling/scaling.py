@@ -2,7 +2,6 @@
 
 import copy
 import json
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -37,6 +36,7 @@ from fastvit_train.utils import memory
 from fastvit_train.utils.atomic_io import write_atomically
 from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.timing import quartiles
 
 ROUNDS = 3
 TABLE_WIDTH = 120
@@ -114,7 +114,7 @@ def measure(job: TrainSession, images: int, steps: int) -> Step:
     bar = bar_of(job)
     timed_epoch(job, bar, record_function)
     rounds = [timed_epoch(job, bar, record_function) for _ in range(ROUNDS)]
-    return Step(images, statistics.median(rounds), (min(rounds), max(rounds)), activations(job))
+    return Step(images, quartiles(rounds).median, (min(rounds), max(rounds)), activations(job))
 
 
 def activations(job: TrainSession) -> int:

@@ -1,8 +1,6 @@
 """What would make training steps faster, tried out: each candidate against the step as it is, in turn."""
 
 import copy
-import statistics
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,10 +10,10 @@ import torch.nn.functional as F
 
 import fastvit_train.models.attention as attention
 from fastvit_train.models import compile_model, set_attention
-from fastvit_train.profiling.roofline import synchronize
 from fastvit_train.training.optimizer import build_optimizer
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import cuda_graphs_serve
+from fastvit_train.utils.timing import quartiles, synchronize, time_in_rounds
 
 WARM_UP, ROUNDS = 3, 9
 STEPS = {"cpu": 1}
@@ -71,14 +69,15 @@ def measure_candidates(job: TrainSession) -> list[Candidate]:
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 failed.append(Candidate(what, how, gain=0.0, sure=False, failed=reason))
         calls = STEPS.get(device.type, GPU_STEPS)
-        times = dict(zip(steps, in_turn(list(steps.values()), calls, device), strict=True))
-    low, now, _ = times.pop(Variant())
+        rounds = time_in_rounds(list(steps.values()), ROUNDS, device, calls)
+        times = {variant: quartiles(seconds) for variant, seconds in zip(steps, rounds, strict=True)}
+    present = times.pop(Variant())
     found = [
         Candidate(
             what,
             how,
-            gain=variant.batch_factor * now / times[variant][1],
-            sure=variant.batch_factor * low > times[variant][2],
+            gain=variant.batch_factor * present.median / times[variant].median,
+            sure=variant.batch_factor * present.low > times[variant].high,
             same_training=variant.batch_factor == 1,
         )
         for what, how, variant in variants
@@ -131,18 +130,3 @@ def step_of(job: TrainSession, variant: Variant) -> Callable[[], None]:
         step()
     synchronize(device)
     return step
-
-
-def in_turn(
-    runs: list[Callable[[], None]], calls: int, device: torch.device, rounds: int = ROUNDS
-) -> list[tuple[float, float, float]]:
-    """Quartiles of the seconds that `calls` calls of each take, all of them in every round."""
-    seconds: list[list[float]] = [[] for _ in runs]
-    for _ in range(rounds):
-        for run, values in zip(runs, seconds, strict=True):
-            started = time.perf_counter()
-            for _ in range(calls):
-                run()
-            synchronize(device)
-            values.append(time.perf_counter() - started)
-    return [tuple(statistics.quantiles(values)) for values in seconds]  # type: ignore[misc]  # three of them

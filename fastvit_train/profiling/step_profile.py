@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -21,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed import env
-from fastvit_train.profiling.roofline import count_flops, matmul_ceiling, synchronize
+from fastvit_train.profiling.roofline import count_flops, matmul_ceiling
 from fastvit_train.profiling.short_run import bar_of, make_output, plain_model, short_run, timed_epoch
 from fastvit_train.profiling.speedups import Candidate, autocast_dtype, measure_candidates
 from fastvit_train.training.loop import train_epoch
@@ -29,6 +28,7 @@ from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
 from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.timing import quartiles, synchronize
 
 PHASES = ("input", "forward", "backward", "optimizer", "waiting")
 HOST = "host"
@@ -133,7 +133,7 @@ def _measure(job: TrainSession, trace: Path) -> Profile:
     timed_epoch(job, bar, apart)
     kernels, busy_seconds = _trace(job, bar, trace)
 
-    step = statistics.median(rounds)
+    step = quartiles(rounds).median
     shares = {name: together.seconds[name] / steps / sum(rounds) for name in PHASES}
     phases = {name: step * share for name, share in {**shares, HOST: 1 - sum(shares.values())}.items()}
     busy = None if busy_seconds is None else min(1.0, busy_seconds / step)

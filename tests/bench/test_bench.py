@@ -197,7 +197,7 @@ def test_rows_of_a_group_take_turns() -> None:
     for _ in turns.measure({"group": [case("a"), case("b")]}, 0.0, turns.Console(quiet=True)):
         pass
     timed = "".join(order)
-    assert "ab" * turns.FEWEST in timed
+    assert "ab" * turns.MIN_ROUNDS in timed
 
 
 def test_the_main_comparison_is_written_compared_and_drawn(

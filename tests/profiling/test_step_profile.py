@@ -13,7 +13,7 @@ from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.augment import Augment
 from fastvit_train.models.vit import Mlp
 from fastvit_train.profiling import short_run, speedups, step_profile
-from fastvit_train.profiling.speedups import Candidate, Variant, in_turn
+from fastvit_train.profiling.speedups import Candidate, Variant
 from fastvit_train.profiling.step_profile import PHASES, Profile, flops_per_image, input_share, profile_run, verdict
 from fastvit_train.training.setup import setup
 from fastvit_train.utils.errors import UserError
@@ -107,17 +107,6 @@ def test_input_that_hides_behind_the_device_costs_nothing() -> None:
     assert input_share(1.0, {"input": 0.3, "waiting": 0.6}, device) == 0
     assert input_share(1.0, {"input": 0.3, "waiting": 0.1}, device) == pytest.approx(0.2)
     assert input_share(1.0, {"input": 0.0, "waiting": 0.9}, {**device, "input": 1.0}) == pytest.approx(0.5)
-
-
-def test_candidates_take_turns_and_the_faster_is_told() -> None:
-    order = []
-
-    def call(name: str, seconds: float) -> Callable[[], None]:
-        return lambda: order.append(name) or time.sleep(seconds)
-
-    slow, fast = in_turn([call("slow", 0.004), call("fast", 0.002)], 1, torch.device("cpu"))
-    assert slow[0] > fast[2] and slow[1] / fast[1] == pytest.approx(2, rel=0.3)
-    assert order == ["slow", "fast"] * speedups.ROUNDS
 
 
 @pytest.mark.slow

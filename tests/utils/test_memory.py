@@ -10,8 +10,8 @@ from tests.support import run
 
 FAULTS = """
 import resource, sys, torch
-from fastvit_train import memory
-kept = memory.keep_freed() if sys.argv[1] == "kept" else None
+from fastvit_train.utils import memory
+kept = memory.retain_freed_memory() if sys.argv[1] == "kept" else None
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.zeros(40 * 2**20, dtype=torch.uint8)
