@@ -1,4 +1,4 @@
-"""Trained models, evaluated on a data set: the verb `eval`."""
+"""Evaluate trained models on a data set: the verb `eval`."""
 
 import json
 import time
@@ -15,7 +15,7 @@ from fastvit_train.data.datasets import DatasetSpec
 from fastvit_train.data.loader import EvalLoader, RankInfo
 from fastvit_train.distributed import env, sync
 from fastvit_train.distributed.accelerator import device_name, start_accelerator
-from fastvit_train.inference.trained_model import TrainedModel, load_run
+from fastvit_train.inference.trained_model import TrainedModel, load_run, non_finite_error
 from fastvit_train.models import check_attention, set_attention, warm_up
 from fastvit_train.models.attention import AUTO, COMPILING
 from fastvit_train.models.evaluator import Evaluation, evaluate_model
@@ -27,21 +27,22 @@ from fastvit_train.training.setup import choose_attention
 from fastvit_train.utils import atomic_io, memory
 from fastvit_train.utils.errors import UserError
 
-MOST_CLASSES_SHOWN = 20
-MOST_CONFUSED = 200
-"""classes, for their confusion to be written and drawn"""
+MAX_CLASSES_SHOWN = 20
+MAX_CONFUSION_CLASSES = 200
+"""with more classes, no confusion matrix is written and drawn"""
 
 
 @dataclass(frozen=True)
-class Evaluated:
-    """A trained model, the data set that it was evaluated on, and what came of it."""
+class EvaluatedRun:
+    """A trained model, the data set that it was evaluated on, and the results."""
 
     run: TrainedModel
     dataset: DatasetSpec
     evaluation: Evaluation
     images_per_second: float
-    """of all processes, input included, compiling not"""
+    """of all ranks together, including the loading of the images, excluding compilation"""
     attention: str
+    """the attention implementation that was used"""
     accelerator: Accelerator
 
 
@@ -52,18 +53,21 @@ def evaluate_run(
     data_dir: str | None = None,
     attention: str | None = None,
     batch_size: int = RunConfig.eval_batch_size,
-) -> Evaluated:
-    """Evaluate a trained model, on all processes of the launch together.
+) -> EvaluatedRun:
+    """Evaluate a trained model, on all ranks of the launch together.
 
     Args:
         run: as in `load_run`.
-        dataset: evaluate on its test set; by default on what the run was evaluated on, be it held out of training.
-        data_dir: where it lies, if no longer where the run found it.
-        attention: how attention is computed; by default as in the run, or plainly. "auto" measures.
-        batch_size: images per step and process.
+        dataset: evaluate on the test set of this data set; by default on the images that the run was evaluated on,
+            which are held-out training images if the run had `--holdout`.
+        data_dir: the folder that holds the data; by default the folder that the run used.
+        attention: the attention implementation; by default the run's own, or a plain one for a model without a run.
+            "auto" measures and takes the fastest.
+        batch_size: images per step and rank.
 
     Raises:
-        UserError: where the model, the attention or the data isn't to be had, or the data has other classes.
+        UserError: if the model, the attention or the data set is not available, if the data set has other classes than
+            the model, or if the model's outputs are NaN or inf.
     """
     loaded = load_run(run, device="cpu")
     config = _settings(loaded, dataset, data_dir, attention, batch_size)
@@ -78,31 +82,30 @@ def evaluate_run(
     _check_classes(loaded, data)
     rank_info = RankInfo(accelerator.device, accelerator.process_index, accelerator.num_processes)
     loader = build_eval_loader(config, data, loaded.model, rank_info)
-    name = _put_attention(loaded, config.model.attention, loader, accelerator)
+    name = _prepare_attention(loaded, config.model.attention, loader, accelerator)
     model = accelerator.prepare_model(loaded.model, device_placement=True, evaluation_mode=True)
     started = time.perf_counter()
     result = evaluate_model(model, loader, accelerator)
     seconds = time.perf_counter() - started
-    if spoilt := int((~result.losses.isfinite()).sum()):
-        raise UserError(
-            f"{loaded.source} answers {spoilt:,} of {result.samples:,} images with infinities or no numbers"
-        )
-    return Evaluated(loaded, data, result, result.samples / seconds, name, accelerator)
+    if damaged := int((~result.losses.isfinite()).sum()):
+        raise non_finite_error(loaded, f" for {damaged:,} of {result.samples:,} images")
+    return EvaluatedRun(loaded, data, result, result.samples / seconds, name, accelerator)
 
 
 def evaluate(
     run: str | Path, dataset: DatasetName | None = None, data_dir: str | None = None, attention: str | None = None
 ) -> Evaluation:
-    """Evaluate a trained model; all processes of the launch do it together and get the same.
+    """Evaluate a trained model; all ranks of the launch share the work and return the same result.
 
     Args:
         run: as in `load_run`.
-        dataset: evaluate on its test set; by default on what the run was evaluated on, be it held out of training.
-        data_dir: where it lies, if no longer where the run found it.
-        attention: how attention is computed; by default as in the run, or plainly.
+        dataset: evaluate on the test set of this data set; by default on the images that the run was evaluated on.
+        data_dir: the folder that holds the data; by default the folder that the run used.
+        attention: the attention implementation; by default the run's own, or a plain one for a model without a run.
 
     Raises:
-        UserError: where the model, the attention or the data isn't to be had, or the data has other classes.
+        UserError: if the model, the attention or the data set is not available, if the data set has other classes than
+            the model, or if the model's outputs are NaN or inf.
     """
     return evaluate_run(run, dataset=dataset, data_dir=data_dir, attention=attention).evaluation
 
@@ -110,37 +113,39 @@ def evaluate(
 def _settings(
     loaded: TrainedModel, dataset: DatasetName | None, data_dir: str | None, attention: str | None, batch_size: int
 ) -> TrainConfig:
-    """What a run of training would have for settings that ended in this evaluation."""
+    """Return the settings that describe this evaluation, as those of a run."""
     if not 1 <= batch_size <= 10**6:
         raise UserError(f"--batch-size {batch_size} is out of range; allowed: 1 to 1,000,000")
     if loaded.config is None and dataset is None:
-        raise UserError(f"{loaded.source} brings no data set; say which with --dataset, and where with --data-dir")
-    own = loaded.config.data if loaded.config is not None else DataConfig()
+        raise UserError(f"{loaded.source} does not record a data set; give --dataset and --data-dir")
+    data = loaded.config.data if loaded.config is not None else DataConfig()
     if dataset is not None:
-        own = replace(own, holdout=0.0) if dataset == own.dataset else DataConfig(dataset=dataset)
+        data = replace(data, holdout=0.0) if dataset == data.dataset else DataConfig(dataset=dataset)
     recorded = loaded.config.model.attention if loaded.config is not None else loaded.attention
     return TrainConfig(
         run=RunConfig(eval_batch_size=batch_size),
         model=ModelConfig(
             loaded.architecture, attention or recorded, num_classes=loaded.num_classes, image_size=loaded.image_size
         ),
-        data=replace(own, data_dir=data_dir or own.data_dir),
+        data=replace(data, data_dir=data_dir or data.data_dir),
     )
 
 
 def _check_classes(loaded: TrainedModel, dataset: DatasetSpec) -> None:
-    """Raise UserError unless the model names its outputs as the data set names its classes, where it names them."""
+    """Raise UserError unless the model and the data set have the same classes, by name if the model has names."""
     if loaded.class_names is None:
-        fits = loaded.config is not None or loaded.num_classes == len(dataset.classes)
+        same = loaded.config is not None or loaded.num_classes == len(dataset.classes)
     else:
-        fits = loaded.class_names == dataset.classes
-    if not fits:
-        trained, found = list(loaded.classes[:MOST_CLASSES_SHOWN]), list(dataset.classes[:MOST_CLASSES_SHOWN])
-        raise UserError(f"{loaded.source} was trained on the classes {trained}, {dataset.name} has {found}")
+        same = loaded.class_names == dataset.classes
+    if not same:
+        model, data = (list(names[:MAX_CLASSES_SHOWN]) for names in (loaded.classes, dataset.classes))
+        raise UserError(
+            f"{loaded.source} was trained on the classes {model}, but {dataset.name} has {data}; give another --dataset"
+        )
 
 
-def _put_attention(loaded: TrainedModel, name: str, loader: EvalLoader, accelerator: Accelerator) -> str:
-    """Have the model compute with attention `name`, measured for "auto" and compiled where it compiles."""
+def _prepare_attention(loaded: TrainedModel, name: str, loader: EvalLoader, accelerator: Accelerator) -> str:
+    """Set the model's attention, after measuring for "auto", and compile it if it is compiled; returns its name."""
     if name == AUTO:
         name, _ = choose_attention(loaded.model, loader.batch_size, loaded.image_size, accelerator)
     set_attention(loaded.model, name)
@@ -150,8 +155,11 @@ def _put_attention(loaded: TrainedModel, name: str, loader: EvalLoader, accelera
     return name
 
 
-def figures(evaluated: Evaluated) -> dict[str, Any]:
-    """What evaluation.json holds; fractions, nats and seconds, null where a class has no images."""
+def metrics(evaluated: EvaluatedRun) -> dict[str, Any]:
+    """Return the contents of evaluation.json.
+
+    Accuracies, precision and recall are fractions, the loss is in nats; a class without images has recall None.
+    """
     result, dataset = evaluated.evaluation, evaluated.dataset
     per_class = zip(
         dataset.classes,
@@ -176,60 +184,65 @@ def figures(evaluated: Evaluated) -> dict[str, Any]:
         "world_size": evaluated.accelerator.num_processes,
         "device": device_name(evaluated.accelerator.device),
         "classes": [
-            {"name": name, "images": images, "precision": _share(precision), "recall": _share(recall)}
+            {
+                "name": name,
+                "images": images,
+                "precision": _none_if_negative(precision),
+                "recall": _none_if_negative(recall),
+            }
             for name, images, precision, recall in per_class
         ],
-        "confusion": result.confusion().tolist() if result.num_classes <= MOST_CONFUSED else None,
+        "confusion": result.confusion().tolist() if result.num_classes <= MAX_CONFUSION_CLASSES else None,
     }
 
 
-def _share(value: float) -> float | None:
+def _none_if_negative(value: float) -> float | None:
     return None if value < 0 else value
 
 
-def show(evaluated: Evaluated, output: Path | None) -> None:
-    """Print the figures, and write them and the confusion matrix to `output`, by default `eval/` in the run's folder.
+def show(evaluated: EvaluatedRun, output: Path | None) -> None:
+    """Print the metrics, and write them and the confusion matrix to `output`, by default `eval/` in the run's folder.
 
     Raises:
-        UserError: where they can't be written.
+        UserError: if they cannot be written.
     """
     accelerator = evaluated.accelerator
-    found = figures(evaluated)
+    values = metrics(evaluated)
     folder = output or (evaluated.run.folder or Path()) / "eval"
-    written = sync.broadcast_from_rank0(accelerator, lambda: _write(evaluated, found, folder))
+    written = sync.broadcast_from_rank0(accelerator, lambda: _write(evaluated, values, folder))
     log = Log(accelerator.is_main_process)
     log.line(
-        f"{found['source']}: {found['dataset']} ({found['evaluated_on']}, {found['images']:,} images) "
-        f"accuracy {found['accuracy']:.2%}, top-5 {found['top5_accuracy']:.2%}, loss {found['loss']:.6f}, "
-        f"calibration error {found['expected_calibration_error']:.2%}, attention {found['attention']}"
+        f"{values['source']}: {values['dataset']} ({values['evaluated_on']}, {values['images']:,} images) "
+        f"accuracy {values['accuracy']:.2%}, top-5 {values['top5_accuracy']:.2%}, loss {values['loss']:.6f}, "
+        f"calibration error {values['expected_calibration_error']:.2%}, attention {values['attention']}"
     )
-    log.console.print(_table(found))
+    log.console.print(_table(values))
     log.line(
-        f"{found['images_per_second']:,.0f} img/s, input included, on {found['device']}; "
-        f"world size {found['world_size']}; mixed precision {found['mixed_precision']}"
+        f"{values['images_per_second']:,.0f} img/s, including the loading of the images, on {values['device']}; "
+        f"world size {values['world_size']}; mixed precision {values['mixed_precision']}"
     )
     log.line(f"written to {folder}: {', '.join(written)}")
 
 
-def _write(evaluated: Evaluated, found: dict[str, Any], folder: Path) -> list[str]:
-    """Write the figures and the confusion matrix; returns the files' names."""
-    with atomic_io.as_save_error(f"{folder} can't be written; choose another --output"):
+def _write(evaluated: EvaluatedRun, values: dict[str, Any], folder: Path) -> list[str]:
+    """Write the metrics and the confusion matrix; returns the names of the files."""
+    with atomic_io.as_save_error(f"{folder} cannot be written; choose another --output"):
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_io.write_atomically(folder / "evaluation.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
-    if found["confusion"] is None:
+        atomic_io.write_atomically(folder / "evaluation.json", json.dumps(values, indent=2, allow_nan=False) + "\n")
+    if values["confusion"] is None:
         return ["evaluation.json"]
-    title = f"{evaluated.run.name} on {found['dataset']}: {found['accuracy']:.2%}"
+    title = f"{evaluated.run.name} on {values['dataset']}: {values['accuracy']:.2%}"
     plot_confusion(evaluated.evaluation.confusion(), evaluated.dataset.classes, title, folder / "confusion.png")
     return ["evaluation.json", "confusion.png"]
 
 
-def _table(found: dict[str, Any]) -> Table:
-    """Precision and recall per class; of many classes those that are recognised worst."""
-    classes = found["classes"]
-    title = "per class"
-    if len(classes) > MOST_CLASSES_SHOWN:
-        classes = sorted(classes, key=lambda row: row["recall"] or 0)[:MOST_CLASSES_SHOWN]
-        title = f"the {MOST_CLASSES_SHOWN} of {len(found['classes'])} classes with the lowest recall"
+def _table(values: dict[str, Any]) -> Table:
+    """Precision and recall of each class, or only of those with the lowest recall if there are many classes."""
+    classes = values["classes"]
+    title = "by class"
+    if len(classes) > MAX_CLASSES_SHOWN:
+        classes = sorted(classes, key=lambda row: row["recall"] or 0)[:MAX_CLASSES_SHOWN]
+        title = f"the {MAX_CLASSES_SHOWN} of {len(values['classes'])} classes with the lowest recall"
     table = Table("class", "images", "precision", "recall", title=title)
     for row in classes:
         shares = ("-" if row[key] is None else f"{row[key]:.2%}" for key in ("precision", "recall"))

@@ -21,7 +21,7 @@ from fastvit_train import __version__
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.datasets import load_dataset
 from fastvit_train.data.loader import Preprocess
-from fastvit_train.inference.trained_model import FOLDER, TrainedModel, load_run
+from fastvit_train.inference.trained_model import FOLDER, TrainedModel, load_run, non_finite_error
 from fastvit_train.models import pretrained_cfg
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError, printable
@@ -102,7 +102,7 @@ def write_verified(run: TrainedModel, to: str, path: Path) -> str:
     except Exception as error:  # exporters raise anything at what they don't know
         raise UserError(f"{run.source} can't be written as {to}: {_reason(error)}; try another --to") from None
     if not math.isfinite(difference):
-        raise UserError(f"{run.source} answers with infinities or no numbers: its weights are spoilt")
+        raise non_finite_error(run)
     if difference > TOLERANCE:
         raise UserError(
             f"{run.source} written as {to} and read back gives other logits, by up to {difference:.1e}; "

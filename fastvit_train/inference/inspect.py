@@ -1,4 +1,4 @@
-"""Pictures of what a trained model looks at and of what it has learned: the verb `inspect`."""
+"""Draw a trained model's attention maps, position embeddings and patch filters: the verb `inspect`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,78 +19,79 @@ from fastvit_train.runs.plots import literal, save
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError, printable
 
-MOST_GIVEN = 32
-OF_EACH_SET, CLOSER = 10, 4
-"""images of the test set that are shown, and how many of them layer by layer"""
-MOST_HEADS, MOST_FILTERS = 16, 100
+MAX_IMAGES = 32
+TEST_IMAGES, TEST_IMAGES_BY_HEAD = 10, 4
+"""test images that are drawn by default, and how many of them also by layer and head"""
+MAX_HEADS, MAX_FILTERS = 16, 100
 OPACITY = 0.65
-"""of weights over an image"""
+"""opacity of a heat map over an image"""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """Images to look at the model's looks by."""
+class InspectedImages:
+    """The images whose attention maps are drawn."""
 
     names: tuple[str, ...]
+    """names of the files that are written"""
     captions: tuple[str, ...]
     pixels: Tensor
     """uint8 (images, 3, size, size)"""
 
 
 def inspect_run(run: str, images: Sequence[str], output: Path | None, data_dir: str | None = None) -> list[Path]:
-    """Write pictures of the model that `run` names; returns where they are.
+    """Draw a trained model's attention maps, position embeddings and patch filters; returns the files' paths.
 
-    looks.png: each image, what the classifier reads of it (the class token's attention or the pooling weights), and
-    that followed through all layers (rollout); NAME-attention.png: the same per layer and head; positions.png: how
-    alike the learned positions are; filters.png: the first layer's filters.
+    looks.png: each image with the last layer's attention map (the class token's attention or the pooling weights) and
+    with the attention rollout through all layers; NAME-attention.png: the attention of one image by layer and head;
+    positions.png: the similarity of the position embeddings; filters.png: the first layer's filters.
 
     Args:
         run: as in `load_run`.
-        images: as in `predict_images`, up to 32; by default some of the test set, one of each class.
-        output: folder for the pictures; by default inspect/ in the run's folder.
-        data_dir: where the test set lies, if no longer where the run found it.
+        images: as in `predict_images`, up to 32; by default the first test image of each of the first ten classes.
+        output: folder for the figures; by default inspect/ in the run's folder.
+        data_dir: the folder that holds the data; by default the folder that the run used.
 
     Raises:
-        UserError: where the model, an image or the data isn't to be had, or the model's attention can't be looked at.
+        UserError: if the model, an image or the data set is not available, or if the model has no attention maps.
     """
     loaded = load_run(run)
-    shown = _given(images, loaded.image_size) if images else _of_the_test_set(loaded, data_dir)
-    looks = attention_maps(loaded.model, loaded.preprocess(shown.pixels))
+    inspected = _read_images(images, loaded.image_size) if images else _select_test_images(loaded, data_dir)
+    maps = attention_maps(loaded.model, loaded.preprocess(inspected.pixels))
     folder = output or (loaded.folder or Path()) / "inspect"
-    with atomic_io.as_save_error(f"{folder} can't be written; choose another --output"):
+    with atomic_io.as_save_error(f"{folder} cannot be written; choose another --output"):
         folder.mkdir(parents=True, exist_ok=True)
-    return _draw(loaded, shown, looks, folder, closer=len(shown.names) if images else CLOSER)
+    return _draw(loaded, inspected, maps, folder, by_head=len(inspected.names) if images else TEST_IMAGES_BY_HEAD)
 
 
-def _given(images: Sequence[str], image_size: int) -> Shown:
+def _read_images(images: Sequence[str], image_size: int) -> InspectedImages:
     with expand_paths(images, "inspect") as files:
-        if len(files) > MOST_GIVEN:
-            raise UserError(f"inspect draws up to {MOST_GIVEN} images, got {len(files):,}; name fewer")
+        if len(files) > MAX_IMAGES:
+            raise UserError(f"inspect draws up to {MAX_IMAGES} images, got {len(files):,}; give fewer")
         pixels = torch.stack([decode(path, image_size) for _, path in files])
     names = tuple(printable(Path(name).stem) for name, _ in files)
     if len(set(names)) < len(names):
         names = tuple(f"{number}-{name}" for number, name in enumerate(names, start=1))
-    return Shown(names, names, pixels)
+    return InspectedImages(names, names, pixels)
 
 
-def _of_the_test_set(loaded: TrainedModel, data_dir: str | None) -> Shown:
-    """The first image of each class, of the first ten."""
+def _select_test_images(loaded: TrainedModel, data_dir: str | None) -> InspectedImages:
+    """Select the first test image of each of the first ten classes."""
     try:
         dataset = loaded.dataset(data_dir)
     except UserError as error:
-        raise UserError(f"{error}; name images to look at, as in: inspect {loaded.source} cat.png") from None
+        raise UserError(f"{error}; name the images to draw, as in: inspect {loaded.source} cat.png") from None
     labels = dataset.test.labels
-    firsts = dataset.test.first_of_each_class(OF_EACH_SET)
+    firsts = dataset.test.first_of_each_class(TEST_IMAGES)
     names = tuple(f"{dataset.evaluated_on}{sample}" for sample in firsts.tolist())
     captions = tuple(dataset.classes[label] for label in labels[firsts].tolist())
-    return Shown(names, captions, dataset.test.pixels(firsts, loaded.image_size))
+    return InspectedImages(names, captions, dataset.test.pixels(firsts, loaded.image_size))
 
 
-def _draw(loaded: TrainedModel, shown: Shown, looks: AttentionMaps, folder: Path, closer: int) -> list[Path]:
-    written = [_draw_looks(loaded, shown, looks, folder / "looks.png")]
-    for number in range(min(closer, len(shown.names))):
-        path = folder / f"{shown.names[number]}-attention.png"
-        written.append(_draw_heads(shown, looks, number, path))
+def _draw(loaded: TrainedModel, images: InspectedImages, maps: AttentionMaps, folder: Path, by_head: int) -> list[Path]:
+    written = [_draw_maps(loaded, images, maps, folder / "looks.png")]
+    for number in range(min(by_head, len(images.names))):
+        path = folder / f"{images.names[number]}-attention.png"
+        written.append(_draw_heads(images, maps, number, path))
     similarity, filters = position_similarity(loaded.model), patch_filters(loaded.model)
     if similarity is not None:
         written.append(_draw_positions(similarity, folder / "positions.png"))
@@ -99,37 +100,37 @@ def _draw(loaded: TrainedModel, shown: Shown, looks: AttentionMaps, folder: Path
     return written
 
 
-def _draw_looks(loaded: TrainedModel, shown: Shown, looks: AttentionMaps, path: Path) -> Path:
-    """A column per image: itself under its name, what is read of it over the prediction, the rollout."""
-    probabilities, classes = loaded.predict(shown.pixels).cpu().max(1)
-    count = len(shown.names)
-    figure, panels = _panels(3, count, "")
+def _draw_maps(loaded: TrainedModel, images: InspectedImages, maps: AttentionMaps, path: Path) -> Path:
+    """Draw a column per image: the image, its attention map under the predicted class, and its rollout."""
+    probabilities, classes = loaded.predict(images.pixels).cpu().max(1)
+    count = len(images.names)
+    figure, panels = _create_panels(3, count, "")
     for number, (probability, label) in enumerate(zip(probabilities.tolist(), classes.tolist(), strict=True)):
         image, pooled, rollout = panels[:, number]
-        _show(image, shown.pixels[number])
-        image.set_title(literal(shown.captions[number]), fontsize=9)
-        _show(pooled, shown.pixels[number], looks.pooled[number])
+        _show_image(image, images.pixels[number])
+        image.set_title(literal(images.captions[number]), fontsize=9)
+        _show_image(pooled, images.pixels[number], maps.pooled[number])
         pooled.set_title(literal(f"{loaded.classes[label]} {probability:.0%}"), fontsize=9)
-        _show(rollout, shown.pixels[number], looks.rollout[number])
-    for axes, what in zip(panels[:, 0], ("image", looks.pooling, "rollout"), strict=True):
-        axes.set_ylabel(what.replace("'s ", "'s\n"), fontsize=8)
+        _show_image(rollout, images.pixels[number], maps.rollout[number])
+    for axes, label in zip(panels[:, 0], ("image", maps.pooling, "rollout"), strict=True):
+        axes.set_ylabel(label.replace("'s ", "'s\n"), fontsize=8)
     save(figure, path)
     return path
 
 
-def _draw_heads(shown: Shown, looks: AttentionMaps, number: int, path: Path) -> Path:
-    """A row per layer, a column per head: what the class token, or else the patches on average, attend to."""
-    layers = [looks.layer_maps(layer)[number, :MOST_HEADS] for layer in range(len(looks.attention))]
-    figure, panels = _panels(
+def _draw_heads(images: InspectedImages, maps: AttentionMaps, number: int, path: Path) -> Path:
+    """Draw a row per layer and a column per head: the attention of the class token, or the mean over the patches."""
+    layers = [maps.layer_maps(layer)[number, :MAX_HEADS] for layer in range(len(maps.attention))]
+    figure, panels = _create_panels(
         len(layers),
         1 + len(layers[0]),
-        f"{shown.captions[number]}: attention by layer and head, each from 0 to its largest",
+        f"{images.captions[number]}: attention by layer and head; each map is scaled to its own maximum",
     )
-    for layer, maps in enumerate(layers):
-        _show(panels[layer, 0], shown.pixels[number])
+    for layer, heads in enumerate(layers):
+        _show_image(panels[layer, 0], images.pixels[number])
         panels[layer, 0].set_ylabel(f"layer {layer + 1}", fontsize=8)
-        for head, weights in enumerate(maps):
-            _show(panels[layer, 1 + head], shown.pixels[number], weights)
+        for head, weights in enumerate(heads):
+            _show_image(panels[layer, 1 + head], images.pixels[number], weights)
             if layer == 0:
                 panels[0, 1 + head].set_title(f"head {head + 1}", fontsize=8)
     save(figure, path)
@@ -137,9 +138,10 @@ def _draw_heads(shown: Shown, looks: AttentionMaps, number: int, path: Path) -> 
 
 
 def _draw_positions(similarity: Tensor, path: Path) -> Path:
-    """For each patch, in its place, how alike its position is to all others: cosine from -1 (blue) to 1 (red)."""
+    """Draw, at the place of each patch, the cosine similarity of its position embedding with all others."""
     rows, columns = similarity.shape[:2]
-    figure, panels = _panels(rows, columns, "similarity of each position with all, -1 (blue) to 1 (red)", side=0.7)
+    title = "cosine similarity of the position embeddings, from -1 (blue) to 1 (red)"
+    figure, panels = _create_panels(rows, columns, title, side=0.7)
     for row in range(rows):
         for column in range(columns):
             panels[row, column].imshow(similarity[row, column].numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
@@ -148,11 +150,11 @@ def _draw_positions(similarity: Tensor, path: Path) -> Path:
 
 
 def _draw_filters(filters: Tensor, path: Path) -> Path:
-    """The first layer's filters, strongest first, grey where they do nothing."""
-    filters = filters[:MOST_FILTERS]
+    """Draw the first layer's filters in descending order of their norms; a weight of 0 is gray."""
+    filters = filters[:MAX_FILTERS]
     columns = min(12, len(filters))
-    figure, panels = _panels(
-        -(-len(filters) // columns), columns, "the first layer's filters, strongest first", side=0.7
+    figure, panels = _create_panels(
+        -(-len(filters) // columns), columns, "the first layer's filters, by descending norm", side=0.7
     )
     for axes in panels.flat:
         axes.axis("off")
@@ -162,8 +164,8 @@ def _draw_filters(filters: Tensor, path: Path) -> Path:
     return path
 
 
-def _panels(rows: int, columns: int, title: str, side: float = 1.3) -> tuple[Figure, Any]:
-    """A figure with a grid of panels without ticks, each `side` inches."""
+def _create_panels(rows: int, columns: int, title: str, side: float = 1.3) -> tuple[Figure, Any]:
+    """Create a figure with a grid of panels without ticks; `side` is that of a panel in inches."""
     figure = Figure(figsize=(side * columns + 0.6, side * rows + 0.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False)
@@ -173,8 +175,8 @@ def _panels(rows: int, columns: int, title: str, side: float = 1.3) -> tuple[Fig
     return figure, panels
 
 
-def _show(axes: Axes, pixels: Tensor, weights: Tensor | None = None) -> None:
-    """An image, uint8 (3, height, width), and over it weights (rows, columns), light where they are large."""
+def _show_image(axes: Axes, pixels: Tensor, weights: Tensor | None = None) -> None:
+    """Show an image, uint8 (3, height, width), and over it a heat map (rows, columns), bright where it is large."""
     height, width = pixels.shape[1:]
     image = pixels.permute(1, 2, 0).numpy()
     if weights is None:

@@ -1,4 +1,4 @@
-"""What a trained model says of images: the verb `predict`."""
+"""Predict the classes of images with a trained model: the verb `predict`."""
 
 import json
 import sys
@@ -14,29 +14,29 @@ from torch import Tensor
 
 from fastvit_train.data.image_paths import STANDARD_INPUT, expand_paths
 from fastvit_train.data.images import decode
-from fastvit_train.inference.trained_model import TrainedModel, load_run
+from fastvit_train.inference.trained_model import TrainedModel, load_run, non_finite_error
 from fastvit_train.runs.plots import plot_images
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import UserError, printable
 
-PER_PICTURE = 36
+IMAGES_PER_FIGURE = 36
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model said of an image, or why it couldn't be shown to it."""
+    """The model's prediction for an image, or why the image could not be read."""
 
     image: str
     top: tuple[tuple[str, float], ...] = ()
-    """the most probable classes with their probabilities, most probable first"""
+    """the most probable classes and their probabilities, in descending order"""
     error: str | None = None
 
     def __str__(self) -> str:
         return self.error or ", ".join(f"{name} {probability:.1%}" for name, probability in self.top)
 
     def as_json(self) -> str:
-        """On one line: `{"image": ..., "top": [{"class": ..., "probability": ...}]}`, or with "error" for "top"."""
+        """Return one line of JSON: image and top, a list of objects with class and probability, or image and error."""
         if self.error is not None:
             return json.dumps({"image": self.image, "error": self.error})
         top = [{"class": name, "probability": probability} for name, probability in self.top]
@@ -46,71 +46,73 @@ class Prediction:
 def predict_images(
     run: str, images: Sequence[str], *, top: int, batch_size: int, as_json: bool, show: bool, output: Path | None
 ) -> int:
-    """Print what the model that `run` names says of images; returns how many of them couldn't be read.
+    """Print the predictions of a trained model for images; returns the number of images that could not be read.
 
     Args:
         run: as in `load_run`.
-        images: files, folders (all images below), patterns, or "-" for standard input: an image, or names of images,
-            one per line.
-        top: classes to tell of each image.
+        images: files, folders (with their subfolders), patterns, or "-" for standard input: an image, or names of
+            images, one per line.
+        top: number of classes to print for each image.
         batch_size: images per forward pass.
-        as_json: a line of JSON per image instead of a table.
-        show: draw the images with their predictions too.
-        output: folder for these pictures; by default predictions/ in the run's folder.
+        as_json: print a line of JSON per image instead of a table.
+        show: also draw the images with their predictions.
+        output: folder for these figures; by default predictions/ in the run's folder.
 
     Raises:
-        UserError: where the model or any image at all isn't to be had.
+        UserError: if the model is not available, if there are no images, or if the model's outputs are NaN or inf.
     """
     for flag, number in (("--top", top), ("--batch-size", batch_size)):
         if number < 1:
             raise UserError(f"{flag} {number} is out of range; allowed: 1 or more")
     loaded = load_run(run)
-    said: list[Prediction] = []
-    seen: list[Tensor] = []
+    predictions: list[Prediction] = []
+    shown: list[Tensor] = []
     with expand_paths(images, "predict") as files:
-        for predictions, pixels in _predicted(loaded, files, min(top, loaded.num_classes), batch_size):
-            said += predictions
-            seen += [pixels] if show else []
+        for batch, pixels in _predict_batches(loaded, files, min(top, loaded.num_classes), batch_size):
+            predictions += batch
+            shown += [pixels] if show else []
             if as_json:
-                print("\n".join(prediction.as_json() for prediction in predictions), flush=True)
-    if not as_json and any(prediction.top for prediction in said):
-        _print_table(loaded, said)
-    for prediction in said:
+                print("\n".join(prediction.as_json() for prediction in batch), flush=True)
+    if not as_json and any(prediction.top for prediction in predictions):
+        _print_table(loaded, predictions)
+    for prediction in predictions:
         if prediction.error is not None:
             print(prediction.error, file=sys.stderr)
-    if show and any(prediction.top for prediction in said):
+    if show and any(prediction.top for prediction in predictions):
         folder = output or (loaded.folder or Path()) / "predictions"
-        _draw([prediction for prediction in said if prediction.error is None], torch.cat(seen), folder)
-        print(f"pictures written to {folder}", file=sys.stderr if as_json else sys.stdout)
-    return sum(prediction.error is not None for prediction in said)
+        _draw([prediction for prediction in predictions if prediction.error is None], torch.cat(shown), folder)
+        print(f"written to {folder}", file=sys.stderr if as_json else sys.stdout)
+    return sum(prediction.error is not None for prediction in predictions)
 
 
-def _predicted(
+def _predict_batches(
     loaded: TrainedModel, files: Sequence[tuple[str, Path]], top: int, batch_size: int
 ) -> Iterator[tuple[list[Prediction], Tensor]]:
-    """Batch by batch the predictions, and the images that could be read, uint8 (images, 3, size, size)."""
+    """Yield per batch the predictions and the images that could be read, uint8 (images, 3, size, size)."""
     with ThreadPoolExecutor() as pool:
         for start in range(0, len(files), batch_size):
             batch = files[start : start + batch_size]
-            read = list(pool.map(lambda file: _read(file, loaded.image_size), batch))
-            good = [pixels for pixels in read if isinstance(pixels, Tensor)]
-            pixels = torch.stack(good) if good else torch.empty(0, 3, loaded.image_size, loaded.image_size)
-            ranked = _probabilities(loaded, pixels).topk(top) if good else None
+            images = list(pool.map(lambda file: _read(file, loaded.image_size), batch))
+            readable = [pixels for pixels in images if isinstance(pixels, Tensor)]
+            pixels = torch.stack(readable) if readable else torch.empty(0, 3, loaded.image_size, loaded.image_size)
+            ranked = _probabilities(loaded, pixels).topk(top) if readable else None
             rows = iter(zip(ranked.values.tolist(), ranked.indices.tolist(), strict=True)) if ranked else iter(())
-            said = []
-            for (name, _), result in zip(batch, read, strict=True):
+            predictions = []
+            for (name, _), result in zip(batch, images, strict=True):
                 if isinstance(result, str):
-                    said.append(Prediction(name, error=result))
+                    predictions.append(Prediction(name, error=result))
                 else:
                     values, classes = next(rows)
-                    said.append(Prediction(name, tuple(zip((loaded.classes[i] for i in classes), values, strict=True))))
-            yield said, pixels
+                    predictions.append(
+                        Prediction(name, tuple(zip((loaded.classes[i] for i in classes), values, strict=True)))
+                    )
+            yield predictions, pixels
 
 
 def _probabilities(loaded: TrainedModel, pixels: Tensor) -> Tensor:
     probabilities = loaded.predict(pixels).cpu()
     if not probabilities.isfinite().all():
-        raise UserError(f"{loaded.source} answers with infinities or no numbers: its weights are spoilt")
+        raise non_finite_error(loaded)
     return probabilities
 
 
@@ -122,28 +124,30 @@ def _read(file: tuple[str, Path], image_size: int) -> Tensor | str:
         return str(error).replace(str(path), name) if name == STANDARD_INPUT else str(error)
 
 
-def _print_table(loaded: TrainedModel, said: Sequence[Prediction]) -> None:
+def _print_table(loaded: TrainedModel, predictions: Sequence[Prediction]) -> None:
     console = Terminal()
-    table = Table("image", "class", "probability", "then")
-    for prediction in said:
+    table = Table("image", "class", "probability", "next classes")
+    for prediction in predictions:
         if prediction.top:
             (name, probability), *rest = prediction.top
-            then = ", ".join(f"{other} {chance:.1%}" for other, chance in rest)
-            table.add_row(*map(escape, (printable(prediction.image), name, f"{probability:.1%}", then)))
+            others = ", ".join(f"{other} {share:.1%}" for other, share in rest)
+            table.add_row(*map(escape, (printable(prediction.image), name, f"{probability:.1%}", others)))
     console.print(table)
     mean, std = (", ".join(f"{value:g}" for value in values) for values in loaded.normalisation)
     console.print(
-        f"{loaded.source}: images resized to {loaded.image_size} pixels on the shorter side (bilinear), the centre cut "
-        f"out; normalised by mean {mean} and standard deviation {std}",
+        f"{loaded.source}: the shorter side of each image was resized to {loaded.image_size} pixels (bilinear), the "
+        f"center was cropped, and the pixels were normalized with mean {mean} and standard deviation {std}",
         markup=False,
         soft_wrap=True,
     )
 
 
-def _draw(said: Sequence[Prediction], pixels: Tensor, folder: Path) -> None:
-    with atomic_io.as_save_error(f"{folder} can't be written; choose another --output"):
+def _draw(predictions: Sequence[Prediction], pixels: Tensor, folder: Path) -> None:
+    with atomic_io.as_save_error(f"{folder} cannot be written; choose another --output"):
         folder.mkdir(parents=True, exist_ok=True)
-    for start in range(0, len(said), PER_PICTURE):
-        part = said[start : start + PER_PICTURE]
-        captions = [f"{Path(one.image).name}\n{one.top[0][0]} {one.top[0][1]:.1%}" for one in part]
-        plot_images(pixels[start : start + PER_PICTURE], captions, folder / f"{start // PER_PICTURE + 1}.png")
+    for start in range(0, len(predictions), IMAGES_PER_FIGURE):
+        part = predictions[start : start + IMAGES_PER_FIGURE]
+        captions = [f"{Path(item.image).name}\n{item.top[0][0]} {item.top[0][1]:.1%}" for item in part]
+        plot_images(
+            pixels[start : start + IMAGES_PER_FIGURE], captions, folder / f"{start // IMAGES_PER_FIGURE + 1}.png"
+        )

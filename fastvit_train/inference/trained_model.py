@@ -1,4 +1,4 @@
-"""Trained models, brought back: from a run's folder, a folder that timm wrote, the Hugging Face Hub, or timm."""
+"""Load trained models from a run's folder, a folder that timm wrote, the Hugging Face Hub, or timm."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,33 +27,34 @@ from fastvit_train.training.setup import resolve
 from fastvit_train.utils.errors import UserError, printable
 from fastvit_train.utils.safe_load import read_json
 
-MOST_CLASSES = 10**6
+MAX_CLASSES = 10**6
 FOLDER, HUB = "local-dir:", "hf-hub:"
-ALLOWED = f"the folder of a finished run, {FOLDER}FOLDER as timm writes one, {HUB}USER/MODEL, or a name of timm's"
+ALLOWED = f"the folder of a finished run, {FOLDER}FOLDER as written by timm, {HUB}USER/MODEL, or a timm model name"
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A trained model in evaluation mode, with what is needed to feed it and to read its answers."""
+    """A trained model in evaluation mode, with its preprocessing and the names of its classes."""
 
     source: str
-    """as it was asked for"""
+    """what `load_run` was given"""
     folder: Path | None
-    """where its weights lie, and pictures of it go; None for a model from elsewhere"""
+    """the folder that holds the weights, and by default receives figures; None if the model is not in a folder"""
     config: TrainConfig | None
-    """the run's settings; None for a model that no run of ours left"""
+    """the run's settings; None if the model does not come from a run of this package"""
     model: nn.Module
     architecture: str
-    """timm's name of the model"""
+    """the timm model name"""
     attention: str
+    """the attention implementation"""
     class_names: tuple[str, ...] | None
-    """what its outputs are called, where that is known"""
+    """the names of the outputs, if known"""
     image_size: int
-    """side of the input, pixels"""
+    """side of the square input, in pixels"""
 
     @property
     def name(self) -> str:
-        """For tables and files' names."""
+        """A short name for tables and titles."""
         return printable(self.folder.resolve().name if self.folder else self.source.rpartition("/")[2])
 
     @property
@@ -62,7 +63,7 @@ class TrainedModel:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the outputs, or else their numbers."""
+        """The names of the outputs, or their indices if the names are not known."""
         return self.class_names or tuple(map(str, range(self.num_classes)))
 
     @property
@@ -75,57 +76,61 @@ class TrainedModel:
 
     @property
     def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation per channel, of pixels from 0 to 1, that the model's input is normalised by."""
+        """Mean and standard deviation per channel, for pixels from 0 to 1."""
         cfg = pretrained_cfg(self.model)
         return tuple(cfg["mean"]), tuple(cfg["std"])
 
     def dataset(self, data_dir: str | None = None) -> DatasetSpec:
-        """The data that the run was trained and evaluated on, from where it was then or from `data_dir`.
+        """Load the data set that the run was trained and evaluated on.
+
+        Args:
+            data_dir: the folder that holds the data; by default the folder that the run used.
 
         Raises:
-            UserError: where it isn't to be had, or the model brings no data set.
+            UserError: if the data set is not available, or if the model does not come from a run.
         """
         if self.config is None:
-            raise UserError(f"{self.source} brings no data set")
+            raise UserError(f"{self.source} does not record a data set")
         data = self.config.data
         return load_dataset(replace(data, data_dir=data_dir or data.data_dir), self.image_size)
 
     def preprocess(self, images_BCHW: Tensor) -> Tensor:
-        """uint8 or float images of 0 to 255, (batch, 3, height, width), to the model's input on its device."""
+        """Convert images, uint8 or float from 0 to 255, (batch, 3, height, width), to inputs on the model's device."""
         return Preprocess(*self.normalisation, self.image_size, self.device)(images_BCHW.to(self.device))
 
     @torch.no_grad()
     def predict(self, images_BCHW: Tensor) -> Tensor:
-        """Class probabilities, float32 (batch, classes), of uint8 or float images of 0 to 255, (batch, 3, h, w)."""
+        """Return class probabilities, float32 (batch, classes), of images as `preprocess` takes them."""
         return self.model(self.preprocess(images_BCHW)).float().softmax(1)
 
 
 def load_run(run: str | Path, attention: str | None = None, device: torch.device | str | None = None) -> TrainedModel:
-    """The trained model that `run` names, ready for use.
+    """Load a trained model, ready for inference.
 
     Args:
-        run: the folder of a finished run, `local-dir:FOLDER`, `hf-hub:USER/MODEL`, or a name of timm's; the last two
-            are downloaded where they aren't cached.
-        attention: how attention is computed; by default plainly, which any machine can. The weights are the same.
-        device: where to; by default the accelerator that torch sees, or the CPU.
+        run: the folder of a finished run, `local-dir:FOLDER`, `hf-hub:USER/MODEL`, or a timm model name; models of the
+            last two kinds are downloaded unless they are cached.
+        attention: the attention implementation; by default a plain one that runs on every machine. The weights are
+            the same for all of them.
+        device: by default torch's current accelerator, or the CPU if there is none.
 
     Raises:
-        UserError: where there is no such model, or it is damaged, or the attention can't be had.
+        UserError: if the model does not exist or is damaged, or if the attention is not available.
     """
     source = str(run)
     folder = Path(source.removeprefix(FOLDER))
     try:
         is_run = (folder / "config.yaml").is_file()
     except OSError as error:  # such as a name that is too long
-        raise UserError(f"{source} is no run ({error.strerror}); allowed: {ALLOWED}") from None
+        raise UserError(f"{source} is not a run ({error.strerror}); allowed: {ALLOWED}") from None
     if is_run:
-        config = _config_of(folder)
-        model = _model_of(folder, config)
+        config = _read_config(folder)
+        model = _build_model(folder, config)
         size = image_size(config)
         architecture = config.model.model
     else:
         config = None
-        model, architecture = _from_timm(source, folder)
+        model, architecture = _load_from_timm(source, folder)
         size = int(pretrained_cfg(model)["input_size"][-1])
     attention = attention or plain_attention(model)
     check_attention(ModelConfig(architecture, attention))
@@ -143,51 +148,58 @@ def load_run(run: str | Path, attention: str | None = None, device: torch.device
     )
 
 
-def _config_of(folder: Path) -> TrainConfig:
-    """The settings of the run in `folder`, the attention that it was trained with among them, whatever can run here."""
+def non_finite_error(run: TrainedModel, which: str = "") -> UserError:
+    """Return the error to raise if the outputs of `run` are NaN or inf, for the images that `which` names."""
+    hint = "its weights are damaged, or its training diverged; train it again"
+    return UserError(f"the outputs of {run.source} are NaN or inf{which}: {hint}")
+
+
+def _read_config(folder: Path) -> TrainConfig:
+    """Return the run's resolved settings; the attention stays as recorded, even if it is not available here."""
     run = RunFolder(folder)
     recorded = override(TrainConfig(), run.read_config(), str(run.config))
     resolved = resolve(replace(recorded, model=replace(recorded.model, attention=AUTO)))
     if not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder} has no model.safetensors: it isn't finished; go on with --resume must")
+        raise UserError(f"{folder} has no model.safetensors: the run is not finished; continue it with --resume must")
     return replace(resolved, model=replace(resolved.model, attention=recorded.model.attention))
 
 
-def _model_of(folder: Path, config: TrainConfig) -> nn.Module:
-    outputs = config.model.num_classes or _described(folder).get("num_classes")
-    if not isinstance(outputs, int) or not 0 < outputs <= MOST_CLASSES:
-        raise UserError(f"{folder} is no finished run: its config.json has {outputs!r} classes")
+def _build_model(folder: Path, config: TrainConfig) -> nn.Module:
+    num_classes = config.model.num_classes or _read_timm_config(folder).get("num_classes")
+    if not isinstance(num_classes, int) or not 0 < num_classes <= MAX_CLASSES:
+        raise UserError(f"{folder} is not a finished run: its config.json has num_classes {num_classes!r}")
     weights = str(folder / "model.safetensors")
     plain = replace(config.model, weights=weights, attention=AUTO, patch_init="random")
-    return build_model(plain, image_size(config), outputs)
+    return build_model(plain, image_size(config), num_classes)
 
 
-def _described(folder: Path) -> dict[str, Any]:
+def _read_timm_config(folder: Path) -> dict[str, Any]:
     try:
-        described = read_json(folder / "config.json")
-        if not isinstance(described, dict):
-            raise ValueError("it holds no names")
-        return described
+        entries = read_json(folder / "config.json")
+        if not isinstance(entries, dict):
+            raise ValueError("it is not a JSON object")
+        return entries
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no finished run: its config.json can't be read ({error})") from None
+        raise UserError(f"{folder} is not a finished run: its config.json cannot be read ({error})") from None
 
 
-def _from_timm(source: str, folder: Path) -> tuple[nn.Module, str]:
+def _load_from_timm(source: str, folder: Path) -> tuple[nn.Module, str]:
     if folder.is_dir():
         check_timm_folder(folder)
         source = f"{FOLDER}{folder}"
     elif not source.startswith(HUB) and not timm.is_model(source):
-        raise UserError(f"{source} is no run; allowed: {ALLOWED}")
+        raise UserError(f"{source} is not a run; allowed: {ALLOWED}")
     try:
         model = timm.create_model(source, pretrained=True)
         architecture = pretrained_cfg(model)["architecture"]
-    except Exception as error:  # a damaged folder, or a host that isn't reached, can raise anything
-        raise UserError(f"{source} can't be loaded: {str(error) or type(error).__name__}; allowed: {ALLOWED}") from None
+    except Exception as error:  # a damaged folder or an unreachable host can raise any exception
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{source} cannot be loaded: {reason}; allowed: {ALLOWED}") from None
     return model, str(architecture)
 
 
 def _class_names(model: nn.Module, run: Path | None) -> tuple[str, ...] | None:
-    names = _described(run).get("label_names") if run else pretrained_cfg(model).get("label_names")
+    names = _read_timm_config(run).get("label_names") if run else pretrained_cfg(model).get("label_names")
     if isinstance(names, list | tuple) and len(names) == model.num_classes:
         return tuple(printable(str(name)) for name in names)
     return None

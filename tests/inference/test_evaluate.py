@@ -1,4 +1,4 @@
-"""Trained models evaluated: figures by their definitions, the same on every world size and from every source."""
+"""Evaluation: metrics follow their definitions, and are the same on every world size and from every source."""
 
 import json
 import shutil
@@ -21,29 +21,29 @@ from fastvit_train.utils.errors import UserError
 from tests.support import launch, one_line_error, write_folder
 
 
-def said(logits: torch.Tensor, labels: torch.Tensor) -> Evaluation:
-    """What `evaluate` makes of these logits, (N, classes)."""
+def evaluation_of(logits: torch.Tensor, labels: torch.Tensor) -> Evaluation:
+    """The evaluation of a model with these logits, (N, classes)."""
     confidence, predicted = logits.softmax(1).max(1)
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     return Evaluation(labels, predicted, confidence, losses, _ahead(logits, labels), logits.shape[1])
 
 
-def test_the_figures_are_what_they_are_defined_as(seed: int) -> None:
-    """Each counted image by image, in plain Python."""
+def test_the_metrics_follow_their_definitions(seed: int) -> None:
+    """Each metric is recomputed image by image, in plain Python."""
     labels, logits = torch.randint(0, 6, (500,)), torch.randn(500, 7, dtype=torch.float64) * 2
     logits[range(500), labels] += 1.5  # class 6 has no image
-    result = said(logits, labels)
+    result = evaluation_of(logits, labels)
     probabilities = logits.softmax(1).tolist()
     pairs = Counter(zip(labels.tolist(), (row.index(max(row)) for row in probabilities), strict=True))
-    assert result.accuracy == pytest.approx(sum(n for (true, found), n in pairs.items() if true == found) / 500)
+    assert result.accuracy == pytest.approx(sum(n for (true, predicted), n in pairs.items() if true == predicted) / 500)
     fifth = [sorted(row)[-5] for row in probabilities]
     top5 = sum(row[true] >= limit for row, true, limit in zip(probabilities, labels.tolist(), fifth, strict=True))
     assert result.top5_accuracy == pytest.approx(top5 / 500)
     for true in range(7):
-        for found in range(7):
-            assert result.confusion()[true, found] == pairs[true, found]
-    told = sum(n for (_, found), n in pairs.items() if found == 2)
-    assert result.precision()[2].item() == pytest.approx(pairs[2, 2] / told)
+        for predicted in range(7):
+            assert result.confusion()[true, predicted] == pairs[true, predicted]
+    predicted_as_2 = sum(n for (_, predicted), n in pairs.items() if predicted == 2)
+    assert result.precision()[2].item() == pytest.approx(pairs[2, 2] / predicted_as_2)
     assert result.recall()[2].item() == pytest.approx(pairs[2, 2] / labels.tolist().count(2))
     assert result.recall()[6].isnan()
     error = 0.0
@@ -59,28 +59,28 @@ def test_the_figures_are_what_they_are_defined_as(seed: int) -> None:
     assert error > 0.02 and result.calibration_error() == pytest.approx(error)
 
 
-def test_what_is_equally_probable_or_no_number_is_not_known() -> None:
-    """All classes alike: only the first five are among the first five. No numbers: none is."""
+def test_ties_and_nan_do_not_count_as_correct() -> None:
+    """With equal logits only the first five classes are among the top five; with NaN none is."""
     labels = torch.arange(10)
-    assert said(torch.zeros(10, 10), labels).top5_accuracy == 0.5
-    assert said(torch.full((10, 10), torch.nan), labels).top5_accuracy == 0
+    assert evaluation_of(torch.zeros(10, 10), labels).top5_accuracy == 0.5
+    assert evaluation_of(torch.full((10, 10), torch.nan), labels).top5_accuracy == 0
 
 
-def test_a_spoilt_model_is_one_line(trained: Path, tmp_path: Path) -> None:
+def test_outputs_of_nan_are_one_line(trained: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     weights = load_file(folder / "model.safetensors")
     save_file(
         {**weights, "head.weight": torch.full_like(weights["head.weight"], torch.nan)}, folder / "model.safetensors"
     )
-    with pytest.raises(UserError, match="answers 359 of 359 images with infinities or no numbers"):
+    with pytest.raises(UserError, match="the outputs of .* are NaN or inf for 359 of 359 images"):
         evaluate_run(folder)
     Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
-    with pytest.raises(UserError, match="answers with infinities or no numbers"):
+    with pytest.raises(UserError, match="the outputs of .* are NaN or inf: its weights are damaged"):
         predict_images(
             str(folder), [str(tmp_path / "x.png")], top=1, batch_size=1, as_json=True, show=False, output=None
         )
-    with pytest.raises(UserError, match="answers with infinities or no numbers"):
+    with pytest.raises(UserError, match="the outputs of .* are NaN or inf: its weights are damaged"):
         export_run(str(folder), "safetensors", None)
     assert not (folder / "export" / "model.safetensors").exists()
 
@@ -116,35 +116,37 @@ def test_a_run_and_its_timm_folder_are_evaluated_alike(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 3])
-def test_several_processes_find_the_same_to_the_sample(trained: Path, tmp_path: Path, processes: int) -> None:
+def test_several_processes_give_the_same_result_for_every_sample(trained: Path, tmp_path: Path, processes: int) -> None:
     """359 images on 3 processes leave uneven shares."""
     args = ["eval", trained, "--batch-size", 50, "--output", tmp_path / "eval"]
     done = launch(*args, processes=processes, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"world size {processes}" in done.stdout and done.stdout.count("accuracy") == 1
-    found = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+    values = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
     alone = evaluate_run(trained).evaluation
-    assert found["images"] == 359 and found["confusion"] == alone.confusion().tolist()
-    assert found["loss"] == pytest.approx(alone.loss, abs=1e-6)
-    assert found["expected_calibration_error"] == pytest.approx(alone.calibration_error(), abs=1e-5)
+    assert values["images"] == 359 and values["confusion"] == alone.confusion().tolist()
+    assert values["loss"] == pytest.approx(alone.loss, abs=1e-6)
+    assert values["expected_calibration_error"] == pytest.approx(alone.calibration_error(), abs=1e-5)
 
 
 def test_other_classes_are_refused(trained: Path, tmp_path: Path) -> None:
     data = str(write_folder(tmp_path / "shapes"))
-    with pytest.raises(UserError, match=r"was trained on the classes \['0', .*, shapes has \['circle', 'square'\]"):
+    with pytest.raises(UserError, match=r"was trained on the classes \['0', .*, but shapes has \['circle', 'square'\]"):
         evaluate_run(trained, dataset="folder", data_dir=data)
 
 
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        ("nowhere", "nowhere is no run; allowed: the folder of a finished run, local-dir:FOLDER"),
-        ("mc_vit_4_4_32", "mc_vit_4_4_32 can't be loaded: .*pretrained weights"),
-        ("hf-hub:", "hf-hub: can't be loaded"),
+        ("nowhere", "nowhere is not a run; allowed: the folder of a finished run, local-dir:FOLDER"),
+        ("mc_vit_4_4_32", "mc_vit_4_4_32 cannot be loaded: .*pretrained weights"),
+        ("hf-hub:", "hf-hub: cannot be loaded"),
         (".", "is no run, and no folder that timm wrote: config.json"),
     ],
 )
-def test_what_is_no_run_is_one_line(run: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_that_is_not_a_run_is_one_line(
+    run: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         load_run(run)
@@ -153,7 +155,7 @@ def test_what_is_no_run_is_one_line(run: str, message: str, tmp_path: Path, monk
 def test_a_model_without_data_says_what_to_give(timms: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["eval", str(timms)])
-    assert "brings no data set; say which with --dataset" in one_line_error(capsys.readouterr().err)
+    assert "does not record a data set; give --dataset and --data-dir" in one_line_error(capsys.readouterr().err)
 
 
 @pytest.mark.parametrize(
@@ -165,11 +167,11 @@ def test_a_model_without_data_says_what_to_give(timms: Path, capsys: pytest.Capt
     ],
     ids=str,
 )  # fmt: skip
-def test_timm_folders_that_are_damaged_are_one_line(timms: Path, tmp_path: Path, damage: dict[str, object]) -> None:
+def test_damaged_timm_folders_are_one_line(timms: Path, tmp_path: Path, damage: dict[str, object]) -> None:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes((timms / "model.safetensors").read_bytes())
     described = json.loads((timms / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**described, **damage}))
-    with pytest.raises(UserError, match="is no run|can't be loaded"):
+    with pytest.raises(UserError, match="is no run|cannot be loaded"):
         load_run(folder)

@@ -1,4 +1,4 @@
-"""Pictures of what a model looks at."""
+"""The figures of `inspect`: attention maps, position embeddings and filters."""
 
 from pathlib import Path
 
@@ -21,20 +21,20 @@ def pictures(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-def test_a_run_is_looked_at_by_its_test_set(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_inspected_on_its_test_set(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["inspect", str(trained), "--output", str(tmp_path / "looks")])
     names = pictures(tmp_path / "looks")
-    assert {"looks.png", "positions.png", "filters.png"} < names and len(names) == 3 + inspect.CLOSER
+    assert {"looks.png", "positions.png", "filters.png"} < names and len(names) == 3 + inspect.TEST_IMAGES_BY_HEAD
     assert capsys.readouterr().out.count("written to ") == len(names)
     labels = load_run(trained).dataset().test.labels
     shown = sorted(int(name.removeprefix("test").partition("-")[0]) for name in names if name.startswith("test"))
     assert sorted(labels[shown].tolist()) == [0, 1, 2, 3], "the first image of each class"
 
 
-def test_a_timm_folder_is_looked_at_by_images(timms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_timm_folder_is_inspected_on_images(timms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["inspect", str(timms)])
-    assert "brings no data set; name images to look at" in one_line_error(capsys.readouterr().err)
+    assert "does not record a data set; name the images to draw" in one_line_error(capsys.readouterr().err)
     for side, name in ((40, "a.png"), (64, "b.jpg")):
         Image.effect_noise((side, 50), 80).convert("RGB").save(tmp_path / name)
     main(["inspect", str(timms), str(tmp_path / "a.png"), str(tmp_path / "b.jpg"), "--output", str(tmp_path / "out")])
@@ -43,33 +43,33 @@ def test_a_timm_folder_is_looked_at_by_images(timms: Path, tmp_path: Path, capsy
     }  # fmt: skip
 
 
-def test_what_is_drawn_is_where_the_model_looked(
+def test_each_panel_shows_the_attention_map_of_its_image(
     trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Each panel of looks.png holds its own image's weights."""
+    """Each panel of looks.png shows the weights of its own image."""
     drawn: list[torch.Tensor] = []
-    real = inspect._show
+    real = inspect._show_image
     monkeypatch.setattr(
-        inspect, "_show", lambda axes, pixels, weights=None: (drawn.append(weights), real(axes, pixels, weights))
+        inspect, "_show_image", lambda axes, pixels, weights=None: (drawn.append(weights), real(axes, pixels, weights))
     )
     loaded = load_run(trained)
     pixels = loaded.dataset().test.images[:2]
     for number, image in enumerate(pixels):
         Image.fromarray(image.permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
     inspect.inspect_run(str(trained), [str(tmp_path / "0.png"), str(tmp_path / "1.png")], tmp_path / "out")
-    looks = attention_maps(loaded.model, loaded.preprocess(pixels))
+    maps = attention_maps(loaded.model, loaded.preprocess(pixels))
     for number in range(2):
         _, pooled, rollout = drawn[3 * number : 3 * number + 3]
-        torch.testing.assert_close(pooled, looks.pooled[number])
-        torch.testing.assert_close(rollout, looks.rollout[number])
+        torch.testing.assert_close(pooled, maps.pooled[number])
+        torch.testing.assert_close(rollout, maps.rollout[number])
 
 
-def test_images_that_cant_be_read_and_folders_that_cant_be_written(
+def test_unreadable_images_and_unwritable_folders_are_one_line(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for args, message in (
         ([str(trained), str(tmp_path / "no.png")], "no.png; see how it is written"),
-        ([str(trained), "--output", "/dev/null/x"], "/dev/null/x can't be written"),
+        ([str(trained), "--output", "/dev/null/x"], "/dev/null/x cannot be written"),
     ):
         with pytest.raises(SystemExit) as stop:
             main(["inspect", *args])

@@ -1,4 +1,4 @@
-"""What a model says of images: files, folders, patterns and standard input, broken ones among them."""
+"""Predictions for images from files, folders, patterns and standard input, and for images that are broken."""
 
 import io
 import json
@@ -17,7 +17,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="module")
 def digits(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """digits/NUMBER-LABEL.png of the first 30 of the test set, and a broken one."""
+    """A folder with the first 30 test images, each named NUMBER-LABEL.png."""
     folder = tmp_path_factory.mktemp("images") / "digits"
     folder.mkdir()
     test = load_run(trained).dataset().test
@@ -28,7 +28,7 @@ def digits(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def predicted(capsys: Capture, *args: object, status: int = 0) -> list[dict]:
-    """The lines of JSON that the command prints; it must end with `status`."""
+    """The lines of JSON that the command prints; its exit status must be `status`."""
     if status:
         with pytest.raises(SystemExit) as stop:
             main(["predict", *map(str, args), "--json"])
@@ -70,7 +70,7 @@ def test_the_table_says_how_images_are_resized(
     Image.new("RGB", (300, 200), "white").save("[red]large.png")
     main(["predict", str(trained), "[red]large.png", "--show", "--output", "shown"])
     text = capsys.readouterr().out
-    assert "resized to 32 pixels on the shorter side (bilinear), the centre cut out" in text
+    assert "was resized to 32 pixels (bilinear), the center was cropped" in text
     assert "[red]large.png" in text
     assert (tmp_path / "shown" / "1.png").read_bytes().startswith(b"\x89PNG")
     assert not (trained / "predictions").exists()

@@ -177,7 +177,7 @@ def test_a_wrong_name_is_refused_before_anything_is_sent(
 def test_nothing_is_sent_without_a_token_or_a_model(
     run: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert "is no run" in refused(capsys, "nowhere", "me/digits")
+    assert "is not a run" in refused(capsys, "nowhere", "me/digits")
     (run / "metrics.jsonl").rename(run / "elsewhere")
     assert "is no finished run" in refused(capsys, run, "me/digits")
     (run / "metrics.jsonl").symlink_to(run / "elsewhere")

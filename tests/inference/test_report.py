@@ -215,7 +215,7 @@ def test_a_model_from_elsewhere_has_a_page_too(runs: Path, tmp_path: Path) -> No
     page = report(tmp_path, f"local-dir:{folder}")
     assert page.table("models themselves")["parameters"] == [f"{summary(runs / 'mc')['parameters']:,}"]
     assert "there is no config.yaml, metrics.jsonl and summary.json" in page.text
-    assert "brings no data set" in page.text
+    assert "does not record a data set" in page.text
 
 
 def test_many_classes_and_a_model_without_attention(tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_mistakes_leave_nothing_behind(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert "report takes one or more runs" in mistake(capsys, [])
-    assert "nowhere is no run; allowed: " in mistake(capsys, [runs / "c", "nowhere"])
+    assert "nowhere is not a run; allowed: " in mistake(capsys, [runs / "c", "nowhere"])
     wrong = mistake(capsys, [runs / "c", "--output", "/dev/null/page.html"])
     assert "/dev/null/page.html can't be written; choose another --output" in wrong
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -10,7 +10,7 @@ from matplotlib import colormaps
 from PIL import Image
 from torch import Tensor
 
-from fastvit_train.inference.evaluate import Evaluated
+from fastvit_train.inference.evaluate import EvaluatedRun
 from fastvit_train.inference.inspect import OPACITY
 from fastvit_train.models import attention_maps
 
@@ -60,7 +60,7 @@ class ImageMaps:
     images: list[Look]
 
 
-def mistakes(evaluated: Evaluated) -> list[Mistake]:
+def mistakes(evaluated: EvaluatedRun) -> list[Mistake]:
     """The images that the model is most sure of and wrong about, surest first.
 
     Raises:
@@ -83,7 +83,7 @@ def mistakes(evaluated: Evaluated) -> list[Mistake]:
     ]
 
 
-def looks(evaluated: Evaluated) -> ImageMaps:
+def looks(evaluated: EvaluatedRun) -> ImageMaps:
     """Where the model looks in the first image of each class, of the first six.
 
     Raises:
@@ -107,7 +107,7 @@ def looks(evaluated: Evaluated) -> ImageMaps:
     return ImageMaps(seen.pooling, f"{1 / (seen.grid[0] * seen.grid[1]):.1%}", images)
 
 
-def class_names(evaluated: Evaluated) -> tuple[str, ...]:
+def class_names(evaluated: EvaluatedRun) -> tuple[str, ...]:
     """A name per output of the model; outputs beyond the data set's classes have their number."""
     names = evaluated.dataset.classes
     return (*names, *map(str, range(len(names), evaluated.evaluation.num_classes)))

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from fastvit_train.config.overrides import to_plain
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.inference.evaluate import Evaluated, evaluate_run
+from fastvit_train.inference.evaluate import EvaluatedRun, evaluate_run
 from fastvit_train.inference.trained_model import FOLDER, TrainedModel, load_run
 from fastvit_train.runs.comparison import read_summary
 from fastvit_train.runs.run_folder import RunFolder, read_rows
@@ -31,7 +31,7 @@ class Record:
     """the lines of metrics.jsonl"""
     settings: dict[str, Any]
     """config.yaml, flat, with the defaults of settings that it was written before"""
-    evaluated: Evaluated | None
+    evaluated: EvaluatedRun | None
     missing: tuple[str, ...]
     """a sentence for each thing that isn't there: which, and why"""
     not_evaluated: str
@@ -94,8 +94,8 @@ def _from_elsewhere(run: str, loaded: TrainedModel) -> Record:
         run, loaded.name, loaded.folder, _told_by(loaded), [], {}, None,
         ("No figures, curves, settings and commands: it is no folder that a training of ours left, so there is no "
          "config.yaml, metrics.jsonl and summary.json.",),
-        f"No evaluation: the model brings no data set; python -m fastvit_train eval {printable(run)} --dataset NAME "
-        "evaluates it on one.",
+        f"No evaluation: the model does not record a data set; evaluate it on one with python -m fastvit_train eval "
+        f"{printable(run)} --dataset NAME.",
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from fastvit_train.inference.evaluate import Evaluated, figures
+from fastvit_train.inference.evaluate import EvaluatedRun, metrics
 from fastvit_train.inference.report import charts, images, tables
 from fastvit_train.inference.report.records import Record, attempt, read_records
 from fastvit_train.runs.plots import MOST_NAMED
@@ -98,7 +98,7 @@ def _tested(record: Record) -> Tested | None:
     evaluated = record.evaluated
     if evaluated is None:
         return None
-    found, names = figures(evaluated), images.class_names(evaluated)
+    found, names = metrics(evaluated), images.class_names(evaluated)
     sentence, differs = _compared(found, record.summary)
     classes = found["classes"]
     many = len(names) > MOST_NAMED
@@ -138,7 +138,7 @@ def _compared(found: dict[str, Any], summary: dict[str, Any]) -> tuple[str, bool
     ), True
 
 
-def _pairs(evaluated: Evaluated, names: Sequence[str]) -> list[tuple[str, str, int]]:
+def _pairs(evaluated: EvaluatedRun, names: Sequence[str]) -> list[tuple[str, str, int]]:
     confusion = evaluated.evaluation.confusion().fill_diagonal_(0)
     counts, places = confusion.flatten().topk(min(MOST_PAIRS, confusion.numel()))
     return [
