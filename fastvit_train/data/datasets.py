@@ -91,11 +91,17 @@ def load_dataset(config: DataConfig, image_size: int) -> DatasetSpec:
     return _hold_out(dataset, config.holdout) if config.holdout else dataset
 
 
-def class_count(name: str) -> int | None:
-    """The classes of the data set of that name; None for a folder, which has its own."""
-    if name in cifar.VARIANTS:
-        return cifar.VARIANTS[name].num_classes
-    return {"digits": 10, "fashion-mnist": len(FASHION_CLASSES), "synthetic": 10}.get(name)
+def count_classes(config: DataConfig) -> int:
+    """Return the number of classes of the data set that `config` names, without loading it.
+
+    Raises:
+        UserError: if it is a folder of images that is missing or incomplete.
+    """
+    if config.dataset == "folder":
+        return len(folder.find_classes(Path(config.data_dir))[0])
+    if config.dataset in cifar.VARIANTS:
+        return cifar.VARIANTS[config.dataset].num_classes
+    return {"digits": 10, "fashion-mnist": len(FASHION_CLASSES), "synthetic": 10}[config.dataset]
 
 
 def check_labels(labels: Tensor, num_classes: int, what: str) -> None:

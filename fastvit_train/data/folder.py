@@ -47,6 +47,18 @@ def list_images(root: Path) -> Listing:
     Raises:
         UserError: where a folder is missing or empty, or train and test have different classes.
     """
+    classes, test_name = find_classes(root)
+    return Listing(
+        root, classes, test_name, _class_files(root / "train", classes), _class_files(root / test_name, classes)
+    )
+
+
+def find_classes(root: Path) -> tuple[tuple[str, ...], str]:
+    """Return the names of the classes below `root`, sorted, and the name of the test split's folder.
+
+    Raises:
+        UserError: if a folder is missing or empty, or if train and test have different classes.
+    """
     expected = f"expected {root}/train/CLASS/IMAGE and {root}/test/CLASS/IMAGE (or val/)"
     if not root.is_dir():
         raise UserError(f"--data-dir {root} is no folder; {expected}")
@@ -63,9 +75,7 @@ def list_images(root: Path) -> Listing:
             f"train/ and {test_name}/ in {root} have different classes: only in train/ {only_train}, "
             f"only in {test_name}/ {only_test}; both must have the same folders"
         )
-    return Listing(
-        root, classes, test_name, _class_files(root / "train", classes), _class_files(root / test_name, classes)
-    )
+    return classes, test_name
 
 
 def _class_names(split: Path) -> tuple[str, ...]:

@@ -10,23 +10,24 @@ from accelerate import Accelerator
 from rich.markup import escape
 from rich.table import Table
 
+from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.config.schema import DataConfig, DatasetName, ModelConfig, RunConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec
+from fastvit_train.data.inputs import build_eval_loader, load_data
 from fastvit_train.data.loader import EvalLoader, RankInfo
 from fastvit_train.distributed import env, sync
 from fastvit_train.distributed.accelerator import device_name, start_accelerator
 from fastvit_train.inference.trained_model import TrainedModel, load_run, non_finite_error
 from fastvit_train.models import check_attention, set_attention, warm_up
-from fastvit_train.models.attention import AUTO, COMPILING
+from fastvit_train.models.attention import AUTO, COMPILING, choose_attention
 from fastvit_train.models.evaluator import Evaluation, evaluate_model
 from fastvit_train.runs.log import Log
 from fastvit_train.runs.plots import plot_confusion
 from fastvit_train.runs.run_folder import RunFolder
-from fastvit_train.training.inputs import build_eval_loader, load_data
-from fastvit_train.training.setup import choose_attention
 from fastvit_train.utils import atomic_io, memory
 from fastvit_train.utils.errors import UserError
 
+MAX_BATCH_SIZE = 10**6
 MAX_CLASSES_SHOWN = 20
 MAX_CONFUSION_CLASSES = 200
 """with more classes, no confusion matrix is written and drawn"""
@@ -70,7 +71,7 @@ def evaluate_run(
             the model, or if the model's outputs are NaN or inf.
     """
     loaded = load_run(run, device="cpu")
-    config = _settings(loaded, dataset, data_dir, attention, batch_size)
+    config = _configure(loaded, dataset, data_dir, attention, batch_size)
     recorded = loaded.config is not None and attention is None
     check_attention(config.model, recorded_in=RunFolder(Path(loaded.folder or "")).config if recorded else None)
 
@@ -81,7 +82,7 @@ def evaluate_run(
     data = load_data(config, accelerator)
     _check_classes(loaded, data)
     rank_info = RankInfo(accelerator.device, accelerator.process_index, accelerator.num_processes)
-    loader = build_eval_loader(config, data, loaded.model, rank_info)
+    loader = build_eval_loader(config, data, rank_info)
     name = _prepare_attention(loaded, config.model.attention, loader, accelerator)
     model = accelerator.prepare_model(loaded.model, device_placement=True, evaluation_mode=True)
     started = time.perf_counter()
@@ -110,24 +111,32 @@ def evaluate(
     return evaluate_run(run, dataset=dataset, data_dir=data_dir, attention=attention).evaluation
 
 
-def _settings(
+def _configure(
     loaded: TrainedModel, dataset: DatasetName | None, data_dir: str | None, attention: str | None, batch_size: int
-) -> TrainConfig:
-    """Return the settings that describe this evaluation, as those of a run."""
-    if not 1 <= batch_size <= 10**6:
-        raise UserError(f"--batch-size {batch_size} is out of range; allowed: 1 to 1,000,000")
+) -> ResolvedConfig:
+    """Return the configuration of a run that would end in this evaluation."""
+    if not 1 <= batch_size <= MAX_BATCH_SIZE:
+        raise UserError(f"--batch-size {batch_size} is out of range; allowed: 1 to {MAX_BATCH_SIZE:,}")
     if loaded.config is None and dataset is None:
         raise UserError(f"{loaded.source} does not record a data set; give --dataset and --data-dir")
     data = loaded.config.data if loaded.config is not None else DataConfig()
     if dataset is not None:
         data = replace(data, holdout=0.0) if dataset == data.dataset else DataConfig(dataset=dataset)
     recorded = loaded.config.model.attention if loaded.config is not None else loaded.attention
-    return TrainConfig(
+    settings = TrainConfig(
         run=RunConfig(eval_batch_size=batch_size),
-        model=ModelConfig(
-            loaded.architecture, attention or recorded, num_classes=loaded.num_classes, image_size=loaded.image_size
-        ),
+        model=ModelConfig(loaded.architecture, attention or recorded),
         data=replace(data, data_dir=data_dir or data.data_dir),
+    )
+    mean, std = loaded.normalisation
+    return ResolvedConfig(
+        settings,
+        run_dir=loaded.folder or Path(),
+        image_size=loaded.image_size,
+        num_classes=loaded.num_classes,
+        mean=mean,
+        std=std,
+        last_epoch=0,
     )
 
 

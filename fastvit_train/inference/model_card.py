@@ -38,7 +38,7 @@ def model_card(run: TrainedModel, repo: str, license: str | None) -> str:
     header = _header(run, repo, license, summary).to_yaml()
     parts = [f"---\n{header}\n---", f"# {text(repo.rpartition('/')[2])}", _what_it_is(run)]
     if run.folder is not None and run.config is not None:
-        parts += [_training_data(run, summary), _recipe(run.config), _results(run.folder, summary)]
+        parts += [_training_data(run, summary), _recipe(run.config.settings), _results(run.folder, summary)]
     else:
         parts.append(
             "## What isn't known\n\nNo run of fastvit-train's came with this model: what it was trained on, how, for "

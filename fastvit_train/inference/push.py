@@ -81,7 +81,7 @@ def _write(run: TrainedModel, repo: str, license: str | None, folder: Path) -> N
     (folder / "README.md").write_text(model_card(run, repo, license))
     if run.folder is None or run.config is None:
         return
-    (folder / "config.yaml").write_text(to_yaml(_without_places(run.config)))
+    (folder / "config.yaml").write_text(to_yaml(_without_places(run.config.settings)))
     for name in OF_A_RUN:
         if (run.folder / name).is_symlink():  # a run from elsewhere could send any file of yours
             raise UserError(f"{run.folder / name} is a link; what is pushed must lie in the run's folder")

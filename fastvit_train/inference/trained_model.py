@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit_train.config.overrides import override
+from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.config.schema import ModelConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
 from fastvit_train.data.loader import Preprocess
@@ -21,9 +22,8 @@ from fastvit_train.models import (
     set_attention,
 )
 from fastvit_train.models.attention import AUTO
+from fastvit_train.models.resolve import resolve
 from fastvit_train.runs.run_folder import RunFolder
-from fastvit_train.training.inputs import image_size
-from fastvit_train.training.setup import resolve
 from fastvit_train.utils.errors import UserError, printable
 from fastvit_train.utils.safe_load import read_json
 
@@ -40,8 +40,8 @@ class TrainedModel:
     """what `load_run` was given"""
     folder: Path | None
     """the folder that holds the weights, and by default receives figures; None if the model is not in a folder"""
-    config: TrainConfig | None
-    """the run's settings; None if the model does not come from a run of this package"""
+    config: ResolvedConfig | None
+    """the run's configuration; None if the model does not come from a run of this package"""
     model: nn.Module
     architecture: str
     """the timm model name"""
@@ -125,8 +125,9 @@ def load_run(run: str | Path, attention: str | None = None, device: torch.device
         raise UserError(f"{source} is not a run ({error.strerror}); allowed: {ALLOWED}") from None
     if is_run:
         config = _read_config(folder)
-        model = _build_model(folder, config)
-        size = image_size(config)
+        weights = replace(config.model, weights=str(folder / "model.safetensors"), attention=AUTO, patch_init="random")
+        model = build_model(weights, config.image_size, config.num_classes)
+        size = config.image_size
         architecture = config.model.model
     else:
         config = None
@@ -154,23 +155,16 @@ def non_finite_error(run: TrainedModel, which: str = "") -> UserError:
     return UserError(f"the outputs of {run.source} are NaN or inf{which}: {hint}")
 
 
-def _read_config(folder: Path) -> TrainConfig:
-    """Return the run's resolved settings; the attention stays as recorded, even if it is not available here."""
+def _read_config(folder: Path) -> ResolvedConfig:
+    """Return the run's configuration; the attention stays as recorded, even if it is not available here."""
     run = RunFolder(folder)
     recorded = override(TrainConfig(), run.read_config(), str(run.config))
-    resolved = resolve(replace(recorded, model=replace(recorded.model, attention=AUTO)))
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"{folder} has no model.safetensors: the run is not finished; continue it with --resume must")
-    return replace(resolved, model=replace(resolved.model, attention=recorded.model.attention))
-
-
-def _build_model(folder: Path, config: TrainConfig) -> nn.Module:
-    num_classes = config.model.num_classes or _read_timm_config(folder).get("num_classes")
+    num_classes = recorded.model.num_classes or _read_timm_config(folder).get("num_classes")
     if not isinstance(num_classes, int) or not 0 < num_classes <= MAX_CLASSES:
         raise UserError(f"{folder} is not a finished run: its config.json has num_classes {num_classes!r}")
-    weights = str(folder / "model.safetensors")
-    plain = replace(config.model, weights=weights, attention=AUTO, patch_init="random")
-    return build_model(plain, image_size(config), num_classes)
+    return resolve(recorded, num_classes)
 
 
 def _read_timm_config(folder: Path) -> dict[str, Any]:

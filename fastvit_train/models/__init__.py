@@ -1,27 +1,13 @@
-"""Models by name: ours (registry.py) and timm's own."""
+"""Models by name: importing this package registers ours with timm."""
 
-import logging
-import warnings
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
-
-import psutil
-import timm
-import torch
-from timm.models import PretrainedCfg, clean_state_dict, load_state_dict
-from torch import Tensor, nn
-
-from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models.attention import check_attention, pick_attention, plain_attention, set_attention, warm_up
 from fastvit_train.models.attention_maps import AttentionMaps, attention_maps, patch_filters, position_similarity
+from fastvit_train.models.build import build_model, check_model, check_timm_folder, native_image_size
 from fastvit_train.models.compiling import compile_model
-from fastvit_train.models.convert import checkpoint_filter_fn, pretrained_cfg, reset_head_if_other_classes
+from fastvit_train.models.convert import pretrained_cfg
 from fastvit_train.models.registry import OUR_MODELS
-from fastvit_train.models.vit import ConvTokenizer, ViT
+from fastvit_train.models.vit import ViT
 from fastvit_train.models.whitening import whiten_patches
-from fastvit_train.utils.errors import UserError, did_you_mean
-from fastvit_train.utils.safe_load import read_json
 
 __all__ = [
     "OUR_MODELS",
@@ -43,112 +29,3 @@ __all__ = [
     "warm_up",
     "whiten_patches",
 ]
-
-log = logging.getLogger(__name__)
-NOT_SIZES = ("model", "attention", "weights", "num_classes", "image_size", "patch_init")
-UNFIT = (RuntimeError, ValueError, TypeError, LookupError)
-
-
-def check_model(name: str) -> None:
-    """Raise UserError unless `name` is one of our models or timm's."""
-    if not timm.is_model(name):
-        hint = did_you_mean(name, timm.list_models(), most=3)
-        raise UserError(f"unknown model {name!r}{hint}; allowed: {', '.join(OUR_MODELS)}, or any of timm's names")
-
-
-def native_image_size(name: str) -> int:
-    """The image side in pixels that the model is made for."""
-    return int(_cfg_of_name(name).input_size[-1])
-
-
-def _cfg_of_name(name: str) -> PretrainedCfg:
-    try:
-        cfg = timm.get_pretrained_cfg(name)
-    except RuntimeError as error:
-        raise UserError(f"{name} can't be built: {error}") from None
-    if cfg is None:
-        raise UserError(f"timm knows no input size for {name!r}; take another --model")
-    return cfg
-
-
-def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Module:
-    """The model that `config` describes, with `config.weights` loaded where given.
-
-    Raises:
-        UserError: for sizes that don't fit together, options the model doesn't take, an attention that
-            can't serve it, or weights that don't fit.
-    """
-    sizes = {key: value for key, value in asdict(config).items() if value is not None and key not in NOT_SIZES}
-    options: dict[str, Any] = {**sizes, "num_classes": num_classes}
-    if _cfg_of_name(config.model).fixed_input_size:
-        options["img_size"] = image_size
-    try:
-        _check_memory(config.model, options)
-        model = timm.create_model(config.model, **options)
-    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        if config.model in OUR_MODELS:
-            raise UserError(str(error)) from None
-        raise UserError(f"{config.model} can't be built with {options}: {error}") from None
-    _check_patches(model, config, image_size)
-    set_attention(model, config.attention)
-    if config.weights is not None:
-        _load_weights(model, Path(config.weights))
-    return model
-
-
-def _check_memory(name: str, options: dict[str, Any]) -> None:
-    """Refuse a model whose weights alone are more than there is memory, before any is taken."""
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        needed = sum(parameter.nbytes for parameter in timm.create_model(name, **options).parameters())
-    if needed > (there := psutil.virtual_memory().total):
-        raise ValueError(
-            f"its weights take {needed / 1e9:,.0f} GB, this machine has {there / 1e9:,.0f}; make it smaller"
-        )
-
-
-def check_timm_folder(folder: Path) -> None:
-    """Raise UserError unless `folder` describes, as timm does, a model of timm's or ours that there is memory for."""
-    try:
-        described = read_json(folder / "config.json")
-        name = described["architecture"]
-        if not timm.is_model(name):
-            raise ValueError(f"{name!r:.100} is no model's name")
-        _check_memory(name, described.get("model_args") or {})
-    except Exception as error:  # the arguments are whatever the file holds
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{folder} is no run, and no folder that timm wrote: config.json: {reason}") from None
-
-
-def _check_patches(model: nn.Module, config: ModelConfig, image_size: int) -> None:
-    """Refuse a patch size that the model would ignore, and images that timm's models would cut off silently."""
-    tokenizer = getattr(model, "patch_embed", None)
-    if isinstance(tokenizer, ConvTokenizer) and config.patch_size is not None:
-        raise UserError(f"{config.model} makes tokens by convolutions: leave --patch-size {config.patch_size} out")
-    patch = getattr(tokenizer, "patch_size", None) or 1
-    sides = (patch, patch) if isinstance(patch, int) else tuple(patch)
-    if any(image_size % side for side in sides):
-        raise UserError(f"image size {image_size}x{image_size} is not a multiple of patch size {max(sides)}")
-
-
-def _load_weights(model: nn.Module, path: Path) -> None:
-    if not path.is_file():
-        raise UserError(f"no weights at {path}; --weights takes a .pth, .pt or .safetensors file")
-    try:
-        with warnings.catch_warnings(action="ignore"):  # about how it was written
-            state_dict = load_state_dict(str(path))
-        if "model_state_dict" in state_dict:  # the one common wrapping that timm doesn't know
-            state_dict = clean_state_dict(state_dict["model_state_dict"])
-        if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()):
-            raise ValueError("it holds something else than tensors by name")
-    except Exception as error:  # a damaged file can raise anything in torch's reader
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} can't be read as weights: {reason}") from None
-    try:
-        if isinstance(model, ViT):
-            state_dict = checkpoint_filter_fn(state_dict, model)
-        other_classes = reset_head_if_other_classes(state_dict, model)
-        model.load_state_dict(state_dict)
-    except UNFIT as error:
-        raise UserError(f"{path} doesn't fit the model: {' '.join(str(error).split())[:400]}") from None
-    if other_classes:
-        log.warning("%s has another number of classes: its classifier is left out and starts afresh", path)

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 import fastvit_kernels
@@ -92,6 +94,30 @@ def pick_attention(model: nn.Module, batch_size: int, image_size: int, device: t
         totals.update({name: calls * ms for name, ms in choice.milliseconds.items()})
     fits_all = set.intersection(*(set(choice.milliseconds) for choice in choices))
     return min(fits_all, key=totals.__getitem__), [str(choice) for choice in choices]
+
+
+def choose_attention(
+    model: nn.Module, batch_size: int, image_size: int, accelerator: Accelerator, measure: bool = True
+) -> tuple[str, list[str]]:
+    """Make `model` compute with the attention that is fastest here, the same one on all ranks.
+
+    Args:
+        model: on any device.
+        batch_size: images per forward pass of one rank.
+        image_size: side of the input in pixels.
+        accelerator: rank 0 measures on its device, under its autocast.
+        measure: if False, take the plain attention instead.
+
+    Returns:
+        The name, and what was measured, in words.
+    """
+    result: list[Any] = [(plain_attention(model), [])]
+    if accelerator.is_main_process and measure:
+        with accelerator.autocast():
+            result = [pick_attention(model, batch_size, image_size, accelerator.device)]
+    name, messages = broadcast_object_list(result)[0]
+    set_attention(model, name)
+    return name, messages
 
 
 def _cases(

@@ -10,15 +10,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastvit_train.config.resolved import ResolvedConfig
+from fastvit_train.data.datasets import DatasetSpec
+from fastvit_train.data.inputs import build_preprocess
 from fastvit_train.models.vit import PatchTokenizer
 from fastvit_train.utils.errors import UserError
 
-SAMPLES = 5000
-"""images that the directions are taken from"""
+MAX_SAMPLES = 5000
+"""number of images that the directions are computed from"""
 STD = 0.3
 """of a token's channels, over all patches: below 1, so that what the blocks add soon counts"""
 FLOOR = 0.01
 """variance, of the mean over all directions, that is added to each: what hardly varies is not blown up"""
+
+
+def whiten(model: nn.Module, config: ResolvedConfig, dataset: DatasetSpec) -> None:
+    """Whiten the patches of `model` with the first training images, which are the same on every rank.
+
+    Raises:
+        UserError: if the images are streamed, or if the model does not cut patches.
+    """
+    images = dataset.train.images
+    if not isinstance(images, Tensor):
+        raise UserError("--patch-init whiten needs the images in memory; give --patch-init random, or --stream never")
+    whiten_patches(model, build_preprocess(config, torch.device("cpu"))(images[:MAX_SAMPLES]))
 
 
 def whiten_patches(model: nn.Module, images_BCHW: Tensor) -> None:

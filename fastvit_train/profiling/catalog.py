@@ -14,14 +14,13 @@ from torch import nn
 
 from fastvit_train.config.recipes import RECIPES, recipe
 from fastvit_train.config.schema import ModelConfig, OptimConfig
-from fastvit_train.data.datasets import class_count
 from fastvit_train.distributed import accelerator, env
 from fastvit_train.models import OUR_MODELS, build_model, native_image_size, plain_attention, set_attention
+from fastvit_train.models.resolve import resolve
 from fastvit_train.models.shapes import stages, tokens
 from fastvit_train.profiling.roofline import count_flops
 from fastvit_train.profiling.speedups import GPU_STEPS, STEPS
 from fastvit_train.runs.run_folder import to_yaml
-from fastvit_train.training.inputs import image_size
 from fastvit_train.training.optimizer import build_optimizer
 from fastvit_train.utils import memory
 from fastvit_train.utils.console import Terminal
@@ -190,9 +189,8 @@ def show_recipes() -> None:
     """Print the table of the recipes."""
     table = _figures("recipe", "model", "data set", "epochs", "batch", "optimizer", "parameters", "MFLOPs")
     for name in RECIPES:
-        config = recipe(name)
-        classes = class_count(config.data.dataset) or CLASSES
-        parameters, _, flops = _sizes(config.model, image_size(config), classes)
+        config = resolve(recipe(name))
+        parameters, _, flops = _sizes(config.model, config.image_size, config.num_classes)
         run, choice = config.run, config.optim
         table.add_row(
             name,

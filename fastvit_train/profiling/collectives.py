@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 
 from fastvit_train.profiling.short_run import plain_model
 from fastvit_train.profiling.speedups import autocast_dtype
-from fastvit_train.training.inputs import image_size
 from fastvit_train.training.optimizer import build_optimizer
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils.errors import UserError
@@ -201,7 +200,7 @@ def _counted(job: TrainSession, wrap: Wrap) -> Share:
     blocks = len(blocks_of(model))
     wrapped = wrap(model)
     optimizer = build_optimizer(model, config)
-    size = image_size(job.config)
+    size = job.config.image_size
     images, labels = torch.zeros(IMAGES, 3, size, size), torch.zeros(IMAGES, dtype=torch.long)
 
     def backward() -> None:

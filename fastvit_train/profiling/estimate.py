@@ -12,12 +12,11 @@ from torch.profiler import record_function
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed import env
+from fastvit_train.models.resolve import resolve
 from fastvit_train.models.shapes import Stage, stages, tokens
 from fastvit_train.profiling.short_run import bar_of, plain_model, short_run, timed_epoch
 from fastvit_train.runs.run_folder import to_yaml
-from fastvit_train.training.inputs import image_size, num_classes
 from fastvit_train.training.session import TrainSession
-from fastvit_train.training.setup import resolve
 from fastvit_train.utils import memory
 from fastvit_train.utils.timing import quartiles, time_call
 
@@ -53,7 +52,7 @@ def dry_run(config: TrainConfig) -> Expected:
         UserError: for anything wrong with the configuration, the data or the launch.
     """
     with short_run(config, STEPS) as job:
-        resolved = replace(resolve(config), model=job.config.model)
+        resolved = replace(resolve(config).settings, model=job.config.model)
         job.log.line(f"\nsettings, as --config takes them:\n{to_yaml(resolved)}")
         if not env.sharded():
             job.log.console.print(shapes_table(job))
@@ -119,7 +118,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 def shapes_table(job: TrainSession) -> Table:
     """What the model does to an image, part by part; parts that are alike and follow each other in one row."""
-    size, model = image_size(job.config), plain_model(job)
+    size, model = job.config.image_size, plain_model(job)
     passed = stages(model, size)
     own = [(name, p.numel()) for name, p in model.named_parameters(recurse=False)]
     table = Table("part", box=box.SIMPLE_HEAD)
@@ -132,7 +131,7 @@ def shapes_table(job: TrainSession) -> Table:
         table.add_row(name, "", f"{parameters:,}")
     for (shape, parameters), group in groupby(passed, key=lambda stage: (stage.shape, stage.parameters)):
         table.add_row(_together(list(group)), _by(shape), f"{parameters:,}")
-    table.add_row("logits", str(num_classes(job.config, job.dataset)), "")
+    table.add_row("logits", str(job.config.num_classes), "")
     table.add_row("all", "", f"{sum(p.numel() for p in model.parameters()):,}")
     return table
 

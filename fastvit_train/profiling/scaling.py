@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.profiler import record_function
 
 from fastvit_train.config.schema import TrainConfig
+from fastvit_train.data.inputs import build_train_loader
 from fastvit_train.data.loader import RankInfo
 from fastvit_train.distributed import accelerator, parallelize
 from fastvit_train.profiling import collectives
@@ -30,7 +31,6 @@ from fastvit_train.profiling.scaling_rows import (
 )
 from fastvit_train.profiling.short_run import bar_of, make_output, short_run, timed_epoch
 from fastvit_train.runs import plots
-from fastvit_train.training.inputs import build_train_loader
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
 from fastvit_train.utils.atomic_io import write_atomically
@@ -108,7 +108,7 @@ def plan_model(config: TrainConfig, options: PlanOptions) -> Plan:
 
 def measure(job: TrainSession, images: int, steps: int) -> Step:
     """Train on batches of so many images, for some rounds of `steps` steps."""
-    loader = build_train_loader(job.config, job.dataset, job.bare_model, images, RankInfo(job.accelerator.device))
+    loader = build_train_loader(job.config, job.dataset, images, RankInfo(job.accelerator.device))
     loader.steps_per_epoch = min(steps, loader.steps_per_epoch)
     job = replace(job, train_loader=loader, batch_size=images)
     bar = bar_of(job)

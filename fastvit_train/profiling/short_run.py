@@ -4,7 +4,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,8 +39,9 @@ def short_run(config: TrainConfig, steps: int) -> Iterator[TrainSession]:
         run = replace(config.run, runs_dir=folder, exp_name="trial", track=(), save_every=0)
         job = setup(replace(config, run=run), "never", overwrite=False)
         job.train_loader.steps_per_epoch = min(steps, job.train_loader.steps_per_epoch)
-        yield job
-        job.accelerator.end_training()
+        with closing(job):
+            yield job
+            job.accelerator.end_training()
 
 
 def bar_of(job: TrainSession) -> ProgressBar:

@@ -12,7 +12,7 @@ import fastvit_train.models.attention as attention
 from fastvit_train.models import compile_model, set_attention
 from fastvit_train.training.optimizer import build_optimizer
 from fastvit_train.training.session import TrainSession
-from fastvit_train.training.setup import cuda_graphs_serve
+from fastvit_train.training.setup import supports_cuda_graphs
 from fastvit_train.utils.timing import quartiles, synchronize, time_in_rounds
 
 WARM_UP, ROUNDS = 3, 9
@@ -110,7 +110,7 @@ def step_of(job: TrainSession, variant: Variant) -> Callable[[], None]:
     if variant.attention is not None:
         set_attention(model, variant.attention)
     if config.run.compile if variant.compiled is None else variant.compiled:
-        compile_model(model, graphed=cuda_graphs_serve(config, job.accelerator))
+        compile_model(model, graphed=supports_cuda_graphs(config, job.accelerator))
     optimizer = build_optimizer(model, config.optim)
     images, labels = next(job.train_loader.micro_batches(0))
     images, labels = (tensor.repeat_interleave(variant.batch_factor, 0) for tensor in (images, labels))

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,10 +97,9 @@ class RunFolder:
             raise UserError(f"{self.root} is no run: its config.yaml holds no settings")
         return settings
 
-    def with_recorded_attention(self, config: TrainConfig) -> TrainConfig:
-        """`config` with the attention that the run here was started with."""
-        recorded = self.read_config().get("attention", config.model.attention)
-        return replace(config, model=replace(config.model, attention=recorded))
+    def recorded_attention(self, default: str) -> str:
+        """Return the attention that the run here was started with, or `default` if it recorded none."""
+        return str(self.read_config().get("attention", default))
 
     def create(self, config: TrainConfig) -> None:
         """Empty the folder of an earlier run and write config.yaml; UserError where it can't be written.

@@ -78,13 +78,12 @@ def fit(config: TrainConfig, *, resume: Resume = "never", overwrite: bool = Fals
                 job.folder.remove_unless_resumable()
             raise
         finally:
-            if job.lock is not None:
-                job.lock.release()
+            job.close()
 
 
 def _train(job: TrainSession) -> dict[str, Any]:
     config, progress = job.config, job.progress
-    last_epoch = min(config.run.epochs, config.run.stop_after or config.run.epochs)
+    last_epoch = config.last_epoch
     total_steps = config.run.epochs * job.train_loader.steps_per_epoch
     metrics.start_trackers(job)
     evaluation = None

@@ -15,7 +15,6 @@ from fastvit_train.distributed.accelerator import device_name
 from fastvit_train.models.evaluator import Evaluation
 from fastvit_train.runs.comparison import table
 from fastvit_train.runs.plots import plot_curves
-from fastvit_train.training.inputs import image_size
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import atomic_io, memory
 from fastvit_train.utils.timm_config import write_timm_config
@@ -26,7 +25,7 @@ TRACKER_PROJECT = "fastvit_train"
 def start_trackers(job: TrainSession) -> None:
     """Open the trackers asked for, with the configuration; TensorBoard takes no None and no lists."""
     if job.config.run.track:
-        scalars = {k: v for k, v in flatten(job.config).items() if isinstance(v, bool | int | float | str)}
+        scalars = {k: v for k, v in flatten(job.config.settings).items() if isinstance(v, bool | int | float | str)}
         job.accelerator.init_trackers(TRACKER_PROJECT, config=scalars)
 
 
@@ -144,7 +143,7 @@ def finish(job: TrainSession, evaluation: Evaluation) -> dict[str, Any]:
 def _write_summary(job: TrainSession, summary: dict[str, Any]) -> None:
     job.journal.flush()
     names = {"label_names": list(job.dataset.classes)} if len(job.dataset.classes) == summary["num_classes"] else {}
-    input_size = {"input_size": (3, image_size(job.config), image_size(job.config))}
+    input_size = {"input_size": (3, job.config.image_size, job.config.image_size)}
     write_timm_config(job.bare_model, job.folder.root / "config.json", names, input_size)
     atomic_io.write_atomically(job.folder.summary, json.dumps(summary, indent=2) + "\n")
     plot_curves([job.folder.root], job.folder.root / "curves.png", job.dataset.name)

@@ -1,5 +1,6 @@
 """All that a training run holds while it trains."""
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from accelerate import Accelerator
@@ -8,10 +9,9 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fastvit_train.config.schema import TrainConfig
+from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.data.datasets import DatasetSpec
 from fastvit_train.data.loader import EvalLoader, TrainLoader
-from fastvit_train.runs.lock import RunLock
 from fastvit_train.runs.log import Journal, Log
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.runs.train_state import TrainState
@@ -21,9 +21,9 @@ from fastvit_train.utils.gpu_monitor import Meter
 
 @dataclass(frozen=True)
 class TrainSession:
-    """A run, ready to train."""
+    """A run that is ready to train; `close` releases what setting it up has opened or changed."""
 
-    config: TrainConfig
+    config: ResolvedConfig
     folder: RunFolder
     log: Log
     accelerator: Accelerator
@@ -34,22 +34,27 @@ class TrainSession:
     train_loader: TrainLoader
     eval_loader: EvalLoader
     batch_size: int
+    """images per optimizer step, over all ranks"""
     progress: TrainState
     compile_seconds: float | None
-    """spent on first passes before the first step; None where nothing is compiled"""
+    """seconds that the first passes took before the first step; None if nothing is compiled"""
     meter: Meter
     watch: Watch
     journal: Journal
     ema: ModelEmaV3 | None
-    lock: RunLock | None
-    """on the first process"""
+    resources: ExitStack
+    """the lock of the run's folder, threads and switches to restore"""
 
     @property
     def bare_model(self) -> nn.Module:
-        """The model without accelerate's wrapping."""
+        """The model without Accelerate's wrappers."""
         return self.accelerator.unwrap_model(self.model)
 
     @property
     def eval_model(self) -> nn.Module:
-        """What is evaluated and written at the end: the model, or the moving average of its weights."""
+        """The model that is evaluated and saved at the end: the trained one, or the moving average of its weights."""
         return self.model if self.ema is None else self.ema.module
+
+    def close(self) -> None:
+        """Release the run's folder and restore what `setup` changed in this process."""
+        self.resources.close()

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.inference.evaluate import evaluate_run
+from fastvit_train.models.resolve import resolve
 from fastvit_train.runs import checkpoint, comparison
 from fastvit_train.runs.plots import plot_curves
 from fastvit_train.runs.run_folder import RunFolder, read_rows
 from fastvit_train.training.loop import fit
-from fastvit_train.training.setup import resolve, setup
+from fastvit_train.training.setup import setup
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError
 from tests.support import write_folder

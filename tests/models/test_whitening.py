@@ -9,9 +9,9 @@ import torch
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.models import whiten_patches
+from fastvit_train.models.resolve import resolve
 from fastvit_train.models.whitening import FLOOR, STD
 from fastvit_train.training.loop import fit
-from fastvit_train.training.setup import resolve
 from fastvit_train.utils.errors import UserError
 from tests.support import write_folder
 

@@ -9,8 +9,8 @@ from fastvit_train.config.overrides import marked, override, to_plain
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.validation import Mark
 from fastvit_train.inference.report.records import Record
+from fastvit_train.models.resolve import fill_defaults
 from fastvit_train.runs.comparison import FIGURES, LONGEST_TEXT
-from fastvit_train.training.setup import resolve
 from fastvit_train.utils.errors import UserError, printable
 
 NOTHING = "—"
@@ -135,7 +135,7 @@ def recipe_of(own: dict[str, Any]) -> dict[str, Any]:
         UserError: where there is no such recipe, or no such model.
     """
     base = recipe(str(own.get("recipe")))
-    for_model = resolve(override(base, {"model": own.get("model", base.model.model)}, "config.yaml"))
+    for_model = fill_defaults(override(base, {"model": own.get("model", base.model.model)}, "config.yaml"))
     return {**to_plain(for_model), "model": base.model.model}
 
 

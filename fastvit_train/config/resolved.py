@@ -1,0 +1,47 @@
+"""What a run will do: its settings, with everything filled in that they leave to something else."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """A `TrainConfig` with no size left open. `models.resolve.resolve` makes it once; everything below takes it."""
+
+    settings: TrainConfig
+    """the settings as config.yaml records them, with the resolved run name, image size and attention"""
+    run_dir: Path
+    """the run's folder"""
+    image_size: int
+    """side of the model's square input in pixels"""
+    num_classes: int
+    """number of the model's outputs"""
+    mean: tuple[float, ...]
+    """per channel, of pixels from 0 to 1, subtracted from the input"""
+    std: tuple[float, ...]
+    """per channel, of pixels from 0 to 1, that the input is divided by"""
+    last_epoch: int
+    """epoch after which this process stops training"""
+
+    @property
+    def run(self) -> RunConfig:
+        return self.settings.run
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.settings.model
+
+    @property
+    def data(self) -> DataConfig:
+        return self.settings.data
+
+    @property
+    def optim(self) -> OptimConfig:
+        return self.settings.optim
+
+    def with_attention(self, attention: str) -> "ResolvedConfig":
+        """Return the same configuration with another attention implementation."""
+        model = replace(self.model, attention=attention)
+        return replace(self, settings=replace(self.settings, model=model))

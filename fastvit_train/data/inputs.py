@@ -1,0 +1,74 @@
+"""A run's data set and the loaders of its batches."""
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from fastvit_train.config.resolved import ResolvedConfig
+from fastvit_train.data.datasets import DatasetSpec, Split, check_labels, load_dataset
+from fastvit_train.data.images import Images, ResidentImages, StreamedImages
+from fastvit_train.data.loader import EvalLoader, Preprocess, RankInfo, TrainLoader
+from fastvit_train.distributed import sync
+
+
+def load_data(config: ResolvedConfig, accelerator: Accelerator) -> DatasetSpec:
+    """Load the data set on all ranks; the first rank of each machine downloads and decodes it for the others.
+
+    Raises:
+        UserError: if the data set is not available, or if a label is outside the model's classes.
+    """
+
+    def load() -> DatasetSpec:
+        dataset = load_dataset(config.data, config.image_size)
+        labels = torch.cat((dataset.train.labels, dataset.test.labels))
+        check_labels(labels, config.num_classes, f"{dataset.name}, for a model of this --num-classes,")
+        return dataset
+
+    is_first = accelerator.is_local_main_process
+    first = sync.run_on_all_ranks(accelerator, lambda: load() if is_first else None)
+    return first or load()
+
+
+def build_train_loader(
+    config: ResolvedConfig, dataset: DatasetSpec, batch_size: int, rank_info: RankInfo
+) -> TrainLoader:
+    """Build the loader of the training set.
+
+    Args:
+        config: the run.
+        dataset: its data set.
+        batch_size: images per optimizer step, over all ranks.
+        rank_info: rank, world size and device of this process.
+    """
+    return TrainLoader(
+        _open(dataset.train, config, rank_info),
+        dataset.train.labels,
+        config.data,
+        build_preprocess(config, rank_info.device),
+        batch_size,
+        config.optim.grad_accum,
+        config.run.seed,
+        rank_info,
+    )
+
+
+def build_eval_loader(config: ResolvedConfig, dataset: DatasetSpec, rank_info: RankInfo) -> EvalLoader:
+    """Build the loader of the split that the run is evaluated on."""
+    return EvalLoader(
+        _open(dataset.test, config, rank_info),
+        dataset.test.labels,
+        build_preprocess(config, rank_info.device),
+        config.run.eval_batch_size,
+        rank_info,
+    )
+
+
+def build_preprocess(config: ResolvedConfig, device: torch.device) -> Preprocess:
+    """Build what turns uint8 images into the model's input on `device`."""
+    return Preprocess(config.mean, config.std, config.image_size, device)
+
+
+def _open(split: Split, config: ResolvedConfig, rank_info: RankInfo) -> Images:
+    if isinstance(split.images, Tensor):
+        return ResidentImages(split.images, rank_info.device)
+    return StreamedImages(split.images, config.image_size, rank_info.device)

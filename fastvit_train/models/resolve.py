@@ -1,0 +1,55 @@
+"""From the settings that a user wrote to what will happen."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from fastvit_train.config.overrides import validate
+from fastvit_train.config.resolved import ResolvedConfig
+from fastvit_train.config.schema import TrainConfig
+from fastvit_train.data.datasets import count_classes
+from fastvit_train.models.build import check_model, native_image_size, pretrained_cfg_of
+
+
+def fill_defaults(config: TrainConfig) -> TrainConfig:
+    """Return `config` with the run name and the image size filled in.
+
+    Raises:
+        UserError: if a setting is out of range, or if the model is unknown.
+    """
+    validate(config)
+    check_model(config.model.model)
+    image_size = config.model.image_size or native_image_size(config.model.model)
+    exp_name = config.run.exp_name or f"{config.data.dataset}-{config.model.model}-seed{config.run.seed}"
+    return replace(
+        config,
+        run=replace(config.run, exp_name=exp_name),
+        model=replace(config.model, image_size=image_size),
+    )
+
+
+def resolve(config: TrainConfig, num_classes: int | None = None) -> ResolvedConfig:
+    """Resolve `config`: once per run, before anything else is done with it.
+
+    The attention is not resolved here: "auto" measures the model on its device, see `models.attention`.
+
+    Args:
+        config: the settings as the user wrote them.
+        num_classes: outputs of the model, if they are known; by default those that `config` asks for, or as many as
+            the data set has classes.
+
+    Raises:
+        UserError: if a setting is out of range, if the model is unknown, or if the classes of a folder of images
+            cannot be read.
+    """
+    settings = fill_defaults(config)
+    run, cfg = settings.run, pretrained_cfg_of(settings.model.model)
+    assert settings.model.image_size is not None
+    return ResolvedConfig(
+        settings,
+        run_dir=Path(run.runs_dir) / str(run.exp_name),
+        image_size=settings.model.image_size,
+        num_classes=num_classes or settings.model.num_classes or count_classes(settings.data),
+        mean=tuple(cfg.mean),
+        std=tuple(cfg.std),
+        last_epoch=min(run.epochs, run.stop_after or run.epochs),
+    )
