@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.inference.evaluate import evaluate_run
-from fastvit_train.models.resolve import resolve
+from fastvit_train.models.resolve import fill_defaults
 from fastvit_train.runs import checkpoint, comparison
 from fastvit_train.runs.plots import plot_curves
 from fastvit_train.runs.run_folder import RunFolder, read_rows
@@ -207,7 +207,7 @@ def test_starting_over_may_be_killed_anywhere(
     small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is left is the run with all of its checkpoints, or one that --resume auto starts afresh."""
-    config = resolve(small_config(epochs=2))
+    config = fill_defaults(small_config(epochs=2))
     fit(config)
     run, copy = tmp_path / "runs" / "run", tmp_path / "copy"
     whole = {path.name for path in (run / "checkpoints").iterdir()}

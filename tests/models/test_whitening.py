@@ -64,6 +64,6 @@ def test_what_it_can_not_go_with_is_refused(small_config: Callable[..., TrainCon
     folder = {"dataset": "folder", "data_dir": str(tmp_path / "photos"), "stream": "always"}
     with pytest.raises(UserError, match="--patch-init whiten needs the images in memory"):
         fit(small_config(patch_init="whiten", **folder))
-    with pytest.raises(UserError, match="--weights some.pth brings; give --patch-init random"):
+    with pytest.raises(UserError, match="from --weights some.pth; give --patch-init random"):
         resolve(small_config(patch_init="whiten", weights="some.pth"))
     assert not (tmp_path / "runs").exists()
