@@ -89,7 +89,8 @@ def test_bf16_gathers_half_and_clipping_exchanges_the_norm(
 ) -> None:
     with short_run(small(small_config), steps=1) as job:
         plain = collectives.fsdp2(job, 4)
-        clipped = replace(job, config=replace(job.config, optim=replace(job.config.optim, clip_grad=1.0)))
+        settings = replace(job.config.settings, optim=replace(job.config.optim, clip_grad=1.0))
+        clipped = replace(job, config=replace(job.config, settings=settings))
         more = [c for c in collectives.fsdp2(clipped, 4).collectives if c.kind == "all-reduce"]
         assert more == [Collective("all-reduce", 4 * len(list(job.bare_model.parameters())))]  # a norm of each
         monkeypatch.setattr(job.accelerator.state, "_mixed_precision", "bf16")
