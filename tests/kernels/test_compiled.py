@@ -5,7 +5,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import fastvit_kernels
-from tests.kernels.attention_cases import draw
+from tests.kernels.accuracy import assert_accurate
+from tests.kernels.attention_cases import cast, chain, draw
 
 
 def test_no_recompilation_from_step_to_step(seed: int) -> None:
@@ -31,12 +32,14 @@ def test_more_shapes_than_dynamo_recompiles_one_function_for(seed: int) -> None:
 
 
 def test_inside_a_larger_compiled_graph(seed: int) -> None:
-    x, weight, bias = draw((3, 5, 16, 2), True, torch.float32)
+    arguments = draw((3, 5, 16, 2), True, torch.float32)
 
-    def function(x: torch.Tensor) -> torch.Tensor:
-        return fastvit_kernels.attention(x, weight, bias, 2, implementation="compiled") + 1
+    def function(*arguments: torch.Tensor) -> torch.Tensor:
+        return fastvit_kernels.attention(*arguments, 2, implementation="compiled") + 1
 
-    assert torch.allclose(torch.compile(function, fullgraph=True)(x), function(x), atol=1e-5)
+    result = torch.compile(function, fullgraph=True)(*arguments)
+    exact = chain(*cast(arguments, torch.float64), 2) + 1
+    assert_accurate([result.detach()], [(chain(*arguments, 2) + 1).detach()], [exact.detach()])
 
 
 def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

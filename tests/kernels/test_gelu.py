@@ -1,5 +1,7 @@
 """The GELU kernel for CPUs computes torch's tanh-approximated GELU, and its layer what the two layers would."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from fastvit_kernels import GELULinear, cpp_gelu
 from fastvit_kernels.cpp_gelu import gelu, gelu_backward
+from tests.kernels.accuracy import assert_accurate
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -34,6 +37,13 @@ def gradients(layer: GELULinear, x: Tensor, out: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(out.square().sum(), [x, *layer.parameters()]))
 
 
+def exact_results(layer: GELULinear, x: Tensor) -> list[Tensor]:
+    """Output and gradients of the two plain layers in float64."""
+    layer, x = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+    out = both_layers(layer, x)
+    return [out.detach(), *gradients(layer, x, out)]
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_the_layer_is_the_two_layers(bias: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
@@ -42,11 +52,12 @@ def test_the_layer_is_the_two_layers(bias: bool, compiled: bool, monkeypatch: py
         layer.bias = None
     x = torch.randn(3, 5, 20)[..., ::2].requires_grad_()
     wanted = both_layers(layer, x)
-    wanted_gradients = gradients(layer, x, wanted)
+    baseline = [wanted.detach(), *gradients(layer, x, wanted)]
+    exact = exact_results(layer, x)
     monkeypatch.setattr(F, "gelu", lambda *args, **kwargs: pytest.fail("torch's GELU was called"))
     out = (torch.compile(layer, fullgraph=True) if compiled else layer)(x)
-    torch.testing.assert_close(out, wanted)
-    torch.testing.assert_close(gradients(layer, x, out), wanted_gradients)
+    for each in zip([out.detach(), *gradients(layer, x, out)], baseline, exact, strict=True):
+        assert_accurate(*([tensor] for tensor in each))
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
@@ -55,7 +66,9 @@ def test_what_is_exported_holds_torchs_operators_alone(strict: bool, seed: int) 
     program = torch.export.export(layer.eval(), (x,), strict=strict)
     called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert "aten.gelu.default" in called and not [name for name in called if not name.startswith("aten.")]
-    torch.testing.assert_close(program.module()(x), layer(x))
+    with torch.no_grad():
+        exact = both_layers(copy.deepcopy(layer).double(), x.double())
+        assert_accurate([program.module()(x)], [layer(x)], [exact])
 
 
 def test_under_autocast_it_computes_in_bfloat16_and_keeps_its_argument_alone(seed: int) -> None:
@@ -68,10 +81,12 @@ def test_under_autocast_it_computes_in_bfloat16_and_keeps_its_argument_alone(see
         out = layer(x)
     assert out.dtype == torch.bfloat16
     assert [tuple(tensor.shape) for tensor in kept].count((64, 192)) == 1
-    wanted = both_layers(layer, x)
-    torch.testing.assert_close(out.float(), wanted, rtol=2e-2, atol=2e-2)
-    for found, right in zip(gradients(layer, x, out), gradients(layer, x, wanted), strict=True):
-        assert found.dtype == right.dtype and (found - right).norm() <= 2e-2 * right.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = both_layers(layer, x)
+    results, baseline = ([y.detach(), *gradients(layer, x, y.float())] for y in (out, wanted))
+    assert [result.dtype for result in results] == [tensor.dtype for tensor in baseline]
+    for each in zip(results, baseline, exact_results(layer, x), strict=True):
+        assert_accurate(*([tensor] for tensor in each))
 
 
 def test_extremes() -> None:

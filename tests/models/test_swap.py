@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import fastvit_kernels
+from tests.kernels.accuracy import assert_accurate, logits_and_gradients
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
 
@@ -25,12 +26,13 @@ def test_the_same_function_of_the_same_parameters(name: str, triton_device: str,
     assert {key: id(p) for key, p in ours.named_parameters()} == {key: id(p) for key, p in parameters.items()}
     assert list(ours.state_dict()) == list(timms.state_dict())
     images = torch.randn(3, 3, 32, 32, device=triton_device)
-    results = []
-    for model in (timms, ours):
-        logits = model(images)
-        logits.square().sum().backward()
-        results.append([logits.detach(), *(p.grad for p in model.parameters())])
-    assert all(torch.allclose(a, b, atol=1e-5, rtol=1e-4) for a, b in zip(*results, strict=True))
+
+    def compute(model: nn.Module, images: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        return logits_and_gradients(model, images, lambda logits: logits.square().sum())
+
+    exact = compute(copy.deepcopy(timms).double(), images.double())
+    for each in zip(compute(ours, images), compute(timms, images), exact, strict=True):
+        assert_accurate(*each)
 
 
 def test_it_keeps_dropout_and_mode_and_can_be_swapped_again() -> None:
