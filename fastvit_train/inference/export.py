@@ -1,4 +1,7 @@
-"""Trained models, written for others to run; each is read back as they would, and compared, before it is in place."""
+"""Export trained models: the verb `export`.
+
+Each exported file is loaded again and compared with the model before it is put in place.
+"""
 
 import importlib.util
 import json
@@ -28,91 +31,90 @@ from fastvit_train.utils.errors import UserError, printable
 from fastvit_train.utils.timm_config import write_timm_config
 
 TOLERANCE = 1e-4
-"""largest difference of a logit"""
-MOST_IMAGES, BATCH = 256, 64
-RESIZE = "shorter side to image_size, bilinear with antialiasing; centre cut out"
+"""maximum absolute difference of a logit"""
+MAX_IMAGES, BATCH_SIZE = 256, 64
+RESIZE = "shorter side to image_size, bilinear with antialiasing; center crop"
 METADATA = "metadata.json"
-Answer = Callable[[Tensor], Tensor]
-"""from uint8 images, (batch, 3, size, size), to logits, (batch, classes)"""
+LogitsFunction = Callable[[Tensor], Tensor]
+"""takes uint8 images, (batch, 3, size, size); returns logits, (batch, classes)"""
 
 
 @dataclass(frozen=True)
 class Format:
-    """A way to write a model, and how those who are given it read it."""
+    """An export format: how a model is written and loaded again."""
 
     name: str
-    """of the file or folder, where no other is asked for"""
+    """default name of the file or folder"""
     write: Callable[[TrainedModel, Path], None]
-    read: Callable[[Path], Answer]
+    load: Callable[[Path], LogitsFunction]
     needs: tuple[str, ...] = ()
-    """modules of the extra `export`"""
+    """packages that it needs, from the extra `export`"""
 
 
 def export_run(run: str, to: str, output: Path | None) -> Path:
-    """Write a trained model in the format `to`, one of `FORMATS`, and say how near the read-back one is.
+    """Export a trained model and print how far the exported model's logits are from the model's.
 
     Args:
-        run: as in `load_run`; the model computes on the CPU.
-        to: onnx and torch-export take uint8 images and normalise them inside; safetensors and timm are weights, with
-            what is needed to build the model and to feed it.
-        output: where to; by default into the folder `export` of the run.
+        run: as in `load_run`; the model runs on the CPU.
+        to: one of `FORMATS`. onnx and torch-export contain the normalization and take uint8 images; safetensors and
+            timm contain the weights, the architecture and the preprocessing.
+        output: the file or folder to write; by default in export/ in the run's folder.
 
     Returns:
         The file or folder.
 
     Raises:
-        UserError: where the model can't be had, or not in that format, or what was read back differs by more than
-            `TOLERANCE`; nothing is written then.
+        UserError: if the model is not available, if it cannot be exported to that format, or if a logit of the exported
+            model differs by more than `TOLERANCE`. Nothing is written then.
     """
     if to not in FORMATS:
         raise UserError(f"unknown format {to!r}; allowed: {', '.join(FORMATS)}")
-    form = FORMATS[to]
-    missing = [module for module in form.needs if importlib.util.find_spec(module) is None]
+    export_format = FORMATS[to]
+    missing = [module for module in export_format.needs if importlib.util.find_spec(module) is None]
     if missing:
         raise UserError(f"--to {to} needs {' and '.join(missing)}; pip install {' '.join(missing)}")
-    suffix = Path(form.name).suffix
+    suffix = Path(export_format.name).suffix
     if output is not None and output.suffix != suffix and suffix:
-        raise UserError(f"--output {output} is no name for what --to {to} writes; allowed: one that ends in {suffix}")
+        raise UserError(f"--output {output} does not fit --to {to}; allowed: a name that ends in {suffix}")
     loaded = load_run(run, device="cpu")
-    final = output or (loaded.folder or Path()) / "export" / form.name
+    final = output or (loaded.folder or Path()) / "export" / export_format.name
     with (
-        atomic_io.as_save_error(f"{final} can't be written; choose another --output"),
+        atomic_io.as_save_error(f"{final} cannot be written; choose another --output"),
         atomic_io.staged(final) as partial,
     ):
-        said = write_verified(loaded, to, partial)
-    print(f"written to {printable(str(final))}: {said}")
+        comparison = write_verified(loaded, to, partial)
+    print(f"written to {printable(str(final))}: {comparison}")
     return final
 
 
 def write_verified(run: TrainedModel, to: str, path: Path) -> str:
-    """Write `run`, which is on the CPU, to `path` and read it back; returns in words how near the two are.
+    """Write `run`, which must be on the CPU, to `path`, load it again and return a sentence that compares the two.
 
     Raises:
-        UserError: where it can't be written in that format, or not read back, or answers otherwise.
+        UserError: if it cannot be exported to that format or loaded again, or if its logits differ.
     """
-    form = FORMATS[to]
-    images, dataset = _images(run)
+    export_format = FORMATS[to]
+    images, dataset = _comparison_images(run)
     try:
         with warnings.catch_warnings(action="ignore"), torch.no_grad():
-            form.write(run, path)
-            answer = form.read(path)
-            difference = _difference(run, answer, images)
+            export_format.write(run, path)
+            difference = _max_difference(run, export_format.load(path), images)
     except OSError:
         raise
-    except Exception as error:  # exporters raise anything at what they don't know
-        raise UserError(f"{run.source} can't be written as {to}: {_reason(error)}; try another --to") from None
+    except Exception as error:  # exporters raise exceptions of any type for what they do not support
+        raise UserError(f"{run.source} cannot be exported to {to}: {_reason(error)}; try another --to") from None
     if not math.isfinite(difference):
         raise non_finite_error(run)
     if difference > TOLERANCE:
         raise UserError(
-            f"{run.source} written as {to} and read back gives other logits, by up to {difference:.1e}; "
-            f"allowed: {TOLERANCE:.0e}; try another --to"
+            f"the logits of {run.source} exported to {to} differ by up to {difference:.1e}; allowed: {TOLERANCE:.0e}; "
+            "try another --to"
         )
-    return f"largest difference of a logit {difference:.1e} over {len(images)} images of {printable(dataset)}"
+    return f"the logits differ by at most {difference:.1e} on {len(images)} images of {printable(dataset)}"
 
 
 def describe(run: TrainedModel) -> dict[str, str]:
-    """What who is given the weights must know to build the model, feed it and read its answers; lists are JSON."""
+    """Return the metadata that is needed to build the model and use its outputs; lists are JSON."""
     mean, std = run.normalisation
     return {
         "architecture": run.architecture,
@@ -126,8 +128,8 @@ def describe(run: TrainedModel) -> dict[str, str]:
     }
 
 
-class _FromPixels(nn.Module):
-    """The model with the normalisation inside: uint8 RGB images (batch, 3, size, size) to logits (batch, classes)."""
+class _WithNormalization(nn.Module):
+    """The model after its normalization: uint8 RGB images (batch, 3, size, size) to logits (batch, classes)."""
 
     def __init__(self, run: TrainedModel) -> None:
         super().__init__()
@@ -138,15 +140,15 @@ class _FromPixels(nn.Module):
         return self.model(self.preprocess(images))
 
 
-def _example(run: TrainedModel) -> tuple[Tensor]:
-    # Of one image, an exporter would conclude that there is never another.
+def _example_inputs(run: TrainedModel) -> tuple[Tensor]:
+    # With a batch of one, the exporter would fix the batch size to 1.
     return (torch.zeros(2, 3, run.image_size, run.image_size, dtype=torch.uint8),)
 
 
 def _write_onnx(run: TrainedModel, path: Path) -> None:
     program = torch.onnx.export(
-        _FromPixels(run).eval(),
-        _example(run),
+        _WithNormalization(run).eval(),
+        _example_inputs(run),
         dynamo=True,
         verbose=False,
         input_names=["images"],
@@ -158,7 +160,7 @@ def _write_onnx(run: TrainedModel, path: Path) -> None:
     program.save(path, external_data=False)
 
 
-def _read_onnx(path: Path) -> Answer:
+def _load_onnx(path: Path) -> LogitsFunction:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -167,11 +169,11 @@ def _read_onnx(path: Path) -> Answer:
 
 def _write_torch(run: TrainedModel, path: Path) -> None:
     batch = {"images": {0: torch.export.Dim("batch")}}
-    program = torch.export.export(_FromPixels(run).eval(), _example(run), dynamic_shapes=batch)
+    program = torch.export.export(_WithNormalization(run).eval(), _example_inputs(run), dynamic_shapes=batch)
     torch.export.save(program, path, extra_files={METADATA: json.dumps(describe(run), indent=1)})
 
 
-def _read_torch(path: Path) -> Answer:
+def _load_torch(path: Path) -> LogitsFunction:
     return torch.export.load(path).module()
 
 
@@ -179,60 +181,66 @@ def _write_safetensors(run: TrainedModel, path: Path) -> None:
     _write_weights(run, path, describe(run))
 
 
-def _write_weights(run: TrainedModel, path: Path, said: dict[str, str]) -> None:
+def _write_weights(run: TrainedModel, path: Path, metadata: dict[str, str]) -> None:
     weights = {name: value.clone().contiguous() for name, value in run.model.state_dict().items()}
-    save_file(weights, path, {"format": "pt", **said})
+    save_file(weights, path, {"format": "pt", **metadata})
 
 
-def _read_safetensors(path: Path) -> Answer:
+def _load_safetensors(path: Path) -> LogitsFunction:
     with safe_open(path, "pt") as file:
-        said = file.metadata()
-    model = timm.create_model(said["architecture"], **json.loads(said["model_args"]))
+        metadata = file.metadata()
+    model = timm.create_model(metadata["architecture"], **json.loads(metadata["model_args"]))
     model.load_state_dict(load_file(path))
-    return _fed(model, json.loads(said["mean"]), json.loads(said["std"]), int(said["image_size"]))
+    return _with_preprocessing(
+        model, json.loads(metadata["mean"]), json.loads(metadata["std"]), int(metadata["image_size"])
+    )
 
 
 def _write_timm(run: TrainedModel, path: Path) -> None:
     path.mkdir()
-    _write_weights(run, path / "model.safetensors", {})  # several would stand in another order every time
+    _write_weights(
+        run, path / "model.safetensors", {}
+    )  # with more entries, safetensors' order of them changes from run to run
     mean, std = run.normalisation
-    feeding: dict[str, Any] = {"input_size": (3, run.image_size, run.image_size), "mean": mean, "std": std}
-    said: dict[str, Any] = {"label_names": list(run.classes)}
-    if run.config is not None:  # what timm says of its own weights doesn't hold for those trained afresh
-        feeding |= {"interpolation": "bilinear", "crop_pct": 1.0}
-        said["pretrained_cfg"] = {"license": None}
-    write_timm_config(run.model, path / "config.json", said, feeding)
+    preprocessing: dict[str, Any] = {"input_size": (3, run.image_size, run.image_size), "mean": mean, "std": std}
+    entries: dict[str, Any] = {"label_names": list(run.classes)}
+    if run.config is not None:  # timm's entries describe its own weights, not the ones trained here
+        preprocessing |= {"interpolation": "bilinear", "crop_pct": 1.0}
+        entries["pretrained_cfg"] = {"license": None}
+    write_timm_config(run.model, path / "config.json", entries, preprocessing)
 
 
-def _read_timm(path: Path) -> Answer:
+def _load_timm(path: Path) -> LogitsFunction:
     model = timm.create_model(f"{FOLDER}{path}", pretrained=True)
     cfg = pretrained_cfg(model)
-    return _fed(model, cfg["mean"], cfg["std"], cfg["input_size"][-1])
+    return _with_preprocessing(model, cfg["mean"], cfg["std"], cfg["input_size"][-1])
 
 
-def _fed(model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], image_size: int) -> Answer:
+def _with_preprocessing(
+    model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], image_size: int
+) -> LogitsFunction:
     model, preprocess = model.eval(), Preprocess(mean, std, image_size, torch.device("cpu"))
     return lambda images: model(preprocess(images))
 
 
 FORMATS = {
-    "onnx": Format("model.onnx", _write_onnx, _read_onnx, ("onnx", "onnxscript", "onnxruntime")),
-    "torch-export": Format("model.pt2", _write_torch, _read_torch),
-    "safetensors": Format("model.safetensors", _write_safetensors, _read_safetensors),
-    "timm": Format("timm", _write_timm, _read_timm),
+    "onnx": Format("model.onnx", _write_onnx, _load_onnx, ("onnx", "onnxscript", "onnxruntime")),
+    "torch-export": Format("model.pt2", _write_torch, _load_torch),
+    "safetensors": Format("model.safetensors", _write_safetensors, _load_safetensors),
+    "timm": Format("timm", _write_timm, _load_timm),
 }
-"""by the name that --to takes"""
+"""by the value of --to"""
 
 
-def _images(run: TrainedModel) -> tuple[Tensor, str]:
-    """Real images to compare on, uint8 (up to 256, 3, size, size), and the name of the data set that they are of.
+def _comparison_images(run: TrainedModel) -> tuple[Tensor, str]:
+    """Return images to compare logits on, uint8 (up to 256, 3, size, size), and the name of their data set.
 
-    They are the run's test images, from all over the set; where those aren't to be had, digits.
+    They are spread over the run's test set; if that is not available here, they are digits.
     """
-    own = run.config.data if run.config is not None else DataConfig()
+    data = run.config.data if run.config is not None else DataConfig()
     try:
-        # Files are decoded only as far as they are looked at; from no URL, nothing is downloaded.
-        return _test_images(replace(own, stream="always", data_url="none:"), run.image_size)
+        # stream decodes only the selected images; the invalid URL prevents a download.
+        return _test_images(replace(data, stream="always", data_url="none:"), run.image_size)
     except UserError:
         return _test_images(DataConfig(), run.image_size)
 
@@ -240,21 +248,21 @@ def _images(run: TrainedModel) -> tuple[Tensor, str]:
 def _test_images(config: DataConfig, size: int) -> tuple[Tensor, str]:
     dataset = load_dataset(config, size)
     count = len(dataset.test.labels)
-    some = dataset.test.pixels(torch.linspace(0, count - 1, min(count, MOST_IMAGES)).long(), size)
-    if some.shape[-1] != size:
-        some = F.interpolate(some.float(), size, mode="bilinear", antialias=True).round().to(torch.uint8)
-    return some, dataset.name
+    images = dataset.test.pixels(torch.linspace(0, count - 1, min(count, MAX_IMAGES)).long(), size)
+    if images.shape[-1] != size:
+        images = F.interpolate(images.float(), size, mode="bilinear", antialias=True).round().to(torch.uint8)
+    return images, dataset.name
 
 
-def _difference(run: TrainedModel, answer: Answer, images: Tensor) -> float:
-    """Largest difference of a logit, over a batch of one image and batches of 64; NaN where one is no number."""
-    batches = [images[:1], *(batch for batch in images[1:].split(BATCH) if len(batch))]
-    largest = [(answer(batch) - run.model(run.preprocess(batch))).abs().max() for batch in batches]
-    return torch.stack(largest).max().item()
+def _max_difference(run: TrainedModel, compute: LogitsFunction, images: Tensor) -> float:
+    """Return the maximum difference of a logit, over a batch of one image and batches of 64; NaN if a logit is NaN."""
+    batches = [images[:1], *(batch for batch in images[1:].split(BATCH_SIZE) if len(batch))]
+    differences = [(compute(batch) - run.model(run.preprocess(batch))).abs().max() for batch in batches]
+    return torch.stack(differences).max().item()
 
 
 def _reason(error: BaseException) -> str:
-    while error.__cause__ is not None:  # exporters say in the last of many lines what is in the first cause
+    while error.__cause__ is not None:  # the first cause is the shortest and clearest message of an exporter
         error = error.__cause__
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__

@@ -1,4 +1,7 @@
-"""Trained models, sent to the Hugging Face Hub with a model card; nothing is sent before all of it is written."""
+"""Push trained models to the Hugging Face Hub: the verb `push`.
+
+All files are written to a local folder before any is sent.
+"""
 
 import re
 import shutil
@@ -19,49 +22,49 @@ from fastvit_train.runs.run_folder import to_yaml
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError, printable
 
-OF_A_RUN = ("summary.json", "metrics.jsonl", "curves.png")
-"""what goes with the model where a run of ours left it, besides its settings"""
-LOGIN = "`hf auth login`, or HF_TOKEN, with a token that may write"
-ANSWERS = {
-    401: f"it doesn't know the token; give {LOGIN}",
-    403: f"the token may not write there; give {LOGIN} to that account",
-    404: f"it knows no such model, or hides it from this token; give {LOGIN}",
-    409: "something else is being done there at the same time; push again",
+RUN_FILES = ("summary.json", "metrics.jsonl", "curves.png")
+"""files of a run that are pushed with its model and settings"""
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN, with a token that has write access"
+HINTS = {
+    401: f"the token is not valid; {LOGIN}",
+    403: f"the token has no write access to it; {LOGIN} to that account",
+    404: f"it does not exist, or the token has no access to it; {LOGIN}",
+    409: "another commit is in progress; push again",
 }
 
 
 def push_run(run: str, repo: str, *, public: bool = False, dry_run: bool = False, license: str | None = None) -> str:
-    """Send a trained model to the Hub, as timm loads it, with its model card and what its run wrote.
+    """Push a trained model to the Hub, in timm's format, with a model card and its run's files.
 
     Args:
         run: as in `load_run`.
-        repo: USER/NAME; it is created where there is none.
-        public: whether everyone may see it. What is public already is pushed to only with this.
-        dry_run: write the folder, `hub` in the run's, and send nothing.
-        license: the Hub's name of one, such as apache-2.0, for the card; by default the card has none.
+        repo: USER/NAME; it is created if it does not exist.
+        public: make a new repository public. An existing public repository is pushed to only if this is set.
+        dry_run: write the files to hub/ in the run's folder, and send nothing.
+        license: the Hub's identifier of a license, such as apache-2.0, for the model card; by default it has none.
 
     Returns:
-        The model's address, or the folder.
+        The URL of the model, or the folder of a dry run.
 
     Raises:
-        UserError: where the model or the name is none, or the Hub can't be reached or doesn't take it.
+        UserError: if the model is not available, if a name is not valid, or if the Hub cannot be reached or rejects it.
     """
     _check_names(repo, license)
     token = None if dry_run else get_token()
     if not dry_run and token is None:
-        raise UserError(f"the Hugging Face Hub takes a model from whom it knows: give {LOGIN}")
+        raise UserError(f"the Hugging Face Hub needs a token: {LOGIN}")
     loaded = load_run(run, device="cpu")
     if dry_run:
         folder = (loaded.folder or Path()) / "hub"
-        with atomic_io.as_save_error(f"{folder} can't be written"), atomic_io.staged(folder) as partial:
+        with atomic_io.as_save_error(f"{folder} cannot be written"), atomic_io.staged(folder) as partial:
             _write(loaded, repo, license, partial)
         print(f"written to {printable(str(folder))}; nothing was sent")
         return str(folder)
     with tempfile.TemporaryDirectory() as temporary:
-        with atomic_io.as_save_error(f"{temporary} can't be written"):
+        with atomic_io.as_save_error(f"{temporary} cannot be written"):
             _write(loaded, repo, license, Path(temporary) / "hub")
-        url, seen_by = _send(Path(temporary) / "hub", repo, public, token)
-    print(f"pushed to {printable(url)} ({seen_by})")
+        url, visibility = _send(Path(temporary) / "hub", repo, public, token)
+    print(f"pushed to {printable(url)} ({visibility})")
     return url
 
 
@@ -71,9 +74,11 @@ def _check_names(repo: str, license: str | None) -> None:
     except HFValidationError as error:
         raise UserError(str(error)) from None
     if "/" not in repo:
-        raise UserError(f"{repo} is no USER/NAME; allowed: your name on the Hub, or an organisation's, and the model's")
+        raise UserError(f"{repo} is not of the form USER/NAME; USER is your name on the Hub or that of an organization")
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,50}", license):
-        raise UserError(f"--license {license!r} is no name of a license on the Hub, such as apache-2.0 or cc-by-4.0")
+        raise UserError(
+            f"--license {license!r} is not a license identifier of the Hub; examples: apache-2.0, cc-by-4.0"
+        )
 
 
 def _write(run: TrainedModel, repo: str, license: str | None, folder: Path) -> None:
@@ -81,46 +86,48 @@ def _write(run: TrainedModel, repo: str, license: str | None, folder: Path) -> N
     (folder / "README.md").write_text(model_card(run, repo, license))
     if run.folder is None or run.config is None:
         return
-    (folder / "config.yaml").write_text(to_yaml(_without_places(run.config.settings)))
-    for name in OF_A_RUN:
-        if (run.folder / name).is_symlink():  # a run from elsewhere could send any file of yours
-            raise UserError(f"{run.folder / name} is a link; what is pushed must lie in the run's folder")
+    (folder / "config.yaml").write_text(to_yaml(_without_absolute_paths(run.config.settings)))
+    for name in RUN_FILES:
+        if (run.folder / name).is_symlink():  # a link in somebody else's run could point to any of the user's files
+            raise UserError(f"{run.folder / name} is a symbolic link; replace it with the file itself")
         if (run.folder / name).is_file():
             shutil.copyfile(run.folder / name, folder / name)
 
 
-def _without_places(config: TrainConfig) -> TrainConfig:
-    """`config` with the last name alone of paths that say how this machine's folders are called."""
+def _without_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Return `config` with only the last component of each absolute path: the rest describes this machine."""
 
-    def last(path: str) -> str:
+    def last_component(path: str) -> str:
         return Path(path).name if Path(path).is_absolute() else path
 
-    return map_marked(config, Mark.PATH, last)
+    return map_marked(config, Mark.PATH, last_component)
 
 
 def _send(folder: Path, repo: str, public: bool, token: str | None) -> tuple[str, str]:
-    """Create `repo` where it isn't there and commit the folder's files to it; returns its address and who sees it."""
+    """Create `repo` unless it exists and commit the folder's files to it; returns its URL and "private" or "public"."""
     api = HfApi(token=token, library_name="fastvit-train", library_version=__version__)
     try:
         url = api.create_repo(repo, private=not public, exist_ok=True)
         private = bool(api.model_info(repo).private)
         if not private and not public:
-            raise UserError(f"{repo} is there already and public; give --public to push to it, or another name")
+            raise UserError(f"{repo} exists and is public; give --public to push to it, or choose another name")
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Push from fastvit-train")
     except UserError:
         raise
-    except Exception as error:  # the HTTP library beneath changes from version to version
-        raise UserError(f"{api.endpoint} did not take {repo}: {_reason(error)}") from None
+    except (
+        Exception
+    ) as error:  # the HTTP library, and with it the type of the exception, depends on the version of huggingface_hub
+        raise UserError(f"{api.endpoint} did not accept {repo}: {_reason(error)}") from None
     return str(url), "private" if private else "public"
 
 
 def _reason(error: BaseException) -> str:
-    """What the Hub answered, or why it was not reached, and what to do next."""
+    """Return the Hub's response, or why it was not reached, and what to do next."""
     cause: BaseException | None = error
     while cause is not None:
         status = getattr(getattr(cause, "response", None), "status_code", None)
         if status is not None:
-            said = getattr(cause, "server_message", None)
-            return f"{ANSWERS.get(status, 'push again later')} (it answered {status}{f': {said}' if said else ''})"
+            message = getattr(cause, "server_message", None)
+            return f"{HINTS.get(status, 'push again later')} (HTTP status {status}{f': {message}' if message else ''})"
         cause = cause.__cause__
-    return f"{str(error) or type(error).__name__}; see whether this machine reaches it, and HF_ENDPOINT"
+    return f"{str(error) or type(error).__name__}; check the network and HF_ENDPOINT"

@@ -28,7 +28,7 @@ def read_summary(run: Path) -> dict[str, Any]:
         return {"train_loss": last_epoch["train_loss"], **summary, **{key: _short(summary[key]) for key in TEXTS}}
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"{run} is no finished run: its summary.json and metrics.jsonl can't be read ({error!r}); "
+            f"{run} is not a finished run: its summary.json and metrics.jsonl can't be read ({error!r}); "
             "give the folder of a finished run"
         ) from None
 

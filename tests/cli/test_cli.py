@@ -85,7 +85,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("export nowhere", "nowhere is not a run"),
         ("export nowhere --to tflite", "--to 'tflite' is not allowed; allowed: onnx, torch-export"),
         ("push nowhere", "push takes a run and a repo, as in: push runs/NAME USER/NAME"),
-        ("compare nowhere", "nowhere is no finished run"),
+        ("compare nowhere", "nowhere is not a finished run"),
         ("compare --out x.png", "unknown flag --out; did you mean --output"),
         ("train foo", "unknown argument foo; train --help lists what there is"),
         ("train epochs 3", "unknown argument epochs; did you mean --epochs"),

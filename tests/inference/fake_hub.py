@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine: what huggingface_hub calls to create, push to and load from a model."""
+"""A fake Hugging Face Hub on this machine, with the endpoints that huggingface_hub uses to push and load a model."""
 
 import base64
 import hashlib
@@ -26,16 +26,17 @@ class Repo:
 
 @dataclass
 class FakeHub:
-    """What was asked of it and what it holds; it answers with `failing`'s status where the path matches."""
+    """The requests that it received and the files that it holds."""
 
     url: str = ""
     repos: dict[str, Repo] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     """large files, by SHA-256"""
     verified: set[str] = field(default_factory=set)
-    asked: list[tuple[str, str]] = field(default_factory=list)
-    """methods and paths, in their order"""
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    """(method, path) of each request, in order"""
     failing: dict[str, int] = field(default_factory=dict)
+    """path pattern to HTTP status: requests that match fail with this status"""
 
 
 @contextmanager
@@ -70,7 +71,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         path = self.path.partition("?")[0]
         body = self._body()
-        self.hub.asked.append((self.command, path))
+        self.hub.requests.append((self.command, path))
         for pattern, status in self.hub.failing.items():
             if re.search(pattern, path):
                 return self._answer(status, {"error": f"no {pattern} today"})
@@ -91,8 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
-    def _answer(self, status: int, said: Any = None, headers: dict[str, str] | None = None) -> None:
-        content = said if isinstance(said, bytes) else json.dumps(said).encode()
+    def _answer(self, status: int, body: Any = None, headers: dict[str, str] | None = None) -> None:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -101,9 +102,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     def create(self, body: bytes) -> None:
-        asked = json.loads(body)
-        name = f"{asked['organization']}/{asked['name']}"
-        private = asked.get("private") or asked.get("visibility") == "private"
+        request = json.loads(body)
+        name = f"{request['organization']}/{request['name']}"
+        private = request.get("private") or request.get("visibility") == "private"
         known = name in self.hub.repos
         self.hub.repos.setdefault(name, Repo(private))
         self._answer(409 if known else 200, {"url": f"{self.hub.url}/{name}"})

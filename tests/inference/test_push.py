@@ -1,4 +1,4 @@
-"""What is pushed arrives byte for byte, for its owner alone, and says what it is; else there is one line."""
+"""A pushed model arrives byte for byte, is private by default and has a model card; a failure is one line."""
 
 import json
 import re
@@ -42,7 +42,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """The hub that huggingface_hub takes for its own, with a token that it knows."""
+    """A fake hub that huggingface_hub uses instead of the real one, with a valid token."""
     with fake_hub() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # read from HF_ENDPOINT when it is imported
         monkeypatch.setattr(
@@ -56,20 +56,20 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
 
 
 def push(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """What `push` prints."""
+    """The output of `push`."""
     capsys.readouterr()
     main(["push", *map(str, args)])
     return capsys.readouterr().out
 
 
 def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    """The one line that `push` is refused with, with status 2."""
+    """The error line of `push`, which must exit with status 2."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         main(["push", *map(str, args)])
-    said = capsys.readouterr()
-    assert stop.value.code == 2 and said.out == ""
-    return one_line_error(said.err)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2 and printed.out == ""
+    return one_line_error(printed.err)
 
 
 def front_matter(readme: str) -> dict:
@@ -107,11 +107,11 @@ def test_a_run_arrives_byte_for_byte_and_loads_from_there(
     assert "tensor([[" in capsys.readouterr().out
 
 
-def test_the_card_says_what_is_known(run: Path, capsys: pytest.CaptureFixture[str], hub: FakeHub) -> None:
+def test_the_model_card_describes_the_run(run: Path, capsys: pytest.CaptureFixture[str], hub: FakeHub) -> None:
     assert f"written to {run}/hub; nothing was sent" in push(
         capsys, run, "me/digits", "--dry-run", "--license", "apache-2.0"
     )
-    assert not hub.asked
+    assert not hub.requests
     readme = (run / "hub" / "README.md").read_text()
     summary = json.loads((run / "summary.json").read_text())
     front = front_matter(readme)
@@ -123,13 +123,13 @@ def test_the_card_says_what_is_known(run: Path, capsys: pytest.CaptureFixture[st
     for words in (
         "`mc_vit_4_4_32`", f"parameters: {summary['parameters']:,}", "32 x 32 pixels", "| embed_dim | default | 16 |",
         "| epochs | 30 | 2 |", f"| accuracy | {summary['test_accuracy']:.2%} |", "chosen on the same images",
-        "training time", "| device |", "of these classes only", "--config config.yaml", "hf-hub:me/digits",
+        "training time", "| device |", "for an image of something else", "--config config.yaml", "hf-hub:me/digits",
     ):  # fmt: skip
         assert words in readme, words
     assert "held" not in readme and str(run.parent) not in readme
 
 
-def test_the_card_tells_a_holdout_and_shows_names_as_they_are(
+def test_the_model_card_mentions_a_holdout_and_escapes_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], hub: FakeHub
 ) -> None:
     photos = write_folder(tmp_path / "<b>photos|`", classes=("[a](http:x)", "<img src=x>"))
@@ -142,36 +142,42 @@ def test_the_card_tells_a_holdout_and_shows_names_as_they_are(
     assert front["model-index"][0]["results"][0]["dataset"]["name"] == "<b>photos|`"
     assert "license" not in front
     body = readme.split("---\n", 2)[2]
-    assert "25% of it was held out" in body and "they say nothing of the test set" in body
+    assert "25% of it was held out" in body and "not for the test set" in body
     assert r"\<b\>photos\|\`" in body and r"\<img src=x\>, \[a\](http:x)" in body
     assert not re.search(r"(?<!\\)<(b|img)", body)
 
 
-def test_the_card_of_a_model_that_no_run_left(tmp_path: Path, capsys: pytest.CaptureFixture[str], hub: FakeHub) -> None:
+def test_the_model_card_of_a_model_without_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], hub: FakeHub
+) -> None:
     save_for_hf(timm.create_model("mc_vit_4_4_32", depth=1), str(tmp_path / "theirs"), safe_serialization=True)
     push(capsys, tmp_path / "theirs", "me/theirs", "--public")
     there = hub.repos["me/theirs"]
     assert not there.private and set(there.files) == {"model.safetensors", "config.json", "README.md"}
     readme = there.files["README.md"].decode()
-    assert "What isn't known" in readme and "model-index" not in readme and "accuracy |" not in readme
+    assert (
+        "Its training data, recipe and accuracy are unknown" in readme
+        and "model-index" not in readme
+        and "accuracy |" not in readme
+    )
     assert load_run("hf-hub:me/theirs").architecture == "mc_vit_4_4_32"
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (("digits",), "digits is no USER/NAME"),
+        (("digits",), "digits is not of the form USER/NAME"),
         (("me/a/b",), "me/a/b"),
         (("me/a b",), "me/a b"),
         (("me/..",), r"me/\.\."),
-        (("me/x", "--license", "My own"), "--license 'My own' is no name of a license"),
+        (("me/x", "--license", "My own"), "--license 'My own' is not a license identifier"),
     ],
 )
 def test_a_wrong_name_is_refused_before_anything_is_sent(
     args: tuple[str, ...], message: str, run: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert re.search(message, refused(capsys, run, *args))
-    assert not hub.asked
+    assert not hub.requests
 
 
 def test_nothing_is_sent_without_a_token_or_a_model(
@@ -179,23 +185,23 @@ def test_nothing_is_sent_without_a_token_or_a_model(
 ) -> None:
     assert "is not a run" in refused(capsys, "nowhere", "me/digits")
     (run / "metrics.jsonl").rename(run / "elsewhere")
-    assert "is no finished run" in refused(capsys, run, "me/digits")
+    assert "is not a finished run" in refused(capsys, run, "me/digits")
     (run / "metrics.jsonl").symlink_to(run / "elsewhere")
-    assert "metrics.jsonl is a link" in refused(capsys, run, "me/digits")
+    assert "metrics.jsonl is a symbolic link" in refused(capsys, run, "me/digits")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "push runs in one process" in refused(capsys, run, "me/digits")
     monkeypatch.delenv("WORLD_SIZE")
     monkeypatch.delenv("HF_TOKEN")
     assert "`hf auth login`" in refused(capsys, run, "me/digits")
-    assert not hub.asked
+    assert not hub.requests
 
 
-def test_what_is_public_is_not_pushed_to_by_accident(
+def test_a_public_repository_is_not_pushed_to_by_accident(
     run: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     push(capsys, run, "me/digits", "--public")
     hub.repos["me/digits"].files.clear()
-    assert "me/digits is there already and public; give --public" in refused(capsys, run, "me/digits")
+    assert "me/digits exists and is public; give --public" in refused(capsys, run, "me/digits")
     assert not hub.repos["me/digits"].files
     assert "(public)" in push(capsys, run, "me/digits", "--public")
     assert set(hub.repos["me/digits"].files) == FILES
@@ -204,33 +210,33 @@ def test_what_is_public_is_not_pushed_to_by_accident(
 @pytest.mark.parametrize(
     ("path", "status", "message"),
     [
-        ("/commit/", 403, "the token may not write there; give `hf auth login`"),
-        ("/commit/", 409, "something else is being done there at the same time; push again"),
-        ("/commit/", 500, r"push again later \(it answered 500"),
-        ("/storage/", 403, "the token may not write there"),
-        ("/repos/create", 401, "it doesn't know the token; give `hf auth login`"),
+        ("/commit/", 403, "the token has no write access to it; log in with `hf auth login`"),
+        ("/commit/", 409, "another commit is in progress; push again"),
+        ("/commit/", 500, r"push again later \(HTTP status 500"),
+        ("/storage/", 403, "the token has no write access"),
+        ("/repos/create", 401, "the token is not valid; log in with `hf auth login`"),
     ],
 )
-def test_what_the_hub_does_not_take_is_one_line(
+def test_an_error_of_the_hub_is_one_line(
     path: str, status: int, message: str, run: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]
 ) -> None:
     hub.failing[path] = status
     before = sorted(run.rglob("*"))
-    assert re.search(f"{hub.url} did not take me/digits: {message}", refused(capsys, run, "me/digits"))
+    assert re.search(f"{hub.url} did not accept me/digits: {message}", refused(capsys, run, "me/digits"))
     assert sorted(run.rglob("*")) == before
     assert "me/digits" not in hub.repos or not hub.repos["me/digits"].files
 
 
-def test_a_hub_that_is_not_there(
+def test_an_unreachable_hub_is_one_line(
     run: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "http://127.0.0.1:9 did not take me/digits" in refused(capsys, run, "me/digits")
+    assert "http://127.0.0.1:9 did not accept me/digits" in refused(capsys, run, "me/digits")
 
 
 @pytest.mark.slow
 def test_as_users_set_it_up(run: Path, tmp_path: Path) -> None:
-    """HF_ENDPOINT and HF_TOKEN alone say where to and who."""
+    """HF_ENDPOINT and HF_TOKEN are all that a user sets."""
     with fake_hub() as hub:
         settings = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": str(tmp_path / "home")}
         off = {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
@@ -245,4 +251,4 @@ def test_as_users_set_it_up(run: Path, tmp_path: Path) -> None:
         done = subprocess.run(
             [*command, "push", str(run), "me/other"], env=environment(**bad, **off), capture_output=True, text=True
         )
-        assert done.returncode == 2 and "it doesn't know the token" in one_line_error(done.stderr)
+        assert done.returncode == 2 and "the token is not valid" in one_line_error(done.stderr)

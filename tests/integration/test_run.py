@@ -323,5 +323,5 @@ def test_curves_and_tables_of_two_runs(small_config: SmallConfig, tmp_path: Path
     plot_curves(runs, tmp_path / "curves.png", r"a$\frac$b_c")
     for content in ("", "{}", "[]", '{"model": 3}'):
         (runs[0] / "summary.json").write_text(content)
-        with pytest.raises(UserError, match="is no finished run|lacks or garbles"):
+        with pytest.raises(UserError, match="is not a finished run|lacks or garbles"):
             comparison.table(runs)
