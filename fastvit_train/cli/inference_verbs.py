@@ -176,9 +176,9 @@ def compare(command: Compare) -> None:
     runs = list(command.runs)
     if not runs:
         raise UserError("compare takes the folders of one or more runs, as in: compare runs/a runs/b")
-    plots.plot_curves(runs, command.output, comparison.datasets(runs))
+    plots.plot_curves(runs, command.output, comparison.dataset_names(runs))
     if command.markdown:
-        print(comparison.markdown(runs))
+        print(comparison.markdown_table(runs))
     else:
         Terminal().print(comparison.table(runs))
     print(f"written to {command.output}")

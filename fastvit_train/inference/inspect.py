@@ -15,7 +15,7 @@ from fastvit_train.data.image_paths import expand_paths
 from fastvit_train.data.images import decode
 from fastvit_train.inference.trained_model import TrainedModel, load_run
 from fastvit_train.models import AttentionMaps, attention_maps, patch_filters, position_similarity
-from fastvit_train.runs.plots import literal, save
+from fastvit_train.runs.plots import escape_mathtext, save_figure
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError, printable
 
@@ -108,13 +108,13 @@ def _draw_maps(loaded: TrainedModel, images: InspectedImages, maps: AttentionMap
     for number, (probability, label) in enumerate(zip(probabilities.tolist(), classes.tolist(), strict=True)):
         image, pooled, rollout = panels[:, number]
         _show_image(image, images.pixels[number])
-        image.set_title(literal(images.captions[number]), fontsize=9)
+        image.set_title(escape_mathtext(images.captions[number]), fontsize=9)
         _show_image(pooled, images.pixels[number], maps.pooled[number])
-        pooled.set_title(literal(f"{loaded.classes[label]} {probability:.0%}"), fontsize=9)
+        pooled.set_title(escape_mathtext(f"{loaded.classes[label]} {probability:.0%}"), fontsize=9)
         _show_image(rollout, images.pixels[number], maps.rollout[number])
     for axes, label in zip(panels[:, 0], ("image", maps.pooling, "rollout"), strict=True):
         axes.set_ylabel(label.replace("'s ", "'s\n"), fontsize=8)
-    save(figure, path)
+    save_figure(figure, path)
     return path
 
 
@@ -133,7 +133,7 @@ def _draw_heads(images: InspectedImages, maps: AttentionMaps, number: int, path:
             _show_image(panels[layer, 1 + head], images.pixels[number], weights)
             if layer == 0:
                 panels[0, 1 + head].set_title(f"head {head + 1}", fontsize=8)
-    save(figure, path)
+    save_figure(figure, path)
     return path
 
 
@@ -145,7 +145,7 @@ def _draw_positions(similarity: Tensor, path: Path) -> Path:
     for row in range(rows):
         for column in range(columns):
             panels[row, column].imshow(similarity[row, column].numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
-    save(figure, path)
+    save_figure(figure, path)
     return path
 
 
@@ -160,7 +160,7 @@ def _draw_filters(filters: Tensor, path: Path) -> Path:
         axes.axis("off")
     for axes, weights in zip(panels.flat, filters, strict=False):
         axes.imshow((weights / (2 * weights.abs().max().clamp(min=1e-12)) + 0.5).permute(1, 2, 0).numpy())
-    save(figure, path)
+    save_figure(figure, path)
     return path
 
 
@@ -171,7 +171,7 @@ def _create_panels(rows: int, columns: int, title: str, side: float = 1.3) -> tu
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes in panels.flat:
         axes.set(xticks=[], yticks=[])
-    figure.suptitle(literal(title), fontsize=10)
+    figure.suptitle(escape_mathtext(title), fontsize=10)
     return figure, panels
 
 

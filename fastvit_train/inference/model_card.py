@@ -128,7 +128,7 @@ def _recipe(config: TrainConfig) -> str:
 
 
 def _results(folder: Path, summary: dict[str, Any]) -> str:
-    _, *rows = comparison.figures([folder])
+    _, *rows = comparison.comparison_rows([folder])
     split = summary["evaluated_on"]
     images = "the held-out images" if split == "holdout" else f"the {text(split)} set"
     results = table([["", "value"], *([name, text(value)] for name, value in rows)])

@@ -1,4 +1,4 @@
-"""Finished runs, read back and put side by side."""
+"""Compare the results of finished runs."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,38 +8,42 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastvit_train.runs.run_folder import RunFolder, read_rows
-from fastvit_train.utils import markdown as marked
+from fastvit_train.utils import markdown
 from fastvit_train.utils.errors import UserError, printable
 from fastvit_train.utils.safe_load import read_json
 
-TEXTS = ("model", "dataset", "evaluated_on", "recipe", "mixed_precision", "device")
-LONGEST_TEXT = 200
+TEXT_KEYS = ("model", "dataset", "evaluated_on", "recipe", "mixed_precision", "device")
+MAX_TEXT_LENGTH = 200
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """A finished run's summary.json and the last line of its metrics, as one dict.
+    """Return a finished run's summary.json with the train loss of its last epoch.
 
     Raises:
-        UserError: where `run` is no folder of a finished run.
+        UserError: if `run` is not the folder of a finished run.
     """
     try:
         summary = read_json(run / "summary.json")
         last_epoch = read_rows(RunFolder(run).metrics)[-1]
-        return {"train_loss": last_epoch["train_loss"], **summary, **{key: _short(summary[key]) for key in TEXTS}}
+        return {
+            "train_loss": last_epoch["train_loss"],
+            **summary,
+            **{key: _checked_text(summary[key]) for key in TEXT_KEYS},
+        }
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise UserError(
-            f"{run} is not a finished run: its summary.json and metrics.jsonl can't be read ({error!r}); "
+            f"{run} is not a finished run: its summary.json and metrics.jsonl cannot be read ({error!r}); "
             "give the folder of a finished run"
         ) from None
 
 
-def _short(text: str) -> str:
+def _checked_text(text: str) -> str:
     if not isinstance(text, str):
-        raise TypeError(f"{text!r:.100} is no text")
-    return printable(text[:LONGEST_TEXT])
+        raise TypeError(f"{text!r:.100} is not a string")
+    return printable(text[:MAX_TEXT_LENGTH])
 
 
-FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
+SUMMARY_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "model": lambda s: s["model"],
     "data": lambda s: s["dataset"] if s["evaluated_on"] == "test" else f"{s['dataset']}, {s['evaluated_on']}",
     "recipe": lambda s: s["recipe"],
@@ -55,34 +59,40 @@ FIGURES: dict[str, Callable[[dict[str, Any]], str]] = {
     "mixed precision": lambda s: s["mixed_precision"],
     "device": lambda s: s["device"],
 }
+"""rows of the comparison: a name, and the value in words by the summary"""
 
 
-def figures(runs: list[Path]) -> list[list[str]]:
-    """Finished runs side by side: a row of names, then a row per figure."""
+def comparison_rows(runs: list[Path]) -> list[list[str]]:
+    """Return a header with the runs' names, then a row per value of `SUMMARY_ROWS`.
+
+    Raises:
+        UserError: if one of `runs` is not the folder of a finished run.
+    """
     summaries = [read_summary(run) for run in runs]
     head = ["", *(printable(run.resolve().name) for run in runs)]
     try:
-        return [head, *([name, *(show(s) for s in summaries)] for name, show in FIGURES.items())]
+        return [head, *([name, *(show(s) for s in summaries)] for name, show in SUMMARY_ROWS.items())]
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise UserError(
-            f"a summary.json of {', '.join(map(str, runs))} lacks or garbles {error}; run it again"
+            f"a value is missing or damaged in the summary.json of one of {', '.join(map(str, runs))} ({error!r}); "
+            "train that run again"
         ) from None
 
 
-def datasets(runs: list[Path]) -> str:
-    """The names of the data sets that the runs were trained on."""
+def dataset_names(runs: list[Path]) -> str:
+    """Return the names of the data sets that the runs were trained on, separated by commas."""
     return ", ".join(dict.fromkeys(read_summary(run)["dataset"] for run in runs))
 
 
 def table(runs: list[Path]) -> Table:
-    """`figures` for the terminal."""
-    head, *rows = figures(runs)
+    """Return the comparison as a table for the terminal."""
+    head, *rows = comparison_rows(runs)
     result = Table(*map(escape, head))
     for row in rows:
         result.add_row(*map(escape, row))
     return result
 
 
-def markdown(runs: list[Path]) -> str:
-    """`figures` in Markdown."""
-    return marked.table([[marked.text(cell) for cell in row] for row in figures(runs)])
+def markdown_table(runs: list[Path]) -> str:
+    """Return the comparison as a Markdown table."""
+    return markdown.table([[markdown.text(cell) for cell in row] for row in comparison_rows(runs)])

@@ -314,14 +314,14 @@ def test_curves_and_tables_of_two_runs(small_config: SmallConfig, tmp_path: Path
     for model in ("c_vit_4_4_32", "mc_vit_4_4_32"):
         fit(small_config(model=model, exp_name=model, epochs=1))
         runs.append(tmp_path / "runs" / model)
-    plot_curves(runs, tmp_path / "curves.png", comparison.datasets(runs))
+    plot_curves(runs, tmp_path / "curves.png", comparison.dataset_names(runs))
     assert (tmp_path / "curves.png").stat().st_size > 10_000
-    lines = comparison.markdown(runs).splitlines()
+    lines = comparison.markdown_table(runs).splitlines()
     assert lines[0] == "|  | c_vit_4_4_32 | mc_vit_4_4_32 |"
     accuracy = json.loads((runs[1] / "summary.json").read_text())["test_accuracy"]
     assert next(line for line in lines if line.startswith("| accuracy")).endswith(f"| {accuracy:.2%} |")
     plot_curves(runs, tmp_path / "curves.png", r"a$\frac$b_c")
     for content in ("", "{}", "[]", '{"model": 3}'):
         (runs[0] / "summary.json").write_text(content)
-        with pytest.raises(UserError, match="is not a finished run|lacks or garbles"):
+        with pytest.raises(UserError, match="is not a finished run|missing or damaged"):
             comparison.table(runs)

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fastvit_train.inference.report.records import Record
 from fastvit_train.inference.report.tables import NOTHING
-from fastvit_train.runs.plots import LARGEST_DRAWN, PANELS
+from fastvit_train.runs.plots import MAX_PLOTTED, PANELS
 
 WIDTH, HEIGHT = 360, 240
 LEFT, RIGHT, TOP, BOTTOM = 48, 350, 12, 204
@@ -95,7 +95,7 @@ def _values(rows: Sequence[dict[str, Any]], key: str) -> Iterator[tuple[int, flo
         epoch, value = row.get("epoch"), row.get(key)
         if type(epoch) is not int or not isinstance(value, int | float):
             continue
-        if 0 <= epoch <= MOST_EPOCHS and abs(value) <= LARGEST_DRAWN:
+        if 0 <= epoch <= MOST_EPOCHS and abs(value) <= MAX_PLOTTED:
             yield epoch, float(value)
 
 

@@ -10,13 +10,13 @@ from fastvit_train.config.recipes import recipe
 from fastvit_train.config.validation import Mark
 from fastvit_train.inference.report.records import Record
 from fastvit_train.models.resolve import fill_defaults
-from fastvit_train.runs.comparison import FIGURES, LONGEST_TEXT
+from fastvit_train.runs.comparison import MAX_TEXT_LENGTH, SUMMARY_ROWS
 from fastvit_train.utils.errors import UserError, printable
 
 NOTHING = "—"
 ENERGY = "energy, J"
 SHOWN: dict[str, Callable[[dict[str, Any]], str]] = {
-    **FIGURES,
+    **SUMMARY_ROWS,
     "peak memory, MiB": lambda s: f"{s['peak_memory_mib']:,.0f}",
     ENERGY: lambda s: f"{s['energy_joules']:,.0f}",
 }
@@ -66,10 +66,10 @@ def figures(records: Sequence[Record]) -> Table:
 
 def _figure(name: str, record: Record) -> Cell:
     try:
-        return Cell(printable(SHOWN[name](record.summary))[:LONGEST_TEXT])
+        return Cell(printable(SHOWN[name](record.summary))[:MAX_TEXT_LENGTH])
     except UNREADABLE:
         why = record.summary.get("energy_unmeasured") if name == ENERGY else None
-        return Cell(NOTHING, printable(str(why or "not recorded"))[:LONGEST_TEXT])
+        return Cell(NOTHING, printable(str(why or "not recorded"))[:MAX_TEXT_LENGTH])
 
 
 def _difference(name: str, first: Record, second: Record) -> str:
@@ -140,7 +140,7 @@ def recipe_of(own: dict[str, Any]) -> dict[str, Any]:
 
 
 def _value(value: Any) -> str:
-    return "not set" if value is None else printable(str(value))[:LONGEST_TEXT]
+    return "not set" if value is None else printable(str(value))[:MAX_TEXT_LENGTH]
 
 
 def commands(record: Record) -> list[tuple[str, str]]:
@@ -187,4 +187,4 @@ def environment(record: Record) -> list[tuple[str, str]]:
     versions = record.summary.get("versions")
     known = {key.replace("_", " "): record.summary.get(key) for key in ENVIRONMENT}
     known |= versions if isinstance(versions, dict) else {}
-    return [(printable(name), printable(str(v))[:LONGEST_TEXT]) for name, v in known.items() if v is not None]
+    return [(printable(name), printable(str(v))[:MAX_TEXT_LENGTH]) for name, v in known.items() if v is not None]

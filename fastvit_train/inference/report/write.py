@@ -11,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from fastvit_train.inference.evaluate import EvaluatedRun, metrics
 from fastvit_train.inference.report import charts, images, tables
 from fastvit_train.inference.report.records import Record, attempt, read_records
-from fastvit_train.runs.plots import MOST_NAMED
+from fastvit_train.runs.plots import MAX_LABELED_CLASSES
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError
 
@@ -101,7 +101,7 @@ def _tested(record: Record) -> Tested | None:
     found, names = metrics(evaluated), images.class_names(evaluated)
     sentence, differs = _compared(found, record.summary)
     classes = found["classes"]
-    many = len(names) > MOST_NAMED
+    many = len(names) > MAX_LABELED_CLASSES
     mistakes, no_mistakes = attempt(lambda: images.mistakes(evaluated))
     looked, no_looks = attempt(lambda: images.looks(evaluated))
     return Tested(
