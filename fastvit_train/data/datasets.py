@@ -12,14 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
-from fastvit_train.data import cifar, folder, idx
+from fastvit_train.data import folder, published
 from fastvit_train.data.augment import generator
 from fastvit_train.data.images import decode
 from fastvit_train.utils.errors import UserError, printable
-
-FASHION_CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,11 +75,9 @@ def load_dataset(config: DataConfig, image_size: int) -> DatasetSpec:
     """
     loaders: dict[str, Callable[[], DatasetSpec]] = {
         "digits": _digits,
-        "cifar10": lambda: _cifar("cifar10", config),
-        "cifar100": lambda: _cifar("cifar100", config),
-        "fashion-mnist": lambda: _fashion_mnist(config),
         "folder": lambda: _folder(config, image_size),
         "synthetic": lambda: _synthetic(image_size),
+        **dict.fromkeys(published.PUBLISHED, lambda: _published(config)),
     }
     dataset = loaders[config.dataset]()
     for split_name, split in (("training", dataset.train), ("test", dataset.test)):
@@ -99,9 +93,9 @@ def count_classes(config: DataConfig) -> int:
     """
     if config.dataset == "folder":
         return len(folder.find_classes(Path(config.data_dir))[0])
-    if config.dataset in cifar.VARIANTS:
-        return cifar.VARIANTS[config.dataset].num_classes
-    return {"digits": 10, "fashion-mnist": len(FASHION_CLASSES), "synthetic": 10}[config.dataset]
+    if config.dataset in published.PUBLISHED:
+        return published.PUBLISHED[config.dataset].num_classes
+    return {"digits": 10, "synthetic": 10}[config.dataset]
 
 
 def check_labels(labels: Tensor, num_classes: int, what: str) -> None:
@@ -148,19 +142,10 @@ def _digits() -> DatasetSpec:
     return DatasetSpec("digits", tuple("0123456789"), everything.take(train), everything.take(test))
 
 
-def _cifar(name: str, config: DataConfig) -> DatasetSpec:
-    classes, train, test = cifar.load(name, Path(config.data_dir), config.data_url)
-    return DatasetSpec(cifar.VARIANTS[name].title, classes, Split(*train), Split(*test))
-
-
-def _fashion_mnist(config: DataConfig) -> DatasetSpec:
-    """Fashion-MNIST (Xiao et al. 2017), 28x28 grey, made 3x32x32 by a border of zeros."""
-
-    def split(part: str) -> Split:
-        images, labels = idx.load_pair(part, Path(config.data_dir), config.data_url)
-        return Split(F.pad(images, (2, 2, 2, 2)).unsqueeze(1).expand(-1, 3, -1, -1).contiguous(), labels)
-
-    return DatasetSpec("Fashion-MNIST", FASHION_CLASSES, split("train"), split("t10k"))
+def _published(config: DataConfig) -> DatasetSpec:
+    data = published.load(config.dataset, Path(config.data_dir), config.data_url)
+    title = published.PUBLISHED[config.dataset].title
+    return DatasetSpec(title, data.classes, Split(*data.train), Split(*data.test))
 
 
 def _folder(config: DataConfig, image_size: int) -> DatasetSpec:

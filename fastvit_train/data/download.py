@@ -1,75 +1,95 @@
-"""Downloads with progress and checksum."""
+"""Downloads through torchvision, with a progress bar, a timeout and an MD5 check."""
 
 import contextlib
-import hashlib
 import http.client
-import os
+import io
+import shutil
+import socket
 import sys
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import TextIO
 
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+from torchvision.datasets.utils import calculate_md5, download_url
 
+from fastvit_train.utils.atomic_io import staged
 from fastvit_train.utils.errors import UserError
 
 TIMEOUT_SECONDS = 30
-CHUNK_BYTES = 1 << 18
-MAX_BYTES = 1 << 29
 
 
-def md5_of(path: Path) -> str:
-    """The file's MD5 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "md5").hexdigest()
+def check_md5(path: Path, expected: str, remedy: str) -> None:
+    """Raise UserError, which ends with `remedy`, unless `path` is a file with the MD5 `expected`."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; {remedy}")
+    try:
+        actual = calculate_md5(path)
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); {remedy}") from None
+    if actual != expected:
+        raise UserError(f"{path} is damaged or is a different file: MD5 {actual}, expected {expected}; {remedy}")
 
 
-def check_md5(path: Path, expected: str) -> None:
-    """Raise UserError unless the file has that MD5."""
-    if (found := md5_of(path)) != expected:
-        raise UserError(f"{path} is damaged or another file: MD5 {found}, expected {expected}; delete it and try again")
-
-
-def download(url: str, target: Path, md5: str, put: str) -> None:
-    """Fetch `url` to `target`, with a progress bar; `target` appears only when it is whole.
+def download(url: str, target: Path, md5: str, wanted: str) -> None:
+    """Fetch `url` to `target`, which appears only once it is complete and has the right MD5.
 
     Raises:
-        UserError: where there is no network or the file is not the expected one; says to place `put` by hand.
+        UserError: if the file is not available there; the message says to put `wanted` into the target's folder.
     """
-    partial = target.with_name(f"{target.name}.{os.getpid()}.part")
     try:
-        if urllib.parse.urlsplit(url).scheme not in ("http", "https", "file"):
-            raise ValueError("no URL; allowed are http://, https:// and file://")
-        _fetch(url, partial)
-        if (found := md5_of(partial)) != md5:
-            raise ValueError(f"it has MD5 {found}, expected {md5}")
-        partial.replace(target)
-    except (OSError, ValueError, http.client.HTTPException) as error:
+        with staged(target) as partial:
+            _fetch(url, partial)
+            if (actual := calculate_md5(partial)) != md5:
+                raise ValueError(f"the file there has MD5 {actual}, expected {md5}")
+    except (OSError, ValueError, RuntimeError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", None) or error
         raise UserError(
-            f"can't download {url} ({reason}); put {put} into {target.parent}, name a mirror with --data-url, "
+            f"can't download {url} ({reason}); put {wanted} into {target.parent}, name a mirror with --data-url, "
             "or train on the digits (--dataset digits), which need no network"
         ) from None
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _fetch(url: str, target: Path) -> None:
-    columns = ("{task.description}", BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with urllib.request.urlopen(url, timeout=TIMEOUT_SECONDS) as response:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        print(f"downloading {url}", file=sys.stderr)
-        length = response.headers.get("Content-Length")
-        with target.open("wb") as file, Progress(*columns, disable=not sys.stderr.isatty()) as progress:
-            _copy(response, file, progress, target.name.partition(".")[0], int(length) if length else None)
+    """Write what is at `url` to `target`."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme == "file":  # torchvision's progress bar can't be used with these
+        source = Path(urllib.request.url2pathname(parts.path))
+        if not source.is_file():
+            raise FileNotFoundError(f"{source} is not a file")
+        shutil.copyfile(source, target)
+        return
+    if parts.scheme not in ("http", "https"):
+        raise ValueError("not a URL; allowed are http://, https:// and file://")
+    with _timeout(), contextlib.redirect_stderr(_ProgressBar(url, sys.stderr)):
+        download_url(url, target.parent, target.name)
 
 
-def _copy(source: IO[bytes], target: IO[bytes], progress: Progress, title: str, total: int | None) -> None:
-    task = progress.add_task(title, total=total)
-    while chunk := source.read(CHUNK_BYTES):
-        if target.tell() + len(chunk) > MAX_BYTES:
-            raise ValueError(f"it is larger than {MAX_BYTES:,} bytes")
-        target.write(chunk)
-        progress.update(task, advance=len(chunk))
+@contextlib.contextmanager
+def _timeout() -> Iterator[None]:
+    """Let a connection fail after TIMEOUT_SECONDS without data; torchvision sets no timeout."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+class _ProgressBar(io.TextIOBase):
+    """Receives torchvision's progress bar; prints the URL once data arrives, and the bar only on a terminal."""
+
+    def __init__(self, url: str, stderr: TextIO) -> None:
+        self._headline = f"downloading {url}\n"
+        self._stderr = stderr
+
+    def write(self, text: str) -> int:
+        self._stderr.write(self._headline)
+        self._headline = ""
+        if self._stderr.isatty():
+            self._stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._stderr.flush()

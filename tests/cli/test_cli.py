@@ -66,7 +66,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("--resume sometimes", "--resume 'sometimes' is not allowed; allowed: never, auto, must"),
         ("--dataset folder --data-dir nowhere", "--data-dir nowhere is no folder"),
         ("--dataset cifar10 --data-url http://127.0.0.1:9/x", "can't download .* put cifar-10-python.tar.gz"),
-        ("--dataset cifar10 --data-url ftp://x", "can't download ftp://x .no URL; allowed are http"),
+        ("--dataset cifar10 --data-url ftp://x", "can't download ftp://x .not a URL; allowed are http"),
         ("--seed 4294967296", "--seed 4294967296 is out of range"),
         ("--mlp-ratio 0", "--mlp-ratio 0.0 is out of range"),
         (f"--exp-name {'x' * 300}", "is not allowed; allowed: a plain folder name of up to 200 bytes"),
@@ -150,10 +150,10 @@ def test_eval_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (tmp_path / "x.png").is_file()
 
 
-def test_cifar_and_folders_by_flag(tmp_path: Path) -> None:
+def test_cifar_and_folders_by_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ["--epochs", "1", "--depth", "1", "--embed-dim", "16", "--runs-dir", str(tmp_path / "runs")]
     small += ["--attention", "fused"]
-    cifar = write_cifar10(tmp_path / "cifar")
+    cifar = write_cifar10(tmp_path / "cifar", monkeypatch)
     main([*small, "--recipe", "fast-cifar10", "--data-dir", str(cifar)])
     main([*small, "--recipe", "upstream-cifar10", "--data-dir", str(cifar), "--model", "c_vit_4_4_32"])
     folder = write_folder(tmp_path / "shapes")

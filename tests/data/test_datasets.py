@@ -1,10 +1,7 @@
 """Data sets: what is there is read right, what is damaged is named."""
 
-import gzip
 import os
-import pickle
 import shutil
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +10,15 @@ import torch
 from PIL import Image
 
 from fastvit_train.config.schema import DataConfig
-from fastvit_train.data import cifar, folder
+from fastvit_train.data import folder
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
-from fastvit_train.data.download import download, md5_of
 from fastvit_train.data.images import StreamedImages, decode
 from fastvit_train.utils.errors import UserError
-from tests.support import idx_bytes, write_cifar10, write_folder
-
-OFFLINE = "http://127.0.0.1:9"
+from tests.support import write_folder
 
 
 def load(name: str, data_dir: Path, **settings: object) -> DatasetSpec:
-    return load_dataset(DataConfig(dataset=name, data_dir=str(data_dir), data_url=OFFLINE, **settings), 32)
+    return load_dataset(DataConfig(dataset=name, data_dir=str(data_dir), **settings), 32)
 
 
 def test_digits_are_scikit_learns_split_by_class() -> None:
@@ -46,133 +40,6 @@ def test_holdout_comes_out_of_the_training_set_and_leaves_the_test_set_alone() -
     rows = {image.numpy().tobytes() for image in whole.train.images}
     assert {image.numpy().tobytes() for image in held.test.images} <= rows
     assert not {i.numpy().tobytes() for i in held.test.images} & {i.numpy().tobytes() for i in held.train.images}
-
-
-def test_cifar10_in_torchvisions_layout(tmp_path: Path) -> None:
-    dataset = load("cifar10", write_cifar10(tmp_path))
-    assert (len(dataset.train.labels), len(dataset.test.labels)) == (100, 20)
-    assert dataset.classes[3] == "class 3" and dataset.name == "CIFAR-10"
-    with (tmp_path / "cifar-10-batches-py" / "data_batch_2").open("rb") as file:
-        original = pickle.load(file, encoding="bytes")
-    assert np.array_equal(dataset.train.images[20].numpy().ravel(), original[b"data"][0])
-    assert torch.equal(load("cifar10", tmp_path / "cifar-10-batches-py").train.images, dataset.train.images)
-
-
-def test_cifar10_from_a_local_archive_whose_checksum_is_checked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_cifar10(tmp_path / "unpacked")
-    archive = tmp_path / "cifar-10-python.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(tmp_path / "unpacked" / "cifar-10-batches-py", "cifar-10-batches-py")
-    with pytest.raises(UserError, match="is damaged or another file: MD5"):
-        load("cifar10", tmp_path)
-    monkeypatch.setattr("fastvit_train.data.cifar.check_md5", lambda path, expected: None)
-    assert len(load("cifar10", tmp_path).train.labels) == 100
-
-
-@pytest.mark.parametrize("protocol", [2, 5])
-def test_cifar_batches_pickled_another_way(tmp_path: Path, protocol: int) -> None:
-    folder = write_cifar10(tmp_path) / "cifar-10-batches-py"
-    batch = {"data": np.zeros((3, 3072), np.uint8), "labels": [np.int64(i) for i in range(3)]}
-    (folder / "test_batch").write_bytes(pickle.dumps(batch, protocol))
-    (folder / "batches.meta").unlink()
-    dataset = load("cifar10", tmp_path)
-    assert dataset.test.labels.tolist() == [0, 1, 2] and dataset.classes == tuple("0123456789")
-
-
-@pytest.mark.parametrize("labels", [["a"] * 3, None, [0.5] * 3, [1, 2]], ids=str)
-def test_cifar_labels_that_are_none(tmp_path: Path, labels: object) -> None:
-    batch = {"data": np.zeros((3, 3072), np.uint8), "labels": labels}
-    (write_cifar10(tmp_path) / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(batch))
-    with pytest.raises(UserError, match=r"test_batch has uint8 \(3, 3072\) data .* expected uint8"):
-        load("cifar10", tmp_path)
-
-
-def test_a_cifar_batch_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    class Evil:
-        def __reduce__(self) -> tuple[object, tuple[str]]:
-            return (exec, (f"open({str(tmp_path / 'ran')!r}, 'w')",))
-
-    write_cifar10(tmp_path)
-    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(pickle.dumps({"data": Evil()}))
-    with pytest.raises(UserError, match=r"data_batch_3 is damaged \(it asks for builtins.exec"):
-        load("cifar10", tmp_path)
-    assert not (tmp_path / "ran").exists()
-
-
-@pytest.mark.parametrize(
-    ("break_it", "message"),
-    [
-        (lambda f: (f / "data_batch_4").unlink(), "data_batch_4 is missing"),
-        (
-            lambda f: (f / "data_batch_4").write_bytes((f / "data_batch_4").read_bytes()[:5000]),
-            "data_batch_4 is damaged",
-        ),
-        (
-            lambda f: (f / "test_batch").write_bytes(pickle.dumps({"data": np.zeros((2, 5), np.uint8)})),
-            "expected uint8",
-        ),
-    ],
-    ids=["missing", "truncated", "shape"],
-)
-def test_damaged_cifar_batches_are_named(tmp_path: Path, break_it, message: str) -> None:
-    break_it(write_cifar10(tmp_path) / "cifar-10-batches-py")
-    with pytest.raises(UserError, match=message):
-        load("cifar10", tmp_path)
-
-
-def test_labels_outside_the_classes_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="labels from 0 to 11, outside the 10 classes"):
-        load("cifar10", write_cifar10(tmp_path, labels=12))
-
-
-@pytest.mark.parametrize("where", ["", "FashionMNIST/raw"])
-@pytest.mark.parametrize("suffix", ["", ".gz"])
-def test_fashion_mnist_from_raw_and_gzipped_idx_files(tmp_path: Path, where: str, suffix: str) -> None:
-    target = tmp_path / where
-    target.mkdir(parents=True, exist_ok=True)
-    pixels = {"train": np.random.default_rng(0).integers(0, 256, (30, 28, 28)), "t10k": np.zeros((10, 28, 28))}
-    for part, images in pixels.items():
-        for kind, array in (("images-idx3", images), ("labels-idx1", np.arange(len(images)) % 10)):
-            content = idx_bytes(array)
-            path = target / f"{part}-{kind}-ubyte{suffix}"
-            path.write_bytes(gzip.compress(content) if suffix else content)
-    dataset = load("fashion-mnist", tmp_path)
-    assert dataset.train.images.shape == (30, 3, 32, 32) and len(dataset.classes) == 10
-    assert np.array_equal(dataset.train.images[7, 1, 2:30, 2:30].numpy(), pixels["train"][7])
-    labels = target / f"train-labels-idx1-ubyte{suffix}"
-    labels.write_bytes(labels.read_bytes()[:-5])
-    with pytest.raises(UserError, match=r"train-labels-idx1-ubyte(\.gz)? (can't be read|holds 25 bytes)"):
-        load("fashion-mnist", tmp_path)
-
-
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "fashion-mnist"])
-def test_without_a_network_it_says_where_to_put_the_files(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match=rf"can't download http.*put .* into {tmp_path}.*digits.*need no network"):
-        load(name, tmp_path)
-    assert not list(tmp_path.rglob("*"))
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(UserError, match="can't download"):
-        load(name, tmp_path / "file")
-
-
-@pytest.mark.parametrize("url", ["http://exa mple/x", "http://[::1/x", "ftp://x", "nonsense"])
-def test_mirrors_that_are_no_urls(tmp_path: Path, url: str) -> None:
-    with pytest.raises(UserError, match="can't download"):
-        load_dataset(DataConfig(dataset="cifar10", data_dir=str(tmp_path), data_url=url), 32)
-
-
-def test_a_download_from_a_mirror_is_checked_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    source = tmp_path / "source.bin"
-    source.write_bytes(b"content" * 100_000)
-    target = tmp_path / "data" / "target.bin"
-    download(source.as_uri(), target, md5_of(source), put="target.bin")
-    assert target.read_bytes() == source.read_bytes()
-    target.unlink()
-    with pytest.raises(UserError, match=r"can't download .*source.bin \(it has MD5"):
-        download(source.as_uri(), target, "0" * 32, put="target.bin")
-    assert not list(target.parent.iterdir())
 
 
 def test_folder_is_decoded_once_and_then_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,14 +117,6 @@ def test_an_image_at_the_limit_decodes_and_one_pixel_more_does_not(
         decode(tmp_path / "it.png", 8)
 
 
-def test_a_download_larger_than_the_limit_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastvit_train.data.download.MAX_BYTES", 1 << 20)
-    (tmp_path / "source").write_bytes(bytes(1 << 21))
-    with pytest.raises(UserError, match="it is larger than 1,048,576 bytes"):
-        download((tmp_path / "source").as_uri(), tmp_path / "data" / "it", md5_of(tmp_path / "source"), put="it")
-    assert not list((tmp_path / "data").iterdir())
-
-
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -312,15 +171,3 @@ def test_val_serves_as_test_and_hidden_files_are_passed_over(tmp_path: Path) -> 
 
 def test_synthetic_is_the_same_every_time() -> None:
     assert torch.equal(load("synthetic", Path()).train.images, load("synthetic", Path()).train.images)
-
-
-def test_cifar100_reads_fine_labels(tmp_path: Path) -> None:
-    target = tmp_path / "cifar-100-python"
-    target.mkdir()
-    for name, count in (("train", 200), ("test", 100)):
-        data = np.zeros((count, 3072), np.uint8)
-        batch = {"data": data, "fine_labels": [i % 100 for i in range(count)], "coarse_labels": [0] * count}
-        (target / name).write_bytes(pickle.dumps(batch))
-    (target / "meta").write_bytes(pickle.dumps({"fine_label_names": [str(i) for i in range(100)]}))
-    classes, train, _ = cifar.load("cifar100", tmp_path, None)
-    assert len(classes) == 100 and int(train[1].max()) == 99

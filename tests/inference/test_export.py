@@ -149,8 +149,8 @@ def test_logits_are_compared_on_the_test_images_or_on_digits(
     capsys.readouterr()
     main(["export", str(models / "c-vit"), "--to", "safetensors", "--output", str(tmp_path / "x.safetensors")])
     assert "on 24 images of photos" in capsys.readouterr().out
-    monkeypatch.setattr(download, "_fetch", lambda *_: pytest.fail("something was downloaded"))
-    cifar = write_cifar10(tmp_path / "cifar", per_batch=4)
+    monkeypatch.setattr(download, "download_url", lambda *_: pytest.fail("something was downloaded"))
+    cifar = write_cifar10(tmp_path / "cifar", monkeypatch, per_batch=4)
     main(["--runs-dir", str(tmp_path), "--exp-name", "run", "--dataset", "cifar10", "--data-dir", str(cifar), *SMALL])
     shutil.rmtree(cifar)
     assert (tmp_path / "run" / "summary.json").is_file() and not cifar.exists()

@@ -1,6 +1,5 @@
 """Every command in the README and in SPEEDRUN.md runs, in its order, on small stand-ins for the data it names."""
 
-import gzip
 import re
 import shlex
 from pathlib import Path
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from fastvit_train.cli.main import main
-from tests.support import ROOT, idx_bytes, write_cifar10, write_folder
+from tests.support import ROOT, write_cifar10, write_fashion_mnist, write_folder
 
 FAST = ["--epochs", "2", "--depth", "1", "--embed-dim", "24", "--num-heads", "6"]
 IN_CI = (
@@ -35,13 +34,10 @@ def test_the_first_commands_stand_in_the_first_screen_and_ci_runs_them() -> None
 @pytest.mark.slow
 def test_every_other_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_cifar10(tmp_path / "data")
+    write_cifar10(tmp_path / "data", monkeypatch)
     write_folder(tmp_path / "photos")
     write_folder(tmp_path / "CIFAR-10 (JPEG copy)")
-    for part, count in (("train", 30), ("t10k", 10)):
-        for kind, shape in (("images-idx3", (count, 28, 28)), ("labels-idx1", (count,))):
-            path = tmp_path / "data" / f"{part}-{kind}-ubyte.gz"
-            path.write_bytes(gzip.compress(idx_bytes(np.zeros(shape))))
+    write_fashion_mnist(tmp_path / "data", np.zeros((30, 28, 28)), np.zeros((10, 28, 28)), packed=True)
     ran = [command for command in commands() if command not in IN_CI]
     assert len(ran) >= 12
     for number, command in enumerate(ran):

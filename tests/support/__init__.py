@@ -1,5 +1,6 @@
 """Shared by the tests: processes as users start them, small data sets on disk."""
 
+import gzip
 import os
 import pickle
 import re
@@ -10,7 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+from torchvision.datasets.utils import calculate_md5
+
+from fastvit_train.data.published import CIFAR10, CIFAR100
 
 ROOT = Path(__file__).parents[2]
 ON_CPUS = {"CUDA_VISIBLE_DEVICES": ""}
@@ -65,18 +70,45 @@ def write_folder(
     return root
 
 
-def write_cifar10(root: Path, per_batch: int = 20, labels: int = 10) -> Path:
-    """Batches in torchvision's layout, as the original archive holds them."""
-    folder = root / "cifar-10-batches-py"
+def write_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch, per_batch: int = 20, labels: int = 10) -> Path:
+    """Write random batches in torchvision's layout, and have their MD5 taken for the published ones.
+
+    Returns `root`.
+    """
+    folder = root / CIFAR10.unpacked_name
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     for name in [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]:
         data = generator.integers(0, 256, (per_batch, 3072), dtype=np.uint8)
-        batch = {b"data": data, b"labels": [i % labels for i in range(per_batch)], b"filenames": [b"x.png"] * per_batch}
+        batch = {"data": data, "labels": [i % labels for i in range(per_batch)], "filenames": ["x.png"] * per_batch}
         (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
-    meta = {b"label_names": [f"class {i}".encode() for i in range(10)]}
+    meta = {"label_names": [f"class {i}" for i in range(10)]}
     (folder / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
+    accept_cifar(CIFAR10, folder, monkeypatch)
     return root
+
+
+def accept_cifar(cls: type[CIFAR10] | type[CIFAR100], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the MD5 of the files in `folder`, those there are, taken for the published ones."""
+
+    def accepted(name: str, md5: str) -> list[str]:
+        return [name, calculate_md5(folder / name) if (folder / name).is_file() else md5]
+
+    monkeypatch.setattr(cls, "train_list", [accepted(*entry) for entry in cls.train_list])
+    monkeypatch.setattr(cls, "test_list", [accepted(*entry) for entry in cls.test_list])
+    name = cls.meta["filename"]
+    monkeypatch.setattr(cls, "meta", {**cls.meta, "md5": accepted(name, cls.meta["md5"])[1]})
+
+
+def write_fashion_mnist(folder: Path, train: np.ndarray, test: np.ndarray, packed: bool = False) -> Path:
+    """Write images (samples, 28, 28) as Fashion-MNIST's idx files, labels counted 0 to 9; returns `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, images in (("train", train), ("t10k", test)):
+        for kind, array in (("images-idx3", images), ("labels-idx1", np.arange(len(images)) % 10)):
+            content = idx_bytes(array)
+            path = folder / f"{part}-{kind}-ubyte{'.gz' if packed else ''}"
+            path.write_bytes(gzip.compress(content) if packed else content)
+    return folder
 
 
 def idx_bytes(array: np.ndarray) -> bytes:

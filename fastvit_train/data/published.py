@@ -1,0 +1,176 @@
+"""CIFAR-10, CIFAR-100 and Fashion-MNIST, read by torchvision's dataset classes.
+
+CIFAR's files are pickles. torchvision opens them only if they have the published MD5, so no other pickle is loaded.
+Fashion-MNIST's files hold plain bytes.
+"""
+
+import gzip
+import os
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision import datasets
+from torchvision.datasets.utils import extract_archive
+
+from fastvit_train.data.download import check_md5, download
+from fastvit_train.utils.errors import UserError
+
+MAX_IDX_BYTES = 1 << 26  # the largest of Fashion-MNIST's files, 60,000 images of 28 x 28 pixels, has 47 MB
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Class names and, for each split, images, uint8 (samples, 3, 32, 32), and labels, int64 (samples,)."""
+
+    classes: tuple[str, ...]
+    train: tuple[Tensor, Tensor]
+    test: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class PublishedSet:
+    """A published data set: its title, its number of classes, and a function that reads it.
+
+    The function takes the data folder, the URL of a mirror or None, and a scratch folder to unpack to.
+    """
+
+    title: str
+    num_classes: int
+    read: Callable[[Path, str | None, Path], Samples]
+
+
+def load(name: str, data_dir: Path, url: str | None) -> Samples:
+    """Load a published data set from `data_dir`, or download it to there first.
+
+    Args:
+        name: a key of PUBLISHED.
+        data_dir: has the files in torchvision's layout, unpacked or as downloaded, or directly; may be read-only.
+        url: a mirror: the URL of CIFAR's archive, or of the folder with Fashion-MNIST's four files.
+
+    Raises:
+        UserError: if the data set is not available, or if one of its files is damaged.
+    """
+    with TemporaryDirectory(prefix="fastvit-train-") as scratch:
+        return PUBLISHED[name].read(data_dir, url, Path(scratch))
+
+
+class CIFAR10(datasets.CIFAR10):
+    """torchvision's CIFAR-10, with the batches in `root` itself."""
+
+    unpacked_name = datasets.CIFAR10.base_folder
+    base_folder = ""
+
+
+class CIFAR100(datasets.CIFAR100):
+    """torchvision's CIFAR-100, with the batches in `root` itself."""
+
+    unpacked_name = datasets.CIFAR100.base_folder
+    base_folder = ""
+
+
+class FashionMNIST(datasets.FashionMNIST):
+    """torchvision's Fashion-MNIST, with the unpacked idx files in `root` itself."""
+
+    @property
+    def raw_folder(self) -> str:
+        return str(self.root)
+
+    @property
+    def processed_folder(self) -> str:
+        """Nowhere: the .pt files that older versions of torchvision wrote have no published MD5."""
+        return os.devnull
+
+
+CIFARClass = type[CIFAR10] | type[CIFAR100]
+
+
+def _read_cifar(cls: CIFARClass, data_dir: Path, url: str | None, scratch: Path) -> Samples:
+    folder = _find_batches(cls, data_dir, url, scratch)
+    try:
+        train, test = cls(folder, train=True), cls(folder, train=False)
+    except (RuntimeError, OSError) as error:  # torchvision's RuntimeError doesn't name the file
+        for file_name, md5 in (*cls.train_list, *cls.test_list, (cls.meta["filename"], cls.meta["md5"])):
+            check_md5(folder / file_name, md5, f"unpack {cls.filename} again")
+        raise UserError(f"{folder} can't be read ({error}); unpack {cls.filename} again") from None
+
+    def tensors(split: CIFAR10 | CIFAR100) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(split.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(split.targets)
+
+    return Samples(tuple(train.classes), tensors(train), tensors(test))
+
+
+def _find_batches(cls: CIFARClass, data_dir: Path, url: str | None, scratch: Path) -> Path:
+    """Return the folder of the unpacked batches: in `data_dir`, or in `scratch` if there is only the archive."""
+    for folder in (data_dir / cls.unpacked_name, data_dir):
+        if (folder / cls.test_list[0][0]).is_file():
+            return folder
+    archive = data_dir / cls.filename
+    if not archive.is_file():
+        wanted = f"{cls.filename} or its unpacked folder {cls.unpacked_name}/"
+        download(url or cls.url, archive, cls.tgz_md5, wanted)
+    check_md5(archive, cls.tgz_md5, "delete it and try again")
+    try:
+        extract_archive(archive, scratch)
+    except OSError as error:
+        raise UserError(f"{archive} can't be unpacked to {scratch} ({error.strerror}); unpack it by hand") from None
+    return scratch / cls.unpacked_name
+
+
+def _read_fashion_mnist(data_dir: Path, url: str | None, scratch: Path) -> Samples:
+    """Read 28x28 grey images; a border of zeros and three equal channels make them 3x32x32."""
+    files = [_find_idx(name, md5, data_dir, url) for name, md5 in FashionMNIST.resources]
+    for (name, _), file in zip(FashionMNIST.resources, files, strict=True):
+        (scratch / name.removesuffix(".gz")).write_bytes(_unpacked(file))
+
+    def tensors(train: bool, images_file: Path, labels_file: Path) -> tuple[Tensor, Tensor]:
+        try:
+            split = FashionMNIST(scratch, train=train)
+            images, labels = split.data, split.targets
+            if images.shape != (len(labels), 28, 28):
+                raise ValueError(
+                    f"{len(labels)} labels, images of shape {tuple(images.shape)}; expected 28 x 28 pixels"
+                )
+        except Exception as error:  # torchvision raises errors of many kinds for a damaged idx file
+            reason = str(error) or type(error).__name__
+            raise UserError(f"{images_file} or {labels_file.name} is damaged ({reason}); fetch both again") from None
+        return F.pad(images, (2, 2, 2, 2)).unsqueeze(1).expand(-1, 3, -1, -1).contiguous(), labels
+
+    return Samples(tuple(FashionMNIST.classes), tensors(True, *files[:2]), tensors(False, *files[2:]))
+
+
+def _find_idx(name: str, md5: str, data_dir: Path, url: str | None) -> Path:
+    """Return an idx file, gzipped or not, from `data_dir` or from one of torchvision's folders below it."""
+    raw_name, raw_folder = name.removesuffix(".gz"), data_dir / "FashionMNIST" / "raw"
+    for folder in (data_dir, raw_folder, data_dir / "raw"):
+        for file in (folder / raw_name, folder / name):
+            if file.is_file():
+                return file
+    mirror = (url or FashionMNIST.mirrors[0]).rstrip("/")
+    download(f"{mirror}/{name}", raw_folder / name, md5, f"{raw_name} or {name}")
+    return raw_folder / name
+
+
+def _unpacked(file: Path) -> bytes:
+    """Return an idx file's content. Only a download has an MD5 to check: Linux distributions gzip the files anew."""
+    try:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as stream:
+            content = stream.read(MAX_IDX_BYTES + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{file} can't be read ({error}); fetch it again") from None
+    if len(content) > MAX_IDX_BYTES:
+        raise UserError(f"{file} holds more than {MAX_IDX_BYTES:,} bytes; fetch it again")
+    return content
+
+
+PUBLISHED = {
+    "cifar10": PublishedSet("CIFAR-10", 10, partial(_read_cifar, CIFAR10)),
+    "cifar100": PublishedSet("CIFAR-100", 100, partial(_read_cifar, CIFAR100)),
+    "fashion-mnist": PublishedSet("Fashion-MNIST", 10, _read_fashion_mnist),
+}
