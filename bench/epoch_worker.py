@@ -51,16 +51,16 @@ def ours(row: str, batch: int, holdout: float, runs_dir: str) -> tuple[Epoch, in
     """Our trainer's epoch, and its model's parameters."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = PRECISIONS[row]
     compiled = override(config(batch, holdout, runs_dir), {"compile": row == "compiled"}, "the bench")
-    job = setup(compiled, "never", overwrite=False)
-    bar = ProgressBar(job.log.console, 1, 1, 1)
+    session = setup(compiled, "never", overwrite=False)
+    bar = ProgressBar(session.log.console, 1, 1, 1)
 
     def epoch() -> tuple[float, int]:
-        train_epoch(job, bar)
-        loss = sum(job.progress.epoch_losses) / len(job.progress.epoch_losses)
-        job.progress.close_epoch()
-        return loss, job.train_loader.steps_per_epoch * job.batch_size
+        train_epoch(session, bar)
+        loss = sum(session.state.epoch_losses) / len(session.state.epoch_losses)
+        session.state.close_epoch()
+        return loss, session.train_loader.steps_per_epoch * session.batch_size
 
-    return epoch, sum(p.numel() for p in job.bare_model.parameters())
+    return epoch, sum(p.numel() for p in session.bare_model.parameters())
 
 
 def peak_mib() -> dict[str, float]:

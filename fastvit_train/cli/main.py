@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if status:
             sys.exit(status)
     except UserError as error:
-        if not error.everywhere or env.is_rank0():
+        if not error.on_all_ranks or env.is_rank0():
             _complain(str(error))
         sys.exit(2)
     except Preempted as stopped:

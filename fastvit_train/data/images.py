@@ -70,7 +70,7 @@ class StreamedImages:
         )
         for batch in loader:
             if isinstance(batch, _Unreadable):
-                raise UserError(batch.message, everywhere=False)
+                raise UserError(batch.message, on_all_ranks=False)
             yield batch.to(self._device, non_blocking=True)
 
 

@@ -45,7 +45,7 @@ def check_devices() -> None:
         raise UserError(
             f"the launch starts {processes} processes on this machine, which has {gpus} "
             f"GPU{'s' if gpus > 1 else ''}; allowed: up to {gpus} per machine (--num_processes counts all machines')",
-            everywhere=processes == launched_processes(),  # another machine may have enough
+            on_all_ranks=processes == launched_processes(),  # another machine may have enough
         )
 
 

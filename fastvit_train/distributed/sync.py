@@ -25,7 +25,7 @@ def run_on_all_ranks(accelerator: Accelerator, action: Callable[[], Result]) -> 
         failure = error
     first = next((error for error in gather_object([failure]) if error is not None), None)
     if first is not None:
-        first.everywhere = True
+        first.on_all_ranks = True
         raise first
     return cast(Result, result)
 

@@ -18,7 +18,7 @@ from fastvit_train.config.validation import Mark
 from fastvit_train.inference.export import write_verified
 from fastvit_train.inference.model_card import model_card
 from fastvit_train.inference.trained_model import TrainedModel, load_run
-from fastvit_train.runs.run_folder import to_yaml
+from fastvit_train.runs.run_folder import config_to_yaml
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError, printable
 
@@ -86,7 +86,7 @@ def _write(run: TrainedModel, repo: str, license: str | None, folder: Path) -> N
     (folder / "README.md").write_text(model_card(run, repo, license))
     if run.folder is None or run.config is None:
         return
-    (folder / "config.yaml").write_text(to_yaml(_without_absolute_paths(run.config.settings)))
+    (folder / "config.yaml").write_text(config_to_yaml(_without_absolute_paths(run.config.settings)))
     for name in RUN_FILES:
         if (run.folder / name).is_symlink():  # a link in somebody else's run could point to any of the user's files
             raise UserError(f"{run.folder / name} is a symbolic link; replace it with the file itself")

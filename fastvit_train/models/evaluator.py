@@ -80,11 +80,11 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_model(
-    model: nn.Module, loader: EvalLoader, accelerator: Accelerator, tick: Callable[[], object] = lambda: None
+    model: nn.Module, loader: EvalLoader, accelerator: Accelerator, after_batch: Callable[[], object] = lambda: None
 ) -> Evaluation:
     """Evaluate the prepared `model`; the same on every process. Leaves the model in evaluation mode.
 
-    `tick` is called after every batch.
+    `after_batch` is called after every batch.
     """
     model.eval()
     exact = torch.float32 if accelerator.device.type == "mps" else torch.float64  # whole numbers too
@@ -98,7 +98,7 @@ def evaluate_model(
         ahead = _ahead(logits, labels)
         rows = torch.stack([figure.to(exact) for figure in (losses, confidence, predicted, ahead)], 1)
         said.index_copy_(0, indices, rows)
-        tick()
+        after_batch()
     # Every row was written by one rank and is zero on the others.
     losses, confidence, predicted, ahead = accelerator.reduce(said, "sum")[: len(loader.labels)].cpu().unbind(1)
     return Evaluation(loader.labels.cpu(), predicted.long(), confidence, losses, ahead.long(), num_classes)

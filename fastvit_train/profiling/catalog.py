@@ -20,7 +20,7 @@ from fastvit_train.models.resolve import resolve
 from fastvit_train.models.shapes import stages, tokens
 from fastvit_train.profiling.roofline import count_flops
 from fastvit_train.profiling.speedups import GPU_STEPS, STEPS
-from fastvit_train.runs.run_folder import to_yaml
+from fastvit_train.runs.run_folder import config_to_yaml
 from fastvit_train.training.optimizer import build_optimizer
 from fastvit_train.utils import memory
 from fastvit_train.utils.console import Terminal
@@ -206,7 +206,7 @@ def show_recipes() -> None:
 
 def recipe_yaml(name: str) -> str:
     """The settings of a recipe, as a --config file holds them; UserError where there is none of that name."""
-    return to_yaml(recipe(name))
+    return config_to_yaml(recipe(name))
 
 
 def _figures(name: str, *columns: str) -> Table:

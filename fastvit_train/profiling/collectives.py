@@ -113,29 +113,29 @@ class CollectiveCounter(TorchDispatchMode):
 Wrap = Callable[[nn.Module], nn.Module]
 
 
-def alone(job: TrainSession) -> Share:
+def alone(session: TrainSession) -> Share:
     """Of the only process."""
-    return _count(job, lambda model: model)
+    return _count(session, lambda model: model)
 
 
-def ddp(job: TrainSession, processes: int) -> Share:
+def ddp(session: TrainSession, processes: int) -> Share:
     """Of one that holds a whole copy, under the run's settings of DDP, among 2 or more.
 
     Raises:
         UserError: where this process has a real group.
     """
     with fake_group(processes):
-        return _count(job, lambda model: _ddp(job, model))
+        return _count(session, lambda model: _ddp(session, model))
 
 
-def fsdp2(job: TrainSession, processes: int) -> Share:
+def fsdp2(session: TrainSession, processes: int) -> Share:
     """Of one that holds a part of each parameter, among 2 or more: the first, whose parts are the largest.
 
     Raises:
         UserError: where the run can't be trained in parts, or this process has a real group.
     """
     with fake_group(processes):
-        return _count(job, lambda model: _fsdp2(job, model, processes))
+        return _count(session, lambda model: _fsdp2(session, model, processes))
 
 
 @contextmanager
@@ -155,7 +155,7 @@ def check_no_process_group() -> None:
         raise UserError("plan imagines the other processes; start it as one: python -m fastvit_train plan")
 
 
-def _ddp(job: TrainSession, model: nn.Module) -> nn.Module:
+def _ddp(session: TrainSession, model: nn.Module) -> nn.Module:
     """The fake group has no future to answer DDP's own all-reduce with, so a hook calls the same one."""
 
     def all_reduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
@@ -166,14 +166,14 @@ def _ddp(job: TrainSession, model: nn.Module) -> nn.Module:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of names that newer versions of torch give to settings
-        wrapped = DistributedDataParallel(model, **job.accelerator.ddp_handler.to_kwargs())
+        wrapped = DistributedDataParallel(model, **session.accelerator.ddp_handler.to_kwargs())
     wrapped.register_comm_hook(None, all_reduce)
     return wrapped
 
 
-def _fsdp2(job: TrainSession, model: nn.Module, processes: int) -> nn.Module:
+def _fsdp2(session: TrainSession, model: nn.Module, processes: int) -> nn.Module:
     mesh = init_device_mesh("cpu", (processes,))
-    dtype = autocast_dtype(job.accelerator.mixed_precision)
+    dtype = autocast_dtype(session.accelerator.mixed_precision)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for unit in (*blocks_of(model), model):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
@@ -185,22 +185,22 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if type(module).__name__ == BLOCK]
 
 
-def _count(job: TrainSession, wrap: Wrap) -> Share:
+def _count(session: TrainSession, wrap: Wrap) -> Share:
     """Train a copy of the run's model for some steps on the CPU, and count the last."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a step of two images only waits for more
     try:
-        return _counted(job, wrap)
+        return _counted(session, wrap)
     finally:
         torch.set_num_threads(threads)
 
 
-def _counted(job: TrainSession, wrap: Wrap) -> Share:
-    model, config = plain_model(job).cpu(), job.config.optim
+def _counted(session: TrainSession, wrap: Wrap) -> Share:
+    model, config = plain_model(session).cpu(), session.config.optim
     blocks = len(blocks_of(model))
     wrapped = wrap(model)
     optimizer = build_optimizer(model, config)
-    size = job.config.image_size
+    size = session.config.image_size
     images, labels = torch.zeros(IMAGES, 3, size, size), torch.zeros(IMAGES, dtype=torch.long)
 
     def backward() -> None:

@@ -15,7 +15,7 @@ from fastvit_train.distributed import env
 from fastvit_train.models.resolve import resolve
 from fastvit_train.models.shapes import Stage, stages, tokens
 from fastvit_train.profiling.short_run import bar_of, plain_model, short_run, timed_epoch
-from fastvit_train.runs.run_folder import to_yaml
+from fastvit_train.runs.run_folder import config_to_yaml
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
 from fastvit_train.utils.timing import quartiles, time_call
@@ -51,32 +51,32 @@ def dry_run(config: TrainConfig) -> Expected:
     Raises:
         UserError: for anything wrong with the configuration, the data or the launch.
     """
-    with short_run(config, STEPS) as job:
-        resolved = replace(resolve(config).settings, model=job.config.model)
-        job.log.line(f"\nsettings, as --config takes them:\n{to_yaml(resolved)}")
+    with short_run(config, STEPS) as session:
+        resolved = replace(resolve(config).settings, model=session.config.model)
+        session.log.line(f"\nsettings, as --config takes them:\n{config_to_yaml(resolved)}")
         if not env.sharded():
-            job.log.console.print(shapes_table(job))
-        expected = expect(job)
-        for line in lines(job, expected):
-            job.log.line(line)
+            session.log.console.print(shapes_table(session))
+        expected = expect(session)
+        for line in lines(session, expected):
+            session.log.line(line)
     return expected
 
 
-def expect(job: TrainSession) -> Expected:
+def expect(session: TrainSession) -> Expected:
     """What the run that was set up as a trial will take; some steps of it are trained."""
-    bar = bar_of(job)
-    timed_epoch(job, bar, record_function)
-    step = quartiles([timed_epoch(job, bar, record_function) for _ in range(ROUNDS)]).median
-    run = job.config.run
-    steps = len(job.dataset.train.labels) // job.batch_size
-    epoch_seconds = step * steps + evaluation_seconds(job)
+    bar = bar_of(session)
+    timed_epoch(session, bar, record_function)
+    step = quartiles([timed_epoch(session, bar, record_function) for _ in range(ROUNDS)]).median
+    run = session.config.run
+    steps = len(session.dataset.train.labels) // session.batch_size
+    epoch_seconds = step * steps + evaluation_seconds(session)
     epochs = min(run.epochs, run.stop_after or run.epochs)
-    weights, checkpoint = weights_bytes(job), checkpoint_bytes(job)
+    weights, checkpoint = weights_bytes(session), checkpoint_bytes(session)
     copies = epochs // run.save_model_every if run.save_model_every else 0
     return Expected(
-        memory.peak_mib(job.accelerator.device),
+        memory.peak_mib(session.accelerator.device),
         epochs,
-        job.batch_size / step,
+        session.batch_size / step,
         epoch_seconds,
         epoch_seconds * epochs,
         checkpoint,
@@ -86,39 +86,39 @@ def expect(job: TrainSession) -> Expected:
 
 
 @torch.no_grad()
-def evaluation_seconds(job: TrainSession) -> float:
+def evaluation_seconds(session: TrainSession) -> float:
     """Seconds of an evaluation, from one batch of it; the batch before it is for warming up."""
-    loader, device = job.eval_loader, job.accelerator.device
-    job.eval_model.eval()
-    batches = loader.padded_size // (loader.batch_size * job.accelerator.num_processes)
+    loader, device = session.eval_loader, session.accelerator.device
+    session.eval_model.eval()
+    batches = loader.padded_size // (loader.batch_size * session.accelerator.num_processes)
 
     def evaluate_batch() -> None:
         images, _, _ = next(iter(loader))
-        job.eval_model(images)
+        session.eval_model(images)
 
     evaluate_batch()  # to warm up
     return time_call(evaluate_batch, device) * batches
 
 
-def weights_bytes(job: TrainSession) -> int:
+def weights_bytes(session: TrainSession) -> int:
     """Bytes of the weights."""
-    return _bytes(job.bare_model.state_dict().values())
+    return _bytes(session.bare_model.state_dict().values())
 
 
-def checkpoint_bytes(job: TrainSession) -> int:
+def checkpoint_bytes(session: TrainSession) -> int:
     """Bytes of a checkpoint: weights, their moving average, and what the optimizer keeps, which must have stepped."""
-    states = job.optimizer.state.values()
+    states = session.optimizer.state.values()
     kept = sum(_bytes(value for value in state.values() if isinstance(value, Tensor)) for state in states)
-    return weights_bytes(job) * (1 if job.ema is None else 2) + kept
+    return weights_bytes(session) * (1 if session.ema is None else 2) + kept
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def shapes_table(job: TrainSession) -> Table:
+def shapes_table(session: TrainSession) -> Table:
     """What the model does to an image, part by part; parts that are alike and follow each other in one row."""
-    size, model = job.config.image_size, plain_model(job)
+    size, model = session.config.image_size, plain_model(session)
     passed = stages(model, size)
     own = [(name, p.numel()) for name, p in model.named_parameters(recurse=False)]
     table = Table("part", box=box.SIMPLE_HEAD)
@@ -131,7 +131,7 @@ def shapes_table(job: TrainSession) -> Table:
         table.add_row(name, "", f"{parameters:,}")
     for (shape, parameters), group in groupby(passed, key=lambda stage: (stage.shape, stage.parameters)):
         table.add_row(_together(list(group)), _by(shape), f"{parameters:,}")
-    table.add_row("logits", str(job.config.num_classes), "")
+    table.add_row("logits", str(session.config.num_classes), "")
     table.add_row("all", "", f"{sum(p.numel() for p in model.parameters()):,}")
     return table
 
@@ -144,18 +144,19 @@ def _by(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def lines(job: TrainSession, expected: Expected) -> list[str]:
+def lines(session: TrainSession, expected: Expected) -> list[str]:
     """What is expected, in words."""
     checkpoint, weights, disk = (
         f"{size / MIB:,.1f} MiB" for size in (expected.checkpoint_bytes, expected.weights_bytes, expected.disk_bytes)
     )
     epoch, whole = in_words(expected.epoch_seconds), in_words(expected.seconds)
     return [
-        f"expected, by {STEPS * ROUNDS} training steps of {job.batch_size} images and a batch of evaluation, measured:",
+        f"expected, by {STEPS * ROUNDS} training steps of {session.batch_size} images "
+        "and a batch of evaluation, measured:",
         f"  memory  {expected.memory_mib:,.0f} MiB per process",
         f"  speed   {expected.images_per_second:,.0f} img/s in training, all processes together",
         f"  time    {epoch} per epoch with its evaluation, {whole} in all ({expected.epochs} epochs)",
-        f"  disk    {disk} at most: checkpoints of {checkpoint} (the newest {job.config.run.keep}, the best and "
+        f"  disk    {disk} at most: checkpoints of {checkpoint} (the newest {session.config.run.keep}, the best and "
         f"the one being written) and weights of {weights}",
         "nothing was trained or written; the same without --dry-run does it",
     ]

@@ -73,58 +73,58 @@ def plan_run(config: TrainConfig, options: PlanOptions) -> list[Plan]:
 
 def plan_model(config: TrainConfig, options: PlanOptions) -> Plan:
     """Measure and count for the model of `config`; `options` as `checked` leaves them."""
-    with short_run(config, options.steps) as job:
+    with short_run(config, options.steps) as session:
         collectives.check_no_process_group()
-        accum, notes = job.config.optim.grad_accum, []
-        if job.config.run.compile:
+        accum, notes = session.config.optim.grad_accum, []
+        if session.config.run.compile:
             notes.append("activations are counted without --compile")
-        images = dict.fromkeys(options.world_sizes, job.batch_size)
+        images = dict.fromkeys(options.world_sizes, session.batch_size)
         if options.scaling == "strong":
-            images = {n: job.batch_size // n for n in options.world_sizes if job.batch_size % (n * accum) == 0}
+            images = {n: session.batch_size // n for n in options.world_sizes if session.batch_size % (n * accum) == 0}
         if uncut := [f"{n:,}" for n in options.world_sizes if n not in images]:
-            notes.append(f"left out: {', '.join(uncut)} processes, as {job.batch_size} images can't be cut evenly")
+            notes.append(f"left out: {', '.join(uncut)} processes, as {session.batch_size} images can't be cut evenly")
         ways: dict[str, Callable[[TrainSession, int], Share]] = {DDP: collectives.ddp}
         try:
-            parallelize.check_shardable([collectives.BLOCK], job.bare_model, job.optimizer.optimizer)
+            parallelize.check_shardable([collectives.BLOCK], session.bare_model, session.optimizer.optimizer)
             ways[FSDP2] = collectives.fsdp2
         except UserError as error:
             notes.append(f"left out: {FSDP2}, as {error}")
-        steps = {count: measure(job, count, options.steps) for count in dict.fromkeys(images.values())}
-        one = row(ALONE, 1, collectives.alone(job), steps[images[1]], options)
+        steps = {count: measure(session, count, options.steps) for count in dict.fromkeys(images.values())}
+        one = row(ALONE, 1, collectives.alone(session), steps[images[1]], options)
         rows = [one]
         for way, share in ways.items():
             several = (n for n in images if n > 1)
-            rows += [row(way, n, share(job, n), steps[images[n]], options, one.images_per_second) for n in several]
+            rows += [row(way, n, share(session, n), steps[images[n]], options, one.images_per_second) for n in several]
         return Plan(
-            job.config.model.model,
-            sum(p.numel() for p in job.bare_model.parameters()),
-            accelerator.device_name(job.accelerator.device),
+            session.config.model.model,
+            sum(p.numel() for p in session.bare_model.parameters()),
+            accelerator.device_name(session.accelerator.device),
             [*steps.values()],
             rows,
             notes,
-            f"{job.config.model.model}: {conclusion(rows)}",
+            f"{session.config.model.model}: {conclusion(rows)}",
         )
 
 
-def measure(job: TrainSession, images: int, steps: int) -> Step:
+def measure(session: TrainSession, images: int, steps: int) -> Step:
     """Train on batches of so many images, for some rounds of `steps` steps."""
-    loader = build_train_loader(job.config, job.dataset, images, RankInfo(job.accelerator.device))
+    loader = build_train_loader(session.config, session.dataset, images, RankInfo(session.accelerator.device))
     loader.steps_per_epoch = min(steps, loader.steps_per_epoch)
-    job = replace(job, train_loader=loader, batch_size=images)
-    bar = bar_of(job)
-    timed_epoch(job, bar, record_function)
-    rounds = [timed_epoch(job, bar, record_function) for _ in range(ROUNDS)]
-    return Step(images, quartiles(rounds).median, (min(rounds), max(rounds)), activations(job))
+    session = replace(session, train_loader=loader, batch_size=images)
+    bar = bar_of(session)
+    timed_epoch(session, bar, record_function)
+    rounds = [timed_epoch(session, bar, record_function) for _ in range(ROUNDS)]
+    return Step(images, quartiles(rounds).median, (min(rounds), max(rounds)), activations(session))
 
 
-def activations(job: TrainSession) -> int:
+def activations(session: TrainSession) -> int:
     """Bytes that autograd keeps of a micro-batch's forward pass and loss for the backward pass."""
-    model = copy.deepcopy(job.bare_model).train()  # a copy is not compiled
-    images, labels = next(job.train_loader.micro_batches(0))
+    model = copy.deepcopy(session.bare_model).train()  # a copy is not compiled
+    images, labels = next(session.train_loader.micro_batches(0))
 
     def forward() -> None:
-        with job.accelerator.autocast():
+        with session.accelerator.autocast():
             logits = model(images)
-        F.cross_entropy(logits.float(), labels, label_smoothing=job.config.optim.label_smoothing)
+        F.cross_entropy(logits.float(), labels, label_smoothing=session.config.optim.label_smoothing)
 
     return memory.saved_for_backward(forward, tuple(model.parameters()))

@@ -37,30 +37,30 @@ def short_run(config: TrainConfig, steps: int) -> Iterator[TrainSession]:
     """
     with tempfile.TemporaryDirectory() as folder:
         run = replace(config.run, runs_dir=folder, exp_name="trial", track=(), save_every=0)
-        job = setup(replace(config, run=run), "never", overwrite=False)
-        job.train_loader.steps_per_epoch = min(steps, job.train_loader.steps_per_epoch)
-        with closing(job):
-            yield job
-            job.accelerator.end_training()
+        session = setup(replace(config, run=run), "never", overwrite=False)
+        session.train_loader.steps_per_epoch = min(steps, session.train_loader.steps_per_epoch)
+        with closing(session):
+            yield session
+            session.accelerator.end_training()
 
 
-def bar_of(job: TrainSession) -> ProgressBar:
+def bar_of(session: TrainSession) -> ProgressBar:
     """What shows an epoch of a trial."""
-    return ProgressBar(job.log.console, job.train_loader.steps_per_epoch, 1, job.accelerator.num_processes)
+    return ProgressBar(session.log.console, session.train_loader.steps_per_epoch, 1, session.accelerator.num_processes)
 
 
-def timed_epoch(job: TrainSession, bar: ProgressBar, phase: Phase) -> float:
+def timed_epoch(session: TrainSession, bar: ProgressBar, phase: Phase) -> float:
     """Train for an epoch; returns its seconds per step."""
     started = time.perf_counter()
-    train_epoch(job, bar, phase)
+    train_epoch(session, bar, phase)
     seconds = time.perf_counter() - started
-    job.progress.close_epoch()
-    return seconds / job.train_loader.steps_per_epoch
+    session.state.close_epoch()
+    return seconds / session.train_loader.steps_per_epoch
 
 
-def plain_model(job: TrainSession) -> nn.Module:
+def plain_model(session: TrainSession) -> nn.Module:
     """A copy of the run's model that runs on every device: eager, with the attention that needs no compiler."""
-    model = copy.deepcopy(job.bare_model).train()  # a copy is not compiled
+    model = copy.deepcopy(session.bare_model).train()  # a copy is not compiled
     with suppress(UserError):  # a model that keeps its own attention
         set_attention(model, "fused")
     return model

@@ -56,15 +56,15 @@ def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
 
 
-def measure_candidates(job: TrainSession) -> list[Candidate]:
+def measure_candidates(session: TrainSession) -> list[Candidate]:
     """All that can be tried with this run on this device, by gain; what fails is among them, with a gain of 0."""
-    device = job.accelerator.device
-    variants = _variants(job)
-    steps, failed = {Variant(): step_of(job, Variant())}, []
+    device = session.accelerator.device
+    variants = _variants(session)
+    steps, failed = {Variant(): step_of(session, Variant())}, []
     with torch._dynamo.config.patch(recompile_limit=64):  # beyond it candidates would silently not be compiled
         for what, how, variant in variants:
             try:
-                steps[variant] = step_of(job, variant)
+                steps[variant] = step_of(session, variant)
             except Exception as error:  # out of memory, no compiler, a shape that an attention refuses: all say why
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 failed.append(Candidate(what, how, gain=0.0, sure=False, failed=reason))
@@ -86,35 +86,35 @@ def measure_candidates(job: TrainSession) -> list[Candidate]:
     return sorted(found, key=lambda candidate: -candidate.gain) + failed
 
 
-def _variants(job: TrainSession) -> list[tuple[str, str, Variant]]:
+def _variants(session: TrainSession) -> list[tuple[str, str, Variant]]:
     """What to change, how a user does, and as a step."""
-    config = job.config
+    config = session.config
     found = []
-    if job.accelerator.mixed_precision == "no":
+    if session.accelerator.mixed_precision == "no":
         found.append(("bf16", "accelerate launch --mixed_precision bf16", Variant(precision="bf16")))
     if not config.run.compile:
         found.append(("--compile", "torch.compile of the model", Variant(compiled=True)))
-    for name in attention.alternatives(job.bare_model, config.model.attention):
+    for name in attention.alternatives(session.bare_model, config.model.attention):
         found.append((f"--attention {name}", "the same weights, computed otherwise", Variant(attention=name)))
     double = 2 * config.run.batch_size
-    if double <= len(job.dataset.train.labels):
+    if double <= len(session.dataset.train.labels):
         how = "another training: the learning rate wants tuning"
         found.append((f"--batch-size {double}", how, Variant(batch_factor=2)))
     return found
 
 
-def step_of(job: TrainSession, variant: Variant) -> Callable[[], None]:
+def step_of(session: TrainSession, variant: Variant) -> Callable[[], None]:
     """A training step of a copy of the run's model on a batch of its data, warmed up."""
-    config, device = job.config, job.accelerator.device
-    model = copy.deepcopy(job.bare_model).train()
+    config, device = session.config, session.accelerator.device
+    model = copy.deepcopy(session.bare_model).train()
     if variant.attention is not None:
         set_attention(model, variant.attention)
     if config.run.compile if variant.compiled is None else variant.compiled:
-        compile_model(model, graphed=supports_cuda_graphs(config, job.accelerator))
+        compile_model(model, graphed=supports_cuda_graphs(config, session.accelerator))
     optimizer = build_optimizer(model, config.optim)
-    images, labels = next(job.train_loader.micro_batches(0))
+    images, labels = next(session.train_loader.micro_batches(0))
     images, labels = (tensor.repeat_interleave(variant.batch_factor, 0) for tensor in (images, labels))
-    dtype = autocast_dtype(variant.precision or job.accelerator.mixed_precision)
+    dtype = autocast_dtype(variant.precision or session.accelerator.mixed_precision)
 
     def step() -> None:
         with torch.autocast(device.type, dtype) if dtype else nullcontext():

@@ -108,45 +108,45 @@ def profile_run(config: TrainConfig, steps: int, output: Path) -> Profile:
     if env.sharded():
         raise UserError("profile measures a model that each process holds whole; launch it without FSDP")
     make_output(output)
-    with short_run(config, steps) as job:
-        result = _measure(job, output / f"trace-rank{job.accelerator.process_index}.json")
-        if job.accelerator.is_main_process:
+    with short_run(config, steps) as session:
+        result = _measure(session, output / f"trace-rank{session.accelerator.process_index}.json")
+        if session.accelerator.is_main_process:
             (output / "profile.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
-            job.log.console.print(table(result))
+            session.log.console.print(table(result))
             for line in lines(result):
-                job.log.line(line)
-            job.log.line(f"written to {output}: profile.json, trace-rank0.json (for ui.perfetto.dev)")
-            job.log.line(result.verdict)
+                session.log.line(line)
+            session.log.line(f"written to {output}: profile.json, trace-rank0.json (for ui.perfetto.dev)")
+            session.log.line(result.verdict)
     return result
 
 
-def _measure(job: TrainSession, trace: Path) -> Profile:
-    device, steps = job.accelerator.device, job.train_loader.steps_per_epoch
-    bar = bar_of(job)
-    timed_epoch(job, bar, Phases(device, apart=False))
+def _measure(session: TrainSession, trace: Path) -> Profile:
+    device, steps = session.accelerator.device, session.train_loader.steps_per_epoch
+    bar = bar_of(session)
+    timed_epoch(session, bar, Phases(device, apart=False))
     compiled = counters["stats"]["unique_graphs"]
     together = Phases(device, apart=False)
-    rounds = [timed_epoch(job, bar, together) for _ in range(ROUNDS)]
+    rounds = [timed_epoch(session, bar, together) for _ in range(ROUNDS)]
     recompilations = counters["stats"]["unique_graphs"] - compiled
     graph_breaks = sum(counters["graph_break"].values())
     apart = Phases(device, apart=True)
-    timed_epoch(job, bar, apart)
-    kernels, busy_seconds = _trace(job, bar, trace)
+    timed_epoch(session, bar, apart)
+    kernels, busy_seconds = _trace(session, bar, trace)
 
     step = quartiles(rounds).median
     shares = {name: together.seconds[name] / steps / sum(rounds) for name in PHASES}
     phases = {name: step * share for name, share in {**shares, HOST: 1 - sum(shares.values())}.items()}
     busy = None if busy_seconds is None else min(1.0, busy_seconds / step)
-    images = job.batch_size / job.accelerator.num_processes / step
-    flops = flops_per_image(job)
+    images = session.batch_size / session.accelerator.num_processes / step
+    flops = flops_per_image(session)
     device_phases = {name: apart.seconds[name] / steps for name in PHASES[:-1]}
     share = input_share(step, phases, device_phases)
-    candidates = [of_whole_step(candidate, share) for candidate in measure_candidates(job)]
-    ceiling = matmul_ceiling(autocast_dtype(job.accelerator.mixed_precision) or torch.float32, device)
+    candidates = [of_whole_step(candidate, share) for candidate in measure_candidates(session)]
+    ceiling = matmul_ceiling(autocast_dtype(session.accelerator.mixed_precision) or torch.float32, device)
     return Profile(
         step,
         (min(rounds), max(rounds)),
-        images * job.accelerator.num_processes,
+        images * session.accelerator.num_processes,
         phases,
         device_phases,
         {name: apart.peak_mib[name] for name in PHASES[:-1]},
@@ -157,18 +157,18 @@ def _measure(job: TrainSession, trace: Path) -> Profile:
         flops,
         flops * images / ceiling,
         candidates,
-        verdict(busy, share, not isinstance(job.dataset.train.images, torch.Tensor), candidates),
+        verdict(busy, share, not isinstance(session.dataset.train.images, torch.Tensor), candidates),
     )
 
 
-def _trace(job: TrainSession, bar: ProgressBar, path: Path) -> tuple[float, float | None]:
+def _trace(session: TrainSession, bar: ProgressBar, path: Path) -> tuple[float, float | None]:
     """Write an epoch's Chrome trace; returns kernels per step, and on a GPU the seconds per step that they take."""
-    on_gpu = job.accelerator.device.type == "cuda"
-    steps = job.train_loader.steps_per_epoch
+    on_gpu = session.accelerator.device.type == "cuda"
+    steps = session.train_loader.steps_per_epoch
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with _without_kinetos_chatter(), profile(activities=activities) as profiler:
-        train_epoch(job, bar, record_function)
-    job.progress.close_epoch()
+        train_epoch(session, bar, record_function)
+    session.state.close_epoch()
     profiler.export_chrome_trace(str(path))
     events = profiler.events() or []
     if on_gpu:
@@ -206,10 +206,10 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
     return total
 
 
-def flops_per_image(job: TrainSession) -> float:
+def flops_per_image(session: TrainSession) -> float:
     """Of a forward and backward pass, by definition: unpadded, nothing recomputed."""
-    model = plain_model(job)
-    images, labels = next(job.train_loader.micro_batches(0))
+    model = plain_model(session)
+    images, labels = next(session.train_loader.micro_batches(0))
 
     def run() -> None:
         F.cross_entropy(model(images[:2]), labels[:2]).backward()

@@ -27,7 +27,7 @@ def save(
     folder: Path,
     accelerator: Accelerator,
     scheduler: Scheduler,
-    progress: TrainState,
+    state: TrainState,
     data: dict[str, object],
     keep: int = 2,
 ) -> None:
@@ -36,10 +36,10 @@ def save(
     Raises:
         SaveError: on all processes, where one of them could not write.
     """
-    name = f"step_{progress.step}"
+    name = f"step_{state.step}"
     partial, is_main = folder / f".{name}.partial", accelerator.is_main_process
-    state = {
-        "progress": asdict(progress),
+    saved = {
+        "progress": asdict(state),
         "learning_rates": _learning_rates(scheduler),
         "optimizer_steps": _optimizer_steps(scheduler),
         "rng": accelerator.gather(_rng_fingerprint().to(accelerator.device)).tolist(),
@@ -48,11 +48,11 @@ def save(
     }
 
     def publish() -> None:
-        (partial / PROGRESS_FILE).write_text(json.dumps(state))
+        (partial / PROGRESS_FILE).write_text(json.dumps(saved))
         atomic_io.write_checksums(partial)
         atomic_io.publish_folder(partial, folder / name)
         atomic_io.link(folder / "last", name)
-        if progress.best_step == progress.step:
+        if state.best_step == state.step:
             atomic_io.link(folder / "best", name)
         _prune(folder, keep)
 
@@ -119,19 +119,19 @@ def load(
     if path is None:
         raise UserError(f"no checkpoint in {folder} is whole: {'; '.join(complaints)}; start over with --overwrite")
     sync.run_on_all_ranks(accelerator, lambda: check(path, accelerator))
-    progress = sync.run_on_all_ranks(accelerator, lambda: _restore(path, accelerator, scheduler, data))
-    return progress, [f"{complaint}: going on from {path.name}" for complaint in complaints]
+    state = sync.run_on_all_ranks(accelerator, lambda: _restore(path, accelerator, scheduler, data))
+    return state, [f"{complaint}: going on from {path.name}" for complaint in complaints]
 
 
 def _restore(path: Path, accelerator: Accelerator, scheduler: Scheduler, data: dict[str, object]) -> TrainState:
     try:
         saved = read_json(path / PROGRESS_FILE)
-        progress = TrainState(**saved["progress"])
+        state = TrainState(**saved["progress"])
         _check_same(path, saved, accelerator, data)
         with warnings.catch_warnings(action="ignore"):  # torch's, about files that it didn't write
             accelerator.load_state(str(path))
         _check_back(saved, accelerator, scheduler)
-        return progress
+        return state
     except UserError:
         raise
     except Exception as error:  # a damaged file can raise anything in torch's reader
@@ -153,11 +153,11 @@ def _check_back(saved: dict[str, Any], accelerator: Accelerator, scheduler: Sche
 
 def _newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that passes its checksums, and what is wrong with those after it."""
-    atomic_io.recover(folder)
+    atomic_io.recover_interrupted(folder)
     complaints: list[str] = []
     for path in _newest_first(folder):
         try:
-            damage = atomic_io.damage(path)
+            damage = atomic_io.find_damage(path)
         except OSError as error:
             raise UserError(f"checkpoint {path} can't be read now ({error.strerror}); try again") from None
         if damage is None:
@@ -166,13 +166,13 @@ def _newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     return None, complaints or ["there is none"]
 
 
-def rewind(folder: Path, progress: TrainState) -> None:
-    """Drop the checkpoints after `progress`, which the resumed run will write again, and mend the links."""
+def drop_after(folder: Path, state: TrainState) -> None:
+    """Drop the checkpoints after `state`, which the resumed run will write again, and mend the links."""
     for path in _newest_first(folder):
-        if int(path.name[5:]) > progress.step:
+        if int(path.name[5:]) > state.step:
             shutil.rmtree(path)
-    atomic_io.link(folder / "last", f"step_{progress.step}")
-    best = f"step_{progress.best_step}"
+    atomic_io.link(folder / "last", f"step_{state.step}")
+    best = f"step_{state.best_step}"
     if (folder / best).is_dir():
         atomic_io.link(folder / "best", best)
     elif not (folder / "best").exists():  # else it is the best of those that could be written

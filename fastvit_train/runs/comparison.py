@@ -7,7 +7,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from fastvit_train.runs.run_folder import RunFolder, read_rows
+from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.utils import markdown
 from fastvit_train.utils.errors import UserError, printable
 from fastvit_train.utils.safe_load import read_json
@@ -24,7 +24,7 @@ def read_summary(run: Path) -> dict[str, Any]:
     """
     try:
         summary = read_json(run / "summary.json")
-        last_epoch = read_rows(RunFolder(run).metrics)[-1]
+        last_epoch = read_jsonl(RunFolder(run).metrics)[-1]
         return {
             "train_loss": last_epoch["train_loss"],
             **summary,

@@ -32,7 +32,7 @@ class RunLock:
         self._root = root
         self._lock = FileLock(root / LOCK, timeout=0, thread_local=False)
 
-    def check(self) -> None:
+    def check_free(self) -> None:
         """Raise UserError where another process holds the lock; nothing is written."""
         if (self._root / LOCK).is_file():
             with suppress(OSError):  # what can't be written is told where it is to be written

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from fastvit_train.runs.run_folder import RunFolder, read_rows
+from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.utils.errors import UserError, printable
 
 PANELS = {"train loss": "train_loss", "test loss": "test_loss", "accuracy, %": "test_accuracy"}
@@ -141,7 +141,7 @@ def save_figure(figure: Figure, output: Path) -> None:
 
 def _read_columns(run: Path) -> dict[str, list[float]]:
     """Read the values to plot from the run's metrics.jsonl: by name, a list with a value per epoch."""
-    rows = read_rows(RunFolder(run).metrics)
+    rows = read_jsonl(RunFolder(run).metrics)
     try:
         if not rows:
             raise ValueError("it has no epochs")

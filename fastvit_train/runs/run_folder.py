@@ -19,7 +19,7 @@ from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.safe_load import read_settings
 
-Resume = Literal["never", "auto", "must"]
+ResumeMode = Literal["never", "auto", "must"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RunFolder:
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 
-    def check(self, config: TrainConfig, resume: Resume, overwrite: bool) -> bool:
+    def should_resume(self, config: TrainConfig, resume: ResumeMode, overwrite: bool) -> bool:
         """True where the run is to be resumed, False where it is to be started; nothing is written.
 
         Raises:
@@ -115,9 +115,9 @@ class RunFolder:
                     shutil.rmtree(path)
                 elif path.name not in lock.FILES and path != self.config:
                     path.unlink()
-            atomic_io.write_atomically(self.config, to_yaml(config))
+            atomic_io.write_atomically(self.config, config_to_yaml(config))
 
-    def lock(self) -> tuple[lock.RunLock, list[str]]:
+    def acquire_lock(self) -> tuple[lock.RunLock, list[str]]:
         """The folder's lock, taken, and what is to be said of it.
 
         Raises:
@@ -132,14 +132,14 @@ class RunFolder:
         if not checkpoint.exists(self.checkpoints):
             shutil.rmtree(self.root.resolve(), ignore_errors=True)
 
-    def rewind(self, progress: TrainState) -> None:
-        """Drop metrics and checkpoints after `progress`, which the resumed run will write again."""
-        first_step = progress.step - progress.step_in_epoch
+    def drop_after(self, state: TrainState) -> None:
+        """Drop metrics and checkpoints after `state`, which the resumed run will write again."""
+        first_step = state.step - state.step_in_epoch
         with self._writing():
-            for path, key, last in ((self.metrics, "epoch", progress.epoch), (self.steps, "step", first_step)):
-                kept = [row for row in read_rows(path) if isinstance(row.get(key), int) and row[key] <= last]
+            for path, key, last in ((self.metrics, "epoch", state.epoch), (self.steps, "step", first_step)):
+                kept = [row for row in read_jsonl(path) if isinstance(row.get(key), int) and row[key] <= last]
                 atomic_io.write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-            checkpoint.rewind(self.checkpoints, progress)
+            checkpoint.drop_after(self.checkpoints, state)
             for leftover in self.root.glob(".*.partial"):
                 leftover.unlink()
 
@@ -151,12 +151,12 @@ class RunFolder:
             raise UserError(f"can't write {self.root} ({error.strerror or error}); choose another --runs-dir") from None
 
 
-def to_yaml(config: TrainConfig) -> str:
+def config_to_yaml(config: TrainConfig) -> str:
     """The configuration as config.yaml holds it and --config takes it."""
     return str(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The lines of a .jsonl file but those that are none: a kill may have cut one short."""
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:

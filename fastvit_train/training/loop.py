@@ -18,9 +18,9 @@ from fastvit_train.distributed import sync
 from fastvit_train.distributed.parallelize import full_tensor
 from fastvit_train.models.evaluator import Evaluation, evaluate_model
 from fastvit_train.runs import checkpoint
-from fastvit_train.runs.run_folder import Resume
+from fastvit_train.runs.run_folder import ResumeMode
 from fastvit_train.training import metrics
-from fastvit_train.training.preemption import Preempted, Stop, StopRequest
+from fastvit_train.training.preemption import Preempted, StopSignalHandler, StopTraining
 from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import setup
@@ -32,7 +32,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 def train(
-    recipe: str = "quickstart", *, resume: Resume = "never", overwrite: bool = False, **settings: Any
+    recipe: str = "quickstart", *, resume: ResumeMode = "never", overwrite: bool = False, **settings: Any
 ) -> dict[str, Any]:
     """Train a model and write its run folder, `runs_dir/exp_name`; returns what summary.json holds.
 
@@ -52,7 +52,7 @@ def train(
     return fit(config, resume=resume, overwrite=overwrite)
 
 
-def fit(config: TrainConfig, *, resume: Resume = "never", overwrite: bool = False) -> dict[str, Any]:
+def fit(config: TrainConfig, *, resume: ResumeMode = "never", overwrite: bool = False) -> dict[str, Any]:
     """Train the model that `config` describes and write its run folder; returns what summary.json holds.
 
     Args:
@@ -64,83 +64,85 @@ def fit(config: TrainConfig, *, resume: Resume = "never", overwrite: bool = Fals
         UserError: for anything wrong with the configuration, the data, the launch or the run's folder.
         Preempted: where SIGTERM or SIGUSR1 told the run to stop; its checkpoint is written.
     """
-    with StopRequest() as stop_request:
+    with StopSignalHandler() as stop_signals:
         try:
-            job = setup(config, resume, overwrite, stop_request)
+            session = setup(config, resume, overwrite, stop_signals)
         except Exception as error:  # such as a compiler that the same signal ended
-            if stop_request.received and not isinstance(error, UserError):
+            if stop_signals.received and not isinstance(error, UserError):
                 raise Preempted(f"stopped before the first step, by which came {error!r}") from error
             raise
         try:
-            return _train(job)
+            return _train(session)
         except UserError:
-            if job.accelerator.is_main_process:
-                job.folder.remove_unless_resumable()
+            if session.accelerator.is_main_process:
+                session.folder.remove_unless_resumable()
             raise
         finally:
-            job.close()
+            session.close()
 
 
-def _train(job: TrainSession) -> dict[str, Any]:
-    config, progress = job.config, job.progress
+def _train(session: TrainSession) -> dict[str, Any]:
+    config, state = session.config, session.state
     last_epoch = config.last_epoch
-    total_steps = config.run.epochs * job.train_loader.steps_per_epoch
-    metrics.start_trackers(job)
+    total_steps = config.run.epochs * session.train_loader.steps_per_epoch
+    metrics.start_trackers(session)
     evaluation = None
     try:
-        with ProgressBar(job.log.console, total_steps, config.run.epochs, job.accelerator.num_processes) as bar:
-            while progress.epoch < last_epoch:
-                job.watch.begin()
-                train_epoch(job, bar)
-                job.watch.begin()
+        with ProgressBar(session.log.console, total_steps, config.run.epochs, session.accelerator.num_processes) as bar:
+            while state.epoch < last_epoch:
+                session.status_exchange.start_phase()
+                train_epoch(session, bar)
+                session.status_exchange.start_phase()
                 started = time.perf_counter()
-                evaluation = evaluate_model(job.eval_model, job.eval_loader, job.accelerator, job.watch.tick)
-                _close_epoch(job, evaluation, eval_seconds=time.perf_counter() - started)
-    except Stop as stop:
-        raise Preempted(_stop(job, stop)) from None
+                evaluation = evaluate_model(
+                    session.eval_model, session.eval_loader, session.accelerator, session.status_exchange.after_batch
+                )
+                _close_epoch(session, evaluation, eval_seconds=time.perf_counter() - started)
+    except StopTraining as stop:
+        raise Preempted(_stop(session, stop)) from None
     if evaluation is None:  # resumed, with nothing left to train
-        evaluation = evaluate_model(job.eval_model, job.eval_loader, job.accelerator)
-    summary = metrics.finish(job, evaluation)
-    metrics.finish_trackers(job)
+        evaluation = evaluate_model(session.eval_model, session.eval_loader, session.accelerator)
+    summary = metrics.finish(session, evaluation)
+    metrics.finish_trackers(session)
     return summary
 
 
-def train_epoch(job: TrainSession, bar: ProgressBar, phase: Phase = record_function) -> None:
-    """Train to the end of the epoch under way; `job.progress` keeps the step, the losses and the time.
+def train_epoch(session: TrainSession, bar: ProgressBar, phase: Phase = record_function) -> None:
+    """Train to the end of the epoch under way; `session.state` keeps the step, the losses and the time.
 
     Each part of a step runs within `phase(its name)`: "input", "forward", "backward", "optimizer"; where the
     host waits for the device, a few times a second and at the epoch's end, within "waiting".
     """
-    config, progress = job.config, job.progress
-    steps = job.train_loader.steps_per_epoch
-    losses, correct = _restore_sums(job)
-    micro_batches = job.train_loader.micro_batches(progress.epoch, progress.step_in_epoch)
-    job.model.train()
-    job.meter.start()
-    while progress.step_in_epoch < steps:
-        _train_step(job, micro_batches, losses, correct, phase)
-        bar.update(progress, losses, correct, job.batch_size)
-        if config.run.save_every and progress.step % config.run.save_every == 0 and progress.step_in_epoch < steps:
-            _settle(job, losses, correct)
-            save_checkpoint(job)
-            job.meter.start()
+    config, state = session.config, session.state
+    steps = session.train_loader.steps_per_epoch
+    losses, correct = _restore_sums(session)
+    micro_batches = session.train_loader.micro_batches(state.epoch, state.step_in_epoch)
+    session.model.train()
+    session.meter.start()
+    while state.step_in_epoch < steps:
+        _train_step(session, micro_batches, losses, correct, phase)
+        bar.update(state, losses, correct, session.batch_size)
+        if config.run.save_every and state.step % config.run.save_every == 0 and state.step_in_epoch < steps:
+            _settle(session, losses, correct)
+            save_checkpoint(session)
+            session.meter.start()
         with phase("waiting"):
             try:
-                sound = job.watch.tick(lambda: ~losses.isfinite().all())
-            except Stop:
-                _settle(job, losses, correct)
+                sound = session.status_exchange.after_batch(lambda: ~losses.isfinite().all())
+            except StopTraining:
+                _settle(session, losses, correct)
                 raise
             if not sound:
                 break  # _settle says at which step
     with phase("waiting"):
-        _settle(job, losses, correct)
+        _settle(session, losses, correct)
 
 
 def _train_step(
-    job: TrainSession, micro_batches: Iterator[Batch], losses: Tensor, correct: Tensor, phase: Phase
+    session: TrainSession, micro_batches: Iterator[Batch], losses: Tensor, correct: Tensor, phase: Phase
 ) -> None:
     """Take one optimizer step; adds to the epoch's `losses` (steps,) and right answers `correct` ()."""
-    config, accelerator, progress, model = job.config, job.accelerator, job.progress, job.model
+    config, accelerator, state, model = session.config, session.accelerator, session.state, session.model
     for _ in range(config.optim.grad_accum):
         with phase("input"):
             images, labels = next(micro_batches)
@@ -153,125 +155,126 @@ def _train_step(
             with phase("optimizer"):
                 if config.optim.clip_grad is not None and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
-                job.optimizer.step()
-                job.optimizer.zero_grad()
-        losses[progress.step_in_epoch] += loss.detach() / config.optim.grad_accum
+                session.optimizer.step()
+                session.optimizer.zero_grad()
+        losses[state.step_in_epoch] += loss.detach() / config.optim.grad_accum
         correct += (logits.detach().argmax(1) == labels).sum()
-    progress.step += 1
-    progress.step_in_epoch += 1
-    progress.skipped_steps += job.optimizer.step_was_skipped
-    job.scheduler.step_update(progress.step)
-    if job.ema is not None:
+    state.step += 1
+    state.step_in_epoch += 1
+    state.skipped_steps += session.optimizer.step_was_skipped
+    session.scheduler.step_update(state.step)
+    if session.ema is not None:
         with phase("optimizer"):
-            job.ema.update(job.bare_model, progress.step)
+            session.ema.update(session.bare_model, state.step)
 
 
-def save_checkpoint(job: TrainSession) -> None:
+def save_checkpoint(session: TrainSession) -> None:
     """Write a checkpoint of the run as it stands, and the lines of metrics that came before it.
 
     Raises:
         SaveError: where they can't be written, unless the run is to go on then.
         UserError: where the weights are no numbers any more, which the next step's loss would tell too late.
     """
-    sync.run_on_all_ranks(job.accelerator, lambda: _check_weights(job))
-    with _as_the_run_wants(job):
-        sync.run_on_all_ranks(job.accelerator, lambda: _flush(job))
+    sync.run_on_all_ranks(session.accelerator, lambda: _check_weights(session))
+    with _as_the_run_wants(session):
+        sync.run_on_all_ranks(session.accelerator, lambda: _flush(session))
         checkpoint.save(
-            job.folder.checkpoints,
-            job.accelerator,
-            job.scheduler,
-            job.progress,
-            job.dataset.identity(),
-            job.config.run.keep,
+            session.folder.checkpoints,
+            session.accelerator,
+            session.scheduler,
+            session.state,
+            session.dataset.identity(),
+            session.config.run.keep,
         )
 
 
-def _check_weights(job: TrainSession) -> None:
-    for name, weight in job.bare_model.named_parameters():
+def _check_weights(session: TrainSession) -> None:
+    for name, weight in session.bare_model.named_parameters():
         if not full_tensor(weight.detach()).isfinite().all():
             raise UserError(
-                f"{name} holds infinite or no numbers after step {job.progress.step} (epoch {job.progress.epoch + 1}); "
-                f"lower --lr (now {job.config.optim.lr}) or set --clip-grad; {_last_good(job)}"
+                f"{name} holds infinite or no numbers after step {session.state.step} "
+                f"(epoch {session.state.epoch + 1}); "
+                f"lower --lr (now {session.config.optim.lr}) or set --clip-grad; {_last_good(session)}"
             )
 
 
-def _flush(job: TrainSession) -> None:
-    with atomic_io.as_save_error(f"{job.folder.root} takes no metrics"):
-        job.journal.flush()
+def _flush(session: TrainSession) -> None:
+    with atomic_io.as_save_error(f"{session.folder.root} takes no metrics"):
+        session.journal.flush()
 
 
 @contextmanager
-def _as_the_run_wants(job: TrainSession) -> Iterator[None]:
+def _as_the_run_wants(session: TrainSession) -> Iterator[None]:
     """Where the disk is full, stop or say so and train on, as --on-save-error has it."""
     try:
         yield
     except SaveError as error:
-        what = f"{error} at step {job.progress.step}; {_last_good(job)}"
-        if job.config.run.on_save_error == "stop":
+        what = f"{error} at step {session.state.step}; {_last_good(session)}"
+        if session.config.run.on_save_error == "stop":
             how = "make room and go on with --resume auto, or train on with --on-save-error continue"
             raise SaveError(f"{what}; {how}") from None
-        job.log.line(f"{what}; training on (--on-save-error continue)")
+        session.log.line(f"{what}; training on (--on-save-error continue)")
 
 
-def _last_good(job: TrainSession) -> str:
-    path = checkpoint.newest(job.folder.checkpoints)
+def _last_good(session: TrainSession) -> str:
+    path = checkpoint.newest(session.folder.checkpoints)
     return "there is no checkpoint yet" if path is None else f"the last good checkpoint is {path}"
 
 
-def _stop(job: TrainSession, stop: Stop) -> str:
+def _stop(session: TrainSession, stop: StopTraining) -> str:
     """Write the checkpoint that a run told to stop leaves; returns what is said of it."""
-    save_checkpoint(job)
-    return f"{stop} at step {job.progress.step}; {_last_good(job)}, --resume auto goes on from there"
+    save_checkpoint(session)
+    return f"{stop} at step {session.state.step}; {_last_good(session)}, --resume auto goes on from there"
 
 
-def _restore_sums(job: TrainSession) -> tuple[Tensor, Tensor]:
-    """This process's share of the epoch's losses (steps,) and right answers, as they stood at `job.progress`."""
-    losses = torch.zeros(job.train_loader.steps_per_epoch, device=job.accelerator.device)
-    losses[: len(job.progress.epoch_losses)] = torch.tensor(job.progress.epoch_losses)
-    correct = torch.zeros((), device=job.accelerator.device)
-    if job.accelerator.is_main_process:
-        correct += job.progress.epoch_correct
+def _restore_sums(session: TrainSession) -> tuple[Tensor, Tensor]:
+    """This process's share of the epoch's losses (steps,) and right answers, as they stood at `session.state`."""
+    losses = torch.zeros(session.train_loader.steps_per_epoch, device=session.accelerator.device)
+    losses[: len(session.state.epoch_losses)] = torch.tensor(session.state.epoch_losses)
+    correct = torch.zeros((), device=session.accelerator.device)
+    if session.accelerator.is_main_process:
+        correct += session.state.epoch_correct
     return losses, correct
 
 
-def _settle(job: TrainSession, losses: Tensor, correct: Tensor) -> None:
-    """Bring the epoch's sums of all processes and what it took into `job.progress`; the one host synchronisation.
+def _settle(session: TrainSession, losses: Tensor, correct: Tensor) -> None:
+    """Bring the epoch's sums of all processes and what it took into `session.state`; the one host synchronisation.
 
     Raises:
         UserError: naming the first step whose loss is not a finite number, and what it was taken on.
     """
-    progress = job.progress
-    done = losses[: progress.step_in_epoch]
-    progress.epoch_losses = job.accelerator.reduce(done, "mean").tolist()
-    progress.epoch_correct = float(job.accelerator.reduce(correct, "sum"))
-    progress.spend(sync.sum_usage_over_ranks(job.accelerator, job.meter, job.meter.stop()))
-    for place, loss in enumerate(progress.epoch_losses):
+    state = session.state
+    done = losses[: state.step_in_epoch]
+    state.epoch_losses = session.accelerator.reduce(done, "mean").tolist()
+    state.epoch_correct = float(session.accelerator.reduce(correct, "sum"))
+    state.spend(sync.sum_usage_over_ranks(session.accelerator, session.meter, session.meter.stop()))
+    for place, loss in enumerate(state.epoch_losses):
         if not math.isfinite(loss):
-            raise UserError(_not_finite(job, place, loss))
+            raise UserError(_not_finite(session, place, loss))
 
 
-def _not_finite(job: TrainSession, place: int, loss: float) -> str:
+def _not_finite(session: TrainSession, place: int, loss: float) -> str:
     """What is to be known of the step at `place` in the epoch, whose loss is no number."""
-    progress = job.progress
-    samples = job.train_loader.sample_order(progress.epoch)[place].flatten().tolist()
-    step = progress.step - progress.step_in_epoch + place + 1
-    job.scheduler.step_update(step - 1)  # back to the rate that the step was taken with
+    state = session.state
+    samples = session.train_loader.sample_order(state.epoch)[place].flatten().tolist()
+    step = state.step - state.step_in_epoch + place + 1
+    session.scheduler.step_update(step - 1)  # back to the rate that the step was taken with
     return (
         f"the loss became {loss} at step {step} "
-        f"(epoch {progress.epoch + 1}, learning rate {job.optimizer.param_groups[0]['lr']:g}); "
-        f"lower --lr (now {job.config.optim.lr}) or set --clip-grad; {_last_good(job)}; "
+        f"(epoch {state.epoch + 1}, learning rate {session.optimizer.param_groups[0]['lr']:g}); "
+        f"lower --lr (now {session.config.optim.lr}) or set --clip-grad; {_last_good(session)}; "
         f"training images of that batch, by index: {' '.join(map(str, samples))}"
     )
 
 
-def _close_epoch(job: TrainSession, evaluation: Evaluation, eval_seconds: float) -> None:
+def _close_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: float) -> None:
     """Record the epoch that was just trained and evaluated, and save a checkpoint behind it."""
-    progress, run = job.progress, job.config.run
-    metrics.record_epoch(job, evaluation, eval_seconds)
-    progress.close_epoch()
-    if progress.evaluated(evaluation.accuracy, eval_seconds, run.target_accuracy):
-        metrics.tell_target(job)
-    save_checkpoint(job)
-    if run.save_model_every and progress.epoch % run.save_model_every == 0:
-        with _as_the_run_wants(job):
-            metrics.write_weights(job, f"model_epoch_{progress.epoch}.safetensors")
+    state, run = session.state, session.config.run
+    metrics.record_epoch(session, evaluation, eval_seconds)
+    state.close_epoch()
+    if state.evaluated(evaluation.accuracy, eval_seconds, run.target_accuracy):
+        metrics.tell_target(session)
+    save_checkpoint(session)
+    if run.save_model_every and state.epoch % run.save_model_every == 0:
+        with _as_the_run_wants(session):
+            metrics.write_weights(session, f"model_epoch_{state.epoch}.safetensors")

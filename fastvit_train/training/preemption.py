@@ -36,14 +36,14 @@ class Preempted(Exception):
     """The run was told to stop, and did: what is said of it, in one line."""
 
 
-class Stop(Exception):
+class StopTraining(Exception):
     """Raised on all processes at the same step: a signal reached one of them."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
 
 
-class StopRequest:
+class StopSignalHandler:
     """Notes the first SIGTERM or SIGUSR1 while it is entered; a second one ends the process at once.
 
     Under a launcher a second one counts from two seconds on, as the first may arrive twice there: from whoever
@@ -105,55 +105,55 @@ def _signal_when_parent_dies(number: int) -> None:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
-class Watch:
+class StatusExchange:
     """What the processes tell each other a few times a second; the steps in between cost no exchange, nor a wait.
 
     All of them count the same ticks, so that all of them act on what one of them knows after the same tick.
     """
 
-    def __init__(self, accelerator: Accelerator, request: StopRequest) -> None:
+    def __init__(self, accelerator: Accelerator, request: StopSignalHandler) -> None:
         self._device = accelerator.device
         self._alone = accelerator.num_processes == 1
         self._request = request
         self._ticks, self._agreed, self._due = 0, 0, 1
         self._last = time.perf_counter()
 
-    def tick(self, unsound: Callable[[], Tensor] | None = None) -> bool:
-        """Count a step; from time to time let all know whether to stop, or whether `unsound()` holds anywhere.
+    def after_batch(self, is_nonfinite: Callable[[], Tensor] | None = None) -> bool:
+        """Count a step; from time to time let all know whether to stop, or whether `is_nonfinite()` holds anywhere.
 
         Args:
-            unsound: a boolean scalar on the device that tells whether the training has come to nothing.
+            is_nonfinite: a boolean scalar on the device that tells whether the training has come to nothing.
 
         Returns:
-            False, on all processes, where it is unsound on one of them.
+            False, on all processes, where it is is_nonfinite on one of them.
 
         Raises:
-            Stop: on all processes, where one of them was told to stop.
+            StopTraining: on all processes, where one of them was told to stop.
         """
         self._ticks += 1
         if self._ticks < self._due and not (self._alone and self._request.received):
             return True
-        return self.agree(unsound)
+        return self.exchange_now(is_nonfinite)
 
-    def begin(self) -> None:
-        """Exchange now, and again after the next tick: what begins may tick at another pace. See `tick`."""
-        self.agree()
+    def start_phase(self) -> None:
+        """Exchange now, and again after the next tick: what begins may tick at another pace. See `after_batch`."""
+        self.exchange_now()
         self._due = self._ticks + 1
 
-    def agree(self, unsound: Callable[[], Tensor] | None = None) -> bool:
-        """The exchange itself, now; see `tick`."""
+    def exchange_now(self, is_nonfinite: Callable[[], Tensor] | None = None) -> bool:
+        """The exchange itself, now; see `after_batch`."""
         now = time.perf_counter()
         passed, ticks = now - self._last, self._ticks - self._agreed
         affordable = int(INTERVAL * ticks / max(passed, 1e-9)) if ticks else 1
         wish = max(1, min(affordable, 2 * ticks))
         news = torch.tensor([self._request.received, 0, -wish], device=self._device)
-        if unsound is not None:
-            news[1] = unsound()
+        if is_nonfinite is not None:
+            news[1] = is_nonfinite()
         if not self._alone:
             torch.distributed.all_reduce(news, torch.distributed.ReduceOp.MAX)
         signal_number, is_unsound, wish = news.tolist()
         self._last, self._agreed = now, self._ticks
         self._due = self._ticks - wish  # the smallest wish, its sign turned
         if signal_number:
-            raise Stop(signal_number)
+            raise StopTraining(signal_number)
         return not is_unsound

@@ -46,20 +46,20 @@ class ProgressBar:
     ) -> None:
         self._bar.stop()
 
-    def update(self, progress: train_state.TrainState, losses: Tensor, correct: Tensor, images_per_step: int) -> None:
+    def update(self, state: train_state.TrainState, losses: Tensor, correct: Tensor, images_per_step: int) -> None:
         """Show this process's mean loss (nats) and accuracy of the epoch so far, and all processes' images/s."""
         now = time.perf_counter()
         then, step = self._last
         if not self._shown or (step >= 0 and now - then < REFRESH_SECONDS):
             return
-        self._last = (now, progress.step)
-        rate = images_per_step * (progress.step - step) / (now - then) if step >= 0 else 0
-        loss = float(losses[: progress.step_in_epoch].mean())
-        accuracy = float(correct) / (images_per_step / self._processes * progress.step_in_epoch)
+        self._last = (now, state.step)
+        rate = images_per_step * (state.step - step) / (now - then) if step >= 0 else 0
+        loss = float(losses[: state.step_in_epoch].mean())
+        accuracy = float(correct) / (images_per_step / self._processes * state.step_in_epoch)
         self._bar.update(
             self._task,
-            completed=progress.step,
-            description=f"epoch {progress.epoch + 1}/{self._epochs}",
+            completed=state.step,
+            description=f"epoch {state.epoch + 1}/{self._epochs}",
             refresh=True,
             figures=f"loss {loss:.3f}  acc {accuracy:.1%}  {rate:,.0f} img/s",
         )

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed import env
-from fastvit_train.runs.run_folder import Resume
+from fastvit_train.runs.run_folder import ResumeMode
 from fastvit_train.training.loop import fit
 from fastvit_train.utils.atomic_io import write_atomically
 from fastvit_train.utils.console import Terminal
@@ -28,7 +28,9 @@ SPREAD = {
 """figures of a summary that seeds differ in, by what people call them"""
 
 
-def fit_seeds(config: TrainConfig, repeat: int, *, resume: Resume = "never", overwrite: bool = False) -> dict[str, Any]:
+def fit_seeds(
+    config: TrainConfig, repeat: int, *, resume: ResumeMode = "never", overwrite: bool = False
+) -> dict[str, Any]:
     """Train with `repeat` seeds, from `config.run.seed` on, each into a folder of its own; see `fit`.
 
     Args:

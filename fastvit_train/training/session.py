@@ -15,7 +15,7 @@ from fastvit_train.data.loader import EvalLoader, TrainLoader
 from fastvit_train.runs.log import Journal, Log
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.runs.train_state import TrainState
-from fastvit_train.training.preemption import Watch
+from fastvit_train.training.preemption import StatusExchange
 from fastvit_train.utils.gpu_monitor import Meter
 
 
@@ -35,11 +35,11 @@ class TrainSession:
     eval_loader: EvalLoader
     batch_size: int
     """images per optimizer step, over all ranks"""
-    progress: TrainState
+    state: TrainState
     compile_seconds: float | None
     """seconds that the first passes took before the first step; None if nothing is compiled"""
     meter: Meter
-    watch: Watch
+    status_exchange: StatusExchange
     journal: Journal
     ema: ModelEmaV3 | None
     resources: ExitStack

@@ -26,10 +26,10 @@ from fastvit_train.models.whitening import whiten
 from fastvit_train.runs import checkpoint
 from fastvit_train.runs.lock import RunLock
 from fastvit_train.runs.log import Journal, Log
-from fastvit_train.runs.run_folder import Resume, RunFolder
+from fastvit_train.runs.run_folder import ResumeMode, RunFolder
 from fastvit_train.runs.train_state import TrainState
 from fastvit_train.training.optimizer import build_optimizer, build_schedule
-from fastvit_train.training.preemption import StopRequest, Watch
+from fastvit_train.training.preemption import StatusExchange, StopSignalHandler
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
 from fastvit_train.utils.errors import UserError
@@ -70,13 +70,13 @@ class Trained:
 
 
 def setup(
-    config: TrainConfig, resume: Resume, overwrite: bool, stop_request: StopRequest | None = None
+    config: TrainConfig, resume: ResumeMode, overwrite: bool, stop_signals: StopSignalHandler | None = None
 ) -> TrainSession:
     """Build the run that `config` describes, or restore it if it is to be resumed.
 
     Args:
         config, resume, overwrite: as in `fit`.
-        stop_request: notes signals that ask the run to stop; by default nothing does.
+        stop_signals: notes signals that ask the run to stop; by default nothing does.
 
     Returns:
         The session; the caller closes it.
@@ -116,7 +116,8 @@ def setup(
             resolved, folder, launch.log, launch.accelerator, trained.model, trained.optimizer, trained.scheduler,
             inputs.dataset, inputs.train_loader, inputs.eval_loader, inputs.batch_size, state,
             trained.compile_seconds, Meter(launch.accelerator.device, resolved.run.telemetry),
-            Watch(launch.accelerator, stop_request or StopRequest()), Journal(), trained.ema, stack.pop_all(),
+            StatusExchange(launch.accelerator, stop_signals or StopSignalHandler()), Journal(), trained.ema,
+            stack.pop_all(),
         )  # fmt: skip
     log_introduction(session, launch.threads, resuming, messages)
     return session
@@ -135,7 +136,7 @@ def start_launch(config: ResolvedConfig, folder: RunFolder) -> Launch:
 
 
 def check_folder(
-    config: ResolvedConfig, folder: RunFolder, launch: Launch, resume: Resume, overwrite: bool
+    config: ResolvedConfig, folder: RunFolder, launch: Launch, resume: ResumeMode, overwrite: bool
 ) -> tuple[ResolvedConfig, bool]:
     """Decide whether the run is resumed, and with which attention; nothing is written.
 
@@ -143,7 +144,7 @@ def check_folder(
         The configuration, and whether the run is resumed.
     """
     accelerator = launch.accelerator
-    sync.broadcast_from_rank0(accelerator, RunLock(folder.root).check)
+    sync.broadcast_from_rank0(accelerator, RunLock(folder.root).check_free)
     resuming = is_resuming(config, folder, launch, resume, overwrite)
     recorded_in = None
     if resuming and config.model.attention == AUTO:
@@ -154,13 +155,15 @@ def check_folder(
     return config, resuming
 
 
-def is_resuming(config: ResolvedConfig, folder: RunFolder, launch: Launch, resume: Resume, overwrite: bool) -> bool:
+def is_resuming(config: ResolvedConfig, folder: RunFolder, launch: Launch, resume: ResumeMode, overwrite: bool) -> bool:
     """Return on all ranks whether the run in `folder` is resumed.
 
     Raises:
         UserError: if what the folder holds forbids what is asked for.
     """
-    return sync.broadcast_from_rank0(launch.accelerator, lambda: folder.check(config.settings, resume, overwrite))
+    return sync.broadcast_from_rank0(
+        launch.accelerator, lambda: folder.should_resume(config.settings, resume, overwrite)
+    )
 
 
 def build_trainable(config: ResolvedConfig) -> tuple[nn.Module, Optimizer]:
@@ -252,7 +255,7 @@ def lock_folder(folder: RunFolder, launch: Launch, stack: ExitStack) -> list[str
     def lock() -> list[str]:
         if not launch.log.speaks:
             return []
-        held, messages = folder.lock()
+        held, messages = folder.acquire_lock()
         stack.callback(held.release)
         return messages
 
@@ -262,7 +265,7 @@ def lock_folder(folder: RunFolder, launch: Launch, stack: ExitStack) -> list[str
 def open_folder(folder: RunFolder, config: ResolvedConfig, state: TrainState, resuming: bool, log: Log) -> None:
     """Bring the folder into the state that the run continues from, or create it."""
     if resuming:
-        folder.rewind(state)
+        folder.drop_after(state)
     else:
         folder.create(config.settings)
     log.attach(folder.root / "train.log")
@@ -291,4 +294,4 @@ def log_introduction(session: TrainSession, threads: str, resuming: bool, messag
             f"batch size {session.batch_size} instead of {config.run.batch_size}: the training set has no more images"
         )
     if resuming:
-        log.line(f"resuming {session.folder.root} after epoch {session.progress.epoch}, step {session.progress.step}")
+        log.line(f"resuming {session.folder.root} after epoch {session.state.epoch}, step {session.state.step}")

@@ -74,7 +74,7 @@ def write_checksums(folder: Path) -> None:
         _sync(path)
 
 
-def damage(folder: Path) -> str | None:
+def find_damage(folder: Path) -> str | None:
     """What is wrong with a folder that was sealed; None where it is whole. OSError where that can't be told."""
     try:
         sums = read_json(folder / CHECKSUMS)["files"]
@@ -92,7 +92,7 @@ def damage(folder: Path) -> str | None:
 
 
 def publish_folder(partial: Path, final: Path) -> None:
-    """Rename a sealed folder into place; `recover` mends what a crash in the middle leaves."""
+    """Rename a sealed folder into place; `recover_interrupted` mends what a crash in the middle leaves."""
     old = _old(final)
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -127,7 +127,7 @@ def staged(final: Path) -> Iterator[Path]:
         publish_folder(partial, final)
 
 
-def recover(parent: Path) -> None:
+def recover_interrupted(parent: Path) -> None:
     """Put back the folders of `parent` that a crash took away before the next was in place; drop unfinished ones."""
     for old in parent.glob(".*.old"):
         final = parent / old.name.removeprefix(".").removesuffix(".old")

@@ -35,13 +35,13 @@ class UserError(Exception):
 
     Args:
         message: that line; what comes from the input may be in it as it is, it is made printable and cut.
-        everywhere: True where every process meets the mistake, so that one of them is enough to tell it.
+        on_all_ranks: True where every process meets the mistake, so that one of them is enough to tell it.
     """
 
-    def __init__(self, message: str, everywhere: bool = True) -> None:
+    def __init__(self, message: str, on_all_ranks: bool = True) -> None:
         line = printable(" ".join(message.split()))
         super().__init__(line if len(line) <= MAX_LETTERS else f"{line[:MAX_LETTERS]} ... ({len(line)} letters)")
-        self.everywhere = everywhere
+        self.on_all_ranks = on_all_ranks
 
 
 class SaveError(UserError):

@@ -9,7 +9,7 @@ import psutil
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
-from fastvit_train.runs.run_folder import read_rows
+from fastvit_train.runs.run_folder import read_jsonl
 from tests.support import ON_CPUS, ROOT, launch, one_line_error, write_folder
 
 MODULE = "fastvit_train"
@@ -17,7 +17,7 @@ CORES = psutil.cpu_count(logical=False)
 
 
 def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(folder / "steps.jsonl")]
+    return [row["loss"] for row in read_jsonl(folder / "steps.jsonl")]
 
 
 def summary(folder: Path) -> dict[str, object]:

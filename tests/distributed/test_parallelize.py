@@ -17,7 +17,7 @@ from torch import nn
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed.parallelize import check_checkpoint, ddp_settings
-from fastvit_train.runs.run_folder import read_rows
+from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.loop import fit
 from fastvit_train.utils.errors import UserError
 from tests.support import ACCELERATE, ON_CPUS, ROOT, run
@@ -42,7 +42,7 @@ def train_in_several(file: str, processes: int, *runs: dict[str, Any], precision
 
 
 def losses(run_folder: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(run_folder / "steps.jsonl")]
+    return [row["loss"] for row in read_jsonl(run_folder / "steps.jsonl")]
 
 
 def assert_same_run(ours: Path, reference: Path, steps: int) -> None:

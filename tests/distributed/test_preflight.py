@@ -173,7 +173,7 @@ def test_the_machine_that_lacks_a_gpu_says_so_itself(tmp_path: Path, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UserError) as caught:
         start_accelerator(1, (), tmp_path)
-    assert not caught.value.everywhere
+    assert not caught.value.on_all_ranks
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.models.vit import ViT
-from fastvit_train.runs.run_folder import read_rows
+from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.loop import fit
 from fastvit_train.utils.errors import UserError
 
@@ -27,7 +27,7 @@ def test_a_compiled_run_is_the_run(small_config: Callable[..., TrainConfig], tmp
     compiled = fit(small_config(epochs=2, exp_name="compiled", compile=True))
     assert eager["compile_seconds"] is None and compiled["compile_seconds"] > 0
     losses = [
-        [row["loss"] for row in read_rows(tmp_path / "runs" / name / "steps.jsonl")] for name in ("eager", "compiled")
+        [row["loss"] for row in read_jsonl(tmp_path / "runs" / name / "steps.jsonl")] for name in ("eager", "compiled")
     ]
     assert losses[1] == pytest.approx(losses[0], abs=1e-4)
     assert "in which the model compiles" in (tmp_path / "runs" / "compiled" / "train.log").read_text()

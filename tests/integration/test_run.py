@@ -18,7 +18,7 @@ from fastvit_train.inference.evaluate import evaluate_run
 from fastvit_train.models.resolve import fill_defaults
 from fastvit_train.runs import checkpoint, comparison
 from fastvit_train.runs.plots import plot_curves
-from fastvit_train.runs.run_folder import RunFolder, read_rows
+from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.training.loop import fit
 from fastvit_train.training.setup import setup
 from fastvit_train.utils import atomic_io
@@ -50,11 +50,11 @@ def test_a_run_leaves_everything_behind(small_config: SmallConfig, tmp_path: Pat
     assert json.loads((run / "summary.json").read_text()) == summary
     assert summary.keys() >= SUMMARY_KEYS
     assert summary["energy_joules"] is None and summary["dataset"] == "digits" and summary["steps"] == 15
-    rows = read_rows(run / "metrics.jsonl")
+    rows = read_jsonl(run / "metrics.jsonl")
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert rows[-1]["test_accuracy"] == summary["test_accuracy"]
     assert max(row["test_accuracy"] for row in rows) == summary["best_test_accuracy"]
-    losses = [row["loss"] for row in read_rows(run / "steps.jsonl")]
+    losses = [row["loss"] for row in read_jsonl(run / "steps.jsonl")]
     assert len(losses) == 15 and sum(losses[:5]) / 5 == pytest.approx(rows[0]["train_loss"])
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "train.log").read_text().count("digits accuracy") == 3
@@ -89,7 +89,7 @@ def test_stopped_and_resumed_is_bit_for_bit_never_stopped(
     assert summary["epochs"] == 3
     assert same_weights(whole, parts)
     assert (whole / "steps.jsonl").read_text() == (parts / "steps.jsonl").read_text()
-    assert without_clock(read_rows(whole / "metrics.jsonl")) == without_clock(read_rows(parts / "metrics.jsonl"))
+    assert without_clock(read_jsonl(whole / "metrics.jsonl")) == without_clock(read_jsonl(parts / "metrics.jsonl"))
     optimizers = [
         torch.load(run / "checkpoints" / "last" / "optimizer.bin", weights_only=True)["state"] for run in (whole, parts)
     ]
@@ -111,9 +111,9 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(
     fit(small_config(exp_name="whole", **settings))
     save = checkpoint.save
 
-    def save_and_die(folder, accelerator, scheduler, progress, *rest):
-        save(folder, accelerator, scheduler, progress, *rest)
-        if progress.step == 9:  # epoch 2 of 5 steps each: in its middle
+    def save_and_die(folder, accelerator, scheduler, state, *rest):
+        save(folder, accelerator, scheduler, state, *rest)
+        if state.step == 9:  # epoch 2 of 5 steps each: in its middle
             raise Killed
 
     monkeypatch.setattr(checkpoint, "save", save_and_die)
@@ -124,7 +124,7 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(
     whole, parts = tmp_path / "runs" / "whole", tmp_path / "runs" / "parts"
     assert same_weights(whole, parts)
     assert (whole / "steps.jsonl").read_text() == (parts / "steps.jsonl").read_text()
-    assert without_clock(read_rows(whole / "metrics.jsonl")) == without_clock(read_rows(parts / "metrics.jsonl"))
+    assert without_clock(read_jsonl(whole / "metrics.jsonl")) == without_clock(read_jsonl(parts / "metrics.jsonl"))
 
 
 def test_a_resume_that_lost_the_random_state_is_noticed(small_config: SmallConfig, tmp_path: Path) -> None:
@@ -187,9 +187,9 @@ def test_a_folder_that_holds_a_run_is_not_touched_unasked(small_config: SmallCon
     run = tmp_path / "runs" / "run"
     with pytest.raises(UserError, match="holds a run already; give --resume auto .* --overwrite"):
         fit(small_config(epochs=2))
-    assert len(read_rows(run / "metrics.jsonl")) == 1
+    assert len(read_jsonl(run / "metrics.jsonl")) == 1
     fit(small_config(epochs=2), overwrite=True)
-    assert len(read_rows(run / "metrics.jsonl")) == 2
+    assert len(read_jsonl(run / "metrics.jsonl")) == 2
     with pytest.raises(UserError, match="give one of them"):
         fit(small_config(epochs=2), overwrite=True, resume="auto")
     with pytest.raises(UserError, match="no checkpoint to resume from"):
@@ -225,7 +225,7 @@ def test_starting_over_may_be_killed_anywhere(
                 pass
             else:
                 break
-        fresh.append(not RunFolder(copy).check(config, "auto", overwrite=False))
+        fresh.append(not RunFolder(copy).should_resume(config, "auto", overwrite=False))
         assert fresh[-1] or {path.name for path in (copy / "checkpoints").iterdir()} == whole
     assert True in fresh and last > 5 and fresh == sorted(fresh)
 
@@ -271,7 +271,7 @@ def test_gradient_accumulation_takes_the_same_steps(small_config: SmallConfig, t
     losses = []
     for accum in (1, 4):
         fit(small_config(exp_name=f"x{accum}", grad_accum=accum, clip_grad=0.5))
-        losses.append([row["loss"] for row in read_rows(tmp_path / "runs" / f"x{accum}" / "steps.jsonl")])
+        losses.append([row["loss"] for row in read_jsonl(tmp_path / "runs" / f"x{accum}" / "steps.jsonl")])
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -280,8 +280,8 @@ def test_a_loss_that_is_no_number_names_the_step(small_config: SmallConfig) -> N
         fit(small_config(optimizer="sgd", lr=1e9, schedule="constant", warmup=0))
     message = str(caught.value)
     step = int(re.findall(r"at step (\d+) \(epoch 1, learning rate 1e\+09\)", message)[0])
-    job = setup(small_config(), "never", overwrite=False)
-    samples = job.train_loader.sample_order(0)[step - 1].flatten().tolist()
+    session = setup(small_config(), "never", overwrite=False)
+    samples = session.train_loader.sample_order(0)[step - 1].flatten().tolist()
     assert message.endswith(f"of that batch, by index: {' '.join(map(str, samples))}")
     assert "there is no checkpoint yet" in message
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit_kernels
 from fastvit_kernels import triton_fused, triton_packed
-from fastvit_train.runs.run_folder import read_rows
+from fastvit_train.runs.run_folder import read_jsonl
 from tests.kernels.accuracy import assert_accurate
 from tests.kernels.attention_cases import cast, chain, draw, passes
 from tests.support import launch, write_folder
@@ -156,7 +156,7 @@ def test_two_processes_train_as_one_does_with_fused(tmp_path: Path) -> None:
     for name, processes in (("triton", 2), ("fused", 1)):
         done = launch(*flags, "--attention", name, "--exp-name", name, processes=processes, TRITON_INTERPRET="1")
         assert done.returncode == 0, done.stdout + done.stderr
-        losses[name] = [row["loss"] for row in read_rows(tmp_path / "runs" / name / "steps.jsonl")]
+        losses[name] = [row["loss"] for row in read_jsonl(tmp_path / "runs" / name / "steps.jsonl")]
     assert losses["triton"] == pytest.approx(losses["fused"], abs=1e-5)
 
 

@@ -36,41 +36,41 @@ def small(config: Config, **settings: object) -> TrainConfig:
     return config(**{"optimizer": "adamw", "patch_size": None, "embed_dim": 32, **settings})
 
 
-def trainable(job: TrainSession) -> int:
-    return sum(p.numel() for p in job.bare_model.parameters() if p.requires_grad)
+def trainable(session: TrainSession) -> int:
+    return sum(p.numel() for p in session.bare_model.parameters() if p.requires_grad)
 
 
 @pytest.mark.parametrize("model", OUR_MODELS)
 def test_ddp_sums_every_gradient_once(small_config: Config, model: str) -> None:
-    with short_run(small(small_config, model=model), steps=1) as job:
+    with short_run(small(small_config, model=model), steps=1) as session:
         for processes in (2, 1024):
-            share = collectives.ddp(job, processes)
-            assert share.collectives == (Collective("all-reduce", 4 * trainable(job)),)
-            assert share.gradients == 4 * trainable(job) and share.gathered == 0
+            share = collectives.ddp(session, processes)
+            assert share.collectives == (Collective("all-reduce", 4 * trainable(session)),)
+            assert share.gradients == 4 * trainable(session) and share.gathered == 0
 
 
 def test_gradients_of_several_buckets_and_micro_batches_are_summed_once(small_config: Config) -> None:
-    with short_run(small(small_config, embed_dim=512, depth=3, grad_accum=2), steps=1) as job:
-        found = collectives.ddp(job, 4).collectives
+    with short_run(small(small_config, embed_dim=512, depth=3, grad_accum=2), steps=1) as session:
+        found = collectives.ddp(session, 4).collectives
         assert len(found) > 1 and {collective.kind for collective in found} == {"all-reduce"}
-        assert sum(collective.size for collective in found) == 4 * trainable(job)
+        assert sum(collective.size for collective in found) == 4 * trainable(session)
 
 
 def test_batch_norms_buffers_are_broadcast_and_no_others(small_config: Config) -> None:
     sizes = dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads"))
     config = small_config(model="resnet10t", image_size=32, attention="timm", optimizer="adamw", **sizes)
-    with short_run(config, steps=1) as job:
-        share = collectives.ddp(job, 4)
+    with short_run(config, steps=1) as session:
+        share = collectives.ddp(session, 4)
         sent = sum(collective.size for collective in share.collectives if collective.kind == "broadcast")
-        assert sent == sum(buffer.nbytes for buffer in job.bare_model.buffers()) > 0
+        assert sent == sum(buffer.nbytes for buffer in session.bare_model.buffers()) > 0
 
 
 def test_a_shard_is_one_processs_part_but_for_padding(small_config: Config) -> None:
-    with short_run(small(small_config), steps=1) as job:
-        whole = collectives.alone(job)
-        parameters = list(job.bare_model.parameters())
+    with short_run(small(small_config), steps=1) as session:
+        whole = collectives.alone(session)
+        parameters = list(session.bare_model.parameters())
         for processes in (2, 3, 8, 1024):
-            share = collectives.fsdp2(job, processes)
+            share = collectives.fsdp2(session, processes)
             rows = [-(-len(p) // processes) for p in parameters]  # cut along the first dimension, filled up
             padded = sum(4 * count * p[0].numel() for count, p in zip(rows, parameters, strict=True))
             assert share.weights == share.gradients == padded
@@ -87,24 +87,24 @@ def test_a_shard_is_one_processs_part_but_for_padding(small_config: Config) -> N
 def test_bf16_gathers_half_and_clipping_exchanges_the_norm(
     small_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with short_run(small(small_config), steps=1) as job:
-        plain = collectives.fsdp2(job, 4)
-        settings = replace(job.config.settings, optim=replace(job.config.optim, clip_grad=1.0))
-        clipped = replace(job, config=replace(job.config, settings=settings))
+    with short_run(small(small_config), steps=1) as session:
+        plain = collectives.fsdp2(session, 4)
+        settings = replace(session.config.settings, optim=replace(session.config.optim, clip_grad=1.0))
+        clipped = replace(session, config=replace(session.config, settings=settings))
         more = [c for c in collectives.fsdp2(clipped, 4).collectives if c.kind == "all-reduce"]
-        assert more == [Collective("all-reduce", 4 * len(list(job.bare_model.parameters())))]  # a norm of each
-        monkeypatch.setattr(job.accelerator.state, "_mixed_precision", "bf16")
-        half = collectives.fsdp2(job, 4)
+        assert more == [Collective("all-reduce", 4 * len(list(session.bare_model.parameters())))]  # a norm of each
+        monkeypatch.setattr(session.accelerator.state, "_mixed_precision", "bf16")
+        half = collectives.fsdp2(session, 4)
         assert half.gathered == plain.gathered / 2 and half.weights == plain.weights
 
 
 def test_one_process_holds_what_a_training_allocates(small_config: Config) -> None:
     config = small(small_config, drop_path_rate=0.1)
-    with short_run(config, steps=1) as job:
-        step = scaling.measure(job, job.batch_size, steps=1)
-        share = collectives.alone(job)
-        model, optimizer = job.bare_model, job.optimizer.optimizer
-        images, labels = next(job.train_loader.micro_batches(0))
+    with short_run(config, steps=1) as session:
+        step = scaling.measure(session, session.batch_size, steps=1)
+        share = collectives.alone(session)
+        model, optimizer = session.bare_model, session.optimizer.optimizer
+        images, labels = next(session.train_loader.micro_batches(0))
         torch.nn.functional.cross_entropy(model(images), labels).backward()
         assert share.weights == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
         assert share.gradients == sum(p.grad.nbytes for p in model.parameters())
@@ -112,7 +112,7 @@ def test_one_process_holds_what_a_training_allocates(small_config: Config) -> No
         assert share.collectives == () and share.gathered == 0
         assert step.spread[0] <= step.seconds <= step.spread[1]
         assert step.activations > 240 * 64 * 32 * 4  # at the least a block's input
-        assert scaling.measure(job, 120, steps=1).activations == pytest.approx(step.activations / 2, abs=1024)
+        assert scaling.measure(session, 120, steps=1).activations == pytest.approx(step.activations / 2, abs=1024)
         held = (share.weights + share.gradients + share.optimizer + step.activations) / 2**20
         assert row(ALONE, 1, share, step, PlanOptions()).memory_mib == pytest.approx(held)
 

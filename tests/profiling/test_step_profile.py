@@ -26,7 +26,7 @@ Config = Callable[..., TrainConfig]
 def few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 alone is tried: the other candidates compile."""
     bf16 = [("bf16", "how", Variant(precision="bf16"))]
-    monkeypatch.setattr(speedups, "_variants", lambda job: bf16)
+    monkeypatch.setattr(speedups, "_variants", lambda session: bf16)
 
 
 def profiled(config: TrainConfig, tmp_path: Path, steps: int = 3) -> Profile:
@@ -78,11 +78,11 @@ def test_a_slow_optimizer_shows_in_its_part(
 
 def test_flops_are_those_of_the_definition(small_config: Config) -> None:
     settings = {"embed_dim": 48, "depth": 4, "num_heads": 4, "patch_size": 4, "attention": "naive"}
-    job = setup(small_config(**settings), "never", overwrite=False)
+    session = setup(small_config(**settings), "never", overwrite=False)
     tokens, dim = 64, 48
     block = 2 * tokens * dim * (3 * dim + dim + 8 * dim) + 4 * tokens**2 * dim
     patches, pool_and_head = 2 * tokens * 48 * dim, 2 * tokens * dim + 2 * tokens * dim + 2 * dim * 10
-    assert flops_per_image(job) == 3 * (4 * block + pool_and_head) + 2 * patches  # no gradient for the images
+    assert flops_per_image(session) == 3 * (4 * block + pool_and_head) + 2 * patches  # no gradient for the images
 
 
 def test_the_verdict_goes_by_what_was_measured() -> None:
@@ -146,13 +146,13 @@ def test_a_candidate_that_fails_is_told_and_the_rest_measured(
 ) -> None:
     step_of = speedups.step_of
 
-    def out_of_memory(job, variant):
+    def out_of_memory(session, variant):
         if variant.batch_factor > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
-        return step_of(job, variant)
+        return step_of(session, variant)
 
     tried = [("bf16", "how", Variant(precision="bf16")), ("--batch-size 480", "how", Variant(batch_factor=2))]
-    monkeypatch.setattr(speedups, "_variants", lambda job: tried)
+    monkeypatch.setattr(speedups, "_variants", lambda session: tried)
     monkeypatch.setattr(speedups, "step_of", out_of_memory)
     found = {candidate.what: candidate for candidate in profiled(small_config(), tmp_path, steps=2).candidates}
     assert found["bf16"].gain > 0

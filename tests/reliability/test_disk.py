@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fastvit_train.runs import checkpoint
-from fastvit_train.runs.run_folder import read_rows
+from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.utils import atomic_io
 from tests.reliability.victims import Victim, differences, outcome, undisturbed
 
@@ -60,7 +60,9 @@ def test_a_disk_that_fills_up(how: str, disk: Path, tmp_path: Path, seed: int, c
     assert words.count("fastvit_train: error:") == (status == [2])
     newest = checkpoint.newest(second.folder / "checkpoints")
     assert newest is not None and before is not None and int(newest.name[5:]) >= int(before.name[5:])
-    assert atomic_io.damage(newest) is None and (second.folder / "checkpoints" / "last").resolve() == newest.resolve()
+    assert (
+        atomic_io.find_damage(newest) is None and (second.folder / "checkpoints" / "last").resolve() == newest.resolve()
+    )
     if how == "stop":
         assert re.search(r"(no checkpoint could be written|takes no metrics).* at step \d+; the last good", words)
         assert f"checkpoint is {newest}; make room and go on with --resume auto" in words
@@ -83,7 +85,7 @@ def test_a_folder_that_can_only_be_read(disk: Path, tmp_path: Path) -> None:
         words = said(refused)
         assert words.count("fastvit_train: error: can't write") == 1 and "choose another --runs-dir" in words
         assert "Traceback" not in words
-    assert atomic_io.damage(finished.folder / "checkpoints" / "last") is None
+    assert atomic_io.find_damage(finished.folder / "checkpoints" / "last") is None
     assert sorted(path.name for path in disk.iterdir()) == ["run"]
 
 
@@ -130,7 +132,7 @@ def test_where_none_is_whole_nothing_is_touched(tmp_path: Path) -> None:
 def test_the_newest_and_the_best_are_kept(keep: int, tmp_path: Path) -> None:
     victim = Victim(tmp_path, "run", "--keep", keep)
     assert victim.wait() == [0]
-    rows = read_rows(victim.folder / "metrics.jsonl")
+    rows = read_jsonl(victim.folder / "metrics.jsonl")
     best = max(rows, key=lambda row: row["test_accuracy"])["step"]  # the first of equals
     kept = {int(path.name[5:]) for path in (victim.folder / "checkpoints").glob("step_*")}
     assert kept == {*(33, 30, 27)[:keep], best}
@@ -146,6 +148,6 @@ def test_the_best_that_could_be_written_stays(tmp_path: Path) -> None:
     spoil(checkpoints / "step_22" / "model.safetensors", "missing")
     resumed = Victim(tmp_path, "run", "--resume", "must", "--stop-after", 2, "--keep", 1)
     assert resumed.wait() == [0], said(resumed)
-    assert atomic_io.damage(checkpoints / "best") is None
-    rows = read_rows(victim.folder / "metrics.jsonl")
+    assert atomic_io.find_damage(checkpoints / "best") is None
+    rows = read_jsonl(victim.folder / "metrics.jsonl")
     assert (checkpoints / "best").resolve().name == f"step_{max(rows, key=lambda row: row['test_accuracy'])['step']}"

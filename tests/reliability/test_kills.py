@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastvit_train.runs.run_folder import read_rows
+from fastvit_train.runs.run_folder import read_jsonl
 from tests.reliability.victims import (
     DieAt,
     Victim,
@@ -84,6 +84,6 @@ def test_a_run_goes_on_with_other_processes(tmp_path: Path) -> None:
     assert two.wait()[1] == KILLED and two.has("world size 2")
     one = Victim(tmp_path, "parts", *same, "--resume", "must")
     assert one.wait() == [0], one.log.read_text()
-    expected, found = ([row["loss"] for row in read_rows(v.folder / "steps.jsonl")] for v in (whole, one))
+    expected, found = ([row["loss"] for row in read_jsonl(v.folder / "steps.jsonl")] for v in (whole, one))
     assert len(expected) == 33 and found == pytest.approx(expected, abs=1e-5)
-    assert [row["epoch"] for row in read_rows(one.folder / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["epoch"] for row in read_jsonl(one.folder / "metrics.jsonl")] == [1, 2, 3]

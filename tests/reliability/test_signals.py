@@ -23,7 +23,7 @@ Count = Callable[..., None]
 
 def check_checkpoint_left(folder: Path, log: Path) -> Path:
     newest = checkpoint.newest(folder / "checkpoints")
-    assert newest is not None and atomic_io.damage(newest) is None
+    assert newest is not None and atomic_io.find_damage(newest) is None
     assert f"the last good checkpoint is {newest}" in log.read_text()
     return newest
 

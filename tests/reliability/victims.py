@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastvit_train.runs import checkpoint
-from fastvit_train.runs.run_folder import read_rows
+from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.utils import atomic_io
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -171,9 +171,9 @@ def forget_the_samplers_position() -> None:
 def outcome(folder: Path) -> dict[str, Any]:
     """All of a finished run that must not depend on its having been stopped, to be compared with ==."""
     last = folder / "checkpoints" / "last"
-    assert atomic_io.damage(last) is None
+    assert atomic_io.find_damage(last) is None
     progress = json.loads((last / "progress.json").read_text())["progress"]
-    rows = [{k: v for k, v in row.items() if k not in CLOCK} for row in read_rows(folder / "metrics.jsonl")]
+    rows = [{k: v for k, v in row.items() if k not in CLOCK} for row in read_jsonl(folder / "metrics.jsonl")]
     return {
         "weights": _bytes(load_file(folder / "model.safetensors")),
         "model": _bytes(load_file(last / "model.safetensors")),

@@ -9,7 +9,7 @@ import yaml
 import fastvit_kernels
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.inference.evaluate import evaluate_run
-from fastvit_train.runs.run_folder import read_rows
+from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.loop import fit
 from fastvit_train.utils.errors import UserError
 from tests.support import one_line_error, run
@@ -18,7 +18,7 @@ Config = Callable[..., TrainConfig]
 
 
 def losses(tmp_path: Path, name: str = "run") -> list[float]:
-    return [row["loss"] for row in read_rows(tmp_path / "runs" / name / "steps.jsonl")]
+    return [row["loss"] for row in read_jsonl(tmp_path / "runs" / name / "steps.jsonl")]
 
 
 def recorded(tmp_path: Path) -> str:

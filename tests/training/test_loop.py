@@ -42,9 +42,9 @@ class HostReads(TorchDispatchMode):
         self.steps += name == "forward"
 
 
-def reads(job: TrainSession) -> HostReads:
+def reads(session: TrainSession) -> HostReads:
     with HostReads() as found:
-        train_epoch(job, ProgressBar(job.log.console, 1, 1, 1), found.phase)
+        train_epoch(session, ProgressBar(session.log.console, 1, 1, 1), found.phase)
     return found
 
 
@@ -74,10 +74,10 @@ def test_a_loss_that_is_read_in_the_loop_is_seen(small_config: Config, monkeypat
 @pytest.mark.gpu
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
 def test_on_a_gpu_torch_sees_no_synchronisation_either(small_config: Config, compile: bool) -> None:
-    job = setup(small_config(compile=compile, attention="triton"), "never", overwrite=False)
-    bar = ProgressBar(job.log.console, 1, 1, 1)
-    train_epoch(job, bar)
-    job.progress.close_epoch()
+    session = setup(small_config(compile=compile, attention="triton"), "never", overwrite=False)
+    bar = ProgressBar(session.log.console, 1, 1, 1)
+    train_epoch(session, bar)
+    session.state.close_epoch()
     modes = {"waiting": "default"}
 
     @contextmanager
@@ -91,4 +91,4 @@ def test_on_a_gpu_torch_sees_no_synchronisation_either(small_config: Config, com
     def after_the_first(name: str):
         return phase("waiting" if next(first, False) else name)  # the epoch's draws are moved in its first input
 
-    train_epoch(job, bar, after_the_first)
+    train_epoch(session, bar, after_the_first)

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.inference.evaluate import evaluate_run
-from fastvit_train.runs.run_folder import read_rows
+from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training import preemption
 from fastvit_train.training.loop import fit, train_epoch
-from fastvit_train.training.preemption import INTERVAL, Stop, StopRequest, Watch
+from fastvit_train.training.preemption import INTERVAL, StatusExchange, StopSignalHandler, StopTraining
 from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import setup
@@ -36,9 +36,9 @@ class Clock:
         monkeypatch.setattr(preemption.time, "perf_counter", lambda: self.now)
 
 
-def watch(processes: int = 1, request: StopRequest | None = None) -> Watch:
+def status_exchange(processes: int = 1, request: StopSignalHandler | None = None) -> StatusExchange:
     accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=processes)
-    return Watch(accelerator, request or StopRequest())  # type: ignore[arg-type]
+    return StatusExchange(accelerator, request or StopSignalHandler())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("step", [0.0005, 0.01, 0.1, 3.0])
@@ -46,11 +46,11 @@ def test_the_exchanges_are_a_quarter_of_a_second_apart_whatever_a_step_takes(
     step: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, at = Clock(monkeypatch), []
-    two = watch(processes=2)
+    two = status_exchange(processes=2)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda news, operation: at.append(clock.now))
     for _ in range(round(20 / step)):
         clock.now += step
-        assert two.tick()
+        assert two.after_batch()
     gaps = [after - before for before, after in pairwise(at)]
     assert max(gaps) <= max(INTERVAL, step) + 1e-9
     settled = gaps[len(gaps) // 2 :]
@@ -58,24 +58,24 @@ def test_the_exchanges_are_a_quarter_of_a_second_apart_whatever_a_step_takes(
 
 
 def test_a_process_alone_stops_after_the_step_and_others_agree_on_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    request = StopRequest()
-    alone = watch(request=request)
-    assert alone.tick()
+    request = StopSignalHandler()
+    alone = status_exchange(request=request)
+    assert alone.after_batch()
     request.received = signal.SIGUSR1
-    with pytest.raises(Stop, match="SIGUSR1"):
-        alone.tick()
+    with pytest.raises(StopTraining, match="SIGUSR1"):
+        alone.after_batch()
 
     def another_was_told(news: torch.Tensor, operation: object) -> None:
         news[0] = max(int(news[0]), signal.SIGTERM)
 
     monkeypatch.setattr(torch.distributed, "all_reduce", another_was_told)
-    with pytest.raises(Stop, match="SIGTERM"):
-        watch(processes=2).tick()
+    with pytest.raises(StopTraining, match="SIGTERM"):
+        status_exchange(processes=2).after_batch()
 
 
 def test_signals_are_taken_while_a_run_lasts_and_given_back() -> None:
     before = signal.getsignal(signal.SIGUSR1)
-    with StopRequest() as request:
+    with StopSignalHandler() as request:
         signal.raise_signal(signal.SIGUSR1)
         assert request.received == signal.SIGUSR1
     assert signal.getsignal(signal.SIGUSR1) == before
@@ -93,7 +93,7 @@ def test_a_loss_that_is_no_number_ends_the_epoch_early(
     small_config: SmallConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The steps go on until the next exchange, not to the epoch's end; no checkpoint is written of it."""
-    job = setup(small_config(batch_size=10, save_every=50), "never", overwrite=False)
+    session = setup(small_config(batch_size=10, save_every=50), "never", overwrite=False)
     cross_entropy, calls = torch.nn.functional.cross_entropy, 0
 
     def spoilt(*args: torch.Tensor, **kwargs: float) -> torch.Tensor:
@@ -104,11 +104,11 @@ def test_a_loss_that_is_no_number_ends_the_epoch_early(
 
     monkeypatch.setattr(F, "cross_entropy", spoilt)
     with pytest.raises(UserError, match=r"became inf at step 20 \(epoch 1, learning rate 0\.\d+\)") as caught:
-        train_epoch(job, ProgressBar(job.log.console, 1, 1, 1))
-    assert calls < 20 + 2 * INTERVAL / 0.01 + 5 < job.train_loader.steps_per_epoch
+        train_epoch(session, ProgressBar(session.log.console, 1, 1, 1))
+    assert calls < 20 + 2 * INTERVAL / 0.01 + 5 < session.train_loader.steps_per_epoch
     named = [int(word) for word in str(caught.value).rpartition(": ")[2].split()]
-    assert named == job.train_loader.sample_order(0)[19].flatten().tolist()
-    assert not list(job.folder.checkpoints.glob("step_*"))
+    assert named == session.train_loader.sample_order(0)[19].flatten().tolist()
+    assert not list(session.folder.checkpoints.glob("step_*"))
 
 
 def test_weights_that_are_no_numbers_are_not_saved(
@@ -157,4 +157,4 @@ def test_steps_that_the_scaler_skips_are_counted_and_shown(
     assert summary["skipped_steps"] == 1
     summary = fit(small_config(), resume="must")
     assert summary["skipped_steps"] == 2 and "2 steps skipped by fp16's scaler so far" in capsys.readouterr().out
-    assert [row["skipped_steps"] for row in read_rows(tmp_path / "runs" / "run" / "metrics.jsonl")] == [1, 2, 2]
+    assert [row["skipped_steps"] for row in read_jsonl(tmp_path / "runs" / "run" / "metrics.jsonl")] == [1, 2, 2]

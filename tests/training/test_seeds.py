@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.runs.run_folder import read_rows
+from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.loop import fit
 from fastvit_train.training.seeds import fit_seeds
 from fastvit_train.utils.errors import UserError
@@ -37,12 +37,12 @@ def test_the_clock_stops_at_the_first_evaluation_that_reaches_the_target(
     small_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     fit(small_config(exp_name="free", epochs=4))
-    rows = read_rows(tmp_path / "runs" / "free" / "metrics.jsonl")
+    rows = read_jsonl(tmp_path / "runs" / "free" / "metrics.jsonl")
     target = max(row["test_accuracy"] for row in rows)
     first = next(row["epoch"] for row in rows if row["test_accuracy"] >= target)
     assert first > 1, "nothing was learned after the first epoch"
     summary = fit(small_config(exp_name="timed", epochs=4, target_accuracy=target))
-    rows = read_rows(tmp_path / "runs" / "timed" / "metrics.jsonl")
+    rows = read_jsonl(tmp_path / "runs" / "timed" / "metrics.jsonl")
     assert summary["epochs_to_target"] == first and summary["epochs"] == 4
     clock = sum(row["seconds"] + row["eval_seconds"] for row in rows[:first])
     assert summary["seconds_to_target"] == pytest.approx(clock)

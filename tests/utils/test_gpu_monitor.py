@@ -12,7 +12,7 @@ import torch
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed import sync
-from fastvit_train.runs.run_folder import read_rows
+from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.runs.train_state import TrainState
 from fastvit_train.training import setup
 from fastvit_train.training.loop import fit
@@ -174,14 +174,14 @@ def test_processes_that_share_a_gpu_count_it_once(monkeypatch: pytest.MonkeyPatc
 
 
 def test_an_epoch_without_energy_leaves_the_run_without() -> None:
-    progress = TrainState()
-    progress.spend(Usage(1.0, 10.0, 0.5))
-    progress.close_epoch()
-    assert (progress.energy_joules, progress.busy_seconds) == (10.0, 0.5)
-    progress.spend(Usage(1.0, unmeasured="lost"))
-    progress.spend(Usage(1.0, 10.0, 0.5))
-    progress.close_epoch()
-    assert progress.energy_joules is None and progress.energy_unmeasured == "lost" and progress.train_seconds == 3.0
+    state = TrainState()
+    state.spend(Usage(1.0, 10.0, 0.5))
+    state.close_epoch()
+    assert (state.energy_joules, state.busy_seconds) == (10.0, 0.5)
+    state.spend(Usage(1.0, unmeasured="lost"))
+    state.spend(Usage(1.0, 10.0, 0.5))
+    state.close_epoch()
+    assert state.energy_joules is None and state.energy_unmeasured == "lost" and state.train_seconds == 3.0
 
 
 def use_gpu_meter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +194,7 @@ def test_a_run_reports_what_its_gpu_took(
     use_gpu_meter(monkeypatch)
     fit(small_config(epochs=2, save_every=2, stop_after=1))
     summary = fit(small_config(epochs=2, save_every=2), resume="must")
-    rows = read_rows(tmp_path / "runs" / "run" / "metrics.jsonl")
+    rows = read_jsonl(tmp_path / "runs" / "run" / "metrics.jsonl")
     assert summary["energy_joules"] == pytest.approx(sum(row["energy_joules"] for row in rows))
     assert summary["energy_joules"] == pytest.approx(300 * summary["train_seconds"], rel=0.2)
     assert summary["gpu_utilization"] == pytest.approx(0.8) and summary["energy_unmeasured"] is None

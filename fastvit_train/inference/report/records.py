@@ -11,7 +11,7 @@ from fastvit_train.config.schema import TrainConfig
 from fastvit_train.inference.evaluate import EvaluatedRun, evaluate_run
 from fastvit_train.inference.trained_model import FOLDER, TrainedModel, load_run
 from fastvit_train.runs.comparison import read_summary
-from fastvit_train.runs.run_folder import RunFolder, read_rows
+from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.utils.errors import UserError, printable
 
 Made = TypeVar("Made")
@@ -66,7 +66,7 @@ def _read_record(run: str, data_dir: str | None) -> Record:
     settings, no_settings = attempt(lambda: {**to_plain(TrainConfig()), **folder.read_config()})
     epochs: list[dict[str, Any]] = []
     with suppress(OSError):  # then there are no curves
-        epochs = read_rows(folder.metrics)
+        epochs = read_jsonl(folder.metrics)
     loaded, not_evaluated = attempt(lambda: load_run(run, device="cpu"))
     evaluated = None
     if loaded is not None:
