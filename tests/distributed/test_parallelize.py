@@ -33,7 +33,7 @@ def train_in_several(file: str, processes: int, *runs: dict[str, Any], precision
     """Train `runs` one after the other in one launch with a file of ours; returns how many buckets each summed."""
     flags = ["--config_file", str(CONFIGS / file), "--num_processes", str(processes), "--mixed_precision", precision]
     listed = json.dumps([{**TINY, **AUGMENTED, **settings} for settings in runs])
-    script = str(ROOT / "tests" / "many_runs.py")
+    script = str(Path(__file__).with_name("many_runs.py"))
     paths = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     done = run([*ACCELERATE, "launch", *flags, "--main_process_port", "0", script, listed], PYTHONPATH=paths, **ON_CPUS)
     assert done.returncode == 0, done.stdout + done.stderr

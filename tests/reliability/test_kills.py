@@ -67,7 +67,7 @@ def test_a_run_killed_at_random_ends_as_one_that_was_not(
 
 
 def test_without_the_samplers_position_the_kills_are_seen(tmp_path: Path) -> None:
-    die = DieAt("train._train_step", 16, trick=forget_the_samplers_position)  # step 15's checkpoint: inside epoch 2
+    die = DieAt("training.loop._train_step", 16, trick=forget_the_samplers_position)  # step 15's checkpoint: inside epoch 2
     assert Victim(tmp_path, "faulty", trick=die).wait() == [KILLED]
     victim = Victim(tmp_path, "faulty", "--resume", "must")
     assert victim.wait() != [0] or differences(outcome(victim.folder), undisturbed(1))
@@ -78,8 +78,8 @@ def test_a_run_goes_on_with_other_processes(tmp_path: Path) -> None:
     same = ("--drop-rate", "0", "--ema", "0.99")
     whole = Victim(tmp_path, "whole", *same)
     assert whole.wait() == [0], whole.log.read_text()
-    assert Victim(tmp_path, "parts", *same, trick=DieAt("train._train_step", 8)).wait() == [KILLED]
-    die = DieAt("train._train_step", 12, rank=1)
+    assert Victim(tmp_path, "parts", *same, trick=DieAt("training.loop._train_step", 8)).wait() == [KILLED]
+    die = DieAt("training.loop._train_step", 12, rank=1)
     two = Victim(tmp_path, "parts", *same, "--resume", "must", processes=2, trick=die)
     assert two.wait()[1] == KILLED and two.has("world size 2")
     one = Victim(tmp_path, "parts", *same, "--resume", "must")

@@ -75,7 +75,7 @@ def test_a_run_told_to_stop_goes_on_as_if_it_had_not_been(
         stop_and_resume(tmp_path, stream, processes, stops, count)
 
 
-@pytest.mark.parametrize("where", ["setup.build_model", "train.evaluate", "storage.seal"])
+@pytest.mark.parametrize("where", ["training.setup.build_model", "training.loop.evaluate_model", "utils.atomic_io.write_checksums"])
 def test_setting_up_evaluating_and_saving_are_no_bad_moments(where: str, tmp_path: Path) -> None:
     victim = Victim(tmp_path, "run", trick=DieAt(where, 1, signal.SIGTERM))
     check_stopped(victim, victim.wait())
@@ -83,7 +83,7 @@ def test_setting_up_evaluating_and_saving_are_no_bad_moments(where: str, tmp_pat
 
 @pytest.mark.slow
 def test_while_it_compiles(tmp_path: Path) -> None:
-    victim = Victim(tmp_path, "run", "--compile", trick=DieAt("setup.warm_up", 1, signal.SIGTERM))
+    victim = Victim(tmp_path, "run", "--compile", trick=DieAt("training.setup.warm_up", 1, signal.SIGTERM))
     check_stopped(victim, victim.wait())
     assert (victim.folder / "checkpoints" / "step_0").is_dir()
 
@@ -98,7 +98,7 @@ def test_from_the_signal_to_the_end_it_takes_seconds(tmp_path: Path) -> None:
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
-    victim = Victim(tmp_path, "run", trick=DieAt("train._settle", 1, signal.SIGTERM, trick=hang_when_saving))
+    victim = Victim(tmp_path, "run", trick=DieAt("training.loop._settle", 1, signal.SIGTERM, trick=hang_when_saving))
     victim.wait_for("hanging")
     victim.signal(signal.SIGTERM)
     assert victim.wait(seconds=3) == [128 + signal.SIGTERM]

@@ -217,15 +217,15 @@ def random_trick(stream: random.Random, number: int, rank: int = 0) -> DieAt:
     """A random place to be signalled at: a step, an evaluation's batch, a checkpoint's parts, the log's lines."""
     where, most = stream.choice(
         [
-            ("train._train_step", 33),
-            ("train._train_step", 33),
-            ("train.evaluate", 3),
-            ("storage.seal", 12),
-            ("storage.put_folder", 12),
-            ("storage.point", 12),
-            ("storage.append", 6),
-            ("recording.record_epoch", 3),
-            ("checkpoint._prune", 12),
+            ("training.loop._train_step", 33),
+            ("training.loop._train_step", 33),
+            ("training.loop.evaluate_model", 3),
+            ("utils.atomic_io.write_checksums", 12),
+            ("utils.atomic_io.publish_folder", 12),
+            ("utils.atomic_io.link", 12),
+            ("utils.atomic_io.append", 6),
+            ("training.metrics.record_epoch", 3),
+            ("runs.checkpoint._prune", 12),
         ]
     )
     return DieAt(where, stream.randint(1, most), number, rank)

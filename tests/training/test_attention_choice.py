@@ -1,5 +1,6 @@
 """The attention of a run: by flag, by measurement, kept on resume, in our models and in timm's."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def test_a_model_that_it_cant_serve_keeps_its_own(small_config: Config) -> None:
 
 def test_what_cant_run_here_is_one_line(tmp_path: Path) -> None:
     flags = ["--attention", "triton", "--runs-dir", str(tmp_path)]
-    done = run(["python", "-m", "fastvit_train", *flags], CUDA_VISIBLE_DEVICES="")
+    done = run([sys.executable, "-m", "fastvit_train", *flags], CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert one_line_error(done.stderr).startswith(
         "attention implementation 'triton' needs a GPU; with TRITON_INTERPRET"
