@@ -67,7 +67,8 @@ def test_a_run_killed_at_random_ends_as_one_that_was_not(
 
 
 def test_without_the_samplers_position_the_kills_are_seen(tmp_path: Path) -> None:
-    die = DieAt("training.loop._train_step", 16, trick=forget_the_samplers_position)  # step 15's checkpoint: inside epoch 2
+    # Step 15 has the last checkpoint before it, which lies inside epoch 2.
+    die = DieAt("training.loop._train_step", 16, trick=forget_the_samplers_position)
     assert Victim(tmp_path, "faulty", trick=die).wait() == [KILLED]
     victim = Victim(tmp_path, "faulty", "--resume", "must")
     assert victim.wait() != [0] or differences(outcome(victim.folder), undisturbed(1))

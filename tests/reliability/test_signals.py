@@ -75,7 +75,9 @@ def test_a_run_told_to_stop_goes_on_as_if_it_had_not_been(
         stop_and_resume(tmp_path, stream, processes, stops, count)
 
 
-@pytest.mark.parametrize("where", ["training.setup.build_model", "training.loop.evaluate_model", "utils.atomic_io.write_checksums"])
+@pytest.mark.parametrize(
+    "where", ["training.setup.build_model", "training.loop.evaluate_model", "utils.atomic_io.write_checksums"]
+)
 def test_setting_up_evaluating_and_saving_are_no_bad_moments(where: str, tmp_path: Path) -> None:
     victim = Victim(tmp_path, "run", trick=DieAt(where, 1, signal.SIGTERM))
     check_stopped(victim, victim.wait())
