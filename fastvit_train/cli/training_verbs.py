@@ -9,7 +9,7 @@ from fastvit_train.distributed.accelerator import leave_process_group
 from fastvit_train.profiling import catalog
 from fastvit_train.profiling.estimate import dry_run
 from fastvit_train.profiling.scaling import plan_run
-from fastvit_train.profiling.scaling_rows import PlanOptions
+from fastvit_train.profiling.scaling_options import PlanOptions
 from fastvit_train.profiling.step_profile import profile_run
 from fastvit_train.training.loop import fit
 from fastvit_train.training.seeds import fit_seeds

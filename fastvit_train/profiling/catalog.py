@@ -1,4 +1,4 @@
-"""What there is to choose from: the models, and the recipes."""
+"""`models` and `recipes`: tables of what a training can choose from."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -31,25 +31,26 @@ CLASSES = 10
 BATCH_SIZES = {"cpu": 8}
 GPU_BATCH_SIZE = 256
 WARM_UP_ROUNDS, ROUNDS = 2, 3
-MOST_MEASURED = 12
-"""models at a time, so that it takes seconds"""
+MAX_MEASURED = 12
+"""models that are measured at a time, so that it takes seconds"""
 UNKNOWN = "-"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A model by name, for one image of its own size and 10 classes."""
+class ModelEntry:
+    """A model with 10 classes, and the cost of one image of the model's native size."""
 
     name: str
-    what: str
+    description: str
     parameters: int
     tokens: int | None
+    """None for a model without tokens"""
     flops: float | None
-    """of a forward pass; None where it can't be counted"""
+    """of a forward pass; None if they can't be counted"""
 
 
 @dataclass(frozen=True)
-class Speed:
+class Throughput:
     """Images per second on this machine."""
 
     training: float
@@ -57,45 +58,52 @@ class Speed:
 
 
 def show_models(pattern: str | None, measure: bool) -> None:
-    """Print the table of our models, or of all whose names fit `pattern`, a shell's with `*` and `?`.
+    """Print a table of our models, or of all models whose names match `pattern`.
+
+    Args:
+        pattern: of names, with the wildcards `*` and `?`; None for our models.
+        measure: whether to measure the throughput of training and inference on this machine.
 
     Raises:
-        UserError: where no name fits, or too many to be measured.
+        UserError: if no name matches, or if more match than can be measured at a time.
     """
-    names = _names(pattern)
-    if measure and len(names) > MOST_MEASURED:
+    names = _match_names(pattern)
+    if measure and len(names) > MAX_MEASURED:
         raise UserError(
-            f"--pattern {pattern} fits {len(names)} models, and up to {MOST_MEASURED} are measured at a time; "
-            "narrow it, or give --no-measure"
+            f"--pattern {pattern} matches {len(names)} models, and at most {MAX_MEASURED} are measured at a time; "
+            "give a narrower pattern, or --no-measure"
         )
-    entries, said = _entries(names)
-    said += ["MFLOPs: of an image's forward pass; matrix products and convolutions, a multiply and an add are 2"]
-    speeds: dict[str, Speed] = {}
+    entries, notes = _describe_all(names)
+    notes += [
+        "MFLOPs: of one image's forward pass; matrix products and convolutions only, a multiply and an add count as 2"
+    ]
+    throughputs: dict[str, Throughput] = {}
     if measure:
         env.use_all_cores()
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         batch_size = BATCH_SIZES.get(device.type, GPU_BATCH_SIZE)
-        speeds = measure_speeds([entry.name for entry in entries], batch_size, device)
-        said += [
-            "img/s: of a training step (AdamW) and of inference, without the input; measured in turn, medians; "
-            f"batch {batch_size}, fp32, attention fused (timm's own where it can't be had), not compiled; "
+        throughputs = measure_throughputs([entry.name for entry in entries], batch_size, device)
+        notes += [
+            "img/s: throughput of training steps (AdamW) and of inference, without the input; medians of interleaved "
+            f"rounds; batch {batch_size}, fp32, attention fused (timm's own if a model has no other), not compiled; "
             f"{accelerator.device_name(device)}"
         ]
-    _print(_models_table(entries, speeds), {entry.name: entry.what for entry in entries}, said)
+    descriptions = {entry.name: entry.description for entry in entries}
+    _print_catalog(_models_table(entries, throughputs), descriptions, notes)
 
 
-def _names(pattern: str | None) -> list[str]:
+def _match_names(pattern: str | None) -> list[str]:
     if pattern is None:
         return OUR_MODELS
     names = timm.list_models(pattern)
     if not names:
         hint = did_you_mean(pattern.strip("*?"), timm.list_models())
-        raise UserError(f"--pattern {pattern} fits no model{hint}; a * in it stands for anything, as in vit_tiny*")
+        raise UserError(f"--pattern {pattern} matches no model{hint}; a * matches any text, as in vit_tiny*")
     return names
 
 
-def _entries(names: Sequence[str]) -> tuple[list[Entry], list[str]]:
-    """What can be told of each, and of which of them nothing can."""
+def _describe_all(names: Sequence[str]) -> tuple[list[ModelEntry], list[str]]:
+    """Describe each model, and note those that can't be built."""
     entries, left_out = [], []
     for name in names:
         try:
@@ -105,123 +113,127 @@ def _entries(names: Sequence[str]) -> tuple[list[Entry], list[str]]:
     return entries, left_out
 
 
-def describe(name: str) -> Entry:
-    """What can be told of a model; UserError where it can't be built."""
-    parameters, passed, flops = _sizes(ModelConfig(name), native_image_size(name), CLASSES)
+def describe(name: str) -> ModelEntry:
+    """Describe a model; UserError if it can't be built."""
+    parameters, token_count, flops = _count_sizes(ModelConfig(name), native_image_size(name), CLASSES)
     doc = (inspect.getdoc(timm.model_entrypoint(name)) or "").partition("\n")[0]
-    what = doc.partition(";")[0].removesuffix(".")
-    return Entry(name, what, parameters, passed, flops)
+    description = doc.partition(";")[0].removesuffix(".")
+    return ModelEntry(name, description, parameters, token_count, flops)
 
 
-def _sizes(config: ModelConfig, size: int, classes: int) -> tuple[int, int | None, float | None]:
-    """Parameters, tokens and FLOPs of an image's forward pass, without taking memory for the weights.
+def _count_sizes(config: ModelConfig, size: int, classes: int) -> tuple[int, int | None, float | None]:
+    """Count the parameters, the tokens and the FLOPs of one image's forward pass, without allocating the weights.
 
     Args:
-        config: the model's.
-        size: side of its input, pixels.
-        classes: its outputs.
+        config: settings of the model.
+        size: height and width of the input, pixels.
+        classes: number of classes.
     """
     with torch.device("meta"):
         model = build_model(config, size, classes).eval()
-        with suppress(UserError):  # a model that keeps its own attention
+        with suppress(UserError):  # some of timm's models only have their own attention
             set_attention(model, "fused")
-        passed, flops = [], None
-        with suppress(Exception), torch.no_grad():  # some of timm's ask for values, and there are none
-            passed = stages(model, size)
+        parts, flops = [], None
+        with suppress(Exception), torch.no_grad():  # some of timm's models read values, which meta tensors don't have
+            parts = stages(model, size)
             flops = count_flops(lambda: model(torch.zeros(1, 3, size, size)))
-    return sum(p.numel() for p in model.parameters()), tokens(passed), flops
+    return sum(p.numel() for p in model.parameters()), tokens(parts), flops
 
 
-def measure_speeds(names: Sequence[str], batch_size: int, device: torch.device) -> dict[str, Speed]:
-    """Training steps and inference of each, all of them in turn."""
+def measure_throughputs(names: Sequence[str], batch_size: int, device: torch.device) -> dict[str, Throughput]:
+    """Measure training steps and inference of all models in interleaved rounds."""
     if device.type == "cpu":
         memory.retain_freed_memory()
-    runs = [run for name in names for run in _passes(name, batch_size, device)]
+    runs = [run for name in names for run in _build_passes(name, batch_size, device)]
     calls = STEPS.get(device.type, GPU_STEPS)
     time_in_rounds(runs, WARM_UP_ROUNDS, device)
     times = time_in_rounds(runs, ROUNDS, device, calls)
     rates = [batch_size * calls / quartiles(seconds).median for seconds in times]
-    return {name: Speed(*rates[2 * i : 2 * i + 2]) for i, name in enumerate(names)}
+    return {name: Throughput(*rates[2 * i : 2 * i + 2]) for i, name in enumerate(names)}
 
 
-def _passes(name: str, batch_size: int, device: torch.device) -> tuple[Callable[[], None], Callable[[], None]]:
-    """A training step and a forward pass of two copies of a model."""
+def _build_passes(name: str, batch_size: int, device: torch.device) -> tuple[Callable[[], None], Callable[[], None]]:
+    """Build a training step and an inference pass of two copies of a model."""
     size = native_image_size(name)
     images = torch.randn(batch_size, 3, size, size, device=device)
     labels = torch.arange(batch_size, device=device) % CLASSES
-    learning, trained = (_ready(name, size, device) for _ in range(2))
-    optimizer = build_optimizer(learning.train(), OptimConfig())
-    trained.eval()
+    train_model, eval_model = (_build_on_device(name, size, device) for _ in range(2))
+    optimizer = build_optimizer(train_model.train(), OptimConfig())
+    eval_model.eval()
 
     def step() -> None:
-        F.cross_entropy(learning(images), labels).backward()
+        F.cross_entropy(train_model(images), labels).backward()
         optimizer.step()
         optimizer.zero_grad()
 
     @torch.inference_mode()
     def infer() -> None:
-        trained(images)
+        eval_model(images)
 
     return step, infer
 
 
-def _ready(name: str, size: int, device: torch.device) -> nn.Module:
+def _build_on_device(name: str, size: int, device: torch.device) -> nn.Module:
     model = build_model(ModelConfig(name), size, CLASSES).to(device)
     set_attention(model, plain_attention(model))
     return model
 
 
-def _models_table(entries: Sequence[Entry], speeds: dict[str, Speed]) -> Table:
-    measured = ("train img/s", "infer img/s") if speeds else ()
-    table = _figures("model", "parameters", "tokens", "MFLOPs", *measured)
+def _models_table(entries: Sequence[ModelEntry], throughputs: dict[str, Throughput]) -> Table:
+    measured = ("train img/s", "infer img/s") if throughputs else ()
+    table = _make_table("model", "parameters", "tokens", "MFLOPs", *measured)
     for entry in entries:
-        speed = speeds.get(entry.name)
-        rates = (f"{speed.training:,.0f}", f"{speed.inference:,.0f}") if speed else ()
-        table.add_row(entry.name, f"{entry.parameters:,}", f"{entry.tokens or UNKNOWN}", _mega(entry.flops), *rates)
+        throughput = throughputs.get(entry.name)
+        rates = (f"{throughput.training:,.0f}", f"{throughput.inference:,.0f}") if throughput else ()
+        table.add_row(
+            entry.name, f"{entry.parameters:,}", f"{entry.tokens or UNKNOWN}", _format_mflops(entry.flops), *rates
+        )
     return table
 
 
-def _mega(flops: float | None) -> str:
+def _format_mflops(flops: float | None) -> str:
     return UNKNOWN if flops is None else f"{flops / 1e6:,.1f}"
 
 
 def show_recipes() -> None:
-    """Print the table of the recipes."""
-    table = _figures("recipe", "model", "data set", "epochs", "batch", "optimizer", "parameters", "MFLOPs")
+    """Print a table of the recipes."""
+    table = _make_table("recipe", "model", "data set", "epochs", "batch", "optim", "parameters", "MFLOPs")
     for name in RECIPES:
         config = resolve(recipe(name))
-        parameters, _, flops = _sizes(config.model, config.image_size, config.num_classes)
-        run, choice = config.run, config.optim
+        parameters, _, flops = _count_sizes(config.model, config.image_size, config.num_classes)
         table.add_row(
             name,
             config.model.model,
             config.data.dataset,
-            *(str(run.epochs), str(run.batch_size), choice.optimizer),
-            *(f"{parameters:,}", _mega(flops)),
+            *(str(config.run.epochs), str(config.run.batch_size), config.optim.optimizer),
+            *(f"{parameters:,}", _format_mflops(flops)),
         )
-    what = {name: inspect.getdoc(make) or "" for name, make in RECIPES.items()}
-    how = "as --config takes them; `--recipe NAME --dry-run` measures its speed here"
-    _print(table, what, [f"`recipes NAME` shows all settings of one, {how}"])
+    descriptions = {name: inspect.getdoc(make) or "" for name, make in RECIPES.items()}
+    note = (
+        "`recipes NAME` shows all settings of a recipe as YAML for --config; `--recipe NAME --dry-run` estimates its "
+        "training time on this machine"
+    )
+    _print_catalog(table, descriptions, [note])
 
 
 def recipe_yaml(name: str) -> str:
-    """The settings of a recipe, as a --config file holds them; UserError where there is none of that name."""
+    """Return the settings of a recipe as YAML for --config; UserError if no recipe has that name."""
     return config_to_yaml(recipe(name))
 
 
-def _figures(name: str, *columns: str) -> Table:
-    table = Table(name, box=None, pad_edge=False, padding=(0, 1, 0, 0))
+def _make_table(first_column: str, *columns: str) -> Table:
+    table = Table(first_column, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, justify="left" if column in ("model", "data set", "optimizer") else "right")
+        table.add_column(column, justify="left" if column in ("model", "data set", "optim") else "right")
     return table
 
 
-def _print(table: Table, what: dict[str, str], said: Sequence[str]) -> None:
-    """The table, what there is to say of each of its rows, and what it rests on."""
-    words = Table.grid(padding=(0, 2, 0, 0))
-    for name, text in what.items():
+def _print_catalog(table: Table, descriptions: dict[str, str], notes: Sequence[str]) -> None:
+    """Print the table, a description of each of its rows, and notes on what its numbers mean."""
+    description_table = Table.grid(padding=(0, 2, 0, 0))
+    for name, text in descriptions.items():
         if text:
-            words.add_row(name, escape(printable(text)))
+            description_table.add_row(name, escape(printable(text)))
     console = Terminal()
-    for part in (table, "", words, "", *said):
+    for part in (table, "", description_table, "", *notes):
         console.print(part, markup=False)

@@ -1,7 +1,7 @@
-"""What one process of many holds and exchanges in a step, counted on the first of them, the others imagined.
+"""What one rank of many holds in memory and exchanges in a training step, counted in one process.
 
-The group is torch's fake one, of any size: its collectives move nothing, so what they compute is of no use, but each is
-called as in a training, with tensors of the same sizes.
+The process is rank 0 of torch's fake process group, which can have any size. The group's collectives move nothing, so
+the values that they return are useless, but each is called as in a training, with tensors of the same sizes.
 """
 
 import warnings
@@ -18,17 +18,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from fastvit_train.profiling.short_run import plain_model
+from fastvit_train.profiling.short_run import eager_copy
 from fastvit_train.profiling.speedups import autocast_dtype
 from fastvit_train.training.optimizer import build_optimizer
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.torch_private import TorchDispatchMode, fake_process_group
 
 NAMESPACES = ("c10d", "_c10d_functional")
+"""of torch's operators that communicate"""
 KINDS = {
     "allreduce_": "all-reduce",
     "all_reduce": "all-reduce",
@@ -39,124 +38,123 @@ KINDS = {
     "broadcast_": "broadcast",
     "broadcast": "broadcast",
 }
-"""torch's operators by what they do"""
-ROUNDS = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "broadcast": 1}
-"""that a tensor goes around the ring: an all-reduce is a reduce-scatter and an all-gather"""
-SILENT = ("wait_tensor", "_wrap_tensor_autograd")
-SETTLED = 3
-"""steps until DDP has cut its buckets anew, and the optimizer has its state"""
-IMAGES = 2
-"""of a counted step: what is exchanged does not depend on them, but batch norm wants more than one"""
-BLOCK = "Block"
-"""the class that FSDP2 cuts a model at: ours and most of timm's"""
+"""the collective of each operator in these namespaces"""
+NOT_COLLECTIVES = ("wait_tensor", "_wrap_tensor_autograd")
+"""operators in these namespaces that send nothing"""
+RING_PASSES = {"all-reduce": 2, "all-gather": 1, "reduce-scatter": 1, "broadcast": 1}
+"""times that a tensor travels around the ring: an all-reduce is a reduce-scatter followed by an all-gather"""
+WARM_UP_STEPS = 3
+"""by then DDP has rebuilt its gradient buckets, and the optimizer has its state"""
+BATCH_SIZE = 2
+"""The collectives do not depend on it, but batch norm needs more than one image."""
+BLOCK_CLASS = "Block"
+"""the class whose instances FSDP2 shards one by one, in our models and in most of timm's"""
 
 
 @dataclass(frozen=True)
 class Collective:
-    """A collective operation on a tensor of `size` bytes: all of it, as it is before or behind the parts.
+    """A collective operation on a tensor; `size` is the bytes of the whole tensor, not of one rank's shard.
 
-    What it sends is by the ring algorithms (Patarasuk & Yuan 2009, https://doi.org/10.1016/j.jpdc.2008.09.002; NCCL's,
-    https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md): the tensor is cut into as many parts as there
-    are processes, and in each of (processes - 1) hops each process sends one to its neighbour.
+    The traffic is that of the ring algorithms (Patarasuk & Yuan 2009, https://doi.org/10.1016/j.jpdc.2008.09.002;
+    NCCL's, https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md): the tensor is split into n parts for n
+    ranks, and in each of n - 1 hops every rank sends one part to its neighbour.
     """
 
     kind: str
     size: int
 
-    def sent(self, processes: int) -> float:
-        """Bytes that each process sends: 2 (n - 1) / n of the tensor for an all-reduce, (n - 1) / n for the others."""
-        return ROUNDS[self.kind] * (processes - 1) / processes * self.size
+    def sent(self, world_size: int) -> float:
+        """Bytes that each rank sends: 2 (n - 1) / n of the tensor for an all-reduce, (n - 1) / n for the others."""
+        return RING_PASSES[self.kind] * (world_size - 1) / world_size * self.size
 
-    def hops(self, processes: int) -> int:
-        """Messages that follow one another: 2 (n - 1) for an all-reduce, n - 1 for the others."""
-        return ROUNDS[self.kind] * (processes - 1)
+    def hops(self, world_size: int) -> int:
+        """Number of messages that wait for one another: 2 (n - 1) for an all-reduce, n - 1 for the others."""
+        return RING_PASSES[self.kind] * (world_size - 1)
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one process holds at the end of a backward pass, and exchanges in a step; bytes."""
+class RankCost:
+    """Bytes that one rank holds at the end of a backward pass, and the collectives that it calls in a step."""
 
     weights: int
-    """with the buffers"""
+    """parameters and buffers"""
     gradients: int
     optimizer: int
     """the optimizer's state"""
     gathered: int
-    """whole parameters that FSDP2 puts together for a while: the root's, and two blocks', one used, the next fetched"""
+    """unsharded parameters that FSDP2 holds at the same time: the root's, those of the block that is computed, and
+    those of the next block, which are prefetched"""
     collectives: tuple[Collective, ...]
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Notes the collectives that are called within it, from Python or C++.
+    """Records the collectives that are called within this context, from Python or from C++.
 
     Raises:
-        RuntimeError: for one that `KINDS` doesn't know.
+        RuntimeError: if an operator communicates but is missing from `KINDS`.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[Collective] = []
+        self.collectives: list[Collective] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if DTensor in types:
-            return NotImplemented  # it calls its collectives itself, and then they are seen here
+            return NotImplemented  # DTensor then calls the collectives itself, and they are recorded
         result = func(*args, **(kwargs or {}))
         if func.namespace in NAMESPACES:
-            name = func._opname
+            name = func.name().partition("::")[2].partition(".")[0]
             if name in KINDS:
-                self.seen.append(Collective(KINDS[name], max(map(_bytes, (*args, result)))))
-            elif name not in SILENT:
-                raise RuntimeError(f"what {func} sends is not known; add it to KINDS")
+                self.collectives.append(Collective(KINDS[name], max(map(_tensor_bytes, (*args, result)))))
+            elif name not in NOT_COLLECTIVES:
+                raise RuntimeError(f"the traffic of the operator {func} is unknown; add it to KINDS")
         return result
 
 
-Wrap = Callable[[nn.Module], nn.Module]
+ModelWrapper = Callable[[nn.Module], nn.Module]
 
 
-def alone(session: TrainSession) -> Share:
-    """Of the only process."""
-    return _count(session, lambda model: model)
+def single_process_cost(session: TrainSession) -> RankCost:
+    """Count the cost of a training in one process."""
+    return _count_cost(session, lambda model: model)
 
 
-def ddp(session: TrainSession, processes: int) -> Share:
-    """Of one that holds a whole copy, under the run's settings of DDP, among 2 or more.
-
-    Raises:
-        UserError: where this process has a real group.
-    """
-    with fake_group(processes):
-        return _count(session, lambda model: _ddp(session, model))
-
-
-def fsdp2(session: TrainSession, processes: int) -> Share:
-    """Of one that holds a part of each parameter, among 2 or more: the first, whose parts are the largest.
+def ddp_cost(session: TrainSession, world_size: int) -> RankCost:
+    """Count the cost of one of 2 or more ranks under DDP: each has a whole copy of the model.
 
     Raises:
-        UserError: where the run can't be trained in parts, or this process has a real group.
+        UserError: if this process belongs to a process group.
     """
-    with fake_group(processes):
-        return _count(session, lambda model: _fsdp2(session, model, processes))
-
-
-@contextmanager
-def fake_group(processes: int) -> Iterator[None]:
-    """Be the first of `processes` that aren't there; UserError where there is a real group."""
     check_no_process_group()
-    dist.init_process_group("fake", rank=0, world_size=processes, store=FakeStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    with fake_process_group(world_size):
+        return _count_cost(session, lambda model: _wrap_in_ddp(session, model))
+
+
+def fsdp2_cost(session: TrainSession, world_size: int) -> RankCost:
+    """Count the cost of rank 0 of 2 or more ranks under FSDP2: each has a shard of every parameter, rank 0 the largest.
+
+    Raises:
+        UserError: if the run's model or optimizer can't be sharded, or if this process belongs to a process group.
+    """
+    check_no_process_group()
+    with fake_process_group(world_size):
+        return _count_cost(session, lambda model: _shard_with_fsdp2(session, model, world_size))
 
 
 def check_no_process_group() -> None:
-    """Raise UserError where this process belongs to a real group."""
+    """Raise UserError if this process belongs to a process group."""
     if dist.is_initialized():
-        raise UserError("plan imagines the other processes; start it as one: python -m fastvit_train plan")
+        raise UserError(
+            "plan runs in one process and only simulates the other ranks; start it without a launcher: "
+            "python -m fastvit_train plan"
+        )
 
 
-def _ddp(session: TrainSession, model: nn.Module) -> nn.Module:
-    """The fake group has no future to answer DDP's own all-reduce with, so a hook calls the same one."""
+def _wrap_in_ddp(session: TrainSession, model: nn.Module) -> nn.Module:
+    """Wrap the model in DDP under the run's settings.
+
+    The fake group can't return the future that DDP's own all-reduce waits for, so a hook calls all-reduce instead.
+    """
 
     def all_reduce(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         dist.all_reduce(bucket.buffer())
@@ -165,14 +163,14 @@ def _ddp(session: TrainSession, model: nn.Module) -> nn.Module:
         return done
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of names that newer versions of torch give to settings
-        wrapped = DistributedDataParallel(model, **session.accelerator.ddp_handler.to_kwargs())
-    wrapped.register_comm_hook(None, all_reduce)
-    return wrapped
+        warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch rename some of DDP's settings
+        ddp = DistributedDataParallel(model, **session.accelerator.ddp_handler.to_kwargs())
+    ddp.register_comm_hook(None, all_reduce)
+    return ddp
 
 
-def _fsdp2(session: TrainSession, model: nn.Module, processes: int) -> nn.Module:
-    mesh = init_device_mesh("cpu", (processes,))
+def _shard_with_fsdp2(session: TrainSession, model: nn.Module, world_size: int) -> nn.Module:
+    mesh = init_device_mesh("cpu", (world_size,))
     dtype = autocast_dtype(session.accelerator.mixed_precision)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for unit in (*blocks_of(model), model):
@@ -181,31 +179,22 @@ def _fsdp2(session: TrainSession, model: nn.Module, processes: int) -> nn.Module
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
-    """What FSDP2 gathers and shards one at a time."""
-    return [module for module in model.modules() if type(module).__name__ == BLOCK]
+    """List the modules whose parameters FSDP2 gathers and frees together; the root has those that remain."""
+    return [module for module in model.modules() if type(module).__name__ == BLOCK_CLASS]
 
 
-def _count(session: TrainSession, wrap: Wrap) -> Share:
-    """Train a copy of the run's model for some steps on the CPU, and count the last."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a step of two images only waits for more
-    try:
-        return _counted(session, wrap)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _counted(session: TrainSession, wrap: Wrap) -> Share:
-    model, config = plain_model(session).cpu(), session.config.optim
-    blocks = len(blocks_of(model))
+def _count_cost(session: TrainSession, wrap: ModelWrapper) -> RankCost:
+    """Train a copy of the run's model on the CPU for a few steps, and count what the last step holds and sends."""
+    model, config = eager_copy(session).cpu(), session.config.optim
+    block_count = len(blocks_of(model))
     wrapped = wrap(model)
     optimizer = build_optimizer(model, config)
     size = session.config.image_size
-    images, labels = torch.zeros(IMAGES, 3, size, size), torch.zeros(IMAGES, dtype=torch.long)
+    images, labels = torch.zeros(BATCH_SIZE, 3, size, size), torch.zeros(BATCH_SIZE, dtype=torch.long)
 
     def backward() -> None:
-        for left in reversed(range(config.grad_accum)):
-            with _exchanging(wrapped, left == 0):
+        for remaining in reversed(range(config.grad_accum)):
+            with _gradient_sync(wrapped, enabled=remaining == 0):
                 F.cross_entropy(wrapped(images).float(), labels).backward()
 
     def update() -> None:
@@ -213,43 +202,60 @@ def _counted(session: TrainSession, wrap: Wrap) -> Share:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_grad)
         optimizer.step()
 
-    for _ in range(SETTLED):
-        backward()
-        update()
-        optimizer.zero_grad()
-    with CollectiveCounter() as watch:
-        backward()
-        gradients = _held(p.grad for p in model.parameters())
-        update()
-    return Share(
-        weights=_held((*model.parameters(), *model.buffers())),
+    with _single_thread():
+        for _ in range(WARM_UP_STEPS):
+            backward()
+            update()
+            optimizer.zero_grad()
+        with CollectiveCounter() as counter:
+            backward()
+            gradients = _local_bytes(p.grad for p in model.parameters())
+            update()
+    states = optimizer.state.values()
+    return RankCost(
+        weights=_local_bytes((*model.parameters(), *model.buffers())),
         gradients=gradients,
-        optimizer=_held(tree_leaves([*optimizer.state.values()])),
-        gathered=_gathered(watch.seen, blocks) if isinstance(wrapped, FSDPModule) else 0,
-        collectives=tuple(watch.seen),
+        optimizer=_local_bytes(value for state in states for value in state.values()),
+        gathered=_gathered_bytes(counter.collectives, block_count) if isinstance(wrapped, FSDPModule) else 0,
+        collectives=tuple(counter.collectives),
     )
 
 
-def _exchanging(wrapped: nn.Module, now: bool) -> AbstractContextManager[object]:
-    """Leave the exchange of gradients to the last micro-batch, as accelerate does."""
+@contextmanager
+def _single_thread() -> Iterator[None]:
+    """Compute with one thread: for a step of two images, starting more threads takes longer than they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _gradient_sync(wrapped: nn.Module, enabled: bool) -> AbstractContextManager[object]:
+    """Synchronise gradients in the last micro-batch only, as accelerate does."""
     if isinstance(wrapped, FSDPModule):
-        wrapped.set_requires_gradient_sync(now)
-    if isinstance(wrapped, DistributedDataParallel) and not now:
+        wrapped.set_requires_gradient_sync(enabled)
+    if isinstance(wrapped, DistributedDataParallel) and not enabled:
         return wrapped.no_sync()
     return nullcontext()
 
 
-def _gathered(seen: list[Collective], blocks: int) -> int:
-    """The root's parameters are gathered first, then the blocks', each as the forward pass comes to it."""
-    root, *others = [collective.size for collective in seen if collective.kind == "all-gather"][: 1 + blocks]
-    return root + sum(sorted(others)[-2:])
+def _gathered_bytes(collectives: list[Collective], block_count: int) -> int:
+    """Bytes of the root's parameters, which are gathered first, and of the two largest blocks'."""
+    sizes = [collective.size for collective in collectives if collective.kind == "all-gather"]
+    root, *blocks = sizes[: 1 + block_count]
+    return root + sum(sorted(blocks)[-2:])
 
 
-def _held(values: Iterable[Any]) -> int:
-    """Bytes of the tensors among `values` that lie on this process."""
-    own = [value.to_local() if isinstance(value, DTensor) else value for value in values]
-    return sum(value.nbytes for value in own if isinstance(value, Tensor))
+def _local_bytes(values: Iterable[Any]) -> int:
+    """Bytes that the tensors among `values` take on this rank."""
+    local = [value.to_local() if isinstance(value, DTensor) else value for value in values]
+    return sum(value.nbytes for value in local if isinstance(value, Tensor))
 
 
-def _bytes(value: Any) -> int:
-    return sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+def _tensor_bytes(value: Any) -> int:
+    """Bytes of a tensor, or of all tensors in nested lists and tuples; 0 for other values."""
+    if isinstance(value, list | tuple):
+        return sum(map(_tensor_bytes, value))
+    return value.nbytes if isinstance(value, Tensor) else 0

@@ -1,4 +1,4 @@
-"""The plan of a run: its step measured on one process, its collectives counted on many that aren't there."""
+"""`plan`: how a run scales, from its step measured on one process and collectives counted on simulated ones."""
 
 import copy
 import json
@@ -13,23 +13,13 @@ from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.inputs import build_train_loader
 from fastvit_train.data.loader import RankInfo
 from fastvit_train.distributed import accelerator, parallelize
+from fastvit_train.models import OUR_MODELS, check_model
 from fastvit_train.profiling import collectives
-from fastvit_train.profiling.collectives import Share
-from fastvit_train.profiling.scaling_rows import (
-    ALONE,
-    DDP,
-    FSDP2,
-    Plan,
-    PlanOptions,
-    Step,
-    checked,
-    conclusion,
-    curves,
-    lines,
-    row,
-    table,
-)
-from fastvit_train.profiling.short_run import bar_of, make_output, short_run, timed_epoch
+from fastvit_train.profiling.collectives import RankCost
+from fastvit_train.profiling.scaling_estimate import DDP, FSDP2, SINGLE, MeasuredStep, Plan, Row, conclude, estimate_row
+from fastvit_train.profiling.scaling_options import PlanOptions
+from fastvit_train.profiling.scaling_table import format_sources, plan_curves, plan_table
+from fastvit_train.profiling.short_run import create_output_folder, make_progress_bar, short_run, time_epoch
 from fastvit_train.runs import plots
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
@@ -38,63 +28,74 @@ from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.timing import quartiles
 
+OURS = "ours"
+MAX_WORLD_SIZE = 4096
 ROUNDS = 3
-TABLE_WIDTH = 120
+TABLE_WIDTH = 130
+CostCounter = Callable[[TrainSession, int], RankCost]
 
 
 def plan_run(config: TrainConfig, options: PlanOptions) -> list[Plan]:
-    """Plan the run that `config` describes for each of the models, print the tables, write `options.output`.
+    """Plan the configured run for each model, print the tables, and write plan.json and plan.png.
 
     Args:
-        config: of the run on one process; nothing is written into its folder.
-        options: what is planned; into its output go plan.json and plan.png.
+        config: the run on one process; nothing is written into its folder.
+        options: what to plan, and the folder for the results.
 
     Raises:
-        UserError: for anything wrong with the options, the configuration or the data, or several processes.
+        UserError: for anything wrong with the options, the configuration or the data, or if this process belongs to a
+            process group.
     """
-    options = checked(options)
-    make_output(options.output)
+    options = check_options(options)
+    create_output_folder(options.output)
     plans = []
     for name in options.models or (config.model.model,):
         started = time.perf_counter()
         plan = plan_model(replace(config, model=replace(config.model, model=name)), options)
+        seconds = time.perf_counter() - started
         console = Terminal(width=TABLE_WIDTH, soft_wrap=True)
-        console.print(table(plan, options))
-        for line in (*lines(plan, options), f"planned in {time.perf_counter() - started:.0f} s", plan.conclusion):
+        console.print(plan_table(plan, options))
+        for line in (*format_sources(plan, options), f"planned in {seconds:.0f} s", plan.conclusion):
             console.print(line, markup=False)
         plans.append(plan)
-    found = {"scaling": options.scaling, "link_gbps": options.link_gbps, "latency_us": options.latency_us}
-    text = json.dumps({**found, "plans": [asdict(plan) for plan in plans]}, indent=1)
+    assumptions = {"scaling": options.scaling, "link_gbps": options.link_gbps, "latency_us": options.latency_us}
+    text = json.dumps({**assumptions, "plans": [asdict(plan) for plan in plans]}, indent=1)
     write_atomically(options.output / "plan.json", text + "\n")
-    plots.plot_scaling({plan.model: curves(plan) for plan in plans}, options.output / "plan.png")
+    plots.plot_scaling({plan.model: plan_curves(plan) for plan in plans}, options.output / "plan.png")
     print(f"written to {options.output}: plan.json, plan.png")
     return plans
 
 
+def check_options(options: PlanOptions) -> PlanOptions:
+    """Check the options, and replace `ours` by the names of our models and add the world size 1.
+
+    Raises:
+        UserError: if an option is out of range, or if a model is unknown.
+    """
+    wrong = [size for size in options.world_sizes if not 1 <= size <= MAX_WORLD_SIZE]
+    if wrong or not options.world_sizes:
+        raise UserError(f"--world-sizes {wrong[0] if wrong else ''} is out of range; allowed: 1 to {MAX_WORLD_SIZE}")
+    if not 0 < options.link_gbps < float("inf"):
+        raise UserError(f"--link-gbps {options.link_gbps} is out of range; allowed: above 0")
+    if not 0 <= options.latency_us < float("inf"):
+        raise UserError(f"--latency-us {options.latency_us} is out of range; allowed: 0 or more")
+    if options.steps < 1:
+        raise UserError(f"--steps {options.steps} is out of range; allowed: 1 or more")
+    models = dict.fromkeys(name for given in options.models for name in (OUR_MODELS if given == OURS else [given]))
+    for name in models:
+        check_model(name)
+    return replace(options, models=tuple(models), world_sizes=tuple(sorted({1, *options.world_sizes})))
+
+
 def plan_model(config: TrainConfig, options: PlanOptions) -> Plan:
-    """Measure and count for the model of `config`; `options` as `checked` leaves them."""
+    """Measure, count and estimate for the model of `config`, under options that `check_options` has returned."""
     with short_run(config, options.steps) as session:
         collectives.check_no_process_group()
-        accum, notes = session.config.optim.grad_accum, []
-        if session.config.run.compile:
-            notes.append("activations are counted without --compile")
-        images = dict.fromkeys(options.world_sizes, session.batch_size)
-        if options.scaling == "strong":
-            images = {n: session.batch_size // n for n in options.world_sizes if session.batch_size % (n * accum) == 0}
-        if uncut := [f"{n:,}" for n in options.world_sizes if n not in images]:
-            notes.append(f"left out: {', '.join(uncut)} processes, as {session.batch_size} images can't be cut evenly")
-        ways: dict[str, Callable[[TrainSession, int], Share]] = {DDP: collectives.ddp}
-        try:
-            parallelize.check_shardable([collectives.BLOCK], session.bare_model, session.optimizer.optimizer)
-            ways[FSDP2] = collectives.fsdp2
-        except UserError as error:
-            notes.append(f"left out: {FSDP2}, as {error}")
-        steps = {count: measure(session, count, options.steps) for count in dict.fromkeys(images.values())}
-        one = row(ALONE, 1, collectives.alone(session), steps[images[1]], options)
-        rows = [one]
-        for way, share in ways.items():
-            several = (n for n in images if n > 1)
-            rows += [row(way, n, share(session, n), steps[images[n]], options, one.images_per_second) for n in several]
+        images, notes = _images_per_process(session, options)
+        cost_counters, reasons = _available_strategies(session)
+        notes += reasons
+        steps = {count: measure_step(session, count, options.steps) for count in dict.fromkeys(images.values())}
+        rows = _estimate_rows(session, images, steps, cost_counters, options)
         return Plan(
             session.config.model.model,
             sum(p.numel() for p in session.bare_model.parameters()),
@@ -102,23 +103,62 @@ def plan_model(config: TrainConfig, options: PlanOptions) -> Plan:
             [*steps.values()],
             rows,
             notes,
-            f"{session.config.model.model}: {conclusion(rows)}",
+            f"{session.config.model.model}: {conclude(rows)}",
         )
 
 
-def measure(session: TrainSession, images: int, steps: int) -> Step:
-    """Train on batches of so many images, for some rounds of `steps` steps."""
-    loader = build_train_loader(session.config, session.dataset, images, RankInfo(session.accelerator.device))
+def _images_per_process(session: TrainSession, options: PlanOptions) -> tuple[dict[int, int], list[str]]:
+    """Return the images of a process by world size, and notes about what is missing."""
+    notes = ["activations are counted without --compile"] if session.config.run.compile else []
+    if options.scaling == "weak":
+        return dict.fromkeys(options.world_sizes, session.batch_size), notes
+    accum, total = session.config.optim.grad_accum, session.batch_size
+    images = {n: total // n for n in options.world_sizes if total % (n * accum) == 0}
+    if missing := [f"{n:,}" for n in options.world_sizes if n not in images]:
+        notes.append(f"left out: {', '.join(missing)} processes, as they can't share {total} images equally")
+    return images, notes
+
+
+def _available_strategies(session: TrainSession) -> tuple[dict[str, CostCounter], list[str]]:
+    """Return the function that counts the cost of each strategy that this run allows, and why others are left out."""
+    cost_counters: dict[str, CostCounter] = {DDP: collectives.ddp_cost}
+    try:
+        parallelize.check_shardable([collectives.BLOCK_CLASS], session.bare_model, session.optimizer.optimizer)
+    except UserError as error:
+        return cost_counters, [f"left out: {FSDP2}, as {error}"]
+    return {**cost_counters, FSDP2: collectives.fsdp2_cost}, []
+
+
+def _estimate_rows(
+    session: TrainSession,
+    images: dict[int, int],
+    steps: dict[int, MeasuredStep],
+    cost_counters: dict[str, CostCounter],
+    options: PlanOptions,
+) -> list[Row]:
+    single = estimate_row(SINGLE, 1, collectives.single_process_cost(session), steps[images[1]], options)
+    return [single] + [
+        estimate_row(strategy, n, count_cost(session, n), steps[images[n]], options, single.images_per_second)
+        for strategy, count_cost in cost_counters.items()
+        for n in images
+        if n > 1
+    ]
+
+
+def measure_step(session: TrainSession, images: int, steps: int) -> MeasuredStep:
+    """Time rounds of `steps` training steps on batches of `images` images, and count the activations."""
+    rank = RankInfo(session.accelerator.device)
+    loader = build_train_loader(session.config, session.dataset, images, rank)
     loader.steps_per_epoch = min(steps, loader.steps_per_epoch)
     session = replace(session, train_loader=loader, batch_size=images)
-    bar = bar_of(session)
-    timed_epoch(session, bar, record_function)
-    rounds = [timed_epoch(session, bar, record_function) for _ in range(ROUNDS)]
-    return Step(images, quartiles(rounds).median, (min(rounds), max(rounds)), activations(session))
+    bar = make_progress_bar(session)
+    time_epoch(session, bar, record_function)  # warm-up
+    rounds = [time_epoch(session, bar, record_function) for _ in range(ROUNDS)]
+    return MeasuredStep(images, quartiles(rounds).median, (min(rounds), max(rounds)), count_activations(session))
 
 
-def activations(session: TrainSession) -> int:
-    """Bytes that autograd keeps of a micro-batch's forward pass and loss for the backward pass."""
+def count_activations(session: TrainSession) -> int:
+    """Count the bytes that autograd saves in the forward pass and the loss of a micro-batch for the backward pass."""
     model = copy.deepcopy(session.bare_model).train()  # a copy is not compiled
     images, labels = next(session.train_loader.micro_batches(0))
 

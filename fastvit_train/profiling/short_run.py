@@ -1,8 +1,7 @@
-"""A run tried out: some steps of it, timed, with its folder left alone."""
+"""A short run: some training steps of a configured run, timed, without writing into the run's folder."""
 
 import copy
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
@@ -17,10 +16,11 @@ from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import setup
 from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.timing import time_call
 
 
-def make_output(folder: Path) -> None:
-    """Make the folder that the figures will go to; UserError where it can't be written, before hours of measuring."""
+def create_output_folder(folder: Path) -> None:
+    """Create the folder for the results before anything is measured; UserError if it can't be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -30,13 +30,13 @@ def make_output(folder: Path) -> None:
 
 @contextmanager
 def short_run(config: TrainConfig, steps: int) -> Iterator[TrainSession]:
-    """The run that `config` describes, ready to train, with epochs of `steps` steps at most.
+    """Set up the run that `config` describes in a temporary folder, with at most `steps` steps per epoch.
 
     Raises:
         UserError: for anything wrong with the configuration, the data or the launch.
     """
     with tempfile.TemporaryDirectory() as folder:
-        run = replace(config.run, runs_dir=folder, exp_name="trial", track=(), save_every=0)
+        run = replace(config.run, runs_dir=folder, exp_name="short-run", track=(), save_every=0)
         session = setup(replace(config, run=run), "never", overwrite=False)
         session.train_loader.steps_per_epoch = min(steps, session.train_loader.steps_per_epoch)
         with closing(session):
@@ -44,23 +44,21 @@ def short_run(config: TrainConfig, steps: int) -> Iterator[TrainSession]:
             session.accelerator.end_training()
 
 
-def bar_of(session: TrainSession) -> ProgressBar:
-    """What shows an epoch of a trial."""
+def make_progress_bar(session: TrainSession) -> ProgressBar:
+    """Build the progress bar for the epochs of a short run."""
     return ProgressBar(session.log.console, session.train_loader.steps_per_epoch, 1, session.accelerator.num_processes)
 
 
-def timed_epoch(session: TrainSession, bar: ProgressBar, phase: Phase) -> float:
-    """Train for an epoch; returns its seconds per step."""
-    started = time.perf_counter()
-    train_epoch(session, bar, phase)
-    seconds = time.perf_counter() - started
+def time_epoch(session: TrainSession, bar: ProgressBar, phase: Phase) -> float:
+    """Train for one epoch and return the seconds per step."""
+    seconds = time_call(lambda: train_epoch(session, bar, phase))  # it waits for the device at its end
     session.state.close_epoch()
     return seconds / session.train_loader.steps_per_epoch
 
 
-def plain_model(session: TrainSession) -> nn.Module:
-    """A copy of the run's model that runs on every device: eager, with the attention that needs no compiler."""
+def eager_copy(session: TrainSession) -> nn.Module:
+    """Copy the run's model in training mode: uncompiled, and with an attention that runs on every device."""
     model = copy.deepcopy(session.bare_model).train()  # a copy is not compiled
-    with suppress(UserError):  # a model that keeps its own attention
+    with suppress(UserError):  # some of timm's models only have their own attention
         set_attention(model, "fused")
     return model

@@ -1,4 +1,4 @@
-"""What would make training steps faster, tried out: each candidate against the step as it is, in turn."""
+"""What would make training steps faster: each candidate change is measured against the present step."""
 
 import copy
 from collections.abc import Callable
@@ -14,28 +14,31 @@ from fastvit_train.training.optimizer import build_optimizer
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import supports_cuda_graphs
 from fastvit_train.utils.timing import quartiles, synchronize, time_in_rounds
+from fastvit_train.utils.torch_private import recompile_limit
 
-WARM_UP, ROUNDS = 3, 9
+WARM_UP_STEPS, ROUNDS = 3, 9
 STEPS = {"cpu": 1}
 GPU_STEPS = 20
-"""between two synchronisations"""
+"""steps between two synchronisations, as one step of a small model takes hardly longer than a synchronisation"""
+RECOMPILE_LIMIT = 64
+"""enough for all candidates: they compile the same functions for other shapes and dtypes"""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A change to the run, and what it was measured to bring."""
+    """A change to the run, and its measured gain."""
 
     what: str
     how: str
-    """how a user makes it"""
+    """how a user makes the change"""
     gain: float
-    """images/s over those of the step as it is"""
+    """images/s relative to the present step"""
     sure: bool = True
-    """the quartiles of its times and of the present ones are apart"""
+    """the interquartile ranges of its times and of the present step's do not overlap"""
     same_training: bool = True
-    """the change leaves what is learned as it is, but for rounding"""
+    """the change affects the training by rounding only"""
     failed: str | None = None
-    """why it could not be tried"""
+    """why it could not be measured"""
 
     def __str__(self) -> str:
         return f"{self.what} {self.gain:.2f}x" if self.failed is None else f"{self.what} failed ({self.failed})"
@@ -43,7 +46,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Variant:
-    """How a step is computed; what is None is as in the run."""
+    """How a step is computed; None stands for the run's own setting."""
 
     precision: str | None = None
     compiled: bool | None = None
@@ -52,27 +55,31 @@ class Variant:
 
 
 def autocast_dtype(mixed_precision: str) -> torch.dtype | None:
-    """The dtype behind accelerate's name of it; None for "no"."""
+    """Return the dtype that accelerate's `mixed_precision` stands for; None for "no"."""
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision)
 
 
 def measure_candidates(session: TrainSession) -> list[Candidate]:
-    """All that can be tried with this run on this device, by gain; what fails is among them, with a gain of 0."""
+    """Measure each change that this run and device allow.
+
+    Returns:
+        The changes in decreasing order of gain, followed by those that failed, whose gain is 0.
+    """
     device = session.accelerator.device
-    variants = _variants(session)
-    steps, failed = {Variant(): step_of(session, Variant())}, []
-    with torch._dynamo.config.patch(recompile_limit=64):  # beyond it candidates would silently not be compiled
+    variants = list_variants(session)
+    steps, failed = {Variant(): build_step(session, Variant())}, []
+    with recompile_limit(RECOMPILE_LIMIT):
         for what, how, variant in variants:
             try:
-                steps[variant] = step_of(session, variant)
-            except Exception as error:  # out of memory, no compiler, a shape that an attention refuses: all say why
+                steps[variant] = build_step(session, variant)
+            except Exception as error:  # such as: out of memory, no compiler, a shape that an attention rejects
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 failed.append(Candidate(what, how, gain=0.0, sure=False, failed=reason))
         calls = STEPS.get(device.type, GPU_STEPS)
         rounds = time_in_rounds(list(steps.values()), ROUNDS, device, calls)
         times = {variant: quartiles(seconds) for variant, seconds in zip(steps, rounds, strict=True)}
     present = times.pop(Variant())
-    found = [
+    measured = [
         Candidate(
             what,
             how,
@@ -83,28 +90,34 @@ def measure_candidates(session: TrainSession) -> list[Candidate]:
         for what, how, variant in variants
         if variant in times
     ]
-    return sorted(found, key=lambda candidate: -candidate.gain) + failed
+    return sorted(measured, key=lambda candidate: -candidate.gain) + failed
 
 
-def _variants(session: TrainSession) -> list[tuple[str, str, Variant]]:
-    """What to change, how a user does, and as a step."""
+def list_variants(session: TrainSession) -> list[tuple[str, str, Variant]]:
+    """List the changes to try: what changes, how a user makes the change, and how its step is computed."""
     config = session.config
-    found = []
+    variants = []
     if session.accelerator.mixed_precision == "no":
-        found.append(("bf16", "accelerate launch --mixed_precision bf16", Variant(precision="bf16")))
+        variants.append(("bf16", "accelerate launch --mixed_precision bf16", Variant(precision="bf16")))
     if not config.run.compile:
-        found.append(("--compile", "torch.compile of the model", Variant(compiled=True)))
+        variants.append(("--compile", "torch.compile of the model", Variant(compiled=True)))
     for name in attention.alternatives(session.bare_model, config.model.attention):
-        found.append((f"--attention {name}", "the same weights, computed otherwise", Variant(attention=name)))
+        variants.append(
+            (
+                f"--attention {name}",
+                "another implementation of the same computation",
+                Variant(attention=name),
+            )
+        )
     double = 2 * config.run.batch_size
     if double <= len(session.dataset.train.labels):
-        how = "another training: the learning rate wants tuning"
-        found.append((f"--batch-size {double}", how, Variant(batch_factor=2)))
-    return found
+        how = "a different training: tune the learning rate again"
+        variants.append((f"--batch-size {double}", how, Variant(batch_factor=2)))
+    return variants
 
 
-def step_of(session: TrainSession, variant: Variant) -> Callable[[], None]:
-    """A training step of a copy of the run's model on a batch of its data, warmed up."""
+def build_step(session: TrainSession, variant: Variant) -> Callable[[], None]:
+    """Build and warm up a training step of a copy of the run's model, on a fixed batch of the run's data."""
     config, device = session.config, session.accelerator.device
     model = copy.deepcopy(session.bare_model).train()
     if variant.attention is not None:
@@ -126,7 +139,7 @@ def step_of(session: TrainSession, variant: Variant) -> Callable[[], None]:
         optimizer.step()
         optimizer.zero_grad()
 
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP_STEPS):
         step()
     synchronize(device)
     return step

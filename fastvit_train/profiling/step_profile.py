@@ -1,4 +1,4 @@
-"""Where a training step's time goes: the run that the flags describe, measured for some steps."""
+"""`profile`: where the time of a training step goes, measured on some steps of the configured run."""
 
 import json
 import math
@@ -9,19 +9,18 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from rich.table import Table
-from torch._dynamo.utils import counters
 from torch.autograd import DeviceType
-from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed import env
 from fastvit_train.profiling.roofline import count_flops, matmul_ceiling
-from fastvit_train.profiling.short_run import bar_of, make_output, plain_model, short_run, timed_epoch
+from fastvit_train.profiling.short_run import create_output_folder, eager_copy, make_progress_bar, short_run, time_epoch
 from fastvit_train.profiling.speedups import Candidate, autocast_dtype, measure_candidates
 from fastvit_train.training.loop import train_epoch
 from fastvit_train.training.progress_bar import ProgressBar
@@ -29,61 +28,63 @@ from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.timing import quartiles, synchronize
+from fastvit_train.utils.torch_private import count_compiled_graphs, count_graph_breaks
 
 PHASES = ("input", "forward", "backward", "optimizer", "waiting")
 HOST = "host"
-"""what is left of a step: the loop itself"""
+"""the rest of a step: the training loop itself"""
 ROUNDS = 3
-WORTH_SAYING = 1.05
-LAUNCH_BOUND = 0.7
-"""a run whose GPU computes for less of the time is called so"""
+MIN_GAIN = 1.05
+"""smaller gains are not recommended"""
+LAUNCH_BOUND_BUSY = 0.7
+"""a run is launch-bound if its GPU computes for a smaller share of the time"""
 
 
 @dataclass
-class Phases:
-    """Seconds and peak memory of the parts of an epoch, given to `train_epoch` as its `phase`.
+class PhaseTimer:
+    """Measures seconds and peak memory of the phases of an epoch; `train_epoch` takes it as `phase`.
 
     Args:
-        device: where the work is done.
-        apart: wait for the device at each part's end, so that each part has its own device time and memory; without,
-            the parts are the host's time, as it is in training.
+        device: the device that trains.
+        synchronized: True to wait for the device at the end of each phase, so that the device's time and memory are
+            attributed to the phase that launched the work; False to measure the host's time, as in a training.
     """
 
     device: torch.device
-    apart: bool
+    synchronized: bool
     seconds: Counter[str] = field(default_factory=Counter)
     peak_mib: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        if self.apart:
+        if self.synchronized:
             memory.reset_peak_memory(self.device)
         started = time.perf_counter()
         yield
-        if self.apart:
+        if self.synchronized:
             synchronize(self.device)
         self.seconds[name] += time.perf_counter() - started  # type: ignore[assignment]  # Counter counts in int
-        if self.apart:
+        if self.synchronized:
             self.peak_mib[name] = max(self.peak_mib.get(name, 0.0), memory.peak_mib(self.device))
 
 
 @dataclass(frozen=True)
 class Profile:
-    """What was found; times in seconds per step."""
+    """The results; times are seconds per step."""
 
     step: float
     spread: tuple[float, float]
-    """the fastest and the slowest round's"""
+    """of the fastest and of the slowest round"""
     images_per_second: float
     phases: dict[str, float]
-    """the host's time"""
+    """the host's time in each phase"""
     device_phases: dict[str, float]
-    """each part's time with the device waited for at its end"""
+    """time of each phase, including the wait for the device at its end"""
     peak_mib: dict[str, float]
     kernels: float
-    """per step: launched on the GPU; on a CPU calls of operators that call no other"""
+    """per step: kernels launched on the GPU; on a CPU, calls of operators that do not call other operators"""
     busy: float | None
-    """share of the time in which the GPU computes; None on a CPU"""
+    """share of the time during which the GPU computes; None on a CPU"""
     graph_breaks: int
     recompilations: int
     """compilations after the first epoch"""
@@ -94,26 +95,25 @@ class Profile:
 
 
 def profile_run(config: TrainConfig, steps: int, output: Path) -> Profile:
-    """Train some steps of the run that `config` describes, print where their time goes, and write it to `output`.
+    """Train some steps of the configured run, print where their time goes, and write it to `output`.
 
     Args:
-        config: of the run; nothing is written into its folder.
-        steps: per round; there are some rounds.
-        output: folder for profile.json and trace-rankN.json (open it in Chrome's about:tracing or ui.perfetto.dev).
+        config: the run; nothing is written into its folder.
+        steps: steps per round; several rounds are measured.
+        output: folder for profile.json and trace-rankN.json, which Chrome's about:tracing and ui.perfetto.dev open.
 
     Raises:
-        UserError: for anything wrong with the configuration, the data or the launch, or an `output` that can't be
-            written.
+        UserError: for anything wrong with the configuration, the data or the launch, or if `output` can't be written.
     """
     if env.sharded():
-        raise UserError("profile measures a model that each process holds whole; launch it without FSDP")
-    make_output(output)
+        raise UserError("profile can't measure a sharded model; launch it without FSDP")
+    create_output_folder(output)
     with short_run(config, steps) as session:
         result = _measure(session, output / f"trace-rank{session.accelerator.process_index}.json")
         if session.accelerator.is_main_process:
             (output / "profile.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
-            session.log.console.print(table(result))
-            for line in lines(result):
+            session.log.console.print(phase_table(result))
+            for line in format_summary(result):
                 session.log.line(line)
             session.log.line(f"written to {output}: profile.json, trace-rank0.json (for ui.perfetto.dev)")
             session.log.line(result.verdict)
@@ -122,26 +122,26 @@ def profile_run(config: TrainConfig, steps: int, output: Path) -> Profile:
 
 def _measure(session: TrainSession, trace: Path) -> Profile:
     device, steps = session.accelerator.device, session.train_loader.steps_per_epoch
-    bar = bar_of(session)
-    timed_epoch(session, bar, Phases(device, apart=False))
-    compiled = counters["stats"]["unique_graphs"]
-    together = Phases(device, apart=False)
-    rounds = [timed_epoch(session, bar, together) for _ in range(ROUNDS)]
-    recompilations = counters["stats"]["unique_graphs"] - compiled
-    graph_breaks = sum(counters["graph_break"].values())
-    apart = Phases(device, apart=True)
-    timed_epoch(session, bar, apart)
+    bar = make_progress_bar(session)
+    time_epoch(session, bar, PhaseTimer(device, synchronized=False))
+    compiled_graphs = count_compiled_graphs()
+    host_timer = PhaseTimer(device, synchronized=False)
+    rounds = [time_epoch(session, bar, host_timer) for _ in range(ROUNDS)]
+    recompilations = count_compiled_graphs() - compiled_graphs
+    graph_breaks = count_graph_breaks()
+    device_timer = PhaseTimer(device, synchronized=True)
+    time_epoch(session, bar, device_timer)
     kernels, busy_seconds = _trace(session, bar, trace)
 
     step = quartiles(rounds).median
-    shares = {name: together.seconds[name] / steps / sum(rounds) for name in PHASES}
+    shares = {name: host_timer.seconds[name] / steps / sum(rounds) for name in PHASES}
     phases = {name: step * share for name, share in {**shares, HOST: 1 - sum(shares.values())}.items()}
     busy = None if busy_seconds is None else min(1.0, busy_seconds / step)
     images = session.batch_size / session.accelerator.num_processes / step
     flops = flops_per_image(session)
-    device_phases = {name: apart.seconds[name] / steps for name in PHASES[:-1]}
+    device_phases = {name: device_timer.seconds[name] / steps for name in PHASES[:-1]}
     share = input_share(step, phases, device_phases)
-    candidates = [of_whole_step(candidate, share) for candidate in measure_candidates(session)]
+    candidates = [include_input(candidate, share) for candidate in measure_candidates(session)]
     ceiling = matmul_ceiling(autocast_dtype(session.accelerator.mixed_precision) or torch.float32, device)
     return Profile(
         step,
@@ -149,7 +149,7 @@ def _measure(session: TrainSession, trace: Path) -> Profile:
         images * session.accelerator.num_processes,
         phases,
         device_phases,
-        {name: apart.peak_mib[name] for name in PHASES[:-1]},
+        {name: device_timer.peak_mib[name] for name in PHASES[:-1]},
         kernels,
         busy,
         graph_breaks,
@@ -157,48 +157,52 @@ def _measure(session: TrainSession, trace: Path) -> Profile:
         flops,
         flops * images / ceiling,
         candidates,
-        verdict(busy, share, not isinstance(session.dataset.train.images, torch.Tensor), candidates),
+        recommend(busy, share, not isinstance(session.dataset.train.images, torch.Tensor), candidates),
     )
 
 
 def _trace(session: TrainSession, bar: ProgressBar, path: Path) -> tuple[float, float | None]:
-    """Write an epoch's Chrome trace; returns kernels per step, and on a GPU the seconds per step that they take."""
+    """Write the Chrome trace of an epoch.
+
+    Returns:
+        Kernels per step, and the seconds per step during which the GPU runs at least one of them (None on a CPU).
+    """
     on_gpu = session.accelerator.device.type == "cuda"
     steps = session.train_loader.steps_per_epoch
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with _without_kinetos_chatter(), profile(activities=activities) as profiler:
+    with _silence_stderr(), profile(activities=activities) as profiler:
         train_epoch(session, bar, record_function)
     session.state.close_epoch()
     profiler.export_chrome_trace(str(path))
     events = profiler.events() or []
     if on_gpu:
         kernels = [event for event in events if event.device_type == DeviceType.CUDA and _computes(event)]
-        return len(kernels) / steps, covered((k.time_range.start, k.time_range.end) for k in kernels) / 1e6 / steps
+        return len(kernels) / steps, union_length((k.time_range.start, k.time_range.end) for k in kernels) / 1e6 / steps
     leaves = [event for event in events if event.name.startswith("aten::") and not event.cpu_children]
     return len(leaves) / steps, None
 
 
 @contextmanager
-def _without_kinetos_chatter() -> Iterator[None]:
-    """Nothing on stderr: without a GPU torch's profiler calls it an error there that it finds none."""
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
+def _silence_stderr() -> Iterator[None]:
+    """Discard what is written to stderr: without a GPU, torch's profiler reports its absence there as an error."""
+    stderr, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
+        os.dup2(stderr, 2)
+        os.close(stderr)
+        os.close(devnull)
 
 
-def _computes(event: FunctionEvent) -> bool:
-    """False for copies, for what waits for other GPUs, and for the marks of parts in a trace."""
+def _computes(event: Any) -> bool:
+    """Decide whether an event of the GPU is a computation: not a copy, a collective or a phase's annotation."""
     idle = event.name.lower().startswith(("nccl", "memcpy", "memset"))
     return not idle and not getattr(event, "is_user_annotation", False)
 
 
-def covered(intervals: Iterable[tuple[float, float]]) -> float:
-    """Length of the union of intervals: kernels of several streams may run at the same time."""
+def union_length(intervals: Iterable[tuple[float, float]]) -> float:
+    """Return the length of the union of the intervals: kernels of several streams may run at the same time."""
     total, end = 0.0, -math.inf
     for start, stop in sorted(intervals):
         total += max(0.0, stop - max(start, end))
@@ -207,8 +211,8 @@ def covered(intervals: Iterable[tuple[float, float]]) -> float:
 
 
 def flops_per_image(session: TrainSession) -> float:
-    """Of a forward and backward pass, by definition: unpadded, nothing recomputed."""
-    model = plain_model(session)
+    """Count the FLOPs of a forward and backward pass, without padding or recomputation."""
+    model = eager_copy(session)
     images, labels = next(session.train_loader.micro_batches(0))
 
     def run() -> None:
@@ -218,60 +222,66 @@ def flops_per_image(session: TrainSession) -> float:
 
 
 def input_share(step: float, host: dict[str, float], device: dict[str, float]) -> float:
-    """Of a step, what the input holds up: the host, where it isn't waiting for the device anyway, or the device."""
-    held_up = max(0.0, host["input"] - host["waiting"], device["input"] / sum(device.values()) * step)
-    return min(held_up / step, 0.99)
+    """Return the share of a step that the input costs: of the device, or of the host beyond its wait for the device."""
+    seconds = max(0.0, host["input"] - host["waiting"], device["input"] / sum(device.values()) * step)
+    return min(seconds / step, 0.99)
 
 
-def verdict(busy: float | None, input_share: float, streamed: bool, candidates: list[Candidate]) -> str:
-    """What to change first, in a line: the most that something measured would bring to the whole step.
+def recommend(busy: float | None, input_share: float, streamed: bool, candidates: list[Candidate]) -> str:
+    """Say in one line what to change first: the change with the largest measured gain.
 
-    A gain counts where the quartiles of its times and the present ones are apart; one that changes the training
-    counts where nothing else does.
+    Gains within the noise do not count. A change that affects the training is only recommended if no other helps.
     """
-    worth = [candidate for candidate in candidates if candidate.sure and candidate.gain >= WORTH_SAYING]
-    best = max(worth, key=lambda candidate: (candidate.same_training, candidate.gain), default=None)
-    free_input = 1 / (1 - input_share)
-    if free_input >= max(WORTH_SAYING, best.gain if best else 0.0):
-        how = "--stream never keeps the decoded images in memory" if streamed else "--crop and --cutout are its cost"
-        return f"input-bound: it takes {input_share:.0%} of a step, without it {free_input:.1f}x at most ({how})"
+    helpful = [candidate for candidate in candidates if candidate.sure and candidate.gain >= MIN_GAIN]
+    best = max(helpful, key=lambda candidate: (candidate.same_training, candidate.gain), default=None)
+    gain_without_input = 1 / (1 - input_share)
+    if gain_without_input >= max(MIN_GAIN, best.gain if best else 0.0):
+        how = (
+            "--stream never keeps the decoded images in memory"
+            if streamed
+            else "--crop and --cutout are what it spends its time on"
+        )
+        return (
+            f"input-bound: the input takes {input_share:.0%} of a step; without it training would be at most "
+            f"{gain_without_input:.1f}x as fast ({how})"
+        )
     if best is None:
-        return f"nothing that was tried makes it more than {WORTH_SAYING - 1:.0%} faster beyond the noise"
-    bound = f"launch-bound, the GPU computes {busy:.0%} of the time: " if busy and busy < LAUNCH_BOUND else ""
+        return f"none of the measured changes makes training more than {MIN_GAIN - 1:.0%} faster beyond the noise"
+    bound = f"launch-bound, the GPU computes {busy:.0%} of the time: " if busy and busy < LAUNCH_BOUND_BUSY else ""
     return f"{bound}{best.what} would help: measured {best.gain:.1f}x ({best.how})"
 
 
-def of_whole_step(candidate: Candidate, input_share: float) -> Candidate:
-    """A gain that was measured without the input, as one of the step with it."""
+def include_input(candidate: Candidate, input_share: float) -> Candidate:
+    """Convert a gain that was measured without the input into the gain of the whole step."""
     if candidate.failed:
         return candidate
     return replace(candidate, gain=1 / (input_share + (1 - input_share) / candidate.gain))
 
 
-def table(result: Profile) -> Table:
-    """Times by part of a step."""
-    shown = Table("per step", "host, ms", "share", "with the device's work, ms", "peak memory, MiB")
+def phase_table(result: Profile) -> Table:
+    """Build a table of time and memory by phase of a step."""
+    table = Table("per step", "host, ms", "share", "host and device, ms", "peak memory, MiB")
     for name, seconds in result.phases.items():
         device = result.device_phases.get(name)
-        shown.add_row(
+        table.add_row(
             name,
             f"{seconds * 1e3:,.2f}",
             f"{seconds / sum(result.phases.values()):.0%}",
             "" if device is None else f"{device * 1e3:,.2f}",
             f"{result.peak_mib[name]:,.0f}" if name in result.peak_mib else "",
         )
-    return shown
+    return table
 
 
-def lines(result: Profile) -> list[str]:
-    """What stands below the table."""
+def format_summary(result: Profile) -> list[str]:
+    """Format the lines below the table."""
     low, high = (seconds * 1e3 for seconds in result.spread)
     busy = "" if result.busy is None else f", the GPU computes {result.busy:.0%} of the time"
-    tried = ", ".join(str(candidate) for candidate in result.candidates)
+    candidates = ", ".join(str(candidate) for candidate in result.candidates)
     return [
         f"step {result.step * 1e3:,.2f} ms ({low:,.2f} to {high:,.2f}), {result.images_per_second:,.0f} img/s{busy}",
         f"{result.kernels:,.0f} kernels per step, {result.graph_breaks} graph breaks, "
         f"{result.recompilations} recompilations",
-        f"{result.flops_per_image / 1e6:,.1f} MFLOP per image, {result.mfu:.1%} of the matrix products' ceiling (MFU)",
-        f"tried, against the step as it is: {tried}",
+        f"{result.flops_per_image / 1e6:,.1f} MFLOP per image; MFU {result.mfu:.1%}, relative to a matrix product",
+        f"changes, measured against the present step: {candidates}",
     ]

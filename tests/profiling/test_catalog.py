@@ -1,4 +1,4 @@
-"""The tables of models and recipes say what is so, without a network, and in seconds."""
+"""The tables of models and recipes are correct, and need no network."""
 
 import re
 import socket
@@ -21,23 +21,23 @@ from fastvit_train.utils.safe_load import read_settings
 
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> None:
-        raise AssertionError("this needs no network")
+    def fail(*_: Any) -> None:
+        raise AssertionError("nothing here may connect to a network")
 
-    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket.socket, "connect", fail)
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """The words of each line by its first; a name's figures come before its description."""
-    found: dict[str, list[str]] = {}
+    """Split each line into words, by the first of them; a name's numbers come before its description."""
+    table: dict[str, list[str]] = {}
     for line in text.splitlines():
         if words := line.split():
-            found.setdefault(words[0], words[1:])
-    return found
+            table.setdefault(words[0], words[1:])
+    return table
 
 
 @pytest.mark.parametrize("name", ["c_vit_4_4_32", "cct_2_3x2_32"])
-def test_what_is_told_without_weights_is_true_of_the_model(name: str) -> None:
+def test_sizes_are_counted_without_weights(name: str) -> None:
     entry = catalog.describe(name)
     model = build_model(ModelConfig(name), 32, 10).eval()
     assert entry.parameters == sum(p.numel() for p in model.parameters())
@@ -48,37 +48,37 @@ def test_what_is_told_without_weights_is_true_of_the_model(name: str) -> None:
 
 def test_models_by_size(capsys: pytest.CaptureFixture[str]) -> None:
     main(["models", "--no-measure"])
-    found = rows(capsys.readouterr().out)
-    assert set(OUR_MODELS) <= set(found)
-    assert found["mc_vit_4_4_32"] == ["119,147", "64", "17.6"]
-    assert found["cct_7_3x1_32"][:2] == ["3,760,139", "256"]
+    table = rows(capsys.readouterr().out)
+    assert set(OUR_MODELS) <= set(table)
+    assert table["mc_vit_4_4_32"] == ["119,147", "64", "17.6"]
+    assert table["cct_7_3x1_32"][:2] == ["3,760,139", "256"]
 
 
 def test_timms_models_by_pattern(capsys: pytest.CaptureFixture[str]) -> None:
     main(["models", "--pattern", "resnet18*", "--no-measure"])
-    found = rows(capsys.readouterr().out)
-    assert found["resnet18"][:2] == ["11,181,642", "-"] and "resnet18d" in found and "mc_vit_4_4_32" not in found
+    table = rows(capsys.readouterr().out)
+    assert table["resnet18"][:2] == ["11,181,642", "-"] and "resnet18d" in table and "mc_vit_4_4_32" not in table
 
 
-def test_speeds_are_measured_and_said_how(capsys: pytest.CaptureFixture[str]) -> None:
+def test_throughput_is_measured_and_the_method_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     main(["models", "--pattern", "c_vit_4_4_*"])
     out = capsys.readouterr().out
     training, inference = (float(rate.replace(",", "")) for rate in rows(out)["c_vit_4_4_32"][-2:])
     assert 0 < training < inference
-    said = " ".join(out.split())
+    text = " ".join(out.split())
     assert re.search(
-        r"training step .AdamW. and of inference.*in turn.*batch \d+, fp32, attention fused.*threads", said
+        r"training steps .AdamW. and of inference.*interleaved.*batch \d+, fp32, attention fused.*threads", text
     )
 
 
 def test_recipes_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     main(["recipes"])
     out = capsys.readouterr().out
-    found = rows(out)
-    assert set(RECIPES) <= set(found) and max(map(len, out.splitlines())) <= 80
-    assert found["fast-cifar10"] == ["mc_vit_4_4_32", "cifar10", "6", "128", "nmuon", "119,147", "17.6"]
-    assert found["upstream-cifar100"][-2] == "123,557"  # with a hundred classes
-    assert "a first run within a minute or two" in " ".join(out.split())
+    table = rows(out)
+    assert set(RECIPES) <= set(table) and max(map(len, out.splitlines())) <= 80
+    assert table["fast-cifar10"] == ["mc_vit_4_4_32", "cifar10", "6", "128", "nmuon", "119,147", "17.6"]
+    assert table["upstream-cifar100"][-2] == "123,557"  # with a hundred classes
+    assert "a first run of a minute or two" in " ".join(out.split())
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,4 +1,4 @@
-"""--dry-run: what is said of a run is what the run then comes to, and nothing is left of saying it."""
+"""--dry-run: the estimate agrees with the run that follows, and nothing is written."""
 
 import contextlib
 import io
@@ -9,7 +9,7 @@ import pytest
 from fastvit_train.cli.main import main
 from fastvit_train.config.overrides import override
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.profiling.estimate import in_words
+from fastvit_train.profiling.estimate import format_duration
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.utils.safe_load import read_settings
 from tests.support import launch
@@ -19,8 +19,8 @@ SMALL += ["--batch-size", "240", "--epochs", "2", "--exp-name", "try", "--no-tel
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Path]]:
-    """What a dry run prints, and the files that it leaves."""
+def dry_run_output(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Path]]:
+    """The output of a dry run, and the files that it has left."""
     folder = tmp_path_factory.mktemp("dry")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -32,12 +32,12 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Path]]:
     return printed.getvalue(), list(folder.rglob("*"))
 
 
-def test_nothing_is_written(said: tuple[str, list[Path]]) -> None:
-    assert said[1] == []
+def test_nothing_is_written(dry_run_output: tuple[str, list[Path]]) -> None:
+    assert dry_run_output[1] == []
 
 
-def test_settings_shapes_and_disk_are_those_of_the_run(said: tuple[str, list[Path]], tmp_path: Path) -> None:
-    text, _ = said
+def test_settings_shapes_and_disk_are_those_of_the_run(dry_run_output: tuple[str, list[Path]], tmp_path: Path) -> None:
+    text, _ = dry_run_output
     settings = tmp_path / "my.yaml"
     settings.write_text(text.partition("--config takes them:\n")[2].partition("\n\n")[0])
     main(["--config", str(settings), "--runs-dir", str(tmp_path / "runs")])
@@ -58,20 +58,20 @@ def test_settings_shapes_and_disk_are_those_of_the_run(said: tuple[str, list[Pat
     assert f'"parameters": {rows["all"][0].replace(",", "")},' in model
 
 
-def test_it_says_memory_speed_and_time(said: tuple[str, list[Path]]) -> None:
-    rows = {line.split()[0]: line.split()[1:] for line in said[0].splitlines() if line.strip()}
+def test_memory_speed_and_time_are_printed(dry_run_output: tuple[str, list[Path]]) -> None:
+    rows = {line.split()[0]: line.split()[1:] for line in dry_run_output[0].splitlines() if line.strip()}
     assert float(rows["memory"][0].replace(",", "")) > 50
     rate, epoch = float(rows["speed"][0].replace(",", "")), float(rows["time"][0])
-    assert epoch > 5 * 240 / rate  # 1,438 images are five steps, and then there is the evaluation
+    assert epoch > 5 * 240 / rate  # 1,438 images are five steps, followed by the evaluation
     assert rows["time"][-2:] == ["(2", "epochs)"]
 
 
-def test_a_run_that_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_existing_run_is_not_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([*SMALL, "--runs-dir", str(tmp_path), "--epochs", "1"])
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     capsys.readouterr()
     main([*SMALL, "--runs-dir", str(tmp_path), "--dry-run"])
-    assert "expected" in capsys.readouterr().out
+    assert "estimated from" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
@@ -79,12 +79,12 @@ def test_a_run_that_is_there_is_left_alone(tmp_path: Path, capsys: pytest.Captur
     ("seconds", "words"), [(3.21, "3.2 s"), (125, "2 min"), (7320, "2 h 2 min"), (99.99, "100.0 s")]
 )
 def test_durations(seconds: float, words: str) -> None:
-    assert in_words(seconds) == words
+    assert format_duration(seconds) == words
 
 
 @pytest.mark.slow
-def test_of_two_processes_the_first_speaks(tmp_path: Path) -> None:
+def test_only_rank_0_of_two_prints(tmp_path: Path) -> None:
     done = launch("--dry-run", *SMALL, processes=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("expected, by") == done.stdout.count("patch_embed") == 1
+    assert done.stdout.count("estimated from") == done.stdout.count("patch_embed") == 1
     assert "world size 2" in done.stdout and not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""`plan`: what is counted is what a training really holds and sends, and the estimate follows from it."""
+"""`plan`: the counts are what a training really holds and sends, and the estimate follows from them."""
 
 import json
 import sys
@@ -14,20 +14,23 @@ from fastvit_train.cli.main import main
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.models import OUR_MODELS
 from fastvit_train.profiling import collectives, scaling
-from fastvit_train.profiling.collectives import Collective, Share
-from fastvit_train.profiling.scaling_rows import ALONE, DDP, FSDP2, PlanOptions, Step, checked, conclusion, row
+from fastvit_train.profiling.collectives import Collective, RankCost
+from fastvit_train.profiling.scaling import check_options
+from fastvit_train.profiling.scaling_estimate import DDP, FSDP2, SINGLE, MeasuredStep, conclude, estimate_row
+from fastvit_train.profiling.scaling_options import PlanOptions
 from fastvit_train.profiling.short_run import short_run
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.torch_private import fake_process_group
 from tests.support import launch, one_line_error, run
 
 Config = Callable[..., TrainConfig]
 GIGABIT = PlanOptions(link_gbps=1.0, latency_us=100.0)
-STEP = Step(images=64, seconds=0.1, spread=(0.1, 0.1), activations=2**20)
+MEASURED = MeasuredStep(images=64, seconds=0.1, spread=(0.1, 0.1), activations=2**20)
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_of_the_imagined_group() -> Iterator[None]:
+def the_fake_process_group_is_destroyed() -> Iterator[None]:
     yield
     assert not dist.is_initialized()
 
@@ -44,77 +47,77 @@ def trainable(session: TrainSession) -> int:
 def test_ddp_sums_every_gradient_once(small_config: Config, model: str) -> None:
     with short_run(small(small_config, model=model), steps=1) as session:
         for processes in (2, 1024):
-            share = collectives.ddp(session, processes)
-            assert share.collectives == (Collective("all-reduce", 4 * trainable(session)),)
-            assert share.gradients == 4 * trainable(session) and share.gathered == 0
+            cost = collectives.ddp_cost(session, processes)
+            assert cost.collectives == (Collective("all-reduce", 4 * trainable(session)),)
+            assert cost.gradients == 4 * trainable(session) and cost.gathered == 0
 
 
 def test_gradients_of_several_buckets_and_micro_batches_are_summed_once(small_config: Config) -> None:
     with short_run(small(small_config, embed_dim=512, depth=3, grad_accum=2), steps=1) as session:
-        found = collectives.ddp(session, 4).collectives
-        assert len(found) > 1 and {collective.kind for collective in found} == {"all-reduce"}
-        assert sum(collective.size for collective in found) == 4 * trainable(session)
+        result = collectives.ddp_cost(session, 4).collectives
+        assert len(result) > 1 and {collective.kind for collective in result} == {"all-reduce"}
+        assert sum(collective.size for collective in result) == 4 * trainable(session)
 
 
 def test_batch_norms_buffers_are_broadcast_and_no_others(small_config: Config) -> None:
     sizes = dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads"))
     config = small_config(model="resnet10t", image_size=32, attention="timm", optimizer="adamw", **sizes)
     with short_run(config, steps=1) as session:
-        share = collectives.ddp(session, 4)
-        sent = sum(collective.size for collective in share.collectives if collective.kind == "broadcast")
+        cost = collectives.ddp_cost(session, 4)
+        sent = sum(collective.size for collective in cost.collectives if collective.kind == "broadcast")
         assert sent == sum(buffer.nbytes for buffer in session.bare_model.buffers()) > 0
 
 
 def test_a_shard_is_one_processs_part_but_for_padding(small_config: Config) -> None:
     with short_run(small(small_config), steps=1) as session:
-        whole = collectives.alone(session)
+        whole = collectives.single_process_cost(session)
         parameters = list(session.bare_model.parameters())
         for processes in (2, 3, 8, 1024):
-            share = collectives.fsdp2(session, processes)
+            cost = collectives.fsdp2_cost(session, processes)
             rows = [-(-len(p) // processes) for p in parameters]  # cut along the first dimension, filled up
             padded = sum(4 * count * p[0].numel() for count, p in zip(rows, parameters, strict=True))
-            assert share.weights == share.gradients == padded
+            assert cost.weights == cost.gradients == padded
             filling = sum(4 * p[0].numel() for p in parameters)
             assert whole.weights / processes <= padded < whole.weights / processes + filling
-            assert share.optimizer == 2 * padded + 4 * len(parameters)  # two averages, and steps counted in float32
-            gathers = [c.size for c in share.collectives if c.kind == "all-gather"]
-            scatters = [c.size for c in share.collectives if c.kind == "reduce-scatter"]
+            assert cost.optimizer == 2 * padded + 4 * len(parameters)  # two averages, and steps counted in float32
+            gathers = [c.size for c in cost.collectives if c.kind == "all-gather"]
+            scatters = [c.size for c in cost.collectives if c.kind == "reduce-scatter"]
             assert sum(scatters) == padded * processes  # each gradient once
             assert len(scatters) == 3 and len(gathers) == 5  # root once; two blocks, forward and backward
-            assert share.gathered == padded * processes  # the root, and both blocks
+            assert cost.gathered == padded * processes  # the root, and both blocks
 
 
 def test_bf16_gathers_half_and_clipping_exchanges_the_norm(
     small_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with short_run(small(small_config), steps=1) as session:
-        plain = collectives.fsdp2(session, 4)
+        plain = collectives.fsdp2_cost(session, 4)
         settings = replace(session.config.settings, optim=replace(session.config.optim, clip_grad=1.0))
         clipped = replace(session, config=replace(session.config, settings=settings))
-        more = [c for c in collectives.fsdp2(clipped, 4).collectives if c.kind == "all-reduce"]
+        more = [c for c in collectives.fsdp2_cost(clipped, 4).collectives if c.kind == "all-reduce"]
         assert more == [Collective("all-reduce", 4 * len(list(session.bare_model.parameters())))]  # a norm of each
         monkeypatch.setattr(session.accelerator.state, "_mixed_precision", "bf16")
-        half = collectives.fsdp2(session, 4)
+        half = collectives.fsdp2_cost(session, 4)
         assert half.gathered == plain.gathered / 2 and half.weights == plain.weights
 
 
 def test_one_process_holds_what_a_training_allocates(small_config: Config) -> None:
     config = small(small_config, drop_path_rate=0.1)
     with short_run(config, steps=1) as session:
-        step = scaling.measure(session, session.batch_size, steps=1)
-        share = collectives.alone(session)
+        step = scaling.measure_step(session, session.batch_size, steps=1)
+        cost = collectives.single_process_cost(session)
         model, optimizer = session.bare_model, session.optimizer.optimizer
         images, labels = next(session.train_loader.micro_batches(0))
         torch.nn.functional.cross_entropy(model(images), labels).backward()
-        assert share.weights == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
-        assert share.gradients == sum(p.grad.nbytes for p in model.parameters())
-        assert share.optimizer == sum(t.nbytes for state in optimizer.state.values() for t in state.values())
-        assert share.collectives == () and share.gathered == 0
+        assert cost.weights == sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+        assert cost.gradients == sum(p.grad.nbytes for p in model.parameters())
+        assert cost.optimizer == sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+        assert cost.collectives == () and cost.gathered == 0
         assert step.spread[0] <= step.seconds <= step.spread[1]
         assert step.activations > 240 * 64 * 32 * 4  # at the least a block's input
-        assert scaling.measure(session, 120, steps=1).activations == pytest.approx(step.activations / 2, abs=1024)
-        held = (share.weights + share.gradients + share.optimizer + step.activations) / 2**20
-        assert row(ALONE, 1, share, step, PlanOptions()).memory_mib == pytest.approx(held)
+        assert scaling.measure_step(session, 120, steps=1).activations == pytest.approx(step.activations / 2, abs=1024)
+        held = (cost.weights + cost.gradients + cost.optimizer + step.activations) / 2**20
+        assert estimate_row(SINGLE, 1, cost, step, PlanOptions()).memory_mib == pytest.approx(held)
 
 
 def test_traffic_around_a_ring_by_hand() -> None:
@@ -124,28 +127,28 @@ def test_traffic_around_a_ring_by_hand() -> None:
     assert [c.sent(4) for c in (reduce, gather, scatter, broadcast)] == [1_500_000, 750_000, 750_000, 750_000]
     assert [c.hops(4) for c in (reduce, gather, scatter, broadcast)] == [6, 3, 3, 3]
     assert [c.sent(1) for c in (reduce, gather)] == [c.hops(1) for c in (reduce, gather)] == [0, 0]
-    found = row(DDP, 4, Share(0, 0, 0, 0, (reduce, gather)), STEP, GIGABIT, rate_alone=640.0)
-    assert found.communication_seconds == pytest.approx(2_250_000 * 8 / 1e9 + 9 * 100e-6)  # 18.9 ms
-    assert found.sent_mib == pytest.approx(2_250_000 / 2**20) and found.collectives == 2
-    assert found.step_seconds == pytest.approx(0.1189)
-    assert found.images_per_second == pytest.approx(256 / 0.1189)
-    assert found.efficiency == pytest.approx(0.1 / 0.1189)
+    result = estimate_row(DDP, 4, RankCost(0, 0, 0, 0, (reduce, gather)), MEASURED, GIGABIT, single_rate=640.0)
+    assert result.communication_seconds == pytest.approx(2_250_000 * 8 / 1e9 + 9 * 100e-6)  # 18.9 ms
+    assert result.sent_mib == pytest.approx(2_250_000 / 2**20) and result.collectives == 2
+    assert result.step_seconds == pytest.approx(0.1189)
+    assert result.images_per_second == pytest.approx(256 / 0.1189)
+    assert result.efficiency == pytest.approx(0.1 / 0.1189)
 
 
 def test_efficiency_falls_and_the_conclusion_says_where_by_half() -> None:
-    share = Share(2**20, 2**20, 2**20, 0, (Collective("all-reduce", 2**20),))
-    rows = [row(ALONE, 1, replace(share, collectives=()), STEP, GIGABIT)]
+    cost = RankCost(2**20, 2**20, 2**20, 0, (Collective("all-reduce", 2**20),))
+    rows = [estimate_row(SINGLE, 1, replace(cost, collectives=()), MEASURED, GIGABIT)]
     sizes = [2**i for i in range(1, 13)]
-    rows += [row(DDP, n, share, STEP, GIGABIT, rows[0].images_per_second) for n in sizes]
-    efficiencies = [found.efficiency for found in rows]
+    rows += [estimate_row(DDP, n, cost, MEASURED, GIGABIT, rows[0].images_per_second) for n in sizes]
+    efficiencies = [result.efficiency for result in rows]
     assert efficiencies[0] == 1 and efficiencies == sorted(efficiencies, reverse=True) and len(set(efficiencies)) == 13
-    last = max(found.processes for found in rows if found.efficiency >= 0.5)
-    assert conclusion(rows) == f"with DDP beyond {last} processes less than half of each adds to the whole"
+    last = max(result.processes for result in rows if result.efficiency >= 0.5)
+    assert conclude(rows) == f"DDP has an efficiency below 50% beyond {last} processes"
     assert 256 <= last < 4096
-    assert conclusion(rows[:3]).startswith("with DDP each of 4 processes still adds 8")
-    assert "already of 4096 processes" in conclusion([rows[0], rows[-1]]).replace(",", "")
-    sharded = row(FSDP2, 4096, replace(share, weights=0), STEP, GIGABIT, rows[0].images_per_second)
-    assert conclusion([*rows, sharded]).endswith("at 4,096 FSDP2 takes 75% of DDP's memory")
+    assert conclude(rows[:3]).startswith("DDP has an efficiency of 8")
+    assert "below 50% already at 4096 processes" in conclude([rows[0], rows[-1]]).replace(",", "")
+    sharded = estimate_row(FSDP2, 4096, replace(cost, weights=0), MEASURED, GIGABIT, rows[0].images_per_second)
+    assert conclude([*rows, sharded]).endswith("at 4,096 processes FSDP2 needs 75% of DDP's memory")
 
 
 def test_the_command_prints_tables_and_writes_figures_and_a_picture(
@@ -154,31 +157,31 @@ def test_the_command_prints_tables_and_writes_figures_and_a_picture(
     monkeypatch.chdir(tmp_path)
     sizes = ["--depth", "1", "--attention", "fused", "--steps", "1", "--optimizer", "adamw"]
     main(["plan", *sizes, "--models", "c_vit_4_4_32", "mc_vit_4_4_32", "--world-sizes", "2", "1024"])
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert (
         "c_vit_4_4_32, 34,282 parameters; weak scaling: 64 images per process, so that the batch grows to 65,536"
-        in said
+        in output
     )
-    assert said.count("~ estimated: ") == said.count("measured: a step of one process on cpu") == 2
+    assert output.count("~ estimated: ") == output.count("measured: the step of a single process on cpu") == 2
     plans = json.loads((tmp_path / "plan" / "plan.json").read_text())["plans"]
     for plan in plans:
-        assert [(r["way"], r["processes"]) for r in plan["rows"]] == [
-            (ALONE, 1), *((way, n) for way in (DDP, FSDP2) for n in (2, 1024))
+        assert [(r["strategy"], r["processes"]) for r in plan["rows"]] == [
+            (SINGLE, 1), *((strategy, n) for strategy in (DDP, FSDP2) for n in (2, 1024))
         ]  # fmt: skip
-        assert plan["rows"][0]["efficiency"] == 1 and plan["conclusion"] in said
+        assert plan["rows"][0]["efficiency"] == 1 and plan["conclusion"] in output
     assert (tmp_path / "plan" / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan"]
 
 
 def test_strong_scaling_measures_what_each_process_takes(small_config: Config) -> None:
-    options = checked(PlanOptions(scaling="strong", world_sizes=(2, 8, 16, 64), steps=1))
-    found = scaling.plan_model(small_config(grad_accum=2), options)
-    assert [(r.processes, r.images) for r in found.rows] == [(1, 240), (2, 120), (8, 30), (2, 120), (8, 30)]
-    assert [step.images for step in found.steps] == [240, 120, 30]
-    assert found.rows[1].activations_mib == pytest.approx(found.rows[0].activations_mib / 2, rel=0.01)
-    assert found.rows[2].images_per_second == pytest.approx(240 / found.rows[2].step_seconds)
-    assert "left out: 16, 64 processes, as 240 images can't be cut evenly" in found.notes
-    assert not any("FSDP2" in note for note in found.notes)
+    options = check_options(PlanOptions(scaling="strong", world_sizes=(2, 8, 16, 64), steps=1))
+    result = scaling.plan_model(small_config(grad_accum=2), options)
+    assert [(r.processes, r.images) for r in result.rows] == [(1, 240), (2, 120), (8, 30), (2, 120), (8, 30)]
+    assert [step.images for step in result.steps] == [240, 120, 30]
+    assert result.rows[1].activations_mib == pytest.approx(result.rows[0].activations_mib / 2, rel=0.01)
+    assert result.rows[2].images_per_second == pytest.approx(240 / result.rows[2].step_seconds)
+    assert "left out: 16, 64 processes, as they can't share 240 images equally" in result.notes
+    assert not any("FSDP2" in note for note in result.notes)
 
 
 @pytest.mark.parametrize(
@@ -208,33 +211,34 @@ def test_mistakes_are_one_line_and_nothing_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_an_unknown_collective_is_not_passed_over() -> None:
+def test_an_unknown_collective_raises() -> None:
     with (
-        collectives.fake_group(4),
+        fake_process_group(4),
         pytest.raises(RuntimeError, match="add it to KINDS"),
         collectives.CollectiveCounter(),
     ):
         dist.all_to_all_single(torch.ones(4), torch.ones(4))
 
 
-def test_a_real_group_is_left_alone(small_config: Config, tmp_path: Path) -> None:
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
-    with pytest.raises(UserError, match="start it as one: python -m fastvit_train plan"), collectives.fake_group(4):
-        pass
-    assert dist.get_backend() == "gloo"
-    dist.destroy_process_group()
+def test_a_real_process_group_is_rejected_and_kept(small_config: Config, tmp_path: Path) -> None:
+    with short_run(small(small_config), steps=1) as session:
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+        for count_cost in (collectives.ddp_cost, collectives.fsdp2_cost):
+            with pytest.raises(UserError, match="start it without a launcher: python -m fastvit_train plan"):
+                count_cost(session, 4)
+        assert dist.get_backend() == "gloo"
 
 
 @pytest.mark.slow
-def test_several_processes_are_told_to_be_one(tmp_path: Path) -> None:
+def test_several_processes_are_rejected(tmp_path: Path) -> None:
     done = launch("plan", "--attention", "fused", processes=2, cwd=tmp_path)
-    assert done.returncode and "plan imagines the other processes" in one_line_error(done.stderr)
+    assert done.returncode and "plan runs in one process" in one_line_error(done.stderr)
 
 
 @pytest.mark.slow
-def test_every_model_of_ours_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_every_model_of_ours_in_a_new_process(tmp_path: Path) -> None:
     command = ["-m", "fastvit_train", "plan", "--models", "ours", "--depth", "1", "--attention", "fused"]
     done = run([sys.executable, *command, "--steps", "1", "--world-sizes", "2", "4", "--batch-size", "16"], tmp_path)
     assert done.returncode == 0, done.stderr
-    assert all(f"\n{model}: with DDP " in done.stdout for model in OUR_MODELS)
+    assert all(f"\n{model}: DDP has an efficiency " in done.stdout for model in OUR_MODELS)
     assert not done.stderr

@@ -1,4 +1,4 @@
-"""`profile`: the parts add up, what is slow is named, the trace opens."""
+"""`profile`: the phases add up, the bottleneck is named, and the trace opens."""
 
 import json
 import sys
@@ -14,7 +14,7 @@ from fastvit_train.data.augment import Augment
 from fastvit_train.models.vit import Mlp
 from fastvit_train.profiling import short_run, speedups, step_profile
 from fastvit_train.profiling.speedups import Candidate, Variant
-from fastvit_train.profiling.step_profile import PHASES, Profile, flops_per_image, input_share, profile_run, verdict
+from fastvit_train.profiling.step_profile import PHASES, Profile, flops_per_image, input_share, profile_run, recommend
 from fastvit_train.training.setup import setup
 from fastvit_train.utils.errors import UserError
 from tests.support import launch, run, write_folder
@@ -23,17 +23,17 @@ Config = Callable[..., TrainConfig]
 
 
 @pytest.fixture
-def few_tries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bf16 alone is tried: the other candidates compile."""
+def only_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure bf16 alone, because the other candidates have to compile."""
     bf16 = [("bf16", "how", Variant(precision="bf16"))]
-    monkeypatch.setattr(speedups, "_variants", lambda session: bf16)
+    monkeypatch.setattr(speedups, "list_variants", lambda session: bf16)
 
 
 def profiled(config: TrainConfig, tmp_path: Path, steps: int = 3) -> Profile:
     return profile_run(config, steps, tmp_path / "profile")
 
 
-def test_the_parts_of_a_step_add_up(small_config: Config, tmp_path: Path, few_tries: None) -> None:
+def test_the_parts_of_a_step_add_up(small_config: Config, tmp_path: Path, only_bf16: None) -> None:
     result = profiled(small_config(), tmp_path)
     low, high = result.spread
     assert low <= result.step <= high
@@ -46,7 +46,7 @@ def test_the_parts_of_a_step_add_up(small_config: Config, tmp_path: Path, few_tr
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_trace_names_the_parts(small_config: Config, tmp_path: Path, few_tries: None) -> None:
+def test_the_trace_names_the_parts(small_config: Config, tmp_path: Path, only_bf16: None) -> None:
     profiled(small_config(), tmp_path, steps=2)
     events = json.loads((tmp_path / "profile" / "trace-rank0.json").read_text())["traceEvents"]
     names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
@@ -54,7 +54,7 @@ def test_the_trace_names_the_parts(small_config: Config, tmp_path: Path, few_tri
 
 
 def test_a_slow_input_is_called_so(
-    small_config: Config, tmp_path: Path, few_tries: None, monkeypatch: pytest.MonkeyPatch
+    small_config: Config, tmp_path: Path, only_bf16: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crop_and_flip = Augment.crop_and_flip
 
@@ -65,11 +65,11 @@ def test_a_slow_input_is_called_so(
     monkeypatch.setattr(Augment, "crop_and_flip", slowly)
     result = profiled(small_config(), tmp_path)
     assert 0.15 < result.phases["input"] < 0.25
-    assert result.verdict.startswith("input-bound: it takes ") and "--crop" in result.verdict
+    assert result.verdict.startswith("input-bound: the input takes ") and "--crop" in result.verdict
 
 
 def test_a_slow_optimizer_shows_in_its_part(
-    small_config: Config, tmp_path: Path, few_tries: None, monkeypatch: pytest.MonkeyPatch
+    small_config: Config, tmp_path: Path, only_bf16: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: time.sleep(0.1))
     result = profiled(small_config(optimizer="adamw"), tmp_path)
@@ -87,19 +87,19 @@ def test_flops_are_those_of_the_definition(small_config: Config) -> None:
 
 def test_the_verdict_goes_by_what_was_measured() -> None:
     bf16, compiled = Candidate("bf16", "so", 1.9), Candidate("--compile", "thus", 1.4)
-    assert verdict(None, 0.01, False, [compiled, bf16]) == "bf16 would help: measured 1.9x (so)"
-    assert verdict(0.35, 0.0, False, [compiled]).startswith(
+    assert recommend(None, 0.01, False, [compiled, bf16]) == "bf16 would help: measured 1.9x (so)"
+    assert recommend(0.35, 0.0, False, [compiled]).startswith(
         "launch-bound, the GPU computes 35% of the time: --compile would help: measured 1.4x"
     )
-    assert verdict(0.35, 0.6, True, [compiled]).startswith(
-        "input-bound: it takes 60% of a step, without it 2.5x at most"
+    assert recommend(0.35, 0.6, True, [compiled]).startswith(
+        "input-bound: the input takes 60% of a step; without it training would be at most 2.5x as fast"
     )
-    assert "--stream never" in verdict(None, 0.6, True, [compiled])
+    assert "--stream never" in recommend(None, 0.6, True, [compiled])
     nothing = [Candidate("x", "y", 1.04), Candidate("x", "y", 3.0, sure=False), Candidate("x", "y", 0.0, failed="why")]
-    assert verdict(0.9, 0.0, False, nothing).startswith("nothing that was tried")
+    assert recommend(0.9, 0.0, False, nothing).startswith("none of the measured changes")
     larger = Candidate("--batch-size 512", "another training", 3.0, same_training=False)
-    assert verdict(None, 0.0, False, [larger, compiled]).startswith("--compile")
-    assert verdict(None, 0.0, False, [larger]).startswith("--batch-size 512 would help: measured 3.0x")
+    assert recommend(None, 0.0, False, [larger, compiled]).startswith("--compile")
+    assert recommend(None, 0.0, False, [larger]).startswith("--batch-size 512 would help: measured 3.0x")
 
 
 def test_input_that_hides_behind_the_device_costs_nothing() -> None:
@@ -111,7 +111,7 @@ def test_input_that_hides_behind_the_device_costs_nothing() -> None:
 
 @pytest.mark.slow
 def test_recompilations_are_counted(
-    small_config: Config, tmp_path: Path, few_tries: None, monkeypatch: pytest.MonkeyPatch
+    small_config: Config, tmp_path: Path, only_bf16: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_epoch = short_run.train_epoch
     config = small_config(compile=True, depth=1)
@@ -127,7 +127,7 @@ def test_recompilations_are_counted(
 
 @pytest.mark.slow
 def test_graph_breaks_are_counted(
-    small_config: Config, tmp_path: Path, few_tries: None, monkeypatch: pytest.MonkeyPatch
+    small_config: Config, tmp_path: Path, only_bf16: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
@@ -144,23 +144,23 @@ def test_graph_breaks_are_counted(
 def test_a_candidate_that_fails_is_told_and_the_rest_measured(
     small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step_of = speedups.step_of
+    build_step = speedups.build_step
 
     def out_of_memory(session, variant):
         if variant.batch_factor > 1:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
-        return step_of(session, variant)
+        return build_step(session, variant)
 
     tried = [("bf16", "how", Variant(precision="bf16")), ("--batch-size 480", "how", Variant(batch_factor=2))]
-    monkeypatch.setattr(speedups, "_variants", lambda session: tried)
-    monkeypatch.setattr(speedups, "step_of", out_of_memory)
-    found = {candidate.what: candidate for candidate in profiled(small_config(), tmp_path, steps=2).candidates}
-    assert found["bf16"].gain > 0
-    assert str(found["--batch-size 480"]) == "--batch-size 480 failed (CUDA out of memory. Tried to allocate)"
+    monkeypatch.setattr(speedups, "list_variants", lambda session: tried)
+    monkeypatch.setattr(speedups, "build_step", out_of_memory)
+    candidates = {candidate.what: candidate for candidate in profiled(small_config(), tmp_path, steps=2).candidates}
+    assert candidates["bf16"].gain > 0
+    assert str(candidates["--batch-size 480"]) == "--batch-size 480 failed (CUDA out of memory. Tried to allocate)"
 
 
 def test_kernels_that_overlap_count_once() -> None:
-    assert step_profile.covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]) == 4.0
+    assert step_profile.union_length([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 1.6)]) == 4.0
 
 
 def test_mistakes_are_one_line(small_config: Config, tmp_path: Path) -> None:

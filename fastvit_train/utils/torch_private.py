@@ -1,0 +1,51 @@
+"""The private parts of torch that fastvit_train relies on, each with the reason why nothing public serves.
+
+`tests/utils/test_torch_private.py` shows on the oldest and the newest torch of CI that they behave as relied upon.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+import torch.distributed as dist
+
+# The base class of modes that see every operator call, from Python and from C++. Its docstring invites others to
+# derive from it, but it is only available from this module.
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+
+
+@contextmanager
+def fake_process_group(world_size: int) -> Iterator[None]:
+    """Make this process rank 0 of a process group whose other ranks do not exist; its collectives move nothing.
+
+    torch.distributed lists "fake" among its backends, but only torch's testing module registers it.
+
+    Raises:
+        ValueError: if the default process group exists already.
+    """
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401
+
+    dist.init_process_group("fake", rank=0, world_size=world_size, store=dist.HashStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def count_compiled_graphs() -> int:
+    """Count the graphs that torch.compile has compiled in this process. No public function returns this count."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def count_graph_breaks() -> int:
+    """Count the graph breaks of torch.compile in this process. No public function returns this count."""
+    return sum(torch._dynamo.utils.counters["graph_break"].values())
+
+
+def recompile_limit(limit: int) -> AbstractContextManager[None]:
+    """Let torch.compile compile each function up to `limit` times within the context.
+
+    Beyond the limit a function silently runs uncompiled. The public argument of the same name of torch.compile is
+    missing in the oldest torch that is supported.
+    """
+    return torch._dynamo.config.patch(recompile_limit=limit)
