@@ -1,1 +1,1 @@
-"""Data: sets by name, where their images come from, augmentation, batches."""
+"""Data sets by name, their images in memory or on disk, augmentation, and batches."""

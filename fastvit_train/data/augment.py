@@ -1,9 +1,9 @@
-"""Augmentation of whole batches on the device, each sample by its own draws.
+"""Augmentation of whole batches on the device, with random numbers of its own for each sample.
 
-The draws of an epoch are one table from (seed, epoch); a batch picks its samples' rows. So what happens to a
-sample depends on neither its place in the batch nor the number of processes.
+All random numbers of an epoch are drawn at once, from (seed, epoch); a batch picks its samples' rows. The augmentation
+of a sample therefore depends neither on its position in the batch nor on the world size.
 
-Shape suffixes: B batch, C channels, H height, W width, S samples of the whole set, T tries.
+Shape suffixes: B batch, C channels, H height, W width, S samples of the whole data set, T tries.
 """
 
 import hashlib
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
 
-CROP_TRIES = 10
+CROP_TRIES = 10  # as in torchvision's RandomResizedCrop
 CROP_RATIO = (3 / 4, 4 / 3)
 
 
 def generator(seed: int, *purpose: int | str) -> torch.Generator:
-    """A CPU generator whose stream is a function of the arguments alone."""
+    """Make a CPU generator whose random numbers depend only on the arguments."""
     digest = hashlib.blake2b(repr((seed, *purpose)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
 
 
 class Augment:
-    """The augmentation that a configuration asks for, for one set of samples.
+    """The augmentation of one data set, as a configuration sets it.
 
     Call `start_epoch` before the first batch of each epoch.
     """
@@ -35,13 +35,13 @@ class Augment:
         self._seed = seed
         self._num_samples = num_samples
         self._device = device
-        # Alternating flip: which half is flipped first is drawn once, then every epoch flips the other half
+        # Alternating flip: the images flipped in even epochs are drawn once, odd epochs flip all others
         # (Jordan 2024, https://arxiv.org/abs/2404.00498).
         self._first_flips_S = torch.rand(num_samples, generator=generator(seed, "flip")) < 0.5
         self._draws: dict[str, Tensor] = {}
 
     def start_epoch(self, epoch: int) -> None:
-        """Draw the table of `epoch`."""
+        """Draw the random numbers of `epoch` for all samples."""
         config, draws = self._config, {}
         stream = generator(self._seed, "augment", epoch)
 
@@ -61,7 +61,7 @@ class Augment:
         self._draws = {name: draw.to(self._device) for name, draw in draws.items()}
 
     def crop_and_flip(self, images_BCHW: Tensor, samples_B: Tensor) -> Tensor:
-        """uint8 images to cropped and flipped ones: uint8 for shifts, float (0 to 255) for resized crops."""
+        """Crop and flip uint8 images; returns uint8 for shifts, float32 (0 to 255) for resized crops."""
         rows = {name: draw[samples_B] for name, draw in self._draws.items()}
         flip_B = rows.get("flip")
         if self._config.crop == "resized":
@@ -76,7 +76,7 @@ class Augment:
         return torch.where(flip_B[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
 
     def cutout(self, images_BCHW: Tensor, samples_B: Tensor) -> Tensor:
-        """Blank a square of normalised images with zeros (DeVries & Taylor 2017); it may stick out of the image."""
+        """Set a square of each normalised image to zero (DeVries & Taylor 2017); it may reach over the border."""
         if not self._config.cutout:
             return images_BCHW
         height, width = images_BCHW.shape[-2:]
@@ -93,7 +93,7 @@ def _in_square(centre_B: Tensor, length: int, side: int) -> Tensor:
 
 
 def shift(images_BCHW: Tensor, down_B: Tensor, right_B: Tensor, flip_B: Tensor | None = None) -> Tensor:
-    """Take the window that starts `down`, `right` pixels away, borders reflected; then flip where asked."""
+    """Shift each image's window by `down` and `right` pixels, with reflected borders, and flip those in `flip`."""
     height, width = images_BCHW.shape[-2:]
     rows_BH = _reflect(torch.arange(height, device=down_B.device) + down_B[:, None], height)
     columns_BW = _reflect(torch.arange(width, device=right_B.device) + right_B[:, None], width)
@@ -105,7 +105,7 @@ def shift(images_BCHW: Tensor, down_B: Tensor, right_B: Tensor, flip_B: Tensor |
 
 
 def _reflect(index: Tensor, length: int) -> Tensor:
-    """Mirror indices outside 0..length-1 at the borders, the border pixel not repeated; any distance."""
+    """Mirror indices outside 0 .. length - 1 at the borders, at any distance, without repeating the border pixel."""
     if length == 1:
         return torch.zeros_like(index)
     index = index.remainder(2 * (length - 1))
@@ -115,9 +115,9 @@ def _reflect(index: Tensor, length: int) -> Tensor:
 def crop_boxes(
     shapes_BT: Tensor, positions_B2: Tensor, size: torch.Size, min_scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Boxes (top, left, height, width), each (batch,), drawn as torchvision's RandomResizedCrop does.
+    """Draw boxes (top, left, height, width), each (batch,), with the distribution of torchvision's RandomResizedCrop.
 
-    The first of ten tries that fits is taken; where none does, the largest central box of an allowed ratio.
+    Each image takes the first of ten tries that fits, or else the largest central box with an allowed aspect ratio.
     """
     image_height, image_width = size
     area = image_height * image_width * (min_scale + (1 - min_scale) * shapes_BT[:, :CROP_TRIES])
@@ -140,9 +140,9 @@ def crop_boxes(
 def resized_crop(
     images_BCHW: Tensor, top_B: Tensor, left_B: Tensor, height_B: Tensor, width_B: Tensor, flip_B: Tensor | None
 ) -> Tensor:
-    """Resize each sample's box to the image's size, bilinearly; float, 0 to 255.
+    """Resize each image's box to the image's size with bilinear interpolation; returns float32, 0 to 255.
 
-    Bilinear interpolation is separable, so it is two batched products with interpolation matrices.
+    Bilinear interpolation is separable, so it is computed as two batched products with interpolation matrices.
     """
     rows_BHH = _interpolation(top_B, height_B, images_BCHW.shape[-2])
     columns_BWW = _interpolation(left_B, width_B, images_BCHW.shape[-1])
@@ -152,7 +152,7 @@ def resized_crop(
 
 
 def _interpolation(start_B: Tensor, length_B: Tensor, size: int) -> Tensor:
-    """Weights (batch, size, size) with which output pixel i takes input pixel j, pixel centres at half integers."""
+    """Return weights (batch, size, size): [b, i, j] is that of input pixel j in output pixel i (centres at i + 0.5)."""
     pixels = torch.arange(size, device=start_B.device)
     source_BS = (pixels + 0.5) * (length_B / size)[:, None] - 0.5
     source_BS = start_B[:, None] + source_BS.clamp(min=0).minimum(length_B[:, None] - 1)

@@ -1,4 +1,4 @@
-"""Data sets by name."""
+"""Data sets by name: their classes, and their training and test splits."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -20,23 +20,23 @@ from fastvit_train.utils.errors import UserError, printable
 
 @dataclass(frozen=True)
 class Split:
-    """Images, either as one uint8 tensor (samples, 3, height, width) or as files, with their labels (samples,)."""
+    """Images, as one uint8 tensor (samples, 3, height, width) or as paths of files, and labels, int64 (samples,)."""
 
     images: Tensor | Sequence[Path]
     labels: Tensor
 
     def take(self, samples: Tensor) -> "Split":
-        """The given samples only."""
+        """Return a split with these samples only."""
         if isinstance(self.images, Tensor):
             return Split(self.images[samples], self.labels[samples])
         return Split([self.images[i] for i in samples.tolist()], self.labels[samples])
 
-    def first_of_each_class(self, most: int) -> Tensor:
-        """Indices of the first sample of each class, of the first `most` classes that have one."""
-        return torch.stack([(self.labels == label).nonzero()[0, 0] for label in self.labels.unique()[:most]])
+    def first_of_each_class(self, max_classes: int) -> Tensor:
+        """Return the index of the first sample of each class, for the first `max_classes` classes that have samples."""
+        return torch.stack([(self.labels == label).nonzero()[0, 0] for label in self.labels.unique()[:max_classes]])
 
     def pixels(self, samples: Tensor, image_size: int) -> Tensor:
-        """The given samples' images, uint8 (samples, 3, height, width); files are decoded at `image_size`."""
+        """Return these samples' images, uint8 (samples, 3, height, width); files are decoded at `image_size`."""
         if isinstance(self.images, Tensor):
             return self.images[samples]
         return torch.stack([decode(self.images[i], image_size) for i in samples.tolist()])
@@ -44,7 +44,10 @@ class Split:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """A data set: its name as printed beside every accuracy, its classes, and what is trained and evaluated on."""
+    """A data set: the name that is printed with every accuracy, its classes, and its splits.
+
+    `evaluated_on` is the name of the split in `test`, such as "test", "val" or "holdout".
+    """
 
     name: str
     classes: tuple[str, ...]
@@ -53,7 +56,7 @@ class DatasetSpec:
     evaluated_on: str = "test"
 
     def identity(self) -> dict[str, object]:
-        """What must be the same for a run to go on: the classes, and which sample has which label."""
+        """Describe what a resumed run must find unchanged: the classes, and the label of each sample."""
         labels = torch.cat((self.train.labels, self.test.labels)).numpy().tobytes()
         return {
             "classes": list(self.classes),
@@ -64,14 +67,13 @@ class DatasetSpec:
 
 
 def load_dataset(config: DataConfig, image_size: int) -> DatasetSpec:
-    """The data set that `config` names, downloaded where it must be.
+    """Load the data set that `config` names; download it if it is not in `config.data_dir`.
 
     Args:
-        config: names the set and where it lies.
-        image_size: side in pixels at which a folder's images are decoded; other sets keep their own size.
+        image_size: side in pixels of decoded folder images and synthetic images; other data sets keep their own size.
 
     Raises:
-        UserError: where the data is missing, damaged, or its labels are outside its classes.
+        UserError: if the data set is not available or is damaged, or if a label is outside its classes.
     """
     loaders: dict[str, Callable[[], DatasetSpec]] = {
         "digits": _digits,
@@ -99,7 +101,7 @@ def count_classes(config: DataConfig) -> int:
 
 
 def check_labels(labels: Tensor, num_classes: int, what: str) -> None:
-    """Raise UserError unless there are labels and all are in 0 .. num_classes - 1."""
+    """Raise UserError if there are no labels, or if one is outside 0 .. num_classes - 1."""
     if not len(labels):
         raise UserError(f"{what} is empty")
     low, high = int(labels.min()), int(labels.max())
@@ -111,7 +113,7 @@ def check_labels(labels: Tensor, num_classes: int, what: str) -> None:
 
 
 def _stratified(labels: Tensor, fraction: float, purpose: str) -> tuple[Tensor, Tensor]:
-    """Fixed disjoint sample indices (rest, part) with `fraction` of each class, at least one sample, in the part."""
+    """Split sample indices into (rest, part), the same every time; part has `fraction` of each class, at least one."""
     stream = generator(0, purpose)
     part = []
     for label in labels.unique():
@@ -126,13 +128,13 @@ def _stratified(labels: Tensor, fraction: float, purpose: str) -> tuple[Tensor, 
 def _hold_out(dataset: DatasetSpec, fraction: float) -> DatasetSpec:
     rest, held_out = _stratified(dataset.train.labels, fraction, "holdout")
     if not len(rest):
-        raise UserError(f"--holdout {fraction} leaves nothing of {len(held_out)} training images to train on")
+        raise UserError(f"--holdout {fraction} holds out all {len(held_out)} training images; lower it")
     train, test = dataset.train.take(rest), dataset.train.take(held_out)
     return replace(dataset, train=train, test=test, evaluated_on="holdout")
 
 
 def _digits() -> DatasetSpec:
-    """scikit-learn's digits (UCI, Alpaydin & Kaynak 1998): 1,797 images of 8x8, made 3x32x32; a fifth to test on."""
+    """Load scikit-learn's digits (UCI, Alpaydin & Kaynak 1998): 1,797 images, 8x8 made 3x32x32; a fifth is to test."""
     with (files("fastvit_train.data") / "digits.npz").open("rb") as file, np.load(file, allow_pickle=False) as archive:
         images = torch.from_numpy(archive["images"]).float().unsqueeze(1) * (255 / 16)
         labels = torch.from_numpy(archive["labels"]).long()
@@ -157,18 +159,19 @@ def _folder(config: DataConfig, image_size: int) -> DatasetSpec:
 
 
 def _synthetic(image_size: int) -> DatasetSpec:
-    """Noise around one random pattern per class: learnable, any size, nothing to load; 4,096 + 1,024 images."""
+    """Make 4,096 training and 1,024 test images of any size: noise around one random pattern per class."""
     needed = (4096 + 1024) * 3 * image_size**2
     if needed > (free := folder.free_memory()):
         raise UserError(
-            f"synthetic images of {image_size} pixels take {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+            f"synthetic images of {image_size} x {image_size} pixels take {needed / 1e9:.1f} GB, but "
+            f"{free / 1e9:.1f} GB are free; lower --image-size"
         )
     stream = generator(0, "synthetic")
     patterns = F.interpolate(torch.rand(10, 3, 4, 4, generator=stream), image_size, mode="bilinear")
 
-    def split(count: int) -> Split:
+    def make_split(count: int) -> Split:
         labels = torch.arange(count) % 10
         noise = torch.randint(0, 128, (count, 3, image_size, image_size), dtype=torch.uint8, generator=stream)
         return Split(noise + (patterns * 127).to(torch.uint8)[labels], labels)
 
-    return DatasetSpec("synthetic", tuple("0123456789"), split(4096), split(1024))
+    return DatasetSpec("synthetic", tuple("0123456789"), make_split(4096), make_split(1024))

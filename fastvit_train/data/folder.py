@@ -1,4 +1,4 @@
-"""A folder of images: train/ and test/ (or val/), in each a folder per class; decoded once and cached."""
+"""Folders of images, with train/ and test/ (or val/) and a folder per class in each; decoded once, then cached."""
 
 import contextlib
 import hashlib
@@ -27,12 +27,12 @@ TEST_NAMES = ("test", "val")
 DECODE_BATCH = 256
 CACHE_FORMAT = 1
 
-Part = tuple[Tensor | Sequence[Path], Tensor]
+LabelledImages = tuple[Tensor | Sequence[Path], Tensor]
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of both splits, sorted, with their labels."""
+    """The image files of both splits, sorted by class and path, and their labels, int64 (samples,)."""
 
     root: Path
     classes: tuple[str, ...]
@@ -45,7 +45,7 @@ def list_images(root: Path) -> Listing:
     """Find the images below `root`.
 
     Raises:
-        UserError: where a folder is missing or empty, or train and test have different classes.
+        UserError: if a folder is missing or empty, or if train and test have different classes.
     """
     classes, test_name = find_classes(root)
     return Listing(
@@ -61,12 +61,12 @@ def find_classes(root: Path) -> tuple[tuple[str, ...], str]:
     """
     expected = f"expected {root}/train/CLASS/IMAGE and {root}/test/CLASS/IMAGE (or val/)"
     if not root.is_dir():
-        raise UserError(f"--data-dir {root} is no folder; {expected}")
+        raise UserError(f"--data-dir {root} is not a folder; {expected}")
     test_name = next((name for name in TEST_NAMES if (root / name).is_dir()), None)
-    missing = [name for name, there in (("train", (root / "train").is_dir()), ("test", test_name)) if not there]
+    missing = [name for name, exists in (("train", (root / "train").is_dir()), ("test", test_name)) if not exists]
     if missing or test_name is None:
-        empty = "is empty" if not any(root.iterdir()) else f"has no {'/ and no '.join(missing)}/"
-        raise UserError(f"--data-dir {root} {empty}; {expected}")
+        reason = "is empty" if not any(root.iterdir()) else f"has no {'/ and no '.join(missing)}/"
+        raise UserError(f"--data-dir {root} {reason}; {expected}")
     classes, test_classes = _class_names(root / "train"), _class_names(root / test_name)
     if classes != test_classes:
         only_train = sorted(set(classes) - set(test_classes)) or "nothing"
@@ -89,26 +89,29 @@ def _class_files(split: Path, classes: Sequence[str]) -> tuple[list[Path], Tenso
     paths: list[Path] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
-        found = sorted(
-            Path(where) / file
-            for where, _, names in os.walk(split / name)
+        files = sorted(
+            Path(parent) / file
+            for parent, _, names in os.walk(split / name)
             for file in names
             if Path(file).suffix.lower() in EXTENSIONS and not file.startswith(".")
         )
-        if not found:
-            raise UserError(f"class folder {split / name} holds no images; allowed: {' '.join(sorted(EXTENSIONS))}")
-        paths += found
-        labels += [label] * len(found)
+        if not files:
+            raise UserError(
+                f"class folder {split / name} holds no images; allowed extensions: {' '.join(sorted(EXTENSIONS))}"
+            )
+        paths += files
+        labels += [label] * len(files)
     return paths, torch.tensor(labels)
 
 
-def load(listing: Listing, image_size: int, stream: str) -> tuple[Part, Part]:
-    """Both splits: decoded to uint8 (samples, 3, image_size, image_size), or left as files to be streamed.
+def load(listing: Listing, image_size: int, stream: str) -> tuple[LabelledImages, LabelledImages]:
+    """Load both splits: images, uint8 (samples, 3, image_size, image_size), or the files' paths if they are streamed.
 
-    `stream` is "always", "never", or "auto", which streams what would take more than half of the free memory.
+    Args:
+        stream: "always", "never", or "auto": stream if the images would take more than half of the free memory.
 
     Raises:
-        UserError: naming the first file that can't be decoded.
+        UserError: if a file can't be decoded (the message names the first), or if the images don't fit in memory.
     """
     num_images = len(listing.train[0]) + len(listing.test[0])
     needed = num_images * 3 * image_size**2
@@ -119,7 +122,7 @@ def load(listing: Listing, image_size: int, stream: str) -> tuple[Part, Part]:
         return listing.train, listing.test
     if needed > (free := free_memory()):
         raise UserError(
-            f"{num_images} images take {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free; give --stream always"
+            f"{num_images} images take {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; give --stream always"
         )
     cache = _cache_path(listing, image_size)
     tensors = _read_cache(cache)
@@ -133,7 +136,7 @@ def load(listing: Listing, image_size: int, stream: str) -> tuple[Part, Part]:
 
 
 def free_memory() -> int:
-    """Bytes that this process may count on: its share of the host's, or its GPU's where that is less."""
+    """Return the free bytes for this process: its share of the host's memory, or its GPU's memory if that is less."""
     host = psutil.virtual_memory().available // local_processes()
     return min(host, torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else host
 
@@ -149,13 +152,13 @@ def _decode(paths: Sequence[Path], image_size: int, title: str) -> Tensor:
 
 
 def _cache_path(listing: Listing, image_size: int) -> Path:
-    """Named after the files' paths, sizes and times: anything that changes makes another cache."""
+    """Name the cache after the files' paths, sizes and modification times, so that any change makes a new one."""
     digest = hashlib.sha256(repr((CACHE_FORMAT, image_size, str(listing.root.resolve()))).encode())
     for path in (*listing.train[0], *listing.test[0]):
         try:
             stat = path.stat()
         except OSError as error:
-            raise UserError(f"{path} can't be read ({error.strerror}); replace or remove it") from None
+            raise UserError(f"{path} can't be read ({error.strerror}); replace or remove the file") from None
         digest.update(os.fsencode(path) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
     base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
     return base / "fastvit_train" / f"{digest.hexdigest()[:32]}.safetensors"
@@ -168,7 +171,7 @@ def _read_cache(path: Path) -> dict[str, Tensor] | None:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in ("train", "test")}
     except (SafetensorError, OSError) as error:
-        log.warning("cache %s is damaged (%s): decoding again", path, error)
+        log.warning("the cache %s is damaged (%s): decoding the images again", path, error)
         return None
 
 
@@ -179,6 +182,8 @@ def _write_cache(path: Path, tensors: dict[str, Tensor], listing: Listing) -> No
         save_file(tensors, partial, {"root": json.dumps(str(listing.root.resolve()))})
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        log.warning("the decoded images can't be cached in %s (%s): going on without", path.parent, error)
+        log.warning(
+            "the decoded images can't be cached in %s (%s): training continues without a cache", path.parent, error
+        )
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)

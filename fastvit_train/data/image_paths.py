@@ -1,4 +1,4 @@
-"""Images that are named one by one, by folder, by pattern, or on standard input."""
+"""Paths of images, from file names, folders, patterns or standard input."""
 
 import glob
 import os
@@ -18,15 +18,15 @@ SIGNATURES = (b"\x89PNG", b"\xff\xd8", b"GIF8", b"BM", b"RIFF", b"II*\0", b"MM\0
 
 @contextmanager
 def expand_paths(images: Sequence[str], verb: str) -> Iterator[list[tuple[str, Path]]]:
-    """The image files that `images` stand for, good or not, each with the name that it is called by.
+    """Yield (name to show, path) of every image file that `images` stands for, without checking the files.
 
     Args:
-        images: files, folders (all images below), patterns, or "-" for standard input: an image, or names of images,
-            one per line.
-        verb: what they are for, for the error's example.
+        images: files, folders (all images below them), patterns, or "-" for standard input, which holds an image or
+            one name per line.
+        verb: the command, for the example in the error message.
 
     Raises:
-        UserError: where there are none.
+        UserError: if there are no images.
     """
     if not images:
         raise UserError(f"{verb} takes images after the run, as in: {verb} runs/NAME cat.png photos/ '*.jpg'")
@@ -43,25 +43,25 @@ def expand_paths(images: Sequence[str], verb: str) -> Iterator[list[tuple[str, P
 def _expand(name: str) -> list[Path]:
     path = Path(name)
     if path.is_dir():
-        expand_paths = sorted(
-            Path(where) / file
-            for where, _, names in os.walk(path)
+        paths = sorted(
+            Path(parent) / file
+            for parent, _, names in os.walk(path)
             for file in names
             if Path(file).suffix.lower() in EXTENSIONS
         )
-        if not expand_paths:
-            raise UserError(f"folder {name} holds no images; allowed: {' '.join(sorted(EXTENSIONS))}")
-        return expand_paths
+        if not paths:
+            raise UserError(f"folder {name} holds no images; allowed extensions: {' '.join(sorted(EXTENSIONS))}")
+        return paths
     if not path.exists() and glob.has_magic(name):
-        expand_paths = sorted(Path(match) for match in glob.glob(name, recursive=True))
-        if not expand_paths:
-            raise UserError(f"there is no {name!r}, nor anything that it fits as a pattern; ** stands for folders")
-        return expand_paths
+        paths = sorted(Path(match) for match in glob.glob(name, recursive=True))
+        if not paths:
+            raise UserError(f"no file matches {name!r}; check its spelling (** matches any folders)")
+        return paths
     return [path]
 
 
 def _from_standard_input(folder: Path) -> list[tuple[str, Path]]:
-    """An image, or names of images, one per line."""
+    """Read an image, or the names of images, one per line."""
     content = sys.stdin.buffer.read(MAX_FILE_BYTES + 1)
     if content.startswith(SIGNATURES) and not _is_text(content):
         path = folder / "image"
@@ -69,12 +69,12 @@ def _from_standard_input(folder: Path) -> list[tuple[str, Path]]:
         return [(STANDARD_INPUT, path)]
     names = [line for line in os.fsdecode(content).splitlines() if line.strip()]
     if not names or any("\0" in name for name in names):
-        raise UserError("standard input holds neither an image nor names of images, one per line")
+        raise UserError("standard input holds neither an image nor names of images; write one name per line")
     return [(str(path), path) for name in names for path in _expand(name)]
 
 
 def _is_text(content: bytes) -> bool:
-    """Whether it can be names that begin as a format's files do: BM, P5."""
+    """Return True for text: names of files may begin with a format's signature too, such as BM or P5."""
     try:
         return "\0" not in content.decode()
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""Where a set's images come from, batch by batch: memory on the device, or files decoded on the way."""
+"""Images in batches: from a tensor on the device, or from files that worker processes decode."""
 
 import signal
 import warnings
@@ -17,25 +17,26 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from fastvit_train.distributed.env import local_processes
 from fastvit_train.utils.errors import UserError
 
-# Left to itself, Pillow tries all that it knows, and hands PostScript to another program.
+# Pillow would try every format that it knows, and start another program to read PostScript.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_FILE_BYTES = 1 << 29
-MAX_PIXELS = 89_478_485  # where Pillow begins to warn: 256 MiB of RGB
+MAX_PIXELS = 89_478_485  # Pillow's own limit, above which it warns: 256 MiB as RGB
 
 
 class Images(Protocol):
-    """A set of images of one size."""
+    """A source of images, all of the same size."""
 
     def batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor]:
-        """For each tensor of sample indices their images, uint8 (batch, 3, height, width), on the device.
+        """Yield, for each tensor of sample indices, the images, uint8 (batch, 3, height, width), on the device.
 
-        The tensors are of one size and on the CPU.
+        Args:
+            samples: tensors of equal length, on the CPU.
         """
         ...
 
 
 class ResidentImages:
-    """All images in one uint8 tensor on the device."""
+    """Images in one uint8 tensor on the device."""
 
     def __init__(self, images: Tensor, device: torch.device) -> None:
         self._images = images.to(device)
@@ -46,26 +47,26 @@ class ResidentImages:
 
 
 def to_device(samples: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:
-    """Sample indices on the device, moved at once: a copy for each batch would make the host wait each time."""
+    """Copy all sample indices to the device at once; a copy per batch would make the host wait each time."""
     return torch.stack(list(samples)).to(device).unbind() if samples else ()
 
 
 class StreamedImages:
-    """Image files, decoded in worker processes while the device computes."""
+    """Image files that worker processes decode while the device computes."""
 
     def __init__(self, paths: Sequence[Path], image_size: int, device: torch.device) -> None:
         self._files = _Files(paths, image_size)
         self._device = device
 
     def batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Raises UserError naming the first file that can't be decoded."""
+        """Yield as `Images.batches` does; raises UserError with the name of the first file that can't be decoded."""
         loader = DataLoader(
             self._files,
             batch_sampler=[samples_B.tolist() for samples_B in samples],
             num_workers=min(len(samples), max(1, (psutil.cpu_count(logical=False) or 1) // local_processes())),
             collate_fn=_collate,
-            worker_init_fn=_leave_signals_to_the_parent,
-            generator=torch.Generator(),  # else the loader draws from the global stream, which dropout uses too
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # or the loader would draw from the global generator, which dropout uses
             pin_memory=self._device.type == "cuda",
         )
         for batch in loader:
@@ -74,15 +75,15 @@ class StreamedImages:
             yield batch.to(self._device, non_blocking=True)
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """A signal to the whole group asks the run to stop, which needs its batches until the step's end."""
+def _ignore_signals(worker: int) -> None:
+    """Ignore the signals that ask a run to stop: it needs its batches until the end of the step."""
     for name in ("SIGTERM", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Unreadable:
-    """Carries a decoding error out of a worker; raised there, it would arrive wrapped in a traceback."""
+    """Carries the message of a decoding error out of a worker; a raised error would arrive with a traceback."""
 
     def __init__(self, message: str) -> None:
         self.message = message
@@ -111,16 +112,16 @@ def _collate(items: list[Tensor | _Unreadable]) -> Tensor | _Unreadable:
 
 
 def decode(path: Path, image_size: int) -> Tensor:
-    """An image file as uint8 (3, image_size, image_size): shorter side resized, centre cut out.
+    """Decode an image file to uint8 (3, image_size, image_size): resize the shorter side, crop the centre.
 
     Raises:
-        UserError: naming the file, where it is truncated, too large or no image.
+        UserError: if the file is missing, truncated, too large or not an image; the message names it.
     """
     try:
         image = _open(path)
     except FileNotFoundError:
-        raise UserError(f"there is no {path}; see how it is written") from None
-    except Exception as error:  # a damaged file can raise anything in Pillow, running out of memory included
+        raise UserError(f"{path} does not exist; check its spelling") from None
+    except Exception as error:  # Pillow raises errors of any kind for damaged files, MemoryError among them
         reason = str(error) or type(error).__name__
         raise UserError(f"{path} can't be decoded ({reason}); replace or remove the file") from None
     if image.size != (image_size, image_size):
@@ -129,13 +130,13 @@ def decode(path: Path, image_size: int) -> Tensor:
 
 
 def _open(path: Path) -> Image.Image:
-    """The file's first image, RGB and upright; checked by what its header says before anything is decoded."""
+    """Return the file's first image as RGB, upright. The size in its header is checked before it is decoded."""
     stat = path.stat()
     if not S_ISREG(stat.st_mode) or stat.st_size > MAX_FILE_BYTES:
-        raise ValueError(f"no regular file of up to {MAX_FILE_BYTES:,} bytes")
+        raise ValueError(f"not a regular file of at most {MAX_FILE_BYTES:,} bytes")
     with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as file:
         if file.width * file.height > MAX_PIXELS:
-            raise ValueError(f"{file.width} x {file.height} pixels; allowed are {MAX_PIXELS:,} in all")
+            raise ValueError(f"{file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are allowed")
         image = ImageOps.exif_transpose(file)
     if image.mode.startswith("I"):  # convert() would clip 16 bits instead of scaling them
         image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))

@@ -5,7 +5,6 @@ Fashion-MNIST's files hold plain bytes.
 """
 
 import gzip
-import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchvision import datasets
+from torchvision.datasets import FashionMNIST
 from torchvision.datasets.utils import extract_archive
 
 from fastvit_train.data.download import check_md5, download
 from fastvit_train.utils.errors import UserError
 
+RAW_FOLDER = Path("FashionMNIST", "raw")  # where torchvision keeps the idx files
 MAX_IDX_BYTES = 1 << 26  # the largest of Fashion-MNIST's files, 60,000 images of 28 x 28 pixels, has 47 MB
 
 
@@ -75,19 +76,6 @@ class CIFAR100(datasets.CIFAR100):
     base_folder = ""
 
 
-class FashionMNIST(datasets.FashionMNIST):
-    """torchvision's Fashion-MNIST, with the unpacked idx files in `root` itself."""
-
-    @property
-    def raw_folder(self) -> str:
-        return str(self.root)
-
-    @property
-    def processed_folder(self) -> str:
-        """Nowhere: the .pt files that older versions of torchvision wrote have no published MD5."""
-        return os.devnull
-
-
 CIFARClass = type[CIFAR10] | type[CIFAR100]
 
 
@@ -126,8 +114,10 @@ def _find_batches(cls: CIFARClass, data_dir: Path, url: str | None, scratch: Pat
 def _read_fashion_mnist(data_dir: Path, url: str | None, scratch: Path) -> Samples:
     """Read 28x28 grey images; a border of zeros and three equal channels make them 3x32x32."""
     files = [_find_idx(name, md5, data_dir, url) for name, md5 in FashionMNIST.resources]
+    raw_folder = scratch / RAW_FOLDER
+    raw_folder.mkdir(parents=True)
     for (name, _), file in zip(FashionMNIST.resources, files, strict=True):
-        (scratch / name.removesuffix(".gz")).write_bytes(_unpacked(file))
+        (raw_folder / name.removesuffix(".gz")).write_bytes(_unpacked(file))
 
     def tensors(train: bool, images_file: Path, labels_file: Path) -> tuple[Tensor, Tensor]:
         try:
@@ -147,7 +137,7 @@ def _read_fashion_mnist(data_dir: Path, url: str | None, scratch: Path) -> Sampl
 
 def _find_idx(name: str, md5: str, data_dir: Path, url: str | None) -> Path:
     """Return an idx file, gzipped or not, from `data_dir` or from one of torchvision's folders below it."""
-    raw_name, raw_folder = name.removesuffix(".gz"), data_dir / "FashionMNIST" / "raw"
+    raw_name, raw_folder = name.removesuffix(".gz"), data_dir / RAW_FOLDER
     for folder in (data_dir, raw_folder, data_dir / "raw"):
         for file in (folder / raw_name, folder / name):
             if file.is_file():

@@ -64,7 +64,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("--config missing.yaml", "--config missing.yaml can't be read"),
         ("--resume must", "has no checkpoint to resume from"),
         ("--resume sometimes", "--resume 'sometimes' is not allowed; allowed: never, auto, must"),
-        ("--dataset folder --data-dir nowhere", "--data-dir nowhere is no folder"),
+        ("--dataset folder --data-dir nowhere", "--data-dir nowhere is not a folder"),
         ("--dataset cifar10 --data-url http://127.0.0.1:9/x", "can't download .* put cifar-10-python.tar.gz"),
         ("--dataset cifar10 --data-url ftp://x", "can't download ftp://x .not a URL; allowed are http"),
         ("--seed 4294967296", "--seed 4294967296 is out of range"),

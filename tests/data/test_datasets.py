@@ -109,11 +109,11 @@ def test_an_image_at_the_limit_decodes_and_one_pixel_more_does_not(
     monkeypatch.setattr("fastvit_train.data.images.MAX_PIXELS", 100)
     decode(tmp_path / "it.png", 8)
     monkeypatch.setattr("fastvit_train.data.images.MAX_PIXELS", 99)
-    with pytest.raises(UserError, match=r"it.png can't be decoded \(10 x 10 pixels; allowed are 99"):
+    with pytest.raises(UserError, match=r"it.png can't be decoded \(10 x 10 pixels; at most 99 are allowed"):
         decode(tmp_path / "it.png", 8)
     monkeypatch.undo()
     monkeypatch.setattr("fastvit_train.data.images.MAX_FILE_BYTES", 20)
-    with pytest.raises(UserError, match="no regular file of up to 20 bytes"):
+    with pytest.raises(UserError, match="not a regular file of at most 20 bytes"):
         decode(tmp_path / "it.png", 8)
 
 
@@ -124,7 +124,7 @@ def _truncate(path: Path) -> None:
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (shutil.rmtree, "is no folder; expected"),
+        (shutil.rmtree, "is not a folder; expected"),
         (lambda r: [shutil.rmtree(p) for p in r.iterdir()], "is empty; expected"),
         (lambda r: shutil.rmtree(r / "test"), "has no test/"),
         (lambda r: [shutil.rmtree(p) for p in (r / "train").iterdir()], "train has no class folders"),

@@ -68,7 +68,7 @@ def test_unreadable_images_and_unwritable_folders_are_one_line(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for args, message in (
-        ([str(trained), str(tmp_path / "no.png")], "no.png; see how it is written"),
+        ([str(trained), str(tmp_path / "no.png")], "no.png does not exist; check its spelling"),
         ([str(trained), "--output", "/dev/null/x"], "/dev/null/x cannot be written"),
     ):
         with pytest.raises(SystemExit) as stop:

@@ -120,8 +120,8 @@ def test_standard_input(
     ("images", "message"),
     [
         ((), "predict takes images after the run"),
-        (("*.nothing",), "there is no '*.nothing', nor anything that it fits as a pattern"),
-        ((".",), "folder . holds no images; allowed: .bmp"),
+        (("*.nothing",), "no file matches '*.nothing'"),
+        ((".",), "folder . holds no images; allowed extensions: .bmp"),
     ],
 )
 def test_nothing_to_predict(

@@ -232,7 +232,7 @@ def test_where_the_data_is_gone_the_page_says_so(runs: Path, tmp_path: Path) -> 
     hostile = runs / "<script>alert(1)"
     path = write_report([str(hostile)], tmp_path / "page.html", data_dir=str(tmp_path / "gone"))
     page = Page(path)
-    assert re.search("No evaluation: --data-dir .*gone is no folder", page.text)
+    assert re.search("No evaluation: --data-dir .*gone is not a folder", page.text)
     assert page.table("As summary.json")["accuracy"] == [f"{summary(hostile)['test_accuracy']:.2%}"]
     assert not [tag for tag, _ in page.elements if tag == "img"]
 
