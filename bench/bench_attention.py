@@ -25,7 +25,9 @@ TORCH, TIMM = "torch MultiheadAttention", "timm Attention"
 
 def unavailable(implementation: str) -> str | None:
     """Why an implementation isn't timed here."""
-    return fastvit_kernels.unsuited(implementation, device()) or fastvit_kernels.implementations()[implementation]
+    return (
+        fastvit_kernels.why_unsupported(implementation, device()) or fastvit_kernels.implementations()[implementation]
+    )
 
 
 class Operator(nn.Module):

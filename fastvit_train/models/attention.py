@@ -63,16 +63,18 @@ def set_attention(model: nn.Module, name: str) -> None:
 
 def alternatives(model: nn.Module, name: str) -> list[str]:
     """The attentions other than `name` that `model` could compute with here, and fast; none where it keeps its own."""
-    if name == TIMM or not fastvit_kernels.swappable(model):
+    if name == TIMM or not fastvit_kernels.can_swap_attention(model):
         return []
     device = next(model.parameters()).device
     names = (other for other, reason in fastvit_kernels.implementations().items() if reason is None)
-    return [other for other in names if other not in (name, AUTO) and not fastvit_kernels.unsuited(other, device)]
+    return [
+        other for other in names if other not in (name, AUTO) and not fastvit_kernels.why_unsupported(other, device)
+    ]
 
 
 def plain_attention(model: nn.Module) -> str:
     """The attention that `model` takes where none is named and nothing is measured."""
-    return "fused" if fastvit_kernels.swappable(model) else TIMM
+    return "fused" if fastvit_kernels.can_swap_attention(model) else TIMM
 
 
 def pick_attention(model: nn.Module, batch_size: int, image_size: int, device: torch.device) -> tuple[str, list[str]]:

@@ -134,7 +134,7 @@ def _probabilities(module: Any, x_BND: Tensor) -> Tensor:
 def _grid(model: nn.Module) -> tuple[int, int]:
     """The patches' rows and columns."""
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    if grid is None or not fastvit_kernels.swappable(model):
+    if grid is None or not fastvit_kernels.can_swap_attention(model):
         raise UserError(f"{type(model).__name__} is no plain vision transformer: its attention can't be looked at")
     return int(grid[0]), int(grid[1])
 

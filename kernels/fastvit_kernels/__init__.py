@@ -1,14 +1,14 @@
 """Self-attention over short sequences, one operator with interchangeable implementations.
 
 Every implementation computes the same function of the same, merged parameters (Vaswani et al. 2017, eq. 1,
-per head), so swapping one for another never touches a checkpoint.
+per head), so every checkpoint works with every implementation.
 """
 
 from fastvit_kernels.autotune import Choice, choose
-from fastvit_kernels.cpp_gelu import GELULinear
-from fastvit_kernels.module import SelfAttention, swap_attention, swappable
+from fastvit_kernels.cpp.gelu import GELULinear
+from fastvit_kernels.module import SelfAttention, can_swap_attention, swap_attention
 from fastvit_kernels.operator import attention, attention_weights
-from fastvit_kernels.registry import AUTO, COMPILING, check_implementation, implementations, unsuited
+from fastvit_kernels.registry import AUTO, COMPILING, check_implementation, implementations, why_unsupported
 
 __all__ = [
     "AUTO",
@@ -18,10 +18,10 @@ __all__ = [
     "SelfAttention",
     "attention",
     "attention_weights",
+    "can_swap_attention",
     "check_implementation",
     "choose",
     "implementations",
     "swap_attention",
-    "swappable",
-    "unsuited",
+    "why_unsupported",
 ]

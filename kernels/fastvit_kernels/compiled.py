@@ -1,4 +1,4 @@
-"""torch.compile of `fused`: one graph, forward and backward, for each signature that it is called with."""
+"""torch.compile of `fused`: one graph for the forward and one for the backward pass, per shape, dtype and device."""
 
 import functools
 import types
@@ -13,8 +13,8 @@ from fastvit_kernels.fused import fused_attention
 def compiled_attention(
     x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, num_heads: int, dropout_p: float
 ) -> Tensor:
-    """See `fastvit_kernels.attention`. The first call with a new shape, dtype or device takes seconds: it compiles."""
-    if torch.compiler.is_compiling():  # what is around compiles this too
+    """See `fastvit_kernels.attention`. The first call with a new shape, dtype or device compiles for seconds."""
+    if torch.compiler.is_compiling():  # the surrounding graph includes this function
         return fused_attention(x, qkv_weight, qkv_bias, num_heads, dropout_p)
     tensors = tuple(
         None if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in (x, qkv_weight, qkv_bias)
@@ -27,10 +27,11 @@ def compiled_attention(
 
 @functools.cache
 def _compiled_for(*signature: object) -> Callable[..., Tensor]:
-    """A compiled copy of `fused_attention`, with a code object of its own.
+    """Compile a copy of `fused_attention` that has its own code object.
 
-    Dynamo counts recompilations by code object and gives up after eight, which a model of several shapes, trained
-    and evaluated, can come to.
+    torch.compile counts recompilations per code object and stops compiling after eight. A model with several shapes,
+    trained and evaluated, exceeds that. torch.compile's argument `recompile_limit` would be plainer, but torch 2.9, the
+    oldest supported version, does not have it.
     """
     code = fused_attention.__code__.replace(co_name="compiled_attention")
     copy = types.FunctionType(code, fused_attention.__globals__)

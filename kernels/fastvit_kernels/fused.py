@@ -10,7 +10,7 @@ from torch import Tensor
 def split_heads(
     x_BND: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Project x with the merged weights; returns query, key and value, each (batch, heads, tokens, head_dim)."""
+    """Project x with the merged weights to query, key and value, each (batch, heads, tokens, head_dim)."""
     batch, tokens, dim = x_BND.shape
     qkv = F.linear(x_BND, qkv_weight, qkv_bias)
     q_BHNC, k_BHNC, v_BHNC = qkv.view(batch, tokens, 3, num_heads, dim // num_heads).permute(2, 0, 3, 1, 4)
@@ -19,7 +19,7 @@ def split_heads(
 
 def probabilities(q_BHNC: Tensor, k_BHNC: Tensor) -> Tensor:
     """Softmax of the scaled scores, (batch, heads, tokens, tokens)."""
-    # Scaling the query costs head_dim/tokens of what scaling the scores would.
+    # Scaling the query instead of the scores costs head_dim/tokens as much.
     scale = q_BHNC.shape[-1] ** -0.5
     return ((q_BHNC * scale) @ k_BHNC.transpose(-2, -1)).softmax(-1)
 

@@ -1,4 +1,4 @@
-"""The operator as a module that owns the merged parameters, and how it gets into a model."""
+"""The operator as a module that owns the merged parameters, and replacing a model's attention modules by it."""
 
 from typing import Any
 
@@ -7,23 +7,23 @@ from torch import Tensor, nn
 from fastvit_kernels.operator import attention
 from fastvit_kernels.registry import AUTO, check_implementation
 
-SIGNS = {"rel_pos": "relative position", "relative_position": "relative position", "rope": "rotary position"}
-"""what a name inside an attention module says that it computes"""
+EXTRA_NAMES = {"rel_pos": "relative position", "relative_position": "relative position", "rope": "rotary position"}
+"""names of attributes that show that an attention module computes more than the operator"""
 
 
 class SelfAttention(nn.Module):
     """Multi-head self-attention with output projection.
 
     Args:
-        qkv: projection to query, key and value, (dim -> 3*dim), in that order, head after head in each.
+        qkv: projection from dim to 3*dim: query, key and value in that order, and within each, head after head.
         proj: projection of the concatenated heads, from dim.
-        num_heads: heads; must divide dim.
+        num_heads: number of heads; must divide dim.
         attn_drop: probability with which an attention weight is zeroed in training.
-        proj_drop: applied after `proj`.
-        implementation: a name from `implementations()`; the parameters are the same under each.
+        proj_drop: dropout module applied after `proj`.
+        implementation: a name from `implementations()`; all use the same parameters.
 
     Raises:
-        ValueError: where num_heads does not divide dim, or the implementation is unknown or can't run here.
+        ValueError: if num_heads does not divide dim, or if the implementation is unknown or cannot run here.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class SelfAttention(nn.Module):
         self.proj_drop = nn.Identity() if proj_drop is None else proj_drop
 
     def forward(self, x_BND: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(batch, tokens, dim) to the same; the other arguments are those of timm's module, and must stay unset."""
+        """Map (batch, tokens, dim) to the same shape; the other arguments exist for timm and must stay unset."""
         if attn_mask is not None or is_causal:
-            raise ValueError("this attention takes no mask: every token attends to every token")
+            raise ValueError("this attention does not support masks: every token attends to every token")
         heads_BND = attention(
             x_BND,
             self.qkv.weight,
@@ -62,45 +62,46 @@ class SelfAttention(nn.Module):
 
 
 def swap_attention(model: nn.Module, implementation: str) -> None:
-    """Let every attention of `model` use `implementation` from now on: ours, and timm's, which ours replaces.
+    """Make every attention module of `model` use `implementation`; timm's modules are replaced by `SelfAttention`.
 
-    A module of timm's is replaced by a `SelfAttention` that shares its parameters under the same names, so
-    optimizers and checkpoints stay valid.
+    The replacement shares the parameters of timm's module under the same names; optimizers and checkpoints stay valid.
 
     Raises:
-        ValueError: where the implementation is unknown or can't run here, or `model` has no attention that it
-            serves, or one that it doesn't, naming it; the model is then as it was.
+        ValueError: if the implementation is unknown or cannot run here, if `model` has no attention module, or if one
+            of them computes something else than the operator. The model is then unchanged.
     """
     check_implementation(implementation)
-    refused = unserved(model)
-    if refused:
-        raise ValueError(f"attention {implementation!r} can't serve {'; '.join(refused)}")
-    if not swappable(model):
-        raise ValueError(f"{type(model).__name__} has no attention that {implementation!r} could be put into")
+    unsupported = unsupported_attentions(model)
+    if unsupported:
+        raise ValueError(f"attention {implementation!r} does not support {'; '.join(unsupported)}")
+    if not can_swap_attention(model):
+        raise ValueError(f"{type(model).__name__} has no attention module that {implementation!r} could replace")
     for name, module in list(model.named_modules()):
         if isinstance(module, SelfAttention):
             module.implementation = implementation
-        elif _is_timms(module):
-            model.set_submodule(name, _ours(module, implementation))
+        elif _is_timm_attention(module):
+            model.set_submodule(name, _self_attention_of(module, implementation))
 
 
-def swappable(model: nn.Module) -> bool:
-    """True where `swap_attention` can serve every attention of `model`, and there is one."""
+def can_swap_attention(model: nn.Module) -> bool:
+    """Whether `model` has attention modules and `swap_attention` supports all of them."""
     modules = list(model.modules())
-    return not unserved(model) and any(isinstance(module, SelfAttention) or _is_timms(module) for module in modules)
+    return not unsupported_attentions(model) and any(
+        isinstance(module, SelfAttention) or _is_timm_attention(module) for module in modules
+    )
 
 
-def unserved(model: nn.Module) -> list[str]:
-    """The attentions of `model` that the operator is not equal to, each with the reason."""
+def unsupported_attentions(model: nn.Module) -> list[str]:
+    """List the attention modules of `model` that compute something else than the operator, each with the reason."""
     names: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        reason = _difference(module)
+        reason = _why_unsupported(module)
         if reason:
             names.setdefault(f"{type(module).__name__}: {reason}", []).append(name)
-    return [f"{', '.join(where)} ({what})" for what, where in names.items()]
+    return [f"{', '.join(where)} ({reason})" for reason, where in names.items()]
 
 
-def _is_timms(module: nn.Module) -> bool:
+def _is_timm_attention(module: nn.Module) -> bool:
     kind = type(module)
     return kind.__name__ == "Attention" and kind.__module__ in (
         "timm.layers.attention",
@@ -108,40 +109,40 @@ def _is_timms(module: nn.Module) -> bool:
     )
 
 
-def _difference(module: Any) -> str | None:
-    """What `module` computes beyond the operator, if it is an attention that is neither ours nor timm's plain one."""
+def _why_unsupported(module: Any) -> str | None:
+    """Why `module`, if it is an attention module, differs from the operator; None if it does not."""
     if isinstance(module, SelfAttention):
         return None
-    if not _is_timms(module):
-        looks_like_one = isinstance(module, nn.MultiheadAttention) or any(
+    if not _is_timm_attention(module):
+        is_attention = isinstance(module, nn.MultiheadAttention) or any(
             isinstance(getattr(module, name, None), nn.Module) for name in ("qkv", "q_proj", "in_proj")
         )
-        if not looks_like_one:
+        if not is_attention:
             return None
         return next(
-            (what for sign, what in SIGNS.items() if _has_name_like(module, sign)), "not timm's plain attention"
+            (reason for part, reason in EXTRA_NAMES.items() if _has_name_like(module, part)),
+            "not timm's plain attention",
         )
     extras = {
-        "QK-norm": _does_something(module, "q_norm") or _does_something(module, "k_norm"),
-        "a norm after the heads": _does_something(module, "norm"),
+        "QK-norm": _is_active(module, "q_norm") or _is_active(module, "k_norm"),
+        "a norm after the heads": _is_active(module, "norm"),
         "a gate": getattr(module, "gate", None) is not None,
         f"a {type(module.qkv).__name__} for qkv": type(module.qkv) is not nn.Linear,
         "heads wider than dim / num_heads": module.qkv.out_features != 3 * module.qkv.in_features,
     }
-    found = [extra for extra, present in extras.items() if present]
-    return ", ".join(found) or None
+    return ", ".join(extra for extra, present in extras.items() if present) or None
 
 
-def _has_name_like(module: nn.Module, sign: str) -> bool:
+def _has_name_like(module: nn.Module, part: str) -> bool:
     own = (*vars(module), *module._modules, *module._buffers, *module._parameters, type(module).__name__)
-    return any(sign in name.lower() for name in own)
+    return any(part in name.lower() for name in own)
 
 
-def _does_something(module: nn.Module, name: str) -> bool:
+def _is_active(module: nn.Module, name: str) -> bool:
     return not isinstance(getattr(module, name, nn.Identity()), nn.Identity)
 
 
-def _ours(module: Any, implementation: str) -> SelfAttention:
+def _self_attention_of(module: Any, implementation: str) -> SelfAttention:
     ours = SelfAttention(
         module.qkv, module.proj, module.num_heads, module.attn_drop.p, module.proj_drop, implementation
     )  # fmt: skip

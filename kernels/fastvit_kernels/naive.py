@@ -1,4 +1,4 @@
-"""A loop over the heads, as one writes attention down first: the reference and the baseline.
+"""A loop over the heads, the plainest way to write attention: the reference and the baseline.
 
 Shape suffixes: B batch, N tokens, D dim, H heads, C channels of one head (D = H * C).
 """

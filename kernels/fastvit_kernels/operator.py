@@ -1,4 +1,4 @@
-"""The operator: arguments checked, then handed to the implementation of that name."""
+"""The operator: check the arguments, then call the implementation of the given name."""
 
 import torch
 from torch import Tensor
@@ -17,44 +17,44 @@ def attention(
     dropout_p: float = 0.0,
     implementation: str = AUTO,
 ) -> Tensor:
-    """Multi-head self-attention, before the output projection.
+    """Compute multi-head self-attention without the output projection (Vaswani et al. 2017, eq. 1, per head).
 
     Args:
         x: tokens, (batch, tokens, dim), floating point.
         qkv_weight: (3*dim, dim), query rows first, then key, then value; within each, head after head.
         qkv_bias: (3*dim,) or None.
-        num_heads: heads; must divide dim. Scores are scaled by 1/sqrt(dim / num_heads).
+        num_heads: number of heads; must divide dim. Scores are scaled by 1/sqrt(dim / num_heads).
         dropout_p: probability with which an attention weight is zeroed; 0 outside training.
-        implementation: a name from `implementations()`; "auto" measures them on the first call with a new shape,
-            says so in one line on standard error, and takes the fastest from then on.
+        implementation: a name from `implementations()`; "auto" times them on the first call with a new shape,
+            prints the result in one line to standard error, and uses the fastest from then on.
 
     Returns:
         (batch, tokens, dim), the heads' outputs concatenated, in x's dtype (under autocast, in autocast's).
 
     Raises:
-        ValueError: for an unknown implementation, one that can't run here or with this shape, or arguments that
-            don't fit together.
+        ValueError: if the implementation is unknown, cannot run here or does not support this shape, or if the
+            arguments do not match each other.
     """
     check_implementation(implementation)
     _check_arguments(x, qkv_weight, qkv_bias, num_heads, dropout_p)
     if implementation == AUTO and not x.numel():
-        implementation = "fused"  # of nothing, nothing can be measured
+        implementation = "fused"  # an empty tensor cannot be timed
     if implementation == AUTO:
         implementation = auto_name(
             tuple(x.shape), num_heads, x.dtype, x.device, qkv_weight.dtype, qkv_bias is not None, dropout_p
         )
-    function, _, refusal = IMPLEMENTATIONS[implementation]
-    reason = refusal(x, num_heads)
+    entry = IMPLEMENTATIONS[implementation]
+    reason = entry.why_unsupported(x, num_heads)
     if reason:
         raise ValueError(reason)
-    return function(x, qkv_weight, qkv_bias, num_heads, dropout_p)
+    return entry.function(x, qkv_weight, qkv_bias, num_heads, dropout_p)
 
 
 def attention_weights(x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, num_heads: int) -> Tensor:
-    """The attention probabilities, (batch, heads, tokens, tokens): row i says where token i looks, and sums to 1.
+    """Compute the attention probabilities, (batch, heads, tokens, tokens); row i has the weights of token i.
 
-    For looking at: the implementations that are worth training with never have them all in memory. Arguments and
-    errors are those of `attention`.
+    This is for inspection: the fast implementations never hold all probabilities in memory. Arguments and errors are
+    those of `attention`.
     """
     _check_arguments(x, qkv_weight, qkv_bias, num_heads, 0.0)
     q_BHNC, k_BHNC, _ = split_heads(x, qkv_weight, qkv_bias, num_heads)
@@ -67,7 +67,7 @@ def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: 
     if not x.is_floating_point():
         raise ValueError(f"x must be floating point, got {x.dtype}")
     if not x.shape[1]:
-        raise ValueError(f"x must have a token at least, got shape {tuple(x.shape)}")
+        raise ValueError(f"x must have at least one token, got shape {tuple(x.shape)}")
     dim = x.shape[-1]
     if weight.shape != (3 * dim, dim):
         raise ValueError(f"qkv_weight must be (3*dim, dim) = {(3 * dim, dim)}, got {tuple(weight.shape)}")

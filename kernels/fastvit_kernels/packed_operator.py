@@ -1,4 +1,4 @@
-"""Attention on packed projections as an operator of torch's, whatever kernels compute it."""
+"""Register kernels for attention on packed projections as a torch operator."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +12,15 @@ from torch.utils.flop_counter import register_flop_formula
 def packed_operator(
     name: str, forward: Callable[..., Tensor], backward: Callable[..., Tensor]
 ) -> tuple[CustomOpDef, CustomOpDef]:
-    """Register `fastvit_kernels::NAME` with its gradient, its shapes for tracing and its count of operations.
+    """Register `fastvit_kernels::NAME` with its gradient, its fake implementation for tracing and its FLOP formula.
 
     Args:
-        name: the operator's; its gradient's is NAME_backward.
-        forward: of qkv (batch, tokens, 3*dim), num_heads, dropout_p and a seed or None, to (batch, tokens, dim).
-        backward: of the output's gradient and the same, to qkv's gradient.
+        name: name of the operator; its gradient is called NAME_backward.
+        forward: maps qkv (batch, tokens, 3*dim), num_heads, dropout_p and a seed or None to (batch, tokens, dim).
+        backward: maps the output's gradient and the same arguments to qkv's gradient.
 
     Returns:
-        The operator, and its gradient's.
+        The operator, and the operator of its gradient.
     """
     operator = torch.library.custom_op(f"fastvit_kernels::{name}", forward, mutates_args=())
     gradient = torch.library.custom_op(f"fastvit_kernels::{name}_backward", backward, mutates_args=())

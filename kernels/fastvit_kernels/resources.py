@@ -1,9 +1,9 @@
-"""What the Triton kernels take of a GPU, without one: compiled ahead of time to machine code, for every shape in use.
+"""The GPU resources that the Triton kernels need, for every shape in use; no GPU is needed.
 
     python -m fastvit_kernels.resources [--json]
 
-prints registers, spilled bytes and shared memory of each, from the code itself. On a GPU a kernel that spills is
-slower, one that needs more shared memory than there is doesn't start.
+compiles the kernels ahead of time to machine code and prints the registers, spilled bytes and shared memory of each. A
+kernel that spills is slower, and one that needs more shared memory than the GPU has does not start.
 """
 
 import itertools
@@ -24,11 +24,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastvit_kernels import triton_fused, triton_packed
-from fastvit_kernels.triton_attention import MAX_TOKENS_SMALL, SHARED_MEMORY
+from fastvit_kernels.triton_kernels import fused, fused_kernels, packed
+from fastvit_kernels.triton_kernels.attention import MAX_TOKENS_SMALL, SHARED_MEMORY
 
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
-"""bytes of shared memory for one program, by compute capability (CUDA C++ Programming Guide, table 21)"""
+MAX_SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
+"""bytes of shared memory per program, by compute capability (CUDA C++ Programming Guide, table 21)"""
 SHAPES = {
     "mc_vit_4_4_32": (64, 48, 4),
     "c_vit_4_4_32": (65, 48, 4),
@@ -46,14 +46,14 @@ SHAPES = {
     "heads of 24": (50, 96, 4),
 }
 """(tokens, dim, heads)"""
-WITH_DROPOUT = ("mc_vit_4_4_32", "c_vit_4_4_32", "cvt_7_4_32", "cct_7_3x1_32")
+DROPOUT_SHAPES = ("mc_vit_4_4_32", "c_vit_4_4_32", "cvt_7_4_32", "cct_7_3x1_32")
 FUSED = ("fused.forward", "fused.backward_x", "fused.backward_weight")
 PACKED = ("packed.forward", "packed.backward")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Job(NamedTuple):
-    """One kernel for one shape, dtype and chip."""
+class KernelVariant(NamedTuple):
+    """One kernel for one shape, dtype and compute capability."""
 
     shape: str
     kernel: str
@@ -62,50 +62,50 @@ class Job(NamedTuple):
     dropout: bool
 
 
-def jobs() -> Iterator[Job]:
-    """Everything in use."""
-    for shape, dtype, capability in itertools.product(SHAPES, DTYPES, SHARED_LIMIT):
-        if SHARED_LIMIT[capability] < SHARED_MEMORY and SHAPES[shape][0] > MAX_TOKENS_SMALL:
+def variants() -> Iterator[KernelVariant]:
+    """All kernels that the shapes in use need."""
+    for shape, dtype, capability in itertools.product(SHAPES, DTYPES, MAX_SHARED_MEMORY):
+        if MAX_SHARED_MEMORY[capability] < SHARED_MEMORY and SHAPES[shape][0] > MAX_TOKENS_SMALL:
             continue
-        kernels = FUSED if triton_fused.fits(*SHAPES[shape], DTYPES[dtype]) else PACKED
-        both = shape in WITH_DROPOUT and dtype == "bf16"
+        kernels = FUSED if fused.fits(*SHAPES[shape], DTYPES[dtype]) else PACKED
+        both = shape in DROPOUT_SHAPES and dtype == "bf16"
         for kernel, dropout in itertools.product(kernels, (False, True) if both else (False,)):
-            yield Job(shape, kernel, dtype, capability, dropout)
+            yield KernelVariant(shape, kernel, dtype, capability, dropout)
 
 
-def measure(job: Job) -> dict[str, Any]:
-    """Compile `job`; its row of the table, sizes in bytes, registers per thread."""
-    kernel, arguments = _arguments(job)
+def compile_variant(variant: KernelVariant) -> dict[str, Any]:
+    """Compile a kernel and return its row of the table: sizes in bytes, registers per thread."""
+    kernel, arguments = _arguments(variant)
     warps = arguments.pop("num_warps")
-    source = ASTSource(fn=kernel, **_signature(kernel.arg_names, arguments, job.dtype))
-    code = triton.compile(source, target=GPUTarget("cuda", job.capability, 32), options={"num_warps": warps})
+    source = ASTSource(fn=kernel, **_signature(kernel.arg_names, arguments, variant.dtype))
+    code = triton.compile(source, target=GPUTarget("cuda", variant.capability, 32), options={"num_warps": warps})
     return {
-        **job._asdict(),
+        **variant._asdict(),
         "warps": warps,
         **_usage(code.asm["cubin"]),
         "shared": code.metadata.shared,
-        "shared_limit": SHARED_LIMIT[job.capability],
+        "shared_limit": MAX_SHARED_MEMORY[variant.capability],
         "tensor_core_instructions": len(re.findall(r"wgmma\.mma_async|mma\.sync", code.asm["ptx"])),
     }
 
 
-def _arguments(job: Job) -> tuple[Any, dict[str, Any]]:
-    """The kernel, and the compile-time arguments that it is launched with."""
-    tokens, dim, heads = SHAPES[job.shape]
-    dtype, dropout_p = DTYPES[job.dtype], 0.1 if job.dropout else 0.0
-    module, _, name = job.kernel.partition(".")
+def _arguments(variant: KernelVariant) -> tuple[Any, dict[str, Any]]:
+    """Return the kernel and the compile-time arguments that it is launched with."""
+    tokens, dim, heads = SHAPES[variant.shape]
+    dtype, dropout_p = DTYPES[variant.dtype], 0.1 if variant.dropout else 0.0
+    module, _, name = variant.kernel.partition(".")
     if module == "fused":
-        constants = triton_fused.constants(tokens, dim, heads, True, dropout_p, dtype)
-        return getattr(triton_fused, f"{name}_kernel"), constants
-    tiles = (triton_packed.forward_tiles if name == "forward" else triton_packed.backward_tiles)(tokens, dtype)
-    constants = triton_packed.constants(tokens, dim, heads, dropout_p, dtype, tiles)
-    return getattr(triton_packed, f"{name}_kernel"), constants
+        constants = fused.constants(tokens, dim, heads, True, dropout_p, dtype)
+        return getattr(fused_kernels, f"{name}_kernel"), constants
+    tiles = (packed.forward_tiles if name == "forward" else packed.backward_tiles)(tokens, dtype)
+    constants = packed.constants(tokens, dim, heads, dropout_p, dtype, tiles)
+    return getattr(packed, f"{name}_kernel"), constants
 
 
 def _signature(names: list[str], constants: dict[str, Any], dtype: str) -> dict[str, Any]:
-    """Types as the launcher finds them for contiguous tensors of torch's, which are aligned to 16 bytes.
+    """Return the types that the launcher infers for contiguous torch tensors, which are aligned to 16 bytes.
 
-    It specialises on what 16 divides, and on what is 1.
+    The launcher specialises on integers that are 1 or divisible by 16.
     """
     strides = {"b": constants["N"] * constants["D"], "n": constants["D"]}
     constants = constants | {name: 1 for name in names if name in ("stride_xd", "stride_od")}
@@ -127,24 +127,24 @@ def _signature(names: list[str], constants: dict[str, Any], dtype: str) -> dict[
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
-    """Registers and spilled bytes per thread, as cuobjdump reads them from the machine code."""
+    """Read the registers and spilled bytes per thread from the machine code with cuobjdump."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         text = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {text!r}")
-    return {"registers": int(found[1]), "spilled": int(found[2])}
+    match = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if match is None:
+        raise RuntimeError(f"cuobjdump did not report registers: {text!r}")
+    return {"registers": int(match[1]), "spilled": int(match[2])}
 
 
 def main() -> None:
     """Print the table, or the rows as JSON."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        sys.exit("fastvit_kernels.resources: unset TRITON_INTERPRET: the interpreter has no machine code")
+        sys.exit("fastvit_kernels.resources: unset TRITON_INTERPRET; the interpreter does not produce machine code")
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        rows = list(pool.map(measure, jobs()))
+        rows = list(pool.map(compile_variant, variants()))
     if "--json" in sys.argv[1:]:
         print(json.dumps(rows))
         return

@@ -1,4 +1,4 @@
-"""One merged QKV projection and torch's scaled_dot_product_attention, which picks a backend by itself."""
+"""One merged QKV projection and torch's scaled_dot_product_attention, which selects its backend."""
 
 import torch.nn.functional as F
 from torch import Tensor

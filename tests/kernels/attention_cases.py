@@ -1,4 +1,4 @@
-"""What the tests of the attention operator share: shapes, random arguments, and the definition to compare with."""
+"""Shapes, random arguments and the reference definition that the tests of the attention operator share."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# (batch, tokens, dim, heads); head dims 8, 12, 16, 24 and 64 are among them.
+# (batch, tokens, dim, heads), with head dims 8, 12, 16, 24 and 64.
 SHAPES = [
     (3, 64, 48, 4),
     (2, 65, 48, 4),
@@ -22,7 +22,7 @@ Arguments = tuple[Tensor, Tensor, Tensor | None]
 
 
 def draw(shape: tuple[int, int, int, int], bias: bool, dtype: torch.dtype, device: str = "cpu") -> Arguments:
-    """Random x, weight and bias that ask for gradients; the weight projects x to about its own size."""
+    """Draw x, weight and bias that require gradients; the weight keeps the variance of x."""
     batch, tokens, dim, _ = shape
     x = torch.randn(batch, tokens, dim, dtype=torch.float64)
     weight = torch.randn(3 * dim, dim, dtype=torch.float64) * dim**-0.5
@@ -42,7 +42,7 @@ def split(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
 
 
 def chain(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Tensor:
-    """The definition as a chain of torch's operators, in whatever dtype the arguments have."""
+    """The definition as a chain of torch operators, in the dtype of the arguments."""
     q, k, v = split(x, weight, bias, heads)
     probabilities = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), -1)
     return (probabilities @ v).transpose(1, 2).reshape(x.shape)
@@ -55,7 +55,7 @@ def sdpa_chain(x: Tensor, weight: Tensor, bias: Tensor | None, heads: int) -> Te
 
 
 def passes(function: Callable[..., Tensor], arguments: Arguments, upstream: Tensor) -> list[Tensor]:
-    """Output and the gradients of all arguments, in float64."""
+    """Return the output and the gradients of all arguments, converted to float64."""
     output = function(*arguments)
     gradients = torch.autograd.grad(output, [t for t in arguments if t is not None], upstream.to(output))
     return [t.detach().double() for t in (output, *gradients)]

@@ -16,18 +16,18 @@ from tests.kernels.attention_cases import DTYPES, SHAPES, cast, chain, draw, pas
 NAMES = [name for name in fastvit_kernels.implementations() if name != fastvit_kernels.AUTO]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 DRAWS = 4
-"""whose errors are summed: a single draw's can be twice another's by chance alone"""
+"""number of draws whose errors are summed, because the errors of two draws can differ by a factor of two"""
 QUICK = [("compiled", (5, 7, 24, 3)), ("triton", (3, 64, 48, 4)), ("triton", (2, 50, 96, 6))]
 
 
 def operator(name: str, heads: int, device: str = "cpu", **options: float) -> functools.partial[Tensor]:
     if name == "triton" and device == "cpu" and torch.cuda.is_available():
-        pytest.skip("Triton's interpreter and a GPU don't go together in a process")
+        pytest.skip("Triton's interpreter and a GPU cannot be used in the same process")
     return functools.partial(fastvit_kernels.attention, num_heads=heads, implementation=name, **options)
 
 
 def accuracy_cases() -> list[object]:
-    """All of them; left for `-m slow`, but for some: what compiles for seconds, low precision in the interpreter."""
+    """All combinations; those that compile for seconds, or interpret low precision, are slow except for a few."""
     cases = []
     for name, shape, dtype in itertools.product(NAMES, SHAPES, DTYPES):
         takes_long = name == "compiled" or (name == "triton" and dtype != torch.float32)
@@ -42,7 +42,7 @@ def test_error_is_at_most_twice_that_of_torchs_own_chain(
     name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, seed: int
 ) -> None:
     heads = shape[-1]
-    # The chain that torch's own module would run: scaled_dot_product_attention where that is what is compared.
+    # The baseline for sdpa is torch's scaled_dot_product_attention.
     torchs = functools.partial(sdpa_chain if name == "sdpa" else chain, heads=heads)
     squares = []
     for _ in range(DRAWS):
@@ -90,7 +90,7 @@ def test_gradcheck(name: str, seed: int) -> None:
 @pytest.mark.parametrize("shape", [(3, 7, 24, 3), (2, 5, 96, 4)], ids=str)
 def test_every_element_is_written(name: str, shape: tuple[int, int, int, int], device: str, seed: int) -> None:
     arguments = draw(shape, True, torch.float32, device)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns with NaN
+    torch.use_deterministic_algorithms(True, warn_only=True)  # makes torch.empty return NaN
     try:
         assert torch.empty(1, device=device).isnan()
         results = passes(operator(name, shape[-1], device), arguments, torch.randn(shape[:3]))

@@ -1,4 +1,4 @@
-"""`auto` measures, checks, picks, says so once, and leaves everything else as it was."""
+"""`auto` checks and times the implementations, reports its choice once, and has no side effects."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ CASE = {"dtype": torch.float32, "device": torch.device("cpu")}
 
 
 @pytest.fixture(autouse=True)
-def _forgotten() -> Iterator[None]:
+def _empty_cache() -> Iterator[None]:
     autotune._choices.clear()
     yield
     autotune._choices.clear()
@@ -64,7 +64,7 @@ def test_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
         (broken, "RuntimeError: no kernel image$"),
     ],
 )
-def test_what_fails_is_left_out_with_a_warning(
+def test_a_failing_implementation_is_left_out_with_a_warning(
     function: Callable[..., Tensor], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch, fused=slow, bad=function)
@@ -76,9 +76,13 @@ def test_what_fails_is_left_out_with_a_warning(
 
 
 @pytest.mark.filterwarnings("error")
-def test_what_does_not_take_the_shape_is_left_out_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_implementation_that_does_not_support_the_shape_is_left_out_without_a_warning(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     only(monkeypatch)
-    table = registry.IMPLEMENTATIONS | {"narrow": Implementation(broken, refusal=lambda x, heads: "5 is too long")}
+    table = registry.IMPLEMENTATIONS | {
+        "narrow": Implementation(broken, why_unsupported=lambda x, heads: "5 is too long")
+    }
     for module in (registry, autotune):
         monkeypatch.setattr(module, "IMPLEMENTATIONS", table)
     choice = fastvit_kernels.choose((2, 5, 16), 2, **CASE)
@@ -106,26 +110,26 @@ def test_one_line_for_each_new_shape_and_the_random_state_stays(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith(
-        "attention auto: fused, by ms per forward and backward at 2x5x16, 2 heads, float32, cpu: "
+        "attention auto: fused is fastest; ms per forward and backward pass at 2x5x16, 2 heads, float32, cpu: "
     )
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_what_is_hopelessly_slow_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_much_slower_implementation_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def hopeless(*arguments: object) -> Tensor:
+    def much_slower(*arguments: object) -> Tensor:
         calls.append(1)
         return slow(*arguments)
 
-    only(monkeypatch, hopeless=hopeless)
+    only(monkeypatch, much_slower=much_slower)
     assert fastvit_kernels.choose((2, 5, 16), 2, **CASE).name == "fused"
     assert len(calls) <= 4
 
 
-def test_nothing_to_measure() -> None:
+def test_an_empty_batch_is_not_timed() -> None:
     assert fastvit_kernels.attention(torch.zeros(0, 5, 16), torch.zeros(48, 16), None, 2).shape == (0, 5, 16)
-    with pytest.raises(ValueError, match="a token at least"):
+    with pytest.raises(ValueError, match="at least one token"):
         fastvit_kernels.attention(torch.zeros(2, 0, 16), torch.zeros(48, 16), None, 2)
 
 

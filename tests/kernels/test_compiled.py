@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 import fastvit_kernels
+from fastvit_kernels import torch_private
 from tests.kernels.accuracy import assert_accurate
 from tests.kernels.attention_cases import cast, chain, draw
 
 
 def test_no_recompilation_from_step_to_step(seed: int) -> None:
-    torch._dynamo.reset()
+    torch_private.reset_compiler()
 
     def step(batch: int) -> None:
         x, weight, bias = draw((batch, 5, 16, 2), True, torch.float32)
@@ -19,13 +19,13 @@ def test_no_recompilation_from_step_to_step(seed: int) -> None:
     graphs = []
     for batch in (3, 3, 3, 4, 3, 4):
         step(batch)
-        graphs.append(counters["stats"]["unique_graphs"])
+        graphs.append(torch_private.count_compiled_graphs())
     first = graphs[0]
     assert graphs == [first, first, first, first + 1, first + 1, first + 1]
 
 
 def test_more_shapes_than_dynamo_recompiles_one_function_for(seed: int) -> None:
-    with torch._dynamo.config.patch(recompile_limit=2), torch.no_grad():
+    with torch_private.limit_recompiles(2), torch.no_grad():
         for batch in range(1, 5):
             x, weight, bias = draw((batch, 2, 8, 2), False, torch.float32)
             fastvit_kernels.attention(x, weight, bias, 2, implementation="compiled")
@@ -42,10 +42,10 @@ def test_inside_a_larger_compiled_graph(seed: int) -> None:
     assert_accurate([result.detach()], [(chain(*arguments, 2) + 1).detach()], [exact.detach()])
 
 
-def test_without_a_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "needs a C++ compiler, and no-such-compiler is not to be found" in str(
+    assert "needs a C++ compiler, and no-such-compiler was not found" in str(
         fastvit_kernels.implementations()["compiled"]
     )
-    with pytest.raises(ValueError, match=r"'compiled' needs a C\+\+ compiler.*here there are: naive, fused, sdpa"):
+    with pytest.raises(ValueError, match=r"'compiled' needs a C\+\+ compiler.*available here: naive, fused, sdpa"):
         fastvit_kernels.check_implementation("compiled")

@@ -1,4 +1,4 @@
-"""The GELU kernel for CPUs computes torch's tanh-approximated GELU, and its layer what the two layers would."""
+"""The GELU kernel for CPUs equals torch's tanh-approximated GELU, and GELULinear equals the two layers."""
 
 import copy
 
@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit_kernels import GELULinear, cpp_gelu
-from fastvit_kernels.cpp_gelu import gelu, gelu_backward
+from fastvit_kernels import GELULinear
+from fastvit_kernels.cpp import gelu as cpp_gelu
+from fastvit_kernels.cpp.gelu import gelu, gelu_backward
 from tests.kernels.accuracy import assert_accurate
 
 
@@ -61,7 +62,7 @@ def test_the_layer_is_the_two_layers(bias: bool, compiled: bool, monkeypatch: py
 
 
 @pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
-def test_what_is_exported_holds_torchs_operators_alone(strict: bool, seed: int) -> None:
+def test_an_exported_program_has_only_torchs_operators(strict: bool, seed: int) -> None:
     layer, x = GELULinear(20, 6, "tanh"), torch.randn(3, 20)
     program = torch.export.export(layer.eval(), (x,), strict=strict)
     called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
@@ -71,7 +72,7 @@ def test_what_is_exported_holds_torchs_operators_alone(strict: bool, seed: int) 
         assert_accurate([program.module()(x)], [layer(x)], [exact])
 
 
-def test_under_autocast_it_computes_in_bfloat16_and_keeps_its_argument_alone(seed: int) -> None:
+def test_under_autocast_it_computes_in_bfloat16_and_saves_only_its_argument(seed: int) -> None:
     layer, x = GELULinear(192, 48, "tanh"), torch.randn(64, 192, requires_grad=True)
     kept: list[Tensor] = []
     with (
@@ -95,7 +96,7 @@ def test_extremes() -> None:
     assert y[:2].abs().max() < 1e-6 and y[2] == 0 and torch.equal(y[3:6], x[3:6]) and y[6].isnan()
 
 
-def test_without_a_compiler_and_in_other_dtypes_it_is_torchs(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_without_a_compiler_and_in_other_dtypes_it_uses_torch(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     layer = GELULinear(5, 3, "tanh").double()
     assert torch.autograd.gradcheck(layer, torch.randn(2, 5, dtype=torch.float64, requires_grad=True))
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -103,7 +104,7 @@ def test_without_a_compiler_and_in_other_dtypes_it_is_torchs(monkeypatch: pytest
     assert torch.equal(layer.float()(x), both_layers(layer, x))
 
 
-def test_dropout_is_between_the_two_and_in_training_alone(seed: int) -> None:
+def test_dropout_is_between_the_two_layers_and_only_in_training(seed: int) -> None:
     layer, x = GELULinear(1000, 1000, "tanh", drop=0.25), torch.randn(4, 1000)
     torch.nn.init.eye_(layer.weight)
     torch.nn.init.zeros_(layer.bias)
@@ -115,16 +116,16 @@ def test_dropout_is_between_the_two_and_in_training_alone(seed: int) -> None:
     torch.testing.assert_close(dropped[kept], whole[kept] / 0.75)
 
 
-def test_a_compiler_that_fails_is_told_once_and_done_without(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+def test_if_the_compiler_fails_it_warns_once_and_uses_torch(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     def fails(name: str, dtype: torch.dtype) -> None:
-        raise ValueError(f"{name} can't be compiled (CppCompileError: no omp.h)")
+        raise ValueError(f"{name} cannot be compiled (CppCompileError: no omp.h)")
 
     monkeypatch.setattr(cpp_gelu, "cpp_library", fails)
-    cpp_gelu._problem.cache_clear()
+    cpp_gelu._compile_error.cache_clear()
     layer, x = GELULinear(5, 3, "tanh"), torch.randn(2, 5)
     try:
-        with pytest.warns(UserWarning, match="GELU is torch's own here, slower: .*no omp.h") as told:
+        with pytest.warns(UserWarning, match="GELU uses torch's operators, which are slower: .*no omp.h") as warned:
             results = [layer(x) for _ in range(2)]
-        assert len(told) == 1 and all(torch.equal(y, both_layers(layer, x)) for y in results)
+        assert len(warned) == 1 and all(torch.equal(y, both_layers(layer, x)) for y in results)
     finally:
-        cpp_gelu._problem.cache_clear()
+        cpp_gelu._compile_error.cache_clear()

@@ -1,4 +1,4 @@
-"""The Triton kernels compiled ahead of time to machine code for GPUs that need not be there."""
+"""The Triton kernels compile ahead of time to machine code, without a GPU, within the limits of each chip."""
 
 import json
 import subprocess
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    # A process of its own: here the kernels are defined for the interpreter.
+    # A separate process, because in this one the kernels are defined for the interpreter.
     done: subprocess.CompletedProcess[str] = run([sys.executable, "-m", "fastvit_kernels.resources", "--json"])
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -23,13 +23,13 @@ def rows() -> list[dict[str, Any]]:
 
 def test_every_shape_compiles_for_every_chip_in_every_dtype(rows: list[dict[str, Any]]) -> None:
     for chip in (80, 86, 90):
-        small = chip == 86  # and refuses more than 128 tokens
+        small = chip == 86  # its shared memory limits it to 128 tokens
         shapes = {shape for shape, (tokens, _, _) in SHAPES.items() if tokens <= 128 or not small}
         seen = {(row["shape"], row["dtype"]) for row in rows if row["capability"] == chip}
         assert seen == {(shape, dtype) for shape in shapes for dtype in ("fp32", "bf16", "fp16")}
 
 
-def test_shared_memory_is_within_the_chips(rows: list[dict[str, Any]]) -> None:
+def test_shared_memory_is_within_the_limit_of_each_chip(rows: list[dict[str, Any]]) -> None:
     assert not [row for row in rows if not 0 < row["shared"] <= row["shared_limit"]]
 
 
@@ -38,7 +38,7 @@ def test_low_precision_runs_on_the_tensor_cores(rows: list[dict[str, Any]]) -> N
 
 
 def test_spilled_registers(rows: list[dict[str, Any]]) -> None:
-    """None where it matters most, a bounded number elsewhere; the table is printed where this fails."""
+    """The default model spills nothing in low precision, and the others a bounded number of bytes."""
     for row in rows:
         print({key: row[key] for key in ("shape", "kernel", "dtype", "capability", "dropout", "registers", "spilled")})
     low = [row for row in rows if row["dtype"] != "fp32" and not row["dropout"]]

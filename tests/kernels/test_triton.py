@@ -1,6 +1,6 @@
-"""What holds of the Triton kernels alone: registration with torch, limits, and how they behave under its machinery.
+"""The Triton kernels: registration with torch, limits, and torch.compile, autocast, DDP and checkpointing.
 
-Their values are in test_attention.py. Without a GPU all of it runs in Triton's interpreter.
+test_attention.py tests their results. Without a GPU everything runs in Triton's interpreter.
 """
 
 import functools
@@ -13,19 +13,20 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit_kernels
-from fastvit_kernels import triton_fused, triton_packed
+from fastvit_kernels.triton_kernels import fused as triton_fused
+from fastvit_kernels.triton_kernels import packed as triton_packed
 from fastvit_train.runs.run_folder import read_jsonl
 from tests.kernels.accuracy import assert_accurate
 from tests.kernels.attention_cases import cast, chain, draw, passes
 from tests.support import launch, write_folder
 
 FUSED, PACKED = (3, 9, 24, 3), (2, 9, 96, 4)
-"""a shape for each of the two kernels"""
+"""one shape for each of the two kernels"""
 BOTH = pytest.mark.parametrize("shape", [FUSED, PACKED], ids=["fused", "packed"])
 triton_attention = functools.partial(fastvit_kernels.attention, implementation="triton")
 
 
-def test_each_kernel_serves_what_it_is_for() -> None:
+def test_each_kernel_supports_its_shapes() -> None:
     assert triton_fused.fits(64, 48, 4, torch.bfloat16)
     assert triton_fused.fits(65, 48, 4, torch.bfloat16)
     assert not triton_fused.fits(65, 48, 4, torch.float32)  # its scores would not fit into the registers
@@ -36,19 +37,19 @@ def test_each_kernel_serves_what_it_is_for() -> None:
 @pytest.mark.parametrize(
     ("x", "heads", "message"),
     [
-        (torch.zeros(1, 257, 8), 1, r"up to \d+ tokens here, got 257; take sdpa"),
-        (torch.zeros(1, 4, 130), 2, "up to 64 channels, got 65; take sdpa"),
-        (torch.zeros(1, 4, 8, dtype=torch.float64), 2, "float32, bfloat16, float16, got torch.float64; take fused"),
+        (torch.zeros(1, 257, 8), 1, r"up to \d+ tokens here, got 257; use sdpa"),
+        (torch.zeros(1, 4, 130), 2, "up to 64 channels, got 65; use sdpa"),
+        (torch.zeros(1, 4, 8, dtype=torch.float64), 2, "float32, bfloat16, float16, got torch.float64; use fused"),
     ],
 )
-def test_what_the_kernels_cant_take_is_refused(x: Tensor, heads: int, message: str, triton_device: str) -> None:
+def test_unsupported_arguments_are_refused(x: Tensor, heads: int, message: str, triton_device: str) -> None:
     x, dim = x.to(triton_device), x.shape[-1]
     with pytest.raises(ValueError, match=message):
         triton_attention(x, x.new_zeros(3 * dim, dim), None, heads)
 
 
 def arguments_of_operators(device: str) -> list[object]:
-    """Arguments of all four custom operators, with and without what is optional."""
+    """Arguments of all four custom operators, with and without the optional ones."""
     x, weight, bias = draw(FUSED, True, torch.float32, device)
     qkv = torch.randn(2, 9, 288, device=device, requires_grad=True)
     seed = torch.tensor([3], device=device)
@@ -76,8 +77,8 @@ def test_gradients_of_a_part_of_the_arguments(
     arguments = draw(shape, True, torch.float32, triton_device)
     whole = torch.autograd.grad(triton_attention(*arguments, shape[-1]).square().sum(), arguments)
     arguments[frozen].requires_grad_(False)
-    asked = [t for t in arguments if t.requires_grad]
-    part = torch.autograd.grad(triton_attention(*arguments, shape[-1]).square().sum(), asked)
+    requiring_grad = [t for t in arguments if t.requires_grad]
+    part = torch.autograd.grad(triton_attention(*arguments, shape[-1]).square().sum(), requiring_grad)
     expected = [g for i, g in enumerate(whole) if i != frozen]
     assert all(torch.equal(a, b) for a, b in zip(part, expected, strict=True))
 
@@ -147,7 +148,7 @@ def test_gradient_checkpointing_recomputes_the_same_dropout(triton_device: str, 
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there it runs on the GPU, which has no second process here")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, this test would need two of them")
 def test_two_processes_train_as_one_does_with_fused(tmp_path: Path) -> None:
     data = write_folder(tmp_path / "shapes")
     flags = ["--dataset", "folder", "--data-dir", data, "--patch-size", 8, "--embed-dim", 16, "--depth", 1]
@@ -160,9 +161,9 @@ def test_two_processes_train_as_one_does_with_fused(tmp_path: Path) -> None:
     assert losses["triton"] == pytest.approx(losses["fused"], abs=1e-5)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's; test_resources.py compiles them")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter; test_resources.py compiles the kernels")
 def test_products_too_small_for_a_gpu_are_refused_by_the_kernels_themselves() -> None:
-    """The interpreter would compute them."""
+    """Triton's interpreter would accept them."""
     constants = triton_packed.constants(9, 32, 4, 0.0, torch.float32, triton_packed.Tiles(16, 4))
     qkv = torch.randn(1, 9, 96)
     triton_packed.forward_kernel[(4, 1)](qkv, qkv.new_empty(1, 9, 32), None, 1.0, 0.0, **constants)

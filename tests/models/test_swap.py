@@ -52,18 +52,18 @@ def test_it_keeps_dropout_and_mode_and_can_be_swapped_again() -> None:
         (
             "vit_tiny_patch16_224",
             {**TINY, "qk_norm": True},
-            r"serve blocks\.0\.attn, blocks\.1\.attn \(Attention: QK-norm\)",
+            r"support blocks\.0\.attn, blocks\.1\.attn \(Attention: QK-norm\)",
         ),
         ("vit_relpos_small_patch16_224", {"depth": 1}, r"blocks\.0\.attn \(RelPosAttention: relative position\)"),
         ("swin_tiny_patch4_window7_224", {}, r"blocks\.0\.attn, .*\(WindowAttention: relative position\)"),
         ("eva02_tiny_patch14_224", {"depth": 1}, r"blocks\.0\.attn \(EvaAttention: "),
-        ("resnet18", {}, "ResNet has no attention that 'fused' could be put into"),
+        ("resnet18", {}, "ResNet has no attention module that 'fused' could replace"),
     ],
 )
-def test_what_it_cant_serve_is_named(name: str, options: dict[str, object], message: str) -> None:
+def test_unsupported_attention_modules_are_named(name: str, options: dict[str, object], message: str) -> None:
     model = timm.create_model(name, **options)
     kinds = [type(module) for module in model.modules()]
-    assert not fastvit_kernels.swappable(model)
+    assert not fastvit_kernels.can_swap_attention(model)
     with pytest.raises(ValueError, match=message):
         fastvit_kernels.swap_attention(model, "fused")
     assert [type(module) for module in model.modules()] == kinds
@@ -72,9 +72,9 @@ def test_what_it_cant_serve_is_named(name: str, options: dict[str, object], mess
 def test_masks_are_refused() -> None:
     model = tiny()
     fastvit_kernels.swap_attention(model, "fused")
-    with pytest.raises(ValueError, match="takes no mask"):
+    with pytest.raises(ValueError, match="does not support masks"):
         model.blocks[0].attn(torch.zeros(1, 4, 24), attn_mask=torch.zeros(4, 4))
-    with pytest.raises(ValueError, match="takes no mask"):
+    with pytest.raises(ValueError, match="does not support masks"):
         model.blocks[0].attn(torch.zeros(1, 4, 24), is_causal=True)
 
 

@@ -50,7 +50,7 @@ def test_auto_is_the_default_and_its_pick_is_recorded_and_kept(
     assert TrainConfig().model.attention == "auto"
     fit(small_config(attention="auto", stop_after=1))
     assert recorded(tmp_path) == "naive"
-    assert "attention auto: naive, by ms per" in (tmp_path / "runs" / "run" / "train.log").read_text()
+    assert "attention auto: naive is fastest; ms per" in (tmp_path / "runs" / "run" / "train.log").read_text()
     choose_always(monkeypatch, "sdpa")  # what another measurement might say
     assert fit(small_config(attention="auto"), resume="must")["attention"] == "naive"
     assert recorded(tmp_path) == "naive"
@@ -75,7 +75,7 @@ def test_a_recorded_attention_that_cant_run_here_is_said_to_be_recorded(
 
 
 def test_tokens_that_the_attention_cant_serve_are_one_line(small_config: Config, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="triton holds whole rows of up to 256 tokens here, got 1024; take sdpa"):
+    with pytest.raises(UserError, match="triton supports up to 256 tokens here, got 1024; use sdpa"):
         fit(small_config(attention="triton", patch_size=1, epochs=1))
     assert not (tmp_path / "runs").exists()
 
@@ -106,7 +106,7 @@ def test_timms_vit_trains_with_ours(small_config: Config, tmp_path: Path, monkey
 
 def test_a_model_that_it_cant_serve_keeps_its_own(small_config: Config) -> None:
     resnet = {"model": "resnet18", "embed_dim": None, "depth": None, "num_heads": None, "patch_size": None, "epochs": 1}
-    with pytest.raises(UserError, match="ResNet has no attention that 'sdpa' could be put into; take --attention timm"):
+    with pytest.raises(UserError, match="ResNet has no attention module that 'sdpa' could replace; take --attention"):
         fit(small_config(attention="sdpa", **resnet))
     assert fit(small_config(attention="auto", image_size=32, **resnet))["attention"] == "timm"
 

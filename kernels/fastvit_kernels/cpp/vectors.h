@@ -1,6 +1,6 @@
-// Vectors of sixteen lanes, for the kernels beside this file. BFLOAT16 is 1 or, for float32, 0.
+// Vectors of sixteen lanes, for the kernels in this folder. BFLOAT16 is 1, or 0 for float32.
 //
-// A word is what a lane holds of the tensors: a float32, or two bfloat16.
+// A lane holds one word of a tensor: one float32 or two bfloat16.
 
 #include <algorithm>
 #include <cmath>
@@ -31,7 +31,7 @@ static inline float as_float(int32_t word) {
     return x;
 }
 
-// The first `count` of sixteen words; the others are 0.
+// Loads the first `count` of sixteen words; the others are 0.
 static inline Words load(const int32_t* data, int64_t count) {
 #ifdef __AVX512F__
     return (Words)_mm512_maskz_loadu_epi32((1u << count) - 1, data);
@@ -50,7 +50,7 @@ static inline void store(int32_t* data, Words words, int64_t count) {
 #endif
 }
 
-// Rows become columns.
+// Transposes a square of sixteen vectors.
 static inline void transpose(Words (&rows)[LANES]) {
 #ifdef __AVX512F__
     __m512i a[LANES], b[LANES];
@@ -88,7 +88,7 @@ static inline void transpose(Words (&rows)[LANES]) {
 }
 
 #if BFLOAT16
-// Two rows of pairs of bfloat16 as words that hold one of each row, in order: 32 of them.
+// Interleaves two rows of bfloat16 into 32 words, each with one number of either row.
 static inline void pair(Words first, Words second, Words (&paired)[2]) {
     const Words low = (Words)((Bits)first & 0xffff) | second << 16;
     const Words high = (Words)((Bits)first >> 16) | (Words)((Bits)second & 0xffff0000);
@@ -106,7 +106,7 @@ static inline void pair(Words first, Words second, Words (&paired)[2]) {
 }
 #endif
 
-// The larger of two numbers; a where a is none.
+// The larger of two numbers; a if a is NaN.
 static inline Floats larger(Floats a, Floats b) { return a <= b ? b : a; }
 
 static inline Floats multiply_add(Floats a, Floats b, Floats c) {
@@ -130,7 +130,7 @@ static inline Floats multiply_word(Floats sum, Words x, int32_t word) {
 #endif
 }
 
-// Two rows of numbers as words; of float32 only the first.
+// Packs two vectors of numbers into words; for float32 only the first is used.
 static inline Words pack(Floats even, Floats odd) {
 #if !BFLOAT16
     return (Words)even;
@@ -139,7 +139,7 @@ static inline Words pack(Floats even, Floats odd) {
     const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)odd));
     return (Words)_mm512_or_si512(low, _mm512_slli_epi32(high, 16));
 #else
-    const auto rounded = [](Floats x) {  // to the nearest, ties to even; what is not a number stays none
+    const auto rounded = [](Floats x) {  // to nearest, ties to even; NaN stays NaN
         const Bits bits = (Bits)x, up = bits + 0x7fff + ((bits >> 16) & 1);
         return (Bits)(x == x ? (Words)up : (Words)(bits | 0x400000));
     };
@@ -147,7 +147,7 @@ static inline Words pack(Floats even, Floats odd) {
 #endif
 }
 
-// Sixteen numbers one after the other, as the tensors hold them, in LANES / PER_WORD words.
+// Packs sixteen numbers into LANES / PER_WORD words in the order of the tensor.
 static inline void narrow(int32_t* words, Floats x) {
     const Words packed = pack(x, Floats{});
 #if !BFLOAT16
@@ -159,11 +159,11 @@ static inline void narrow(int32_t* words, Floats x) {
 #endif
 }
 
-// e^x for x up to 88, e^-87 for anything below -87: to two units in the last place (Cephes' expf), for bfloat16 to a
-// hundredth of one.
+// e^x for x up to 88, and e^-87 for x below -87. The error is at most two units in the last place (Cephes' expf); for
+// bfloat16 a hundredth of one.
 static inline Floats exponential(Floats x) {
     x = larger(x, fill(-87.0f));
-    // 1.5 * 2^23: adding it rounds to a whole number; 127, the exponent's bias, is in the lowest bits then.
+    // Adding 1.5 * 2^23 rounds to an integer; the lowest bits then also contain 127, the exponent's bias.
     const Floats magic = fill(12582912.0f + 127.0f);
     const Floats shifted = multiply_add(x, fill(1.44269504f), magic);
     const Floats whole = shifted - magic;

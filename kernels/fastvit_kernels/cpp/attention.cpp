@@ -1,16 +1,15 @@
-// Attention on packed projections, forward and backward, for a CPU: see cpp_attention.py, which compiles this behind
-// cpp_vectors.h, with HEAD_DIM, the channels of a head, defined.
+// Attention on packed projections for CPUs, forward and backward. attention.py compiles this file after vectors.h, with
+// HEAD_DIM defined as the number of channels of a head.
 //
-// A head of one sample is a task. Sixteen queries lie in the lanes of a vector, so that a softmax is a walk along an
-// array, and nothing is ever summed across lanes; of the gradients of keys and values, which are sums over queries,
-// the channels lie in the lanes. All that a task holds stays in the first-level cache; the scores are computed again in
-// the backward pass.
+// A task is one head of one sample; its data fits into the L1 cache. The lanes of a vector hold sixteen queries, so a
+// softmax runs along an array and nothing is summed across lanes. For the gradients of keys and values, which are sums
+// over queries, the lanes hold channels. The backward pass recomputes the scores.
 
 constexpr int WORDS = HEAD_DIM / PER_WORD;
-constexpr int VECTORS = (HEAD_DIM + LANES - 1) / LANES;  // that hold a token's channels, one in a lane
-constexpr int GROUPS = LANES / PER_WORD;                 // words of sixteen tokens
+constexpr int VECTORS = (HEAD_DIM + LANES - 1) / LANES;  // vectors for a token's channels, one per lane
+constexpr int GROUPS = LANES / PER_WORD;                 // words for sixteen tokens
 
-// The accumulators that are kept in registers at a time.
+// The number of accumulators that are kept in registers at a time.
 constexpr int tile_of(int channels) {
     for (int size = 16; size > 1; --size)
         if (channels % size == 0) return size;
@@ -18,10 +17,10 @@ constexpr int tile_of(int channels) {
 }
 constexpr int TILE = tile_of(HEAD_DIM);
 
-// Terms that are added up by themselves first, for the sake of rounding.
+// Sums are computed in chunks of this many terms, which reduces rounding errors.
 constexpr int64_t CHUNK = 32;
 
-// One operand of a head: its row of each token.
+// One operand of a head: a row per token.
 struct Rows {
     int32_t* words;
     int64_t stride;  // from token to token, in words
@@ -29,7 +28,7 @@ struct Rows {
     int32_t* operator[](int64_t token) const { return words + token * stride; }
 };
 
-// Up to sixteen tokens, each in a lane: lane l of word w is word w of token first + l; lanes past the end are 0.
+// Loads up to sixteen tokens, one per lane: lane l of word w is word w of token first + l. Lanes past the end are 0.
 static inline void load_lanes(Words (&lanes)[WORDS], const Rows& rows, int64_t first, int64_t tokens) {
 #pragma GCC unroll 8
     for (int start = 0; start < WORDS; start += LANES) {
@@ -56,7 +55,7 @@ static inline void store_lanes(const Floats (&channels)[HEAD_DIM], const Rows& r
     }
 }
 
-// Products of the lanes' tokens with one token's row.
+// Dot products of the lanes' tokens with one token's row.
 static inline Floats dot(const Words (&lanes)[WORDS], const int32_t* row) {
     Floats sum = {};
 #pragma GCC unroll 32
@@ -64,9 +63,9 @@ static inline Floats dot(const Words (&lanes)[WORDS], const int32_t* row) {
     return sum;
 }
 
-// Rows as words of consecutive tokens, (tokens / PER_WORD, HEAD_DIM), with zeros behind the last.
+// Packs rows into words of consecutive tokens, (tokens / PER_WORD, HEAD_DIM), padded with zeros.
 static void pair_tokens(std::vector<int32_t>& paired, const Rows& rows, int64_t tokens) {
-    paired.resize((tokens / LANES + 1) * GROUPS * HEAD_DIM + 2 * LANES);  // whole vectors are written, and read
+    paired.resize((tokens / LANES + 1) * GROUPS * HEAD_DIM + 2 * LANES);  // room for whole vectors
     for (int64_t token = 0; token < tokens; token += PER_WORD)
         for (int start = 0; start < WORDS; start += LANES) {
             const int count = std::min(LANES, WORDS - start);
@@ -82,7 +81,7 @@ static void pair_tokens(std::vector<int32_t>& paired, const Rows& rows, int64_t 
         }
 }
 
-// Sums over all tokens of weight * row, for each lane: weights (tokens / PER_WORD) as `pack` makes them.
+// Sums weight * row over all tokens, for each lane; weights (tokens / PER_WORD) come from `pack`.
 static inline void weighted_sum(
     Floats (&sums)[HEAD_DIM], const std::vector<Words>& weights, const std::vector<int32_t>& paired, int64_t tokens) {
     const int64_t groups = (tokens + PER_WORD - 1) / PER_WORD;
@@ -102,8 +101,7 @@ static inline void weighted_sum(
     }
 }
 
-// To each of `tokens` sums (VECTORS) adds what sixteen other tokens' rows, at `paired` on, come to with its weights,
-// (tokens, GROUPS).
+// Adds to each token's sums (VECTORS) sixteen other tokens' rows from `paired`, weighted by `weights` (tokens, GROUPS).
 static inline void add_weighted(
     std::vector<Floats>& sums, const std::vector<int32_t>& weights, const int32_t* paired, int64_t tokens) {
 #pragma GCC unroll 8
@@ -119,7 +117,7 @@ static inline void add_weighted(
     }
 }
 
-// Writes sums (tokens, VECTORS) to rows, and leaves zeros.
+// Writes sums (tokens, VECTORS) to rows and sets them to zero.
 static inline void flush(std::vector<Floats>& sums, const Rows& rows, int64_t tokens) {
     for (int64_t token = 0; token < tokens; ++token)
         for (int v = 0; v < VECTORS; ++v) {
@@ -131,7 +129,7 @@ static inline void flush(std::vector<Floats>& sums, const Rows& rows, int64_t to
         }
 }
 
-// Which attention weights are kept, by a hash of seed, head, query and key.
+// Selects the attention weights that dropout keeps, by a hash of seed, head, query and key.
 struct Dropout {
     uint32_t threshold;  // of 2^24
     float kept_scale;
@@ -145,7 +143,7 @@ struct Dropout {
 
     Dropout of_head(int64_t head) const { return {threshold, kept_scale, mix(seed + 0x9e3779b9u * uint32_t(head))}; }
 
-    // The factor of each lane's weight, which is number first + lane * step of its head.
+    // The factor of each lane's weight, whose index within the head is first + lane * step.
     Floats factor(uint32_t first, uint32_t step) const {
         if (!threshold) return fill(1.0f);
         const Bits count = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -157,7 +155,7 @@ struct Dropout {
     }
 };
 
-// What a thread works with, reused from head to head.
+// The buffers of a thread, reused for all its heads.
 struct Workspace {
     std::vector<Floats> scores, slopes;
     std::vector<Words> packed;
@@ -169,8 +167,8 @@ struct Workspace {
           slope_rows(tokens * GROUPS), dk(tokens * VECTORS), dv(tokens * VECTORS) {}
 };
 
-// Puts probabilities times their sum in place of the unscaled scores; tells the lanes' maxima and sums. Behind the last
-// there is a 0 then, the partner of an odd one.
+// Replaces the unscaled scores by unnormalised probabilities; returns the lanes' maxima and sums. Appends a 0, which
+// pairs with the last score if their number is odd.
 static inline void softmax(std::vector<Floats>& scores, int64_t tokens, float scale, Floats& largest, Floats& sum) {
     largest = scores[0];
     for (int64_t j = 1; j < tokens; ++j) largest = larger(largest, scores[j]);
@@ -186,7 +184,7 @@ static inline void softmax(std::vector<Floats>& scores, int64_t tokens, float sc
     }
 }
 
-// Words of function(token), for all tokens; it is asked for one past an odd number of them.
+// Packs function(token) for all tokens; if their number is odd, function is also called for the token after the last.
 template <class Function>
 static inline void pack_tokens(std::vector<Words>& packed, int64_t tokens, Function function) {
     for (int64_t token = 0; token < tokens; token += PER_WORD) {
@@ -223,9 +221,9 @@ static void backward_head(
     pair_tokens(work.paired_q, q, tokens);
     pair_tokens(work.paired_dout, dout, tokens);
     for (int64_t i = 0; i < tokens; i += LANES) {
-        Words queries[WORDS], upstream[WORDS];
+        Words queries[WORDS], grads[WORDS];
         load_lanes(queries, q, i, tokens);
-        load_lanes(upstream, dout, i, tokens);
+        load_lanes(grads, dout, i, tokens);
         for (int64_t j = 0; j < tokens; ++j) work.scores[j] = dot(queries, k[j]);
         Floats largest, sum, sums[HEAD_DIM], delta = {};
         softmax(work.scores, tokens, scale, largest, sum);
@@ -235,7 +233,7 @@ static void backward_head(
             for (int64_t j = start; j < std::min(tokens, start + CHUNK); ++j) {
                 const Floats factor = dropout.factor(i * tokens + j, tokens);
                 work.scores[j] *= inverse;
-                work.slopes[j] = dot(upstream, v[j]) * factor;
+                work.slopes[j] = dot(grads, v[j]) * factor;
                 part = multiply_add(work.scores[j], work.slopes[j], part);
                 narrow(&work.weight_rows[j * GROUPS], work.scores[j] * factor);
             }
@@ -257,7 +255,7 @@ static void backward_head(
     flush(work.dv, dv, tokens);
 }
 
-// One call's sizes and settings.
+// The sizes and settings of a call.
 struct Call {
     int64_t batch, tokens, heads;
     float dropout_p;
@@ -278,7 +276,7 @@ static void for_each_head(const Call& call, Task task) {
     }
 }
 
-// Operand `part` of the `parts` that lie side by side in each token's row of (batch, tokens, parts * dim).
+// Operand `part` of the `parts` in each token's row of a tensor (batch, tokens, parts * dim).
 static Rows rows_of(void* data, const Call& call, int parts, int64_t sample, int part, int64_t head) {
     const int64_t dim = call.heads * WORDS, stride = parts * dim;
     return {static_cast<int32_t*>(data) + sample * call.tokens * stride + part * dim + head * WORDS, stride};
@@ -295,9 +293,9 @@ extern "C" void forward(const Call* call, void* qkv, void* out) {
 extern "C" void backward(const Call* call, void* qkv, void* dout, void* dqkv) {
     for_each_head(*call, [=](int64_t sample, int64_t head, float scale, const Dropout& dropout, Workspace& work) {
         const auto packed = [=](void* data, int part) { return rows_of(data, *call, 3, sample, part, head); };
-        const Rows upstream = rows_of(dout, *call, 1, sample, 0, head);
+        const Rows grads = rows_of(dout, *call, 1, sample, 0, head);
         backward_head(
-            packed(qkv, 0), packed(qkv, 1), packed(qkv, 2), upstream, packed(dqkv, 0), packed(dqkv, 1), packed(dqkv, 2),
+            packed(qkv, 0), packed(qkv, 1), packed(qkv, 2), grads, packed(dqkv, 0), packed(dqkv, 1), packed(dqkv, 2),
             call->tokens, scale, dropout, work);
     });
 }

@@ -1,4 +1,4 @@
-"""The hand-written kernels behind one call: which of the two serves a shape, and what neither can."""
+"""The `triton` implementation: select one of the two kernels for a shape, and state the limits of both."""
 
 import functools
 from typing import Any
@@ -7,40 +7,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit_kernels.triton_fused import fits, fused_attention
-from fastvit_kernels.triton_packed import packed_attention
-from fastvit_kernels.triton_parts import DTYPES, new_seed
+from fastvit_kernels.triton_kernels.fused import fits, fused_attention
+from fastvit_kernels.triton_kernels.packed import packed_attention
+from fastvit_kernels.triton_kernels.parts import DTYPES, new_seed
 
 MAX_TOKENS = 256
 MAX_TOKENS_SMALL = 128
-"""on GPUs with less shared memory for a program than an A100's 163 KB, such as all GeForce"""
+"""limit on GPUs with less shared memory per program than an A100's 163 KB, such as all GeForce cards"""
 SHARED_MEMORY = 163 * 1024
 MAX_HEAD_DIM = 64
 
 
-def refusal(x: Tensor, num_heads: int, dtype: torch.dtype) -> str | None:
-    """Why the kernels can't serve tokens `x`, multiplied in `dtype`, or None where they can."""
+def why_unsupported(x: Tensor, num_heads: int, dtype: torch.dtype) -> str | None:
+    """Why the kernels do not support tokens `x` and matrix products in `dtype`, or None if they do."""
     _, tokens, dim = x.shape
     limit = MAX_TOKENS_SMALL if x.is_cuda and _shared_memory(x.device) < SHARED_MEMORY else MAX_TOKENS
     if tokens > limit:
-        return f"triton holds whole rows of up to {limit} tokens here, got {tokens}; take sdpa for longer sequences"
+        return f"triton supports up to {limit} tokens here, got {tokens}; use sdpa for longer sequences"
     if dim // num_heads > MAX_HEAD_DIM:
-        return f"triton takes heads of up to {MAX_HEAD_DIM} channels, got {dim // num_heads}; take sdpa for wider ones"
+        return (
+            f"triton supports heads of up to {MAX_HEAD_DIM} channels, got {dim // num_heads}; use sdpa for wider ones"
+        )
     if dtype not in DTYPES:
-        return f"triton takes {', '.join(str(d).removeprefix('torch.') for d in DTYPES)}, got {dtype}; take fused"
+        names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
+        return f"triton supports {names}, got {dtype}; use fused"
     return None
 
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
-    properties: Any = torch.cuda.get_device_properties(device)  # some versions' annotations don't know the field
+    properties: Any = torch.cuda.get_device_properties(device)  # some versions' annotations lack the field
     return int(properties.shared_memory_per_block_optin)
 
 
 def triton_attention(
     x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, num_heads: int, dropout_p: float
 ) -> Tensor:
-    """See `fastvit_kernels.attention`; `refusal` says what it takes."""
+    """See `fastvit_kernels.attention`; `why_unsupported` states the limits."""
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, qkv_weight = x.to(dtype), qkv_weight.to(dtype)

@@ -1,7 +1,7 @@
-"""Triton attention that reads the packed output of the QKV projection as it lies, and writes packed dQKV.
+"""Triton attention that reads the packed output of the QKV projection in place, and writes packed dQKV.
 
-For models wider than 64 the projection is worth cuBLAS; what this saves is everything around it: no permute, no
-copies that pad a head to 16 channels, no gradient that is stacked from three.
+For models with more than 64 channels cuBLAS computes the projection. This kernel avoids the operations around it: the
+permute, the copies that pad a head to 16 channels, and stacking three gradients.
 
 Shape suffixes: B batch, N tokens, D dim, H heads, C channels of one head, M a block of query rows.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels.packed_operator import packed_operator
-from fastvit_kernels.triton_parts import (
+from fastvit_kernels.triton_kernels.parts import (
     LOG2_E,
     cast,
     dot,
@@ -27,21 +27,21 @@ from fastvit_kernels.triton_parts import (
 
 
 class Tiles(NamedTuple):
-    """Rows of queries held at a time, and warps that work on them."""
+    """The number of query rows in a block, and the number of warps per program."""
 
     block: int
     warps: int
 
 
 def forward_tiles(tokens: int, dtype: torch.dtype) -> Tiles:
-    """By the tensor cores' 64 rows, and by the spilled registers that fastvit_kernels.resources reports."""
+    """Chosen for the 64 rows of a tensor core instruction and the spills that fastvit_kernels.resources reports."""
     if dtype == torch.float32:
         return Tiles(16, 8)
     return Tiles(min(padded(tokens), 64), 4 if padded(tokens) <= 128 else 8)
 
 
 def backward_tiles(tokens: int, dtype: torch.dtype) -> Tiles:
-    """As `forward_tiles`; here the gradients of all keys and values take registers too."""
+    """Chosen like `forward_tiles`; here the gradients of all keys and values need registers too."""
     if dtype == torch.float32:
         return Tiles(16, 8)
     if padded(tokens) > 128:
@@ -52,7 +52,7 @@ def backward_tiles(tokens: int, dtype: torch.dtype) -> Tiles:
 def constants(
     tokens: int, dim: int, num_heads: int, dropout_p: float, dtype: torch.dtype, tiles: Tiles
 ) -> dict[str, Any]:
-    """The compile-time arguments of both kernels, and their warps."""
+    """Return the compile-time arguments and the number of warps of either kernel."""
     return {
         "N": tokens,
         "D": dim,
@@ -68,7 +68,7 @@ def constants(
 
 @triton.jit
 def _load_head(ptr, row_R, channel_C, row_stride, N: tl.constexpr, C: tl.constexpr):
-    """Rows of one head's query, key or value, padded with zeros."""
+    """Load rows of one head's query, key or value, padded with zeros."""
     exists_RC = (row_R < N)[:, None] & (channel_C < C)[None, :]
     return tl.load(ptr + row_R[:, None] * row_stride + channel_C[None, :], mask=exists_RC, other=0.0)
 
@@ -112,7 +112,7 @@ def backward_kernel(
     N_PAD: tl.constexpr, C_PAD: tl.constexpr, BLOCK: tl.constexpr,
     DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program per (sample, head): key and value gradients stay in registers over all blocks of queries."""
+    """One program per (sample, head); the gradients of key and value stay in registers over all blocks of queries."""
     C: tl.constexpr = D // H
     sample = (tl.program_id(0) // H).to(tl.int64)
     head = tl.program_id(0) % H
@@ -144,29 +144,29 @@ def backward_kernel(
 
 
 def _forward(qkv: Tensor, num_heads: int, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """Attention on packed projections, (batch, tokens, 3*dim), to (batch, tokens, dim); `seed` is for dropout."""
+    """Compute (batch, tokens, dim) from packed projections, (batch, tokens, 3*dim); `seed` is for dropout."""
     batch, tokens, dim = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     qkv = qkv.contiguous()
     out = qkv.new_empty(batch, tokens, dim)
     tiles = forward_tiles(tokens, qkv.dtype)
     grid = (batch * num_heads, triton.cdiv(tokens, tiles.block))
     scale_log2 = LOG2_E * (dim // num_heads) ** -0.5
-    fixed = constants(tokens, dim, num_heads, dropout_p, qkv.dtype, tiles)
+    meta = constants(tokens, dim, num_heads, dropout_p, qkv.dtype, tiles)
     with torch.cuda.device_of(qkv):
-        forward_kernel[grid](qkv, out, seed, scale_log2, dropout_p, **fixed)
+        forward_kernel[grid](qkv, out, seed, scale_log2, dropout_p, **meta)
     return out
 
 
 def _backward(dout: Tensor, qkv: Tensor, num_heads: int, dropout_p: float, seed: Tensor | None) -> Tensor:
-    """Gradient of the packed projections, (batch, tokens, 3*dim)."""
+    """Compute the gradient of the packed projections, (batch, tokens, 3*dim)."""
     batch, tokens, dim = dout.shape
     qkv, dout = qkv.contiguous(), dout.contiguous()
     dqkv = torch.empty_like(qkv)
     scale = (dim // num_heads) ** -0.5
-    fixed = constants(tokens, dim, num_heads, dropout_p, qkv.dtype, backward_tiles(tokens, qkv.dtype))
+    meta = constants(tokens, dim, num_heads, dropout_p, qkv.dtype, backward_tiles(tokens, qkv.dtype))
     grid = (batch * num_heads,)
     with torch.cuda.device_of(qkv):
-        backward_kernel[grid](qkv, dout, dqkv, seed, scale, LOG2_E * scale, dropout_p, **fixed)
+        backward_kernel[grid](qkv, dout, dqkv, seed, scale, LOG2_E * scale, dropout_p, **meta)
     return dqkv
 
 

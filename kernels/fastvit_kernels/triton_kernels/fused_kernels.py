@@ -1,64 +1,31 @@
-"""QKV projection and attention in one Triton kernel, for models of up to 64 channels.
+"""The Triton kernels that fuse the QKV projection with the attention; see fused.py.
 
-A program has a whole sample: it reads x once, and neither QKV nor the scores reach device memory, forward or
-backward. The backward pass recomputes them in two kernels, one for x's gradient and one for the weights'. Doing
-both in one would read x and dout once less, but its accumulators leave registers for one program per
-multiprocessor alone, and these chains of small products live on having several. The weights' gradients stay in
-registers over all samples of a program, go into a slice of their own per program, and are summed after: no
-atomics, so no race, and the same result each time.
-
-Shape suffixes: B batch, N tokens, D dim, H heads, C channels of one head, M query rows (all N of them here).
+Shape suffixes: B batch, N tokens, D dim, H heads, C channels of one head, M query rows (here all N tokens).
 """
 
-import functools
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from fastvit_kernels.triton_parts import (
-    LOG2_E,
-    cast,
-    dot,
-    dot_precision,
-    dropout_factor,
-    padded,
-    softmax,
-    softmax_backward,
-)
-
-MAX_DIM = 64
-MAX_HEAD_DIM = 32
-PROGRAMS_PER_MULTIPROCESSOR = 2
-"""of the kernel for the weights' gradients, as many as its registers admit"""
-
-
-def fits(tokens: int, dim: int, num_heads: int, dtype: torch.dtype) -> bool:
-    """True where a sample's tokens, a head and its scores fit into the registers and shared memory of a program."""
-    max_tokens = 64 if dtype == torch.float32 else 128
-    return dim <= MAX_DIM and padded(tokens) <= max_tokens and padded(dim // num_heads) <= MAX_HEAD_DIM
+from fastvit_kernels.triton_kernels.parts import cast, dot, dropout_factor, softmax, softmax_backward
 
 
 @triton.jit
 def _load_tokens(ptr, row_N, column_D, stride_n, stride_d, N: tl.constexpr, D: tl.constexpr):
-    """Rows of one sample, padded with zeros."""
+    """Load the rows of one sample, padded with zeros."""
     exists_ND = (row_N < N)[:, None] & (column_D < D)[None, :]
     return tl.load(ptr + row_N[:, None] * stride_n + column_D[None, :] * stride_d, mask=exists_ND, other=0.0)
 
 
 @triton.jit
 def _load_weight(w_ptr, first_row, column_D, channel_C, C: tl.constexpr, D: tl.constexpr):
-    """C rows of the weight, transposed."""
+    """Load C rows of the weight, transposed."""
     exists_DC = (column_D < D)[:, None] & (channel_C < C)[None, :]
     return tl.load(w_ptr + (first_row + channel_C)[None, :] * D + column_D[:, None], mask=exists_DC, other=0.0)
 
 
 @triton.jit
 def _load_head_weights(w_ptr, head, column_D, channel_C, C: tl.constexpr, D: tl.constexpr):
-    """One head's query, key and value weights, each transposed."""
+    """Load one head's query, key and value weights, each transposed."""
     wq_DC = _load_weight(w_ptr, head * C, column_D, channel_C, C, D)
     wk_DC = _load_weight(w_ptr, D + head * C, column_D, channel_C, C, D)
     wv_DC = _load_weight(w_ptr, 2 * D + head * C, column_D, channel_C, C, D)
@@ -80,7 +47,7 @@ def _probabilities(
     x_ND, wq_DC, wk_DC, wv_DC, bias_ptr, head, row_N, channel_C, scale_log2,
     N: tl.constexpr, D: tl.constexpr, C: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head's query, key and value, and its attention probabilities in float32."""
+    """Compute one head's query, key and value, and its attention probabilities in float32."""
     q_MC = _project(x_ND, wq_DC, bias_ptr, head * C, channel_C, C, HAS_BIAS, PRECISION)
     k_NC = _project(x_ND, wk_DC, bias_ptr, D + head * C, channel_C, C, HAS_BIAS, PRECISION)
     v_NC = _project(x_ND, wv_DC, bias_ptr, 2 * D + head * C, channel_C, C, HAS_BIAS, PRECISION)
@@ -94,7 +61,7 @@ def _head_gradients(
     N: tl.constexpr, D: tl.constexpr, H: tl.constexpr, C: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of one head's query, key and value, in x's dtype."""
+    """Compute the gradients of one head's query, key and value, in x's dtype."""
     q_MC, k_NC, v_NC, probs_MN = _probabilities(
         x_ND, wq_DC, wk_DC, wv_DC, bias_ptr, head, row_N, channel_C, scale_log2, N, D, C, HAS_BIAS, PRECISION
     )
@@ -177,8 +144,10 @@ def backward_weight_kernel(
     N_PAD: tl.constexpr, D_PAD: tl.constexpr, C_PAD: tl.constexpr,
     HAS_BIAS: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program has one head and every so-manieth sample, and its own slice of dw (programs, 3*D, D) and dbias
-    (programs, 3*D), both float32."""
+    """One program per head and group of samples: sample `program`, then every `num_programs`-th sample.
+
+    Each program writes its own slice of dw (programs, 3*D, D) and dbias (programs, 3*D), both float32.
+    """
     C: tl.constexpr = D // H
     program = tl.program_id(0)
     head = tl.program_id(1)
@@ -220,120 +189,3 @@ def backward_weight_kernel(
         tl.store(pointers_C, dbq_C, mask=channel_C < C)
         tl.store(pointers_C + D, dbk_C, mask=channel_C < C)
         tl.store(pointers_C + 2 * D, dbv_C, mask=channel_C < C)
-
-
-def constants(
-    tokens: int, dim: int, num_heads: int, has_bias: bool, dropout_p: float, dtype: torch.dtype
-) -> dict[str, Any]:
-    """The compile-time arguments of all three kernels, and their warps."""
-    return {
-        "N": tokens,
-        "D": dim,
-        "H": num_heads,
-        "N_PAD": padded(tokens),
-        "D_PAD": padded(dim),
-        "C_PAD": padded(dim // num_heads),
-        "HAS_BIAS": has_bias,
-        "DROPOUT": dropout_p > 0,
-        "PRECISION": dot_precision(dtype),
-        "num_warps": 8 if padded(tokens) > 64 or dtype == torch.float32 or dropout_p else 4,
-    }
-
-
-@torch.library.custom_op("fastvit_kernels::fused_attention", mutates_args=())
-def fused_attention(
-    x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, num_heads: int, dropout_p: float, seed: Tensor | None
-) -> Tensor:
-    """See `fastvit_kernels.attention`; `seed`, (1,) int64, is for dropout."""
-    batch, tokens, dim = x.shape
-    x = _within_int32(x)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    scale_log2 = LOG2_E * (dim // num_heads) ** -0.5
-    fixed = constants(tokens, dim, num_heads, qkv_bias is not None, dropout_p, x.dtype)
-    bias = None if qkv_bias is None else qkv_bias.contiguous()
-    with torch.cuda.device_of(x):
-        forward_kernel[(batch,)](
-            x, qkv_weight.contiguous(), bias, out, seed, *x.stride(), scale_log2, dropout_p, **fixed
-        )  # fmt: skip
-    return out
-
-
-@fused_attention.register_fake
-def _(x: Tensor, *args: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("fastvit_kernels::fused_attention_backward", mutates_args=())
-def fused_attention_backward(
-    dout: Tensor,
-    x: Tensor,
-    qkv_weight: Tensor,
-    qkv_bias: Tensor | None,
-    num_heads: int,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias; the last is of no use where there is no bias."""
-    batch, tokens, dim = x.shape
-    x, dout = _within_int32(x), _within_int32(dout)
-    weight, bias = qkv_weight.contiguous(), None if qkv_bias is None else qkv_bias.contiguous()
-    scale = (dim // num_heads) ** -0.5
-    numbers = (scale, LOG2_E * scale, dropout_p)
-    fixed = constants(tokens, dim, num_heads, bias is not None, dropout_p, x.dtype)
-    strides = (*x.stride(), *dout.stride())
-
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    programs = min(batch, triton.cdiv(_multiprocessors(x.device) * PROGRAMS_PER_MULTIPROCESSOR, num_heads))
-    dweight = x.new_empty(programs, 3 * dim, dim, dtype=torch.float32)
-    dbias = x.new_empty(programs, 3 * dim, dtype=torch.float32)
-    with torch.cuda.device_of(x):
-        backward_x_kernel[(batch,)](x, weight, bias, dout, dx, seed, *strides, *numbers, **fixed)
-        backward_weight_kernel[(programs, num_heads)](
-            x, weight, bias, dout, dweight, dbias, seed, *strides, batch, *numbers, **fixed
-        )
-    return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
-
-
-@fused_attention_backward.register_fake
-def _(dout: Tensor, x: Tensor, qkv_weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, qkv_weight.new_empty(qkv_weight.shape), qkv_weight.new_empty(qkv_weight.shape[0])
-
-
-def _within_int32(tokens: Tensor) -> Tensor:
-    """The kernels count within a sample in 32 bits, which the strides of a huge transposed tensor would pass."""
-    return tokens if tokens.numel() < 2**31 else tokens.contiguous()
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, qkv_weight, qkv_bias, ctx.num_heads, ctx.dropout_p, seed = inputs
-    ctx.save_for_backward(x, qkv_weight, qkv_bias, seed)
-
-
-def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-    x, qkv_weight, qkv_bias, seed = ctx.saved_tensors
-    dx, dweight, dbias = fused_attention_backward(
-        dout, x, qkv_weight, qkv_bias, ctx.num_heads, ctx.dropout_p, seed
-    )  # fmt: skip
-    return dx, dweight, None if qkv_bias is None else dbias, None, None, None
-
-
-fused_attention.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.fastvit_kernels.fused_attention)
-def _flops(x_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
-    """Of the definition: no padding counted."""
-    batch, tokens, dim = x_shape
-    return 2 * batch * tokens * dim * 3 * dim + 2 * 2 * batch * tokens * tokens * dim
-
-
-@register_flop_formula(torch.ops.fastvit_kernels.fused_attention_backward)
-def _flops_backward(dout_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
-    """Of the definition: what is recomputed is not counted."""
-    return 2 * _flops(dout_shape)

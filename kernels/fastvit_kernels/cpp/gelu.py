@@ -1,7 +1,7 @@
-"""GELU with the linear layer behind it, for a CPU by a kernel of our own.
+"""GELU followed by a linear layer, with a C++ kernel for CPUs.
 
-torch's tanh takes four times as long as our exponential; and the layer keeps GELU's argument alone for the backward
-pass, where one walk over it makes GELU's gradient and, again, its value, which is what the weight's gradient needs.
+torch's tanh takes four times as long as our exponential. The layer saves only GELU's input for the backward pass, where
+one pass over it computes GELU's gradient and recomputes its value, which the weight's gradient needs.
 
 Source: Hendrycks & Gimpel 2016 (https://arxiv.org/abs/1606.08415), with tanh written as a sigmoid.
 """
@@ -16,21 +16,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fastvit_kernels.cpp_library import cpp_library, pointer, unavailable
+from fastvit_kernels.cpp.library import cpp_library, pointer, why_unavailable
 from fastvit_kernels.registry import compute_dtype
 
-SOURCE = "cpp_gelu.cpp"
+SOURCE = "gelu.cpp"
 
 
 class GELULinear(nn.Linear):
-    """A linear layer of its input's GELU; faster on a CPU with a C++ compiler, elsewhere and in other dtypes the same.
+    """GELU followed by a linear layer: (..., in_features) to (..., out_features).
 
-    torch.export sees torch's own operators: what it writes is to run where this package isn't.
+    On a CPU with a C++ compiler, float32 and bfloat16 use our kernel. Other devices and dtypes use torch's operators.
+    torch.export does too, because an exported program must run where this package is not installed.
 
     Args:
-        in_features, out_features: as of nn.Linear, which also names and initialises the parameters.
-        approximate: "tanh" or "none", as of nn.GELU; only "tanh" has the kernel.
-        drop: dropout between the two; only 0 has the kernel.
+        in_features: as in nn.Linear, which also names and initialises the parameters.
+        out_features: as in nn.Linear.
+        approximate: "tanh" or "none", as in nn.GELU; the kernel supports only "tanh".
+        drop: dropout probability between GELU and the linear layer; the kernel supports only 0.
     """
 
     def __init__(self, in_features: int, out_features: int, approximate: str = "none", drop: float = 0.0) -> None:
@@ -40,8 +42,8 @@ class GELULinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
-        fits = self.approximate == "tanh" and not self.drop and x.device.type == "cpu"
-        if fits and not torch.compiler.is_exporting() and _serves(dtype):
+        supported = self.approximate == "tanh" and not self.drop and x.device.type == "cpu"
+        if supported and not torch.compiler.is_exporting() and _has_kernel(dtype):
             bias = None if self.bias is None else self.bias.to(dtype)
             return _GELULinear.apply(x.to(dtype), self.weight.to(dtype), bias)
         active = F.gelu(x, approximate=self.approximate)
@@ -49,17 +51,17 @@ class GELULinear(nn.Linear):
 
 
 @torch.compiler.assume_constant_result
-def _serves(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float32, torch.bfloat16) and unavailable() is None and _problem(dtype) is None
+def _has_kernel(dtype: torch.dtype) -> bool:
+    return dtype in (torch.float32, torch.bfloat16) and why_unavailable() is None and _compile_error(dtype) is None
 
 
 @functools.cache
-def _problem(dtype: torch.dtype) -> str | None:
-    """Why the kernel can't be compiled, or None; warns of it, once."""
+def _compile_error(dtype: torch.dtype) -> str | None:
+    """Why the kernel cannot be compiled, with a warning the first time, or None if it can."""
     try:
         cpp_library(SOURCE, dtype)
     except ValueError as error:
-        warnings.warn(f"GELU is torch's own here, slower: {error}", stacklevel=4)
+        warnings.warn(f"GELU uses torch's operators, which are slower: {error}", stacklevel=4)
         return str(error)
     return None
 
@@ -88,7 +90,7 @@ def _run(name: str, x: Tensor, *tensors: Tensor) -> None:
 
 @torch.library.custom_op("fastvit_kernels::gelu", mutates_args=())
 def gelu(x: Tensor) -> Tensor:
-    """GELU of each element of a float32 or bfloat16 tensor on the CPU."""
+    """Tanh-approximated GELU of each element of a float32 or bfloat16 tensor on the CPU."""
     x = x.contiguous()
     out = torch.empty_like(x)
     _run("forward", x, out)
@@ -102,7 +104,7 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("fastvit_kernels::gelu_backward", mutates_args=())
 def gelu_backward(dout: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradient of `gelu`'s argument, and `gelu` of it."""
+    """Return the gradient of `gelu`'s argument, and `gelu` of the argument."""
     dout, x = dout.contiguous(), x.contiguous()
     dx, out = torch.empty_like(x), torch.empty_like(x)
     _run("backward", x, dout, dx, out)

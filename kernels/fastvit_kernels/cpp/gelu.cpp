@@ -1,9 +1,9 @@
-// GELU in its tanh form, x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), and its gradient: see cpp_gelu.py, which compiles
-// this behind cpp_vectors.h.
+// GELU in its tanh form, x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)), and its gradient. gelu.py compiles
+// this file after vectors.h.
 
 constexpr float LINEAR = 1.59576912f, CUBIC = 0.0713548128f;
 
-// e^-inner, of which the sigmoid is 1 / (1 + e^-inner)
+// e^-inner; the sigmoid is 1 / (1 + e^-inner)
 static inline Floats decay(Floats x) {
     const Floats exponent = x * multiply_add(x * x, fill(-CUBIC), fill(-LINEAR));
     return exponential(exponent <= fill(88.0f) ? exponent : fill(88.0f));
@@ -11,19 +11,19 @@ static inline Floats decay(Floats x) {
 
 static inline Floats value(Floats x) { return x / (fill(1.0f) + decay(x)); }
 
-// The gradient; `result` becomes the value.
-static inline Floats gradient(Floats x, Floats upstream, Floats& result) {
+// Returns the gradient, and GELU's value in `result`.
+static inline Floats gradient(Floats x, Floats grad, Floats& result) {
     const Floats e = decay(x), sigmoid = fill(1.0f) / (fill(1.0f) + e);
     const Floats slope = x * multiply_add(x * x, fill(3 * CUBIC), fill(LINEAR));
     result = x * sigmoid;
-    return upstream * multiply_add(e * sigmoid, sigmoid * slope, sigmoid);  // 1 - sigmoid = e sigmoid, not rounded off
+    return grad * multiply_add(e * sigmoid, sigmoid * slope, sigmoid);  // 1 - sigmoid = e sigmoid, without cancellation
 }
 
-// The numbers of a word, each by itself.
+// The numbers in a word of bfloat16, as float32.
 static inline Floats even(Words words) { return (Floats)(BFLOAT16 ? words << 16 : words); }
 static inline Floats odd(Words words) { return (Floats)(words & fill<Words, int32_t>(0xffff0000)); }
 
-// An odd last bfloat16 shares its word with memory that torch allocated too.
+// If the number of bfloat16 is odd, the last word includes memory after the tensor, which torch's allocator pads.
 extern "C" void forward(int64_t words, int threads, const int32_t* x, int32_t* y) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < words; i += LANES) {

@@ -1,0 +1,54 @@
+"""Compile C++ kernels on their first use, with the compiler and the cache of torch.compile."""
+
+import ctypes
+import functools
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastvit_kernels import torch_private
+
+FOLDER = Path(__file__).parent
+# torch's own flags disable vectorisation of loops in g++; the sources use vectors explicitly.
+FLAGS = ("-fno-strict-aliasing", "-Wno-psabi")
+
+
+def why_unavailable() -> str | None:
+    """Why C++ cannot be compiled on this machine, or None if it can."""
+    compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    if _on_path(compiler, os.environ.get("PATH")):
+        return None
+    return f"needs a C++ compiler, and {compiler} was not found; install it, or set CXX"
+
+
+@functools.cache
+def _on_path(compiler: str, path: str | None) -> bool:
+    return shutil.which(compiler, path=path) is not None
+
+
+@functools.cache
+def cpp_library(name: str, dtype: torch.dtype, **constants: int) -> ctypes.CDLL:
+    """Compile the source `name`, a file next to this one, for bfloat16 or float32 and with `constants` defined.
+
+    Raises:
+        ValueError: if it cannot be compiled.
+    """
+    constants = {"BFLOAT16": int(dtype == torch.bfloat16), **constants}
+    defines = "".join(f"#define {key} {value}\n" for key, value in constants.items())
+    sources = (FOLDER / source for source in ("vectors.h", name))
+    try:
+        return torch_private.load_cpp_library(defines + "".join(path.read_text() for path in sources), FLAGS)
+    except (
+        Exception
+    ) as error:  # an old compiler, a missing header, a cache that cannot be written: the message says which
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{name} cannot be compiled ({type(error).__name__}: {reason[:200]}); use fused") from error
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """Address of the tensor's first element."""
+    return ctypes.c_void_p(tensor.data_ptr())

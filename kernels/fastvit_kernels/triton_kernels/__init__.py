@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs. Importing a module of this package needs triton."""
