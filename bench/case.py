@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastvit_train.distributed import env
+from fastvit_train.distributed.cpu_threads import use_all_cores
 from fastvit_train.utils import memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -105,7 +105,7 @@ def assert_close(found: Tensor, wanted: Tensor, dtype: str, what: str) -> None:
 
 def prepare_process() -> None:
     """Threads and memory as a training on this device sets them."""
-    env.use_all_cores()
+    use_all_cores()
     if device().type == "cpu":
         memory.retain_freed_memory()
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastvit_train.data.images import StreamedImages
-from fastvit_train.distributed.env import local_processes
+from fastvit_train.distributed.env import local_world_size
 from fastvit_train.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -137,7 +137,7 @@ def load(listing: Listing, image_size: int, stream: str) -> tuple[LabelledImages
 
 def free_memory() -> int:
     """Return the free bytes for this process: its share of the host's memory, or its GPU's memory if that is less."""
-    host = psutil.virtual_memory().available // local_processes()
+    host = psutil.virtual_memory().available // local_world_size()
     return min(host, torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else host
 
 

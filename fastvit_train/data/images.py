@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from fastvit_train.distributed.env import local_processes
+from fastvit_train.distributed.env import local_world_size
 from fastvit_train.utils.errors import UserError
 
 # Pillow would try every format that it knows, and start another program to read PostScript.
@@ -63,7 +63,7 @@ class StreamedImages:
         loader = DataLoader(
             self._files,
             batch_sampler=[samples_B.tolist() for samples_B in samples],
-            num_workers=min(len(samples), max(1, (psutil.cpu_count(logical=False) or 1) // local_processes())),
+            num_workers=min(len(samples), max(1, (psutil.cpu_count(logical=False) or 1) // local_world_size())),
             collate_fn=_collate,
             worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # or the loader would draw from the global generator, which dropout uses

@@ -2,10 +2,9 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -16,7 +15,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 from fastvit_train.distributed.preflight import check_devices, check_joined, check_kind, check_precision
 from fastvit_train.utils.errors import UserError
 
-Result = TypeVar("Result")
+CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 WAIT_FOR_FIRST_PROCESS = timedelta(hours=3)  # while it downloads and decodes
 
 
@@ -76,15 +75,27 @@ def leave_process_group() -> None:
     PartialState().destroy_process_group()
 
 
-def be_deterministic() -> None:
-    """Let every operator give the same bits on every run; one that can't raises RuntimeError when it is called.
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """Let every operator give the same bits on every run inside the context, and restore torch's switches after it.
 
-    To be called before the GPU is used: cuBLAS reads its setting when it starts.
+    An operator without a deterministic implementation raises RuntimeError when it is called. Enter the context before
+    the GPU is used: cuBLAS reads its environment variable once, when it starts.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
+    cudnn = torch.backends.cudnn
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn_switches = cudnn.deterministic, cudnn.benchmark
+    workspace_was_set = CUBLAS_WORKSPACE in os.environ
+    try:
+        os.environ.setdefault(CUBLAS_WORKSPACE, ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        yield
+    finally:
+        if not workspace_was_set:
+            os.environ.pop(CUBLAS_WORKSPACE, None)
+        torch.use_deterministic_algorithms(algorithms[0], warn_only=algorithms[1])
+        cudnn.deterministic, cudnn.benchmark = cudnn_switches
 
 
 def device_name(device: torch.device) -> str:

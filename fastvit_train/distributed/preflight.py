@@ -6,7 +6,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from fastvit_train.distributed.env import is_set, launched_processes, launcher, local_processes, sharded
+from fastvit_train.distributed.env import is_true, launched_world_size, launcher_command, local_world_size, uses_fsdp
 from fastvit_train.utils.errors import UserError
 
 OTHER_KINDS = {
@@ -26,9 +26,9 @@ FSDP_NEEDS = {
 def check_kind() -> None:
     """Raise UserError where the launch asks for a kind of training that this trainer doesn't do, or not here."""
     for variable, kind in OTHER_KINDS.items():
-        if is_set(variable):
+        if is_true(variable):
             raise UserError(f"{kind} is not served here; allowed are DDP and FSDP2, see accelerate_configs/")
-    if not sharded():
+    if not uses_fsdp():
         return
     if not torch.accelerator.is_available():  # accelerate would go on with DDP, silently
         raise UserError("FSDP needs GPUs, and there is none; accelerate_configs/multi_cpu.yaml has what a CPU can do")
@@ -40,12 +40,12 @@ def check_kind() -> None:
 
 def check_devices() -> None:
     """Raise UserError where the launch starts more processes on this machine than it has GPUs."""
-    processes, gpus = local_processes(), torch.accelerator.device_count()
+    processes, gpus = local_world_size(), torch.accelerator.device_count()
     if torch.accelerator.is_available() and processes > gpus:
         raise UserError(
             f"the launch starts {processes} processes on this machine, which has {gpus} "
             f"GPU{'s' if gpus > 1 else ''}; allowed: up to {gpus} per machine (--num_processes counts all machines')",
-            on_all_ranks=processes == launched_processes(),  # another machine may have enough
+            on_all_ranks=processes == launched_world_size(),  # another machine may have enough
         )
 
 
@@ -55,13 +55,13 @@ def check_precision() -> None:
     accelerate would train in fp32 where fp16 is asked for on a CPU, and let a GPU without bf16 emulate it.
     """
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
-    if is_set("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
+    if is_true("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
         where, allowed = "a CPU", ["no", "bf16"]
     elif torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         where, allowed = torch.cuda.get_device_name(), ["no", "fp16"]
     else:
         where, allowed = "this GPU", ["no", "fp16", "bf16"]
-    if sharded():
+    if uses_fsdp():
         where, allowed = f"{where} under FSDP", [name for name in allowed if name != "fp16"]
     if asked not in allowed:
         raise UserError(f"mixed precision {asked} can't be had on {where}; allowed: {', '.join(allowed)}")
@@ -70,8 +70,8 @@ def check_precision() -> None:
 def check_joined(seen: int) -> None:
     """Raise UserError unless as many processes have joined up, `seen`, as were started and as were asked for."""
     instead = "start them with `accelerate launch --multi_gpu --num_processes N`, on a CPU machine too"
-    if launched_processes() != seen:
-        raise UserError(f"the launch started {launched_processes()} processes, but this one sees {seen}; {instead}")
+    if launched_world_size() != seen:
+        raise UserError(f"the launch started {launched_world_size()} processes, but this one sees {seen}; {instead}")
     asked = _asked_for()
     if asked not in (None, seen):
         raise UserError(
@@ -82,7 +82,7 @@ def check_joined(seen: int) -> None:
 
 def _asked_for() -> int | None:
     """The processes on all machines that accelerate's launcher was told to start; None where it was told no number."""
-    words = launcher() or []
+    words = launcher_command() or []
     if "launch" not in words:
         return None
     told, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
@@ -96,9 +96,9 @@ def _asked_for() -> int | None:
 
 def check_single_process(verb: str) -> None:
     """Raise UserError where the launch started several processes for what one does."""
-    if launched_processes() > 1:
+    if launched_world_size() > 1:
         raise UserError(
-            f"{verb} runs in one process, and the launch started {launched_processes()}; "
+            f"{verb} runs in one process, and the launch started {launched_world_size()}; "
             f"start `python -m fastvit_train {verb}`"
         )
 

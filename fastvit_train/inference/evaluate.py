@@ -15,8 +15,9 @@ from fastvit_train.config.schema import DataConfig, DatasetName, ModelConfig, Ru
 from fastvit_train.data.datasets import DatasetSpec
 from fastvit_train.data.inputs import build_eval_loader, load_data
 from fastvit_train.data.loader import EvalLoader, RankInfo
-from fastvit_train.distributed import env, sync
+from fastvit_train.distributed import sync
 from fastvit_train.distributed.accelerator import device_name, start_accelerator
+from fastvit_train.distributed.cpu_threads import all_cores
 from fastvit_train.inference.trained_model import TrainedModel, load_run, non_finite_error
 from fastvit_train.models import check_attention, set_attention, warm_up
 from fastvit_train.models.attention import AUTO, COMPILING, choose_attention
@@ -47,6 +48,7 @@ class EvaluatedRun:
     accelerator: Accelerator
 
 
+@all_cores()
 def evaluate_run(
     run: str | Path,
     *,
@@ -75,7 +77,6 @@ def evaluate_run(
     recorded = loaded.config is not None and attention is None
     check_attention(config.model, recorded_in=RunFolder(Path(loaded.folder or "")).config if recorded else None)
 
-    env.use_all_cores()
     accelerator = start_accelerator(grad_accum=1, trackers=(), run_dir=loaded.folder or Path())
     if accelerator.device.type == "cpu":
         memory.retain_freed_memory()

@@ -14,7 +14,8 @@ from torch import nn
 
 from fastvit_train.config.recipes import RECIPES, recipe
 from fastvit_train.config.schema import ModelConfig, OptimConfig
-from fastvit_train.distributed import accelerator, env
+from fastvit_train.distributed import accelerator
+from fastvit_train.distributed.cpu_threads import use_all_cores
 from fastvit_train.models import OUR_MODELS, build_model, native_image_size, plain_attention, set_attention
 from fastvit_train.models.resolve import resolve
 from fastvit_train.models.shapes import stages, tokens
@@ -79,7 +80,7 @@ def show_models(pattern: str | None, measure: bool) -> None:
     ]
     throughputs: dict[str, Throughput] = {}
     if measure:
-        env.use_all_cores()
+        use_all_cores()
         device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
         batch_size = BATCH_SIZES.get(device.type, GPU_BATCH_SIZE)
         throughputs = measure_throughputs([entry.name for entry in entries], batch_size, device)

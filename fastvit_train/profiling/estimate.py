@@ -55,7 +55,7 @@ def dry_run(config: TrainConfig) -> RunEstimate:
     with short_run(config, STEPS) as session:
         resolved = replace(resolve(config).settings, model=session.config.model)
         session.log.line(f"\nsettings, as --config takes them:\n{config_to_yaml(resolved)}")
-        if not env.sharded():
+        if not env.uses_fsdp():
             session.log.console.print(shapes_table(session))
         estimate = estimate_run(session)
         for line in format_estimate(session, estimate):

@@ -105,7 +105,7 @@ def profile_run(config: TrainConfig, steps: int, output: Path) -> Profile:
     Raises:
         UserError: for anything wrong with the configuration, the data or the launch, or if `output` can't be written.
     """
-    if env.sharded():
+    if env.uses_fsdp():
         raise UserError("profile can't measure a sharded model; launch it without FSDP")
     create_output_folder(output)
     with short_run(config, steps) as session:

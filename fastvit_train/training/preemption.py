@@ -59,12 +59,13 @@ class StopSignalHandler:
     def __enter__(self) -> Self:
         if threading.current_thread() is not threading.main_thread():  # Python takes no signal handlers there
             return self
-        self._launched = env.launcher() is not None
+        self._launched = env.launcher_command() is not None
         # Python's handlers wait until an operator ends; the bytes that it writes to this socket don't.
         reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._count, args=(reader,), name="signals", daemon=True).start()
+        self._thread = threading.Thread(target=self._count, args=(reader,), name="signals", daemon=True)
+        self._thread.start()
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         if self._launched:
             _signal_when_parent_dies(signal.SIGTERM)
@@ -80,7 +81,8 @@ class StopSignalHandler:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._fd_before)
-        self._writer.close()  # which ends the thread
+        self._writer.close()  # this ends the thread
+        self._thread.join()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number

@@ -17,7 +17,8 @@ from fastvit_train.data.datasets import DatasetSpec
 from fastvit_train.data.inputs import build_eval_loader, build_train_loader, load_data
 from fastvit_train.data.loader import EvalLoader, RankInfo, TrainLoader, check_batch_size, fit_batch_size
 from fastvit_train.distributed import env, parallelize, preflight, sync
-from fastvit_train.distributed.accelerator import be_deterministic, device_name, start_accelerator
+from fastvit_train.distributed.accelerator import deterministic, device_name, start_accelerator
+from fastvit_train.distributed.cpu_threads import all_cores
 from fastvit_train.models.attention import AUTO, COMPILING, check_attention, choose_attention, warm_up
 from fastvit_train.models.build import build_model
 from fastvit_train.models.compiling import compile_model
@@ -87,7 +88,7 @@ def setup(
     with ExitStack() as stack:
         resolved = resolve(config)
         folder = RunFolder(resolved.run_dir)
-        launch = start_launch(resolved, folder)
+        launch = start_launch(resolved, folder, stack)
         resolved, resuming = check_folder(resolved, folder, launch, resume, overwrite)
         model, optimizer = build_trainable(resolved)  # before the data: a wrong size is reported before a download
         inputs = load_inputs(resolved, launch.accelerator)
@@ -123,15 +124,15 @@ def setup(
     return session
 
 
-def start_launch(config: ResolvedConfig, folder: RunFolder) -> Launch:
-    """Set threads, determinism and memory for this process, and join the other ranks."""
-    threads = env.use_all_cores()
+def start_launch(config: ResolvedConfig, folder: RunFolder, stack: ExitStack) -> Launch:
+    """Set threads, determinism and memory for this process until `stack` closes, and join the other ranks."""
+    threads = stack.enter_context(all_cores())
     preflight.check_compiled_once(config.run.compile)
     if config.run.deterministic:
-        be_deterministic()
+        stack.enter_context(deterministic())
     accelerator = start_accelerator(config.optim.grad_accum, config.run.track, folder.root)
     if accelerator.device.type == "cpu":
-        memory.retain_freed_memory()
+        memory.retain_freed_memory()  # malloc offers no way to read the old setting: it stays
     return Launch(accelerator, Log(accelerator.is_main_process), threads)
 
 
@@ -238,7 +239,7 @@ def build_ema(model: nn.Module, config: ResolvedConfig, accelerator: Accelerator
     """
     if config.optim.ema is None:
         return None
-    if env.sharded():
+    if env.uses_fsdp():
         raise UserError(
             "--ema needs unsharded weights, and FSDP shards them; leave it out, or use DDP: "
             "accelerate_configs/multi_gpu.yaml"

@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import recipe
 from fastvit_train.distributed import accelerator, env, parallelize, preflight
+from fastvit_train.distributed.cpu_threads import use_all_cores
 from fastvit_train.training.loop import fit
 
 buckets = [0]
@@ -49,7 +50,7 @@ if __name__ == "__main__":
     parallelize.prepare = prepare_counted
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.accelerator.is_available():
         shard_on_a_cpu()
-    env.use_all_cores()
+    use_all_cores()
     for settings in json.loads(sys.argv[1]):
         resume = settings.pop("resume", "never")
         fit(override(recipe("quickstart"), settings, "the test"), resume=resume)

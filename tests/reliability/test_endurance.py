@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from fastvit_train.distributed import env
+from fastvit_train.distributed import cpu_threads
 from fastvit_train.inference.evaluate import evaluate_run
 from tests.reliability.victims import SETTINGS, Victim, differences, outcome, undisturbed
 from tests.support import one_line_error, run
@@ -24,7 +24,7 @@ Count = Callable[..., None]
 def test_evaluating_leaks_neither_memory_nor_files(
     times: int, tmp_path: Path, count: Count, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(env, "use_all_cores", lambda: torch.set_num_threads(1))
+    monkeypatch.setattr(cpu_threads, "use_all_cores", lambda: torch.set_num_threads(1))
     victim = Victim(tmp_path, "run", "--stop-after", 1)
     assert victim.wait() == [0]
     summary = json.loads((victim.folder / "summary.json").read_text())

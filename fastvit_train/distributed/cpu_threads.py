@@ -1,0 +1,60 @@
+"""How many CPU threads torch uses in each process."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+import torch
+
+from fastvit_train.distributed import env
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+@contextmanager
+def all_cores() -> Iterator[str]:
+    """Let torch use all cores inside the context, as `use_all_cores` does, and restore the number of threads after it.
+
+    Yields:
+        What was set, in words.
+    """
+    threads = torch.get_num_threads()
+    try:
+        yield use_all_cores()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def use_all_cores() -> str:
+    """Set torch's CPU threads to the physical cores divided by the local world size; returns what was set, in words.
+
+    Accelerate's launcher and torch's agent set OMP_NUM_THREADS=1 if the user set nothing, which halves a laptop's
+    speed or worse. A number that the user set is kept.
+    """
+    if _user_set_threads():
+        return f"{torch.get_num_threads()} CPU threads per process (as set by the environment)"
+    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):
+        cores = min(cores, len(os.sched_getaffinity(0)))
+    processes = env.local_world_size()
+    threads = max(1, cores // processes)
+    torch.set_num_threads(threads)
+    return f"{threads} CPU threads per process ({cores} cores, {processes} local processes)"
+
+
+def _user_set_threads() -> bool:
+    """Whether the number of threads comes from the user rather than from a launcher's default of 1."""
+    if not any(name in os.environ for name in THREAD_VARIABLES):
+        return False
+    launched = env.under_launcher() or env.under_torchelastic()
+    if not launched or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+        return True
+    try:
+        launcher = psutil.Process().parent()
+        if launcher is None:
+            return False
+        by_flag = any(argument.startswith("--num_cpu_threads") for argument in launcher.cmdline())
+        return by_flag or any(name in launcher.environ() for name in THREAD_VARIABLES)
+    except psutil.Error:
+        return False
