@@ -1,7 +1,6 @@
 """Real processes, started as a user starts them."""
 
 import json
-import re
 import shlex
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 
 from fastvit_train.runs.run_folder import read_jsonl
 from tests.support import ON_CPUS, ROOT, launch, one_line_error, write_folder
+from tests.support.pages import commands
 
 MODULE = "fastvit_train"
 CORES = psutil.cpu_count(logical=False)
@@ -92,14 +92,14 @@ def test_accelerate_reads_every_launch_configuration(name: str) -> None:
 
     config = load_config_from_file(str(ROOT / "accelerate_configs" / name))
     assert config.num_processes >= 1 and config.mixed_precision in ("no", "bf16", "fp16")
-    assert f"\n| `{name}` | " in (ROOT / "README.md").read_text()
+    assert f"\n| [{name}](../accelerate_configs/{name}) | " in (ROOT / "docs" / "launch.md").read_text()
 
 
-def test_the_readmes_two_launches_meet_on_the_first_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_two_launches_of_the_page_on_several_machines_meet_on_machine_0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"^```sh\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    commands = [line for block in blocks for line in block.splitlines() if line.startswith("accelerate launch ")]
-    parsed = [launch_command_parser().parse_args(shlex.split(command)[2:]) for command in commands]
+    page = commands(ROOT / "docs" / "several-machines.md", "sh")
+    launches = [command for command in page if command.startswith("accelerate launch ")]
+    parsed = [launch_command_parser().parse_args(shlex.split(command)[2:]) for command in launches]
     args = [_validate_launch_command(each)[0] for each in parsed]
     assert [each.machine_rank for each in args] == [0, 1]
     for each in args:

@@ -1,76 +1,241 @@
-"""Every command in the README and in SPEEDRUN.md runs, in its order, on small stand-ins for the data it names."""
+"""The pages are right: every command and example runs in the order given, and every link and path exists."""
 
+import functools
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from accelerate.commands.launch import launch_command_parser
 
 from fastvit_train.cli.main import main
+from fastvit_train.cli.verbs import VERBS
 from tests.support import ROOT, write_cifar10, write_fashion_mnist, write_folder
-
-FAST = ["--epochs", "2", "--depth", "1", "--embed-dim", "24", "--num-heads", "6"]
-IN_CI = (
-    "pip install -e . && accelerate launch -m fastvit_train",
-    'pip install -e ".[test]" && pytest',
-    "python -m fastvit_train inspect runs/digits-mc_vit_4_4_32-seed0",
+from tests.support.pages import (
+    ALL_PAGES,
+    BENCH_PAGES,
+    DOCS,
+    PAGES,
+    blocks,
+    commands,
+    page_name,
+    relative_links,
 )
 
+MODULE = "-m fastvit_train"
+FIRST_COMMAND = "pip install -e . && accelerate launch -m fastvit_train"
+FIRST_RUN = "digits-mc_vit_4_4_32-seed0"
+IN_CI = (FIRST_COMMAND, 'pip install -e ".[test]" && pytest', f"python -m fastvit_train inspect runs/{FIRST_RUN}")
+SMALL = ["--epochs", "2", "--depth", "1", "--embed-dim", "24", "--num-heads", "6"]
+MAX_README_LINES = 160
 
-def commands() -> list[str]:
-    text = "".join((ROOT / name).read_text() for name in ("README.md", "SPEEDRUN.md"))
-    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line.strip()]
 
-
-def test_the_first_commands_stand_in_the_first_screen_and_ci_runs_them() -> None:
+def test_the_first_commands_are_in_the_first_screen_and_ci_runs_them() -> None:
     first_screen = (ROOT / "README.md").read_text().splitlines()[:28]
     script = (ROOT / ".ci" / "run").read_text().splitlines()
     for command in IN_CI:
         assert command in first_screen and command in script
 
 
-@pytest.mark.slow
-def test_every_other_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_README_LINES
+
+
+@pytest.mark.parametrize("page", [*ALL_PAGES, *BENCH_PAGES], ids=page_name)
+def test_every_relative_link_leads_to_a_file(page: Path) -> None:
+    for target in relative_links(page):
+        assert (page.parent / target).is_file(), f"{page_name(page)} links to {target}"
+
+
+def test_every_page_is_listed_in_the_site_and_in_the_list_of_pages() -> None:
+    site = (ROOT / "docs" / "index.rst").read_text().split()
+    listed = relative_links(ROOT / "docs" / "README.md")
+    for page in DOCS:
+        assert page.stem in site
+        assert page.name in listed or page.name == "README.md"
+
+
+def test_the_architecture_page_names_every_package_and_only_files_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    packages = {path.parent.name for path in (ROOT / "fastvit_train").glob("*/__init__.py")}
+    assert set(re.findall(r"^\| `(\w+)/` ", text, re.MULTILINE)) == packages
+    for name in re.findall(r"`(\w+/[\w/]+\.py)`", text):
+        assert (ROOT / name).is_file() or (ROOT / "fastvit_train" / name).is_file(), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_every_command_has_valid_flags(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    write_cifar10(tmp_path / "data", monkeypatch)
-    write_folder(tmp_path / "photos")
-    write_folder(tmp_path / "CIFAR-10 (JPEG copy)")
-    write_fashion_mnist(tmp_path / "data", np.zeros((30, 28, 28)), np.zeros((10, 28, 28)), packed=True)
-    ran = [command for command in commands() if command not in IN_CI]
-    assert len(ran) >= 12
-    for number, command in enumerate(ran):
-        print(command)
-        before, _, arguments = command.partition("-m fastvit_train")
-        assert before.startswith(("accelerate launch", "python ")), f"nothing runs this command: {command}"
-        args = shlex.split(arguments)
-        if before.startswith("accelerate"):
-            args += FAST if "--resume" in args else [*FAST, "--stop-after", "1"]
-            args += [] if "--attention" in args else ["--attention", "fused"]  # auto measures for seconds
-            args += [] if "--exp-name" in args else ["--exp-name", f"readme-{number}"]
-        if args[0] in ("profile", "plan"):
-            args += ["--steps", "1", "--depth", "1", "--attention", "fused"]
-        main(args)
+    for command in commands(page, "bash", "sh"):
+        check_launch_flags(command)
+        read_flags(command)
+
+
+def test_no_page_trains_into_a_folder_that_another_command_has_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads several pages runs all of their commands in one folder."""
+    monkeypatch.chdir(tmp_path)
+    used: dict[str, str] = {}
+    for page in PAGES:
+        for command in commands(page, "bash"):
+            train = read_flags(command)
+            if not isinstance(train, VERBS["train"][0]) or "--resume" in command or "--dry-run" in command:
+                continue
+            folder = run_name(train)
+            assert folder not in used, f"{command} trains into the folder of {used[folder]}"
+            used[folder] = command
+
+
+def run_name(train: Any) -> str:
+    """The name of the first folder that a training writes to."""
+    name = train.run.exp_name or f"{train.data.dataset}-{train.model.model}"
+    return f"{name}-seed{train.run.seed}" if train.repeat > 1 or train.run.exp_name is None else name
+
+
+@pytest.fixture(scope="module")
+def after_first_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with the run that the README's first command leaves, and stand-ins for the data that pages name."""
+    folder = tmp_path_factory.mktemp("docs")
+    with pytest.MonkeyPatch.context() as patch:
+        write_cifar10(folder / "data", patch)
+        write_fashion_mnist(folder / "data", np.zeros((30, 28, 28)), np.zeros((10, 28, 28)), packed=True)
+        write_folder(folder / "photos")
+        write_folder(folder / "CIFAR-10 (JPEG copy)")
+        (folder / "accelerate_configs").symlink_to(ROOT / "accelerate_configs")
+        main([*SMALL, "--attention", "fused", "--runs-dir", str(folder / "runs")])
+        assert (folder / "runs" / FIRST_RUN / "summary.json").is_file()
+        yield folder
 
 
 @pytest.mark.slow
-def test_the_librarys_examples_run(
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name != "kernels"], ids=page_name)
+def test_every_command_and_example_runs_in_order(
+    page: Path, after_first_command: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each page starts after the README's first command."""
+    shutil.copytree(after_first_command, tmp_path, symlinks=True, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "home").mkdir()
+    for block in blocks(page, "bash", "python"):
+        if block.language == "python":
+            exec(compile(block.text, page_name(page), "exec"), {})
+            continue
+        for command in block.commands:
+            print(command)
+            run_command(command)
+
+
+def test_the_examples_of_the_operator_run(capsys: pytest.CaptureFixture[str]) -> None:
+    examples = blocks(ROOT / "kernels" / "README.md", "python")
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example.text, "kernels/README.md", "exec"), {})
+    assert "'naive': None" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_examples_of_the_python_page_print_what_they_should(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    examples = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert [re.findall("import (.*)", example)[0] for example in examples] == ["train", "evaluate", "load_run"]
-    for example in examples:
-        exec(compile(example, "README.md", "exec"), {})
+    for example in blocks(ROOT / "docs" / "python.md", "python"):
+        exec(compile(example.text, "docs/python.md", "exec"), {})
     text = capsys.readouterr().out
     assert "of digits after 3 epochs" in text and "calibration error" in text and "torch.Size([4, 8, 8])" in text
 
 
-def test_the_operators_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
-    text = (ROOT / "kernels" / "README.md").read_text()
-    examples = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    assert len(examples) == 2
-    for example in examples:
-        exec(compile(example, "kernels/README.md", "exec"), {})
-    assert "'naive': None" in capsys.readouterr().out
+@pytest.mark.slow
+def test_every_benchmark_command_selects_rows(tmp_path: Path) -> None:
+    """The commands of bench/README.md, without their measurements."""
+    for run in ("before", "after"):
+        (tmp_path / run).mkdir()
+        shutil.copy(ROOT / "bench" / "results" / "cpu-epoch" / "bench.json", tmp_path / run / "bench.json")
+    for command in commands(BENCH_PAGES[0], "bash"):
+        program, *args = shlex.split(command)
+        if program == "bench/gpu_check.sh":  # tests/bench runs it
+            continue
+        if program == "pytest":
+            args = ["-m", "pytest", *args, "--collect-only", "-q", "--rootdir", str(ROOT), str(ROOT / "bench")]
+        elif "--compare" not in args:
+            args += ["--list"]
+        path = f"{ROOT}{os.pathsep}{ROOT / 'kernels'}"
+        done = subprocess.run(
+            [sys.executable, *args],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+def program_args(command: str) -> list[str] | None:
+    """The arguments that a command gives to this program; None if it starts another one."""
+    if MODULE in command:
+        return shlex.split(command.partition(MODULE)[2])
+    words = shlex.split(command)
+    if words[0] == "fastvit":
+        return words[1 : words.index(">")] if ">" in words else words[1:]
+    return words[words.index("accelerate_configs/slurm.sh") + 1 :] if words[0] == "sbatch" else None
+
+
+def check_launch_flags(command: str) -> None:
+    """Fail unless accelerate's launcher knows every flag before `-m fastvit_train`, and its file exists."""
+    words = shlex.split(command.partition(MODULE)[0])
+    if words[:2] == ["accelerate", "launch"]:
+        args = launch_command_parser().parse_args([*words[2:], "script"])
+        assert args.config_file is None or (ROOT / args.config_file).is_file(), command
+
+
+@functools.cache
+def read_flags(command: str) -> Any:
+    """What the command line reads from a command of this program; no verb runs. None if it starts another program."""
+    args = program_args(command)
+    if args is None:
+        return None
+    if "--config" in args:  # an earlier command would have written it
+        path = Path(args[args.index("--config") + 1])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("recipe: quickstart\n")
+    read: list[Any] = [None]
+    with pytest.MonkeyPatch.context() as patch:
+        for verb, (takes, _) in list(VERBS.items()):
+            patch.setitem(VERBS, verb, (takes, read.append))
+        run_main(args, command)
+    return read[-1]
+
+
+def run_main(args: list[str], command: str) -> None:
+    """The command line in this process, which must end with status 0."""
+    try:
+        main(args)
+    except SystemExit as stop:
+        assert not stop.code, f"{command} ended with status {stop.code}"
+
+
+def run_command(command: str) -> None:
+    """A page's command: this program's verbs in this process and made small, all else in bash."""
+    if command in IN_CI or command.startswith("pip install -e "):
+        return
+    args = program_args(command)
+    if args is None or MODULE not in command:
+        subprocess.run(["bash", "-ec", command], check=True, timeout=300)
+        return
+    if command.startswith("accelerate") and (not args or args[0].startswith("-")):
+        args += SMALL if "--resume" in args else [*SMALL, "--stop-after", "1"]
+        args += [] if "--attention" in args else ["--attention", "fused"]  # auto measures for seconds
+    elif "--dry-run" in args and args[0].startswith("-"):
+        args += [*SMALL, "--attention", "fused"]
+    elif args[0] in ("profile", "plan"):
+        args += ["--steps", "1", "--depth", "1", "--attention", "fused"]
+    run_main(args, command)
