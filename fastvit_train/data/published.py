@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +58,15 @@ def load(name: str, data_dir: Path, url: str | None) -> Samples:
     Raises:
         UserError: if the data set is not available, or if one of its files is damaged.
     """
-    with TemporaryDirectory(prefix="fastvit-train-") as scratch:
-        return PUBLISHED[name].read(data_dir, url, Path(scratch))
+    published = PUBLISHED[name]
+    try:
+        with TemporaryDirectory(prefix="fastvit-train-") as scratch:
+            return published.read(data_dir, url, Path(scratch))
+    except OSError as error:  # errors of the data set's own files are UserErrors
+        raise UserError(
+            f"{published.title} can't be unpacked to the temporary folder {gettempdir()} ({error.strerror or error}); "
+            "make room there, or name another folder in the environment variable TMPDIR"
+        ) from None
 
 
 class CIFAR10(datasets.CIFAR10):
@@ -104,10 +111,7 @@ def _find_batches(cls: CIFARClass, data_dir: Path, url: str | None, scratch: Pat
         wanted = f"{cls.filename} or its unpacked folder {cls.unpacked_name}/"
         download(url or cls.url, archive, cls.tgz_md5, wanted)
     check_md5(archive, cls.tgz_md5, "delete it and try again")
-    try:
-        extract_archive(archive, scratch)
-    except OSError as error:
-        raise UserError(f"{archive} can't be unpacked to {scratch} ({error.strerror}); unpack it by hand") from None
+    extract_archive(archive, scratch)
     return scratch / cls.unpacked_name
 
 

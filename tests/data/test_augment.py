@@ -1,4 +1,4 @@
-"""Augmentation: torchvision's result sample by sample, whatever the batch."""
+"""Augmentation gives torchvision's result for each sample, in any batch."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ ALL = DataConfig(crop="shift", shift=4, flip="random", cutout=8)
 @pytest.mark.parametrize(
     "config", [ALL, DataConfig(crop="resized", flip="alternating", cutout=5)], ids=["shift", "resized"]
 )
-def test_a_samples_augmentation_depends_on_neither_its_batch_nor_its_place(seed: int, config: DataConfig) -> None:
+def test_a_samples_augmentation_depends_neither_on_its_batch_nor_on_its_position(seed: int, config: DataConfig) -> None:
     images = draw_images(30)
     augment = Augment(config, num_samples=30, seed=3, device=CPU)
     augment.start_epoch(5)

@@ -1,4 +1,4 @@
-"""Data sets: what is there is read right, what is damaged is named."""
+"""Data sets are read correctly; errors name what is missing or damaged."""
 
 import os
 import shutil
@@ -159,12 +159,12 @@ def test_odd_but_legitimate_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load("folder", root)
 
 
-def test_val_serves_as_test_and_hidden_files_are_passed_over(tmp_path: Path) -> None:
+def test_val_is_used_as_test_and_hidden_files_are_ignored(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "shapes")
     (root / "test").rename(root / "val")
     (root / "train" / ".ipynb_checkpoints").mkdir()
-    (root / "train" / "circle" / ".hidden.png").write_text("no image")
-    (root / "train" / "circle" / "notes.txt").write_text("no image")
+    (root / "train" / "circle" / ".hidden.png").write_text("not an image")
+    (root / "train" / "circle" / "notes.txt").write_text("not an image")
     dataset = load("folder", root)
     assert dataset.evaluated_on == "val" and len(dataset.train.labels) == 24
 

@@ -1,7 +1,9 @@
 """CIFAR-10, CIFAR-100 and Fashion-MNIST: what is read, what is refused, and that no unknown pickle is opened."""
 
+import errno
 import gzip
 import hashlib
+import os
 import pickle
 import pickletools
 import socket
@@ -215,6 +217,19 @@ def test_torchvisions_old_pt_files_are_not_read(tmp_path: Path) -> None:
     for name in ("training.pt", "test.pt"):
         torch.save((torch.zeros(1, 28, 28, dtype=torch.uint8), torch.zeros(1)), folder / name)
     assert len(load("fashion-mnist", tmp_path).train.labels) == 10
+
+
+@pytest.mark.parametrize("name", ["cifar10", "fashion-mnist"])
+def test_without_room_to_unpack_it_names_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def fill_the_disk(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    pack(write_cifar10(tmp_path / "unpacked", monkeypatch), tmp_path / "cifar-10-python.tar.gz", monkeypatch)
+    write_fashion_mnist(tmp_path, np.zeros((10, 28, 28)), np.zeros((10, 28, 28)))
+    monkeypatch.setattr(published, "extract_archive", fill_the_disk)
+    monkeypatch.setattr(Path, "write_bytes", fill_the_disk)
+    with pytest.raises(UserError, match=r"can't be unpacked to the temporary folder .* \(No space left.* TMPDIR"):
+        load(name, tmp_path)
 
 
 # Downloads

@@ -143,7 +143,7 @@ def test_cifar_batches_mutated(
 
 
 def test_archives(tmp_path: Path, count: Count, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An archive with another MD5 writes nothing anywhere, whatever its members are."""
+    """An archive with another MD5 writes nothing anywhere, whatever its members' names are."""
     outside = tmp_path / "outside"
     batches = write_cifar10(tmp_path / "made", monkeypatch, per_batch=3) / "cifar-10-batches-py"
     root = tmp_path / "data"
