@@ -53,7 +53,7 @@ class TrainState:
         if len(self.epoch_losses) != self.step_in_epoch:
             raise ValueError(f"{len(self.epoch_losses)} losses for {self.step_in_epoch} steps")
 
-    def spend(self, usage: Usage) -> None:
+    def add_usage(self, usage: Usage) -> None:
         """Count what training took towards the epoch under way."""
         self.epoch_seconds += usage.seconds
         self.energy_unmeasured = self.energy_unmeasured or usage.unmeasured
@@ -69,7 +69,7 @@ class TrainState:
         self.step_in_epoch, self.epoch_losses, self.epoch_correct = 0, [], 0.0
         self.epoch_seconds, self.epoch_joules, self.epoch_busy_seconds = 0.0, 0.0, 0.0
 
-    def evaluated(self, accuracy: float, seconds: float, target: float | None) -> bool:
+    def add_evaluation(self, accuracy: float, seconds: float, target: float | None) -> bool:
         """Count an evaluation after the last completed epoch; True where it is the first to reach `target`."""
         self.eval_seconds += seconds
         if accuracy > self.best_accuracy:

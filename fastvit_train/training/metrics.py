@@ -71,7 +71,7 @@ def record_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: fl
     session.accelerator.log(known, step=state.step)
 
 
-def tell_target(session: TrainSession) -> None:
+def log_target_reached(session: TrainSession) -> None:
     """Say that the target accuracy was reached, and on which clock."""
     state, apart = session.state, session.compile_seconds
     session.log.line(

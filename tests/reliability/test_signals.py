@@ -31,7 +31,7 @@ def check_checkpoint_left(folder: Path, log: Path) -> Path:
 def check_stopped(victim: Victim, statuses: list[int | None]) -> None:
     assert statuses == [EXIT_STATUS] * len(statuses), victim.log.read_text()
     newest = check_checkpoint_left(victim.folder, victim.log)
-    said = f"at step {newest.name.removeprefix('step_')}; the last good checkpoint is {newest}, --resume auto goes on"
+    said = f"at step {newest.name.removeprefix('step_')}; the last good checkpoint is {newest}, --resume auto continues"
     assert victim.log.read_text().count(said) == 1 and not victim.has("Traceback")
 
 
@@ -100,7 +100,9 @@ def test_from_the_signal_to_the_end_it_takes_seconds(tmp_path: Path) -> None:
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
-    victim = Victim(tmp_path, "run", trick=DieAt("training.loop._settle", 1, signal.SIGTERM, trick=hang_when_saving))
+    victim = Victim(
+        tmp_path, "run", trick=DieAt("training.loop.collect_totals", 1, signal.SIGTERM, trick=hang_when_saving)
+    )
     victim.wait_for("hanging")
     victim.signal(signal.SIGTERM)
     assert victim.wait(seconds=3) == [128 + signal.SIGTERM]

@@ -125,7 +125,7 @@ def test_weights_that_are_no_numbers_are_not_saved(
             optimizer.param_groups[0]["params"][0].data.fill_(float("nan"))
 
     monkeypatch.setattr(AcceleratedOptimizer, "step", spoilt)
-    message = r"holds infinite or no numbers after step 10 \(epoch \d\); .*; the last good checkpoint is \S+step_5"
+    message = r"is NaN or inf after step 10 \(epoch \d\); .*; the last good checkpoint is \S+step_5"
     with pytest.raises(UserError, match=message):
         fit(small_config())
     monkeypatch.undo()

@@ -175,11 +175,11 @@ def test_processes_that_share_a_gpu_count_it_once(monkeypatch: pytest.MonkeyPatc
 
 def test_an_epoch_without_energy_leaves_the_run_without() -> None:
     state = TrainState()
-    state.spend(Usage(1.0, 10.0, 0.5))
+    state.add_usage(Usage(1.0, 10.0, 0.5))
     state.close_epoch()
     assert (state.energy_joules, state.busy_seconds) == (10.0, 0.5)
-    state.spend(Usage(1.0, unmeasured="lost"))
-    state.spend(Usage(1.0, 10.0, 0.5))
+    state.add_usage(Usage(1.0, unmeasured="lost"))
+    state.add_usage(Usage(1.0, 10.0, 0.5))
     state.close_epoch()
     assert state.energy_joules is None and state.energy_unmeasured == "lost" and state.train_seconds == 3.0
 
