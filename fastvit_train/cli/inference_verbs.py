@@ -12,7 +12,7 @@ from fastvit_train.inference.export import export_run
 from fastvit_train.inference.inspect import inspect_run
 from fastvit_train.inference.predict import predict_images
 from fastvit_train.inference.push import push_run
-from fastvit_train.inference.report.write import write_report
+from fastvit_train.inference.report.page import write_report
 from fastvit_train.runs import comparison, plots
 from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import UserError

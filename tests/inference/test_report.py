@@ -1,4 +1,4 @@
-"""The page of a report: its figures are the summary's, what is hostile is text, what is missing is told."""
+"""The page of a report: results match the summary, hostile names are plain text, and gaps have their reasons."""
 
 import base64
 import json
@@ -20,7 +20,7 @@ from PIL import Image
 from fastvit_train.cli.main import _parse, main
 from fastvit_train.cli.training_verbs import Train
 from fastvit_train.config.overrides import flatten
-from fastvit_train.inference.report.write import write_report
+from fastvit_train.inference.report.page import write_report
 from fastvit_train.inference.trained_model import load_run
 from tests.support import one_line_error, write_folder
 
@@ -28,12 +28,12 @@ SMALL = (
     *("--depth", "1", "--embed-dim", "16", "--num-heads", "2", "--patch-size", "8", "--attention", "fused"),
     *("--batch-size", "240", "--no-telemetry"),
 )
-MISTAKE = r"true ?(\d) ?taken for ?(\d) ?confidence ?([\d.]+%)"
+MISTAKE = r"true ?(\d) ?predicted ?(\d) ?confidence ?([\d.]+%)"
 CLASSES = ("<script>document.title = 'stolen'<", "square & co", "tri\"angle'")
 
 
 class Page(HTMLParser):
-    """A page's tables, by the text of their caption, its elements and the text between them."""
+    """The tables of a page by their captions, its elements and its text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Page(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         while self._open and self._open.pop() != tag:
-            pass  # what needs no end
+            pass  # void elements have no end tag
         if tag == "table":
             self.tables.setdefault(" ".join(self._caption.split()), self._rows)
 
@@ -71,7 +71,7 @@ class Page(HTMLParser):
             self._rows[-1][-1] += data
 
     def table(self, caption: str) -> dict[str, list[str]]:
-        """The rows of the first table with that word in its caption, by their first cell."""
+        """The rows of the first table whose caption contains `caption`, by their first cell."""
         rows = next(rows for name, rows in self.tables.items() if caption in name)
         cells = [[" ".join(cell.split()) for cell in row] for row in rows]
         return {name: rest for name, *rest in cells}
@@ -100,10 +100,10 @@ def summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
 
 
-def test_the_figures_of_two_runs_are_their_summaries(runs: Path, tmp_path: Path) -> None:
+def test_the_results_of_two_runs_match_their_summaries(runs: Path, tmp_path: Path) -> None:
     page = report(tmp_path, runs / "c", runs / "mc")
-    rows, both = page.table("As summary.json"), [summary(runs / name) for name in ("c", "mc")]
-    assert rows["figure"] == ["c", "mc", "difference"]
+    rows, both = page.table("From summary.json"), [summary(runs / name) for name in ("c", "mc")]
+    assert rows["result"] == ["c", "mc", "difference"]
     assert rows["accuracy"][:2] == [f"{s['test_accuracy']:.2%}" for s in both]
     assert rows["test loss"][:2] == [f"{s['test_loss']:.4f}" for s in both]
     assert rows["parameters"][:2] == [f"{s['parameters']:,}" for s in both]
@@ -111,11 +111,11 @@ def test_the_figures_of_two_runs_are_their_summaries(runs: Path, tmp_path: Path)
     assert rows["energy, J"][:2] == [f"— {s['energy_unmeasured']}" for s in both]
     gap = 100 * (both[1]["test_accuracy"] - both[0]["test_accuracy"])
     assert rows["accuracy"][2] == f"{gap:+.2f} points"
-    assert f"{abs(gap):.2f} points more accurate" in page.text
+    assert f"{abs(gap):.2f} percentage points more accurate" in page.text
     assert f"{round(abs(gap) / 100 * 359)} of 359 images" in page.text
 
 
-def test_the_tables_below_the_curves_are_the_metrics(runs: Path, tmp_path: Path) -> None:
+def test_the_tables_below_the_curves_match_the_metrics(runs: Path, tmp_path: Path) -> None:
     page = report(tmp_path, runs / "c", runs / "mc")
     metrics = [
         [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()] for name in ("c", "mc")
@@ -126,11 +126,15 @@ def test_the_tables_below_the_curves_are_the_metrics(runs: Path, tmp_path: Path)
             assert page.table(caption[title])[str(number)] == [show.format(row[title]) for row in epochs]
 
 
-def test_what_a_model_says_now_is_told_with_its_images(runs: Path, tmp_path: Path) -> None:
+def test_the_evaluation_is_shown_with_its_images(runs: Path, tmp_path: Path) -> None:
     page = report(tmp_path, runs / "mc")
-    confusion = [list(map(int, row)) for name, row in page.table("taken for each").items() if name != "true / as"]
-    right = sum(row[i] for i, row in enumerate(confusion))
-    assert sum(map(sum, confusion)) == 359 and right == round(summary(runs / "mc")["test_accuracy"] * 359)
+    confusion = [
+        list(map(int, row))
+        for name, row in page.table("predicted class (column)").items()
+        if name != "true \\ predicted"
+    ]
+    correct = sum(row[i] for i, row in enumerate(confusion))
+    assert sum(map(sum, confusion)) == 359 and correct == round(summary(runs / "mc")["test_accuracy"] * 359)
     assert page.table("By class")["3"][2] == f"{confusion[3][3] / sum(confusion[3]):.2%}"
     images = [attrs for tag, attrs in page.elements if tag == "img"]
     assert len(images) == 12 + 3 * 6
@@ -138,28 +142,30 @@ def test_what_a_model_says_now_is_told_with_its_images(runs: Path, tmp_path: Pat
     assert "fp32" in page.text and "as in summary.json" in page.text and "pooling weights" in page.text
 
 
-def test_the_mistakes_are_the_surest_with_their_own_images(runs: Path, tmp_path: Path) -> None:
+def test_the_mistakes_are_the_most_confident_ones(runs: Path, tmp_path: Path) -> None:
     page, loaded = report(tmp_path, runs / "mc"), load_run(runs / "mc")
     test = loaded.dataset().test
     assert isinstance(test.images, torch.Tensor)
-    sure, said = loaded.predict(test.images).max(1)
-    surest = torch.where(said == test.labels, 0, sure).topk(12)
-    captions = [(int(true), int(as_), share) for true, as_, share in re.findall(MISTAKE, " ".join(page.text.split()))]
+    confidence, predicted = loaded.predict(test.images).max(1)
+    wrong = torch.where(predicted == test.labels, 0, confidence).topk(12)
+    captions = [
+        (int(true), int(label), share) for true, label, share in re.findall(MISTAKE, " ".join(page.text.split()))
+    ]
     expected = [
-        (int(test.labels[i]), int(said[i]), f"{value:.1%}")
-        for value, i in zip(*map(torch.Tensor.tolist, surest), strict=True)
+        (int(test.labels[i]), int(predicted[i]), f"{value:.1%}")
+        for value, i in zip(*map(torch.Tensor.tolist, wrong), strict=True)
     ]
     assert captions == expected
     first = next(str(attrs["src"]) for tag, attrs in page.elements if tag == "img")
     shown = np.array(Image.open(BytesIO(base64.b64decode(first.partition(",")[2]))))
-    assert (shown[::4, ::4] == test.images[surest.indices[0]].permute(1, 2, 0).numpy()).all()
+    assert (shown[::4, ::4] == test.images[wrong.indices[0]].permute(1, 2, 0).numpy()).all()
 
 
-def test_settings_that_differ_are_marked_in_words(runs: Path, tmp_path: Path) -> None:
-    rows = report(tmp_path, runs / "c", runs / "mc").table("What differs")
+def test_settings_that_differ_are_marked(runs: Path, tmp_path: Path) -> None:
+    rows = report(tmp_path, runs / "c", runs / "mc").table("config.yaml that differ")
     assert set(rows) == {"setting", "model", "lr", "label_smoothing"}
     assert rows["lr"] == ["0.006", "≠ differs: 0.003"]
-    alone = report(tmp_path, runs / "mc").table("What differs")
+    alone = report(tmp_path, runs / "mc").table("config.yaml that differ")
     assert alone["setting"] == ["recipe quickstart", "mc"]
     assert alone["lr"] == ["0.006", "≠ differs: 0.003"] and "model" not in alone
 
@@ -170,14 +176,14 @@ def test_the_commands_repeat_the_run(runs: Path, tmp_path: Path, name: str) -> N
     lines = [shlex.split(line) for line in text.splitlines() if line.startswith("accelerate launch")]
     assert len(lines) == 2
     for words in lines:
-        told = flatten(_parse("train", Train, words[words.index("fastvit_train") + 1 :]).training)
-        again = {key: list(value) if isinstance(value, tuple) else value for key, value in told.items()}
+        parsed = flatten(_parse("train", Train, words[words.index("fastvit_train") + 1 :]).training)
+        again = {key: list(value) if isinstance(value, tuple) else value for key, value in parsed.items()}
         recorded = yaml.safe_load((runs / name / "config.yaml").read_text())
         moved = {"exp_name": "again", "runs_dir": again["runs_dir"], "image_size": again["image_size"]}
         assert again == {**recorded, **moved}
 
 
-def test_the_launch_is_repeated_too(runs: Path, tmp_path: Path) -> None:
+def test_the_commands_repeat_the_launch(runs: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(runs / "c", tmp_path / "copy")
     (copy / "summary.json").write_text(json.dumps({**summary(copy), "mixed_precision": "bf16", "world_size": 4}))
     start = "accelerate launch --mixed_precision bf16 --multi_gpu --num_processes 4 -m fastvit_train --"
@@ -193,7 +199,7 @@ def test_hostile_names_are_text(runs: Path, tmp_path: Path) -> None:
     assert policy and policy.startswith("default-src 'none'; img-src data:;")
 
 
-def test_hostile_figures_are_text_or_nothing(runs: Path, tmp_path: Path) -> None:
+def test_hostile_values_are_shown_as_text_or_left_out(runs: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(runs / "c", tmp_path / "copy")
     hostile = {"device": "<script>", "versions": {"<b>": "<i>"}, "test_loss": "0", "energy_unmeasured": "<img src=x>"}
     (copy / "summary.json").write_text(json.dumps({**summary(copy), **hostile}))
@@ -203,18 +209,18 @@ def test_hostile_figures_are_text_or_nothing(runs: Path, tmp_path: Path) -> None
     page = report(tmp_path, copy)
     assert not {"b", "i"} & {tag for tag, _ in page.elements}
     assert [tag for tag, _ in page.elements].count("script") == 1
-    assert page.table("As summary.json")["test loss"] == ["— not recorded"]
+    assert page.table("From summary.json")["test loss"] == ["— not recorded"]
     assert page.table("train loss by")["4"] == ["1.0000"]
 
 
-def test_a_model_from_elsewhere_has_a_page_too(runs: Path, tmp_path: Path) -> None:
+def test_a_model_without_a_run_has_a_page(runs: Path, tmp_path: Path) -> None:
     folder = tmp_path / "plain"
     folder.mkdir()
     for name in ("config.json", "model.safetensors"):
         shutil.copy(runs / "mc" / name, folder)
     page = report(tmp_path, f"local-dir:{folder}")
-    assert page.table("models themselves")["parameters"] == [f"{summary(runs / 'mc')['parameters']:,}"]
-    assert "there is no config.yaml, metrics.jsonl and summary.json" in page.text
+    assert page.table("Properties of the models")["parameters"] == [f"{summary(runs / 'mc')['parameters']:,}"]
+    assert "has no config.yaml, metrics.jsonl and summary.json" in page.text
     assert "does not record a data set" in page.text
 
 
@@ -223,30 +229,30 @@ def test_many_classes_and_a_model_without_attention(tmp_path: Path) -> None:
     flags = ("--model", "resnet10t", "--epochs", "1", "--dataset", "folder", "--data-dir", data, "--image-size", "32")
     main(["--runs-dir", str(tmp_path), "--exp-name", "many", "--no-telemetry", *map(str, flags)])
     page = report(tmp_path, tmp_path / "many")
-    assert "With 32 classes a matrix would not be legible" in page.text
+    assert "A matrix of 32 classes would not be legible" in page.text
     assert len(page.table("The 20 of 32 classes with the lowest recall")) == 21
     assert page.table("Most frequent confusions") and "ResNet is no plain vision transformer" in page.text
 
 
-def test_where_the_data_is_gone_the_page_says_so(runs: Path, tmp_path: Path) -> None:
+def test_a_missing_data_set_is_reported_on_the_page(runs: Path, tmp_path: Path) -> None:
     hostile = runs / "<script>alert(1)"
     path = write_report([str(hostile)], tmp_path / "page.html", data_dir=str(tmp_path / "gone"))
     page = Page(path)
     assert re.search("No evaluation: --data-dir .*gone is not a folder", page.text)
-    assert page.table("As summary.json")["accuracy"] == [f"{summary(hostile)['test_accuracy']:.2%}"]
+    assert page.table("From summary.json")["accuracy"] == [f"{summary(hostile)['test_accuracy']:.2%}"]
     assert not [tag for tag, _ in page.elements if tag == "img"]
 
 
-def test_another_accuracy_than_the_summarys_is_told(runs: Path, tmp_path: Path) -> None:
+def test_an_accuracy_that_differs_from_the_summary_is_reported(runs: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(runs / "c", tmp_path / "copy")
     changed = {**summary(copy), "test_accuracy": summary(copy)["test_accuracy"] + 2 / 359, "mixed_precision": "bf16"}
     (copy / "summary.json").write_text(json.dumps(changed))
     page = report(tmp_path, copy)
-    assert "copy, accuracy differs." in page.text
-    assert f"where summary.json has {changed['test_accuracy']:.2%}, computed in bf16" in page.text
+    assert "copy: the accuracy differs." in page.text
+    assert f"but summary.json has {changed['test_accuracy']:.2%}, computed in bf16" in page.text
 
 
-def test_what_the_headings_links_and_ids_say_holds_together(runs: Path, tmp_path: Path) -> None:
+def test_ids_are_unique_and_links_have_targets(runs: Path, tmp_path: Path) -> None:
     page = report(tmp_path, runs / "c", runs / "c")
     ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
     assert len(set(ids)) == len(ids)
@@ -271,7 +277,7 @@ def test_mistakes_leave_nothing_behind(
     assert "report takes one or more runs" in mistake(capsys, [])
     assert "nowhere is not a run; allowed: " in mistake(capsys, [runs / "c", "nowhere"])
     wrong = mistake(capsys, [runs / "c", "--output", "/dev/null/page.html"])
-    assert "/dev/null/page.html can't be written; choose another --output" in wrong
+    assert "/dev/null/page.html cannot be written; choose another --output" in wrong
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "report" in mistake(capsys, [runs / "c"])
     assert not list(tmp_path.iterdir())
@@ -284,9 +290,9 @@ def test_the_page_goes_into_the_first_runs_folder(runs: Path, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "null"])
-def test_a_summary_without_a_number_is_still_reported(runs: Path, tmp_path: Path, value: str) -> None:
+def test_a_summary_with_nan_inf_or_null_is_still_reported(runs: Path, tmp_path: Path, value: str) -> None:
     shutil.copytree(runs / "c", tmp_path / "spoilt")
     summary = tmp_path / "spoilt" / "summary.json"
-    found = json.loads(summary.read_text())["test_accuracy"]
-    summary.write_text(summary.read_text().replace(f'"test_accuracy": {found}', f'"test_accuracy": {value}'))
+    accuracy = json.loads(summary.read_text())["test_accuracy"]
+    summary.write_text(summary.read_text().replace(f'"test_accuracy": {accuracy}', f'"test_accuracy": {value}'))
     report(tmp_path, tmp_path / "spoilt", runs / "mc")

@@ -1,4 +1,4 @@
-"""The page of a report in a real browser: from disk, without network, by mouse, finger and keyboard, on a phone."""
+"""The page of a report in a browser: opened from disk, used with mouse, touch and keyboard, on all screen sizes."""
 
 import json
 import shutil
@@ -16,7 +16,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from fastvit_train.cli.main import main
-from fastvit_train.inference.report.write import write_report
+from fastvit_train.inference.report.page import write_report
 
 SMALL = (
     *("--depth", "1", "--embed-dim", "16", "--num-heads", "2", "--patch-size", "8", "--attention", "fused"),
@@ -50,33 +50,34 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.get("about:blank")  # instead of the new-tab page, which requests resources of its own
     yield driver
     driver.quit()
 
 
 @pytest.fixture
 def page(runs: Path, browser: webdriver.Chrome) -> Iterator[webdriver.Chrome]:
-    """The page, newly opened on a desk's screen; it must ask for nothing but itself, and complain of nothing."""
-    look(browser, 1280)
+    """The page on a large screen; it must request nothing but itself and log nothing to the console."""
+    set_screen(browser, 1280)
     browser.get_log("performance")
     browser.get((runs / "page.html").as_uri())
     yield browser
     assert browser.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
-    assert asked and all(url.startswith((f"{runs.as_uri()}/", "data:")) for url in asked)
+    requested = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+    assert requested and all(url.startswith((f"{runs.as_uri()}/", "data:")) for url in requested)
 
 
-def look(browser: webdriver.Chrome, width: int, **features: str) -> None:
-    """Change the width of the screen, and the reader's preferences."""
+def set_screen(browser: webdriver.Chrome, width: int, **features: str) -> None:
+    """Set the width of the screen in pixels, and CSS media features such as the color scheme."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": named})
 
 
-def said(runs: Path, epoch: int) -> str:
-    """What the chart of the test loss says of an epoch, by the runs' metrics."""
+def tooltip_text(runs: Path, epoch: int) -> str:
+    """The expected tooltip of the chart of the test loss at an epoch, from the runs' metrics."""
     rows = {}
     for name in ("c", "mc"):
         metrics = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
@@ -85,49 +86,49 @@ def said(runs: Path, epoch: int) -> str:
 
 
 def chart(page: webdriver.Chrome) -> tuple[WebElement, WebElement]:
-    """What the reader moves over, and what then tells the values."""
+    """The slider and the tooltip of the chart of the test loss."""
     plot = page.find_elements(By.CLASS_NAME, "plot")[CHART]
     page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", plot)
-    return plot.find_element(By.CLASS_NAME, "reach"), plot.find_element(By.CLASS_NAME, "tip")
+    return plot.find_element(By.CLASS_NAME, "slider"), plot.find_element(By.CLASS_NAME, "tooltip")
 
 
-def place(reach: WebElement, epoch: int) -> int:
-    """How far from the middle of the chart, in pixels, an epoch of the three lies."""
-    return round((epoch - 2) * 0.4 * reach.size["width"])
+def offset(slider: WebElement, epoch: int) -> int:
+    """The horizontal offset of one of the three epochs from the center of the chart, in pixels."""
+    return round((epoch - 2) * 0.4 * slider.size["width"])
 
 
 def test_the_mouse_reads_the_values(runs: Path, page: webdriver.Chrome) -> None:
-    reach, tip = chart(page)
+    slider, tooltip = chart(page)
     for epoch in (1, 2, 3):
-        ActionChains(page).move_to_element_with_offset(reach, place(reach, epoch), 10).perform()
-        assert tip.text == said(runs, epoch)
+        ActionChains(page).move_to_element_with_offset(slider, offset(slider, epoch), 10).perform()
+        assert tooltip.text == tooltip_text(runs, epoch)
     ActionChains(page).move_to_element(page.find_element(By.TAG_NAME, "h1")).perform()
-    assert tip.text == ""
+    assert tooltip.text == ""
 
 
 def test_a_finger_reads_the_values(runs: Path, page: webdriver.Chrome) -> None:
-    look(page, 375)
-    reach, tip = chart(page)
-    box: dict[str, Any] = page.execute_script("return arguments[0].getBoundingClientRect().toJSON()", reach)
-    at = {"x": box["x"] + box["width"] / 2 + place(reach, 1), "y": box["y"] + 40}
+    set_screen(page, 375)
+    slider, tooltip = chart(page)
+    box: dict[str, Any] = page.execute_script("return arguments[0].getBoundingClientRect().toJSON()", slider)
+    at = {"x": box["x"] + box["width"] / 2 + offset(slider, 1), "y": box["y"] + 40}
     page.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
     page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchStart", "touchPoints": [at]})
     page.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
     page.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
-    assert tip.text == said(runs, 1)
-    frame = page.execute_script("return arguments[0].getBoundingClientRect().toJSON()", tip)
+    assert tooltip.text == tooltip_text(runs, 1)
+    frame = page.execute_script("return arguments[0].getBoundingClientRect().toJSON()", tooltip)
     assert frame["left"] >= 0 and frame["right"] <= 375
 
 
 def test_the_keyboard_reaches_the_chart_and_reads_the_values(runs: Path, page: webdriver.Chrome) -> None:
-    reach, tip = chart(page)
+    slider, tooltip = chart(page)
     for _ in range(40):
         ActionChains(page).send_keys(Keys.TAB).perform()
         focused = page.switch_to.active_element
         assert page.execute_script("return getComputedStyle(arguments[0]).outlineStyle", focused) == "solid"
-        if focused == reach:
+        if focused == slider:
             break
-    assert page.switch_to.active_element == reach and tip.text == said(runs, 3)
+    assert page.switch_to.active_element == slider and tooltip.text == tooltip_text(runs, 3)
     for key, epoch in (
         (Keys.ARROW_LEFT, 2),
         (Keys.HOME, 1),
@@ -136,16 +137,16 @@ def test_the_keyboard_reaches_the_chart_and_reads_the_values(runs: Path, page: w
         (Keys.END, 3),
     ):
         ActionChains(page).send_keys(key).perform()
-        assert tip.text == said(runs, epoch)
-        assert reach.get_attribute("aria-valuetext") == f"epoch {epoch}"
-        hair = page.find_elements(By.CLASS_NAME, "hair")[CHART]
-        assert hair.value_of_css_property("visibility") == "visible"
-    assert tip.get_attribute("aria-live") == "polite"
+        assert tooltip.text == tooltip_text(runs, epoch)
+        assert slider.get_attribute("aria-valuetext") == f"epoch {epoch}"
+        crosshair = page.find_elements(By.CLASS_NAME, "crosshair")[CHART]
+        assert crosshair.value_of_css_property("visibility") == "visible"
+    assert tooltip.get_attribute("aria-live") == "polite"
     ActionChains(page).send_keys(Keys.ESCAPE).perform()
-    assert tip.text == ""
+    assert tooltip.text == ""
 
 
-def test_the_first_tab_skips_to_the_figures(page: webdriver.Chrome) -> None:
+def test_the_first_tab_skips_to_the_content(page: webdriver.Chrome) -> None:
     ActionChains(page).send_keys(Keys.TAB).perform()
     link = page.switch_to.active_element
     assert link.text.startswith("Skip") and link.location["x"] >= 0
@@ -156,7 +157,7 @@ def test_the_first_tab_skips_to_the_figures(page: webdriver.Chrome) -> None:
 @pytest.mark.parametrize("name", ["page.html", "crowded.html"])
 @pytest.mark.parametrize("width", [375, 768, 1280])
 def test_nothing_makes_the_page_scroll_sideways(runs: Path, page: webdriver.Chrome, width: int, name: str) -> None:
-    look(page, width)
+    set_screen(page, width)
     page.get((runs / name).as_uri())
     page.execute_script("document.querySelectorAll('details').forEach((one) => (one.open = true))")
     assert page.execute_script("return innerWidth") == width
@@ -168,29 +169,29 @@ def test_nothing_makes_the_page_scroll_sideways(runs: Path, page: webdriver.Chro
     assert page.execute_script(outside) == []
 
 
-def test_what_scrolls_on_a_phone_is_reached_by_the_keyboard(page: webdriver.Chrome) -> None:
-    look(page, 375)
+def test_scrollable_tables_can_be_focused_on_a_small_screen(page: webdriver.Chrome) -> None:
+    set_screen(page, 375)
     wide = """return [...document.querySelectorAll(".scroll")]
         .filter((e) => e.scrollWidth > e.clientWidth).map((e) => e.tabIndex)"""
-    found = page.execute_async_script(
+    tab_indices = page.execute_async_script(
         f"requestAnimationFrame(() => setTimeout(() => arguments[0]((() => {{ {wide} }})()), 50))"
     )
-    assert found and set(found) == {0}
+    assert tab_indices and set(tab_indices) == {0}
 
 
 def test_dark_and_light_differ_and_both_are_legible(page: webdriver.Chrome) -> None:
-    found = {}
+    contrasts = {}
     for scheme in ("light", "dark"):
-        look(page, 1280, prefers_color_scheme=scheme)
-        found[scheme] = page.execute_script(CONTRASTS)
-    assert found["light"]["page"] != found["dark"]["page"]
-    for scheme, seen in found.items():
-        assert seen["texts"] > 100 and seen["lowest"] >= 4.5, (scheme, seen)
+        set_screen(page, 1280, prefers_color_scheme=scheme)
+        contrasts[scheme] = page.execute_script(CONTRASTS)
+    assert contrasts["light"]["page"] != contrasts["dark"]["page"]
+    for scheme, result in contrasts.items():
+        assert result["texts"] > 100 and result["lowest"] >= 4.5, (scheme, result)
 
 
-def test_motion_is_kept_from_those_who_do_not_want_it(page: webdriver.Chrome) -> None:
+def test_reduced_motion_is_respected(page: webdriver.Chrome) -> None:
     behaviour = "return getComputedStyle(document.documentElement).scrollBehavior"
-    look(page, 1280, prefers_reduced_motion="reduce")
+    set_screen(page, 1280, prefers_reduced_motion="reduce")
     assert page.execute_script(behaviour) == "auto"
 
 
@@ -208,7 +209,7 @@ def test_headings_images_and_landmarks_are_in_order(page: webdriver.Chrome) -> N
         assert "by epoch" in drawing.accessible_name
 
 
-# The lowest contrast (WCAG 2.2) of a text on the nearest background that is painted.
+# The lowest contrast (WCAG 2.2) of any text on its background.
 CONTRASTS = """
 const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
 function rgb(color) {

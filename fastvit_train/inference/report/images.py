@@ -1,4 +1,4 @@
-"""What a model makes of images, for a page: its most confident mistakes, and where it looks."""
+"""Images of a report: the model's most confident mistakes, and its attention maps."""
 
 import base64
 from dataclasses import dataclass
@@ -14,121 +14,122 @@ from fastvit_train.inference.evaluate import EvaluatedRun
 from fastvit_train.inference.inspect import OPACITY
 from fastvit_train.models import attention_maps
 
-MOST_MISTAKES = 12
-MOST_LOOKED_AT = 6
-SIDE = 128
-"""pixels that a small image is enlarged to, about"""
+MAX_MISTAKES = 12
+MAX_ATTENTION_IMAGES = 6
+MIN_SIDE = 128
+"""pixels; smaller images are enlarged to about this"""
 
 
 @dataclass(frozen=True)
 class Mistake:
+    """A misclassified image."""
+
     image: str
-    """a data: URI of a PNG, as all images here"""
+    """a data: URI of a PNG, as all images in this module"""
     true: str
     predicted: str
     confidence: str
 
 
 @dataclass(frozen=True)
-class WeightMap:
-    """Weights over an image's patches."""
+class HeatMap:
+    """Weights of an image's patches, drawn over the image."""
 
     image: str
-    most: str
-    """where the largest is, and how large it is"""
+    maximum: str
+    """the largest weight and its patch, in words"""
 
 
 @dataclass(frozen=True)
-class Look:
-    """An image and where the model looks in it."""
+class AttentionImage:
+    """An image with its attention maps."""
 
     image: str
     true: str
     predicted: str
-    pooled: WeightMap
-    rollout: WeightMap
+    pooled: HeatMap
+    rollout: HeatMap
 
 
 @dataclass(frozen=True)
-class ImageMaps:
-    """Images that the model looked at, and how to read its maps of them."""
+class AttentionImages:
+    """Images with their attention maps, and how to read the maps."""
 
     pooling: str
-    """what the weights of the first map are"""
-    even: str
-    """what each patch would have if none were looked at more than another"""
-    images: list[Look]
+    """what the weights of `AttentionImage.pooled` are"""
+    uniform: str
+    """the weight of each patch if all were equal"""
+    images: list[AttentionImage]
 
 
-def mistakes(evaluated: EvaluatedRun) -> list[Mistake]:
-    """The images that the model is most sure of and wrong about, surest first.
+def most_confident_mistakes(evaluated: EvaluatedRun) -> list[Mistake]:
+    """Return the misclassified images with the highest confidence, in descending order.
 
     Raises:
-        UserError: where one of them can't be decoded.
+        UserError: if one of them cannot be decoded.
     """
-    said, classes = evaluated.evaluation, class_names(evaluated)
-    wrong = (said.predicted != said.labels).nonzero()[:, 0]
-    surest = wrong[said.confidence[wrong].argsort(descending=True, stable=True)][:MOST_MISTAKES]
-    if not len(surest):
+    evaluation, classes = evaluated.evaluation, class_names(evaluated)
+    wrong = (evaluation.predicted != evaluation.labels).nonzero()[:, 0]
+    chosen = wrong[evaluation.confidence[wrong].argsort(descending=True, stable=True)][:MAX_MISTAKES]
+    if not len(chosen):
         return []
-    pixels = evaluated.dataset.test.pixels(surest, evaluated.run.image_size)
+    pixels = evaluated.dataset.test.pixels(chosen, evaluated.run.image_size)
     return [
         Mistake(
             png(image),
-            classes[said.labels[sample]],
-            classes[said.predicted[sample]],
-            f"{said.confidence[sample].item():.1%}",
+            classes[evaluation.labels[sample]],
+            classes[evaluation.predicted[sample]],
+            f"{evaluation.confidence[sample].item():.1%}",
         )
-        for sample, image in zip(surest.tolist(), pixels, strict=True)
+        for sample, image in zip(chosen.tolist(), pixels, strict=True)
     ]
 
 
-def looks(evaluated: EvaluatedRun) -> ImageMaps:
-    """Where the model looks in the first image of each class, of the first six.
+def attention_images(evaluated: EvaluatedRun) -> AttentionImages:
+    """Return the attention maps of the first image of each of the first six classes.
 
     Raises:
-        UserError: where the model's attention can't be looked at, or an image can't be decoded.
+        UserError: if the model has no attention maps, or if an image cannot be decoded.
     """
-    run, said, classes = evaluated.run, evaluated.evaluation, class_names(evaluated)
-    labels = said.labels
-    firsts = evaluated.dataset.test.first_of_each_class(MOST_LOOKED_AT)
-    pixels = evaluated.dataset.test.pixels(firsts, run.image_size)
-    seen = attention_maps(run.model, run.preprocess(pixels))
+    run, evaluation, classes = evaluated.run, evaluated.evaluation, class_names(evaluated)
+    samples = evaluated.dataset.test.first_of_each_class(MAX_ATTENTION_IMAGES)
+    pixels = evaluated.dataset.test.pixels(samples, run.image_size)
+    maps = attention_maps(run.model, run.preprocess(pixels))
     images = [
-        Look(
+        AttentionImage(
             png(image),
-            classes[labels[sample]],
-            classes[said.predicted[sample]],
-            _weight_map(image, pooled),
-            _weight_map(image, rollout),
+            classes[evaluation.labels[sample]],
+            classes[evaluation.predicted[sample]],
+            _draw_heat_map(image, pooled),
+            _draw_heat_map(image, rollout),
         )
-        for sample, image, pooled, rollout in zip(firsts.tolist(), pixels, seen.pooled, seen.rollout, strict=True)
+        for sample, image, pooled, rollout in zip(samples.tolist(), pixels, maps.pooled, maps.rollout, strict=True)
     ]
-    return ImageMaps(seen.pooling, f"{1 / (seen.grid[0] * seen.grid[1]):.1%}", images)
+    return AttentionImages(maps.pooling, f"{1 / (maps.grid[0] * maps.grid[1]):.1%}", images)
 
 
 def class_names(evaluated: EvaluatedRun) -> tuple[str, ...]:
-    """A name per output of the model; outputs beyond the data set's classes have their number."""
+    """Return a name for each output of the model; outputs beyond the data set's classes are named by their index."""
     names = evaluated.dataset.classes
     return (*names, *map(str, range(len(names), evaluated.evaluation.num_classes)))
 
 
-def _weight_map(image: Tensor, weights: Tensor) -> WeightMap:
-    """Weights (rows, columns) over an image, uint8 (3, height, width), grey below them; light where they are large."""
+def _draw_heat_map(image: Tensor, weights: Tensor) -> HeatMap:
+    """Draw weights (rows, columns) over the gray image, uint8 (3, height, width); large weights are bright."""
     height, width = image.shape[1:]
-    spread = F.interpolate(weights[None, None], (height, width), mode="nearest")[0, 0]
-    heat = colormaps["inferno"]((spread / spread.max().clamp(min=1e-12)).numpy())[..., :3]
-    grey = image.float().mean(0)[..., None] / 255
-    mixed = OPACITY * torch.from_numpy(heat) + (1 - OPACITY) * grey
+    enlarged = F.interpolate(weights[None, None], (height, width), mode="nearest")[0, 0]
+    heat = colormaps["inferno"]((enlarged / enlarged.max().clamp(min=1e-12)).numpy())[..., :3]
+    gray = image.float().mean(0)[..., None] / 255
+    mixed = OPACITY * torch.from_numpy(heat) + (1 - OPACITY) * gray
     largest = int(weights.argmax())
     row, column = divmod(largest, weights.shape[1])
-    most = f"most: {weights.flatten()[largest].item():.1%}, row {row + 1}, column {column + 1}"
-    return WeightMap(png((255 * mixed).round().byte().permute(2, 0, 1)), most)
+    maximum = f"maximum {weights.flatten()[largest].item():.1%} at row {row + 1}, column {column + 1}"
+    return HeatMap(png((255 * mixed).round().byte().permute(2, 0, 1)), maximum)
 
 
 def png(image: Tensor) -> str:
-    """An image, uint8 (3, height, width), as a data: URI; a small one has each pixel repeated, so that it is seen."""
-    times = max(1, SIDE // min(image.shape[1:]))
+    """Return an image, uint8 (3, height, width), as a data: URI; the pixels of a small image are repeated."""
+    times = max(1, MIN_SIDE // min(image.shape[1:]))
     large = image.repeat_interleave(times, 1).repeat_interleave(times, 2)
     buffer = BytesIO()
     Image.fromarray(large.permute(1, 2, 0).contiguous().cpu().numpy()).save(buffer, "PNG")

@@ -1,4 +1,4 @@
-"""What there is to report of a run: what it wrote, and what its model says of the test set now."""
+"""The data of a report: for each run what it wrote, and a fresh evaluation of its model."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,69 +14,69 @@ from fastvit_train.runs.comparison import read_summary
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.utils.errors import UserError, printable
 
-Made = TypeVar("Made")
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
-class Record:
-    """What there is of a run; what isn't is empty, and `missing` says why."""
+class RunRecord:
+    """The data of one run; what is not available is empty, and `missing` has the reason."""
 
     source: str
-    """as it was asked for"""
+    """what the user gave"""
     name: str
     folder: Path | None
     summary: dict[str, Any]
-    """summary.json, or the little that the model itself tells"""
+    """summary.json, or a few entries of it that are computed from the model"""
     epochs: list[dict[str, Any]]
     """the lines of metrics.jsonl"""
     settings: dict[str, Any]
-    """config.yaml, flat, with the defaults of settings that it was written before"""
+    """config.yaml, flat; settings that are newer than the file have their defaults"""
     evaluated: EvaluatedRun | None
     missing: tuple[str, ...]
-    """a sentence for each thing that isn't there: which, and why"""
-    not_evaluated: str
-    """why `evaluated` is None, or nothing"""
+    """for each thing that is not available, a sentence with the reason"""
+    evaluation_error: str
+    """the reason if `evaluated` is None, otherwise empty"""
 
 
-def read_records(runs: Sequence[str], data_dir: str | None) -> list[Record]:
-    """A record per run, each under a name of its own.
+def load_records(runs: Sequence[str], data_dir: str | None) -> list[RunRecord]:
+    """Load the runs and evaluate their models; each record has its own name.
 
     Raises:
-        UserError: where nothing at all is to be had of a run.
+        UserError: if a run has no data at all.
     """
-    records = [_read_record(run, data_dir) for run in runs]
+    records = [_load_record(run, data_dir) for run in runs]
     names = [record.name for record in records]
     return [replace(r, name=printable(r.source)) if names.count(r.name) > 1 else r for r in records]
 
 
-def attempt(make: Callable[[], Made]) -> tuple[Made | None, str]:
-    """What `make` returns and nothing, or None and the line of its UserError."""
+def value_or_error(compute: Callable[[], Value]) -> tuple[Value | None, str]:
+    """Call `compute`; return its value and an empty string, or None and the message of its UserError."""
     try:
-        return make(), ""
+        return compute(), ""
     except UserError as error:
         return None, str(error)
 
 
-def _read_record(run: str, data_dir: str | None) -> Record:
+def _load_record(run: str, data_dir: str | None) -> RunRecord:
     path = Path(run.removeprefix(FOLDER))
     folder = RunFolder(path)
     if not folder.config.is_file():
-        return _from_elsewhere(run, load_run(run))
-    summary, no_summary = attempt(lambda: read_summary(path))
-    settings, no_settings = attempt(lambda: {**to_plain(TrainConfig()), **folder.read_config()})
+        return _record_without_run(run, load_run(run))
+    summary, summary_error = value_or_error(lambda: read_summary(path))
+    settings, settings_error = value_or_error(lambda: {**to_plain(TrainConfig()), **folder.read_config()})
     epochs: list[dict[str, Any]] = []
-    with suppress(OSError):  # then there are no curves
+    with suppress(OSError):  # without the file, the page has no curves
         epochs = read_jsonl(folder.metrics)
-    loaded, not_evaluated = attempt(lambda: load_run(run, device="cpu"))
+    loaded, evaluation_error = value_or_error(lambda: load_run(run, device="cpu"))
     evaluated = None
     if loaded is not None:
-        # Computed plainly, which any machine can: a run trained on a GPU may be reported on a laptop.
-        attention, summary = loaded.attention, summary or _told_by(loaded)
-        evaluated, not_evaluated = attempt(lambda: evaluate_run(run, data_dir=data_dir, attention=attention))
+        # load_run chose an attention that runs on every machine: a run from a GPU may be reported on a laptop.
+        attention, summary = loaded.attention, summary or _summarize_model(loaded)
+        evaluated, evaluation_error = value_or_error(lambda: evaluate_run(run, data_dir=data_dir, attention=attention))
     if not (summary or epochs):
-        raise UserError(f"there is nothing to report of {run}: {no_summary}; {not_evaluated}")
-    missing = {"No figures": no_summary, "No settings": no_settings}
-    return Record(
+        raise UserError(f"{run} has nothing to report: {summary_error}; {evaluation_error}")
+    errors = {"No results": summary_error, "No settings": settings_error}
+    return RunRecord(
         run,
         printable(path.resolve().name),
         path,
@@ -84,23 +84,23 @@ def _read_record(run: str, data_dir: str | None) -> Record:
         epochs,
         settings or {},
         evaluated,
-        tuple(f"{what}: {why}" for what, why in missing.items() if why),
-        f"No evaluation: {not_evaluated}" if not_evaluated else "",
+        tuple(f"{what}: {error}" for what, error in errors.items() if error),
+        f"No evaluation: {evaluation_error}" if evaluation_error else "",
     )
 
 
-def _from_elsewhere(run: str, loaded: TrainedModel) -> Record:
-    return Record(
-        run, loaded.name, loaded.folder, _told_by(loaded), [], {}, None,
-        ("No figures, curves, settings and commands: it is no folder that a training of ours left, so there is no "
-         "config.yaml, metrics.jsonl and summary.json.",),
-        f"No evaluation: the model does not record a data set; evaluate it on one with python -m fastvit_train eval "
-        f"{printable(run)} --dataset NAME.",
+def _record_without_run(source: str, loaded: TrainedModel) -> RunRecord:
+    return RunRecord(
+        source, loaded.name, loaded.folder, _summarize_model(loaded), [], {}, None,
+        ("No results, curves, settings and commands: this is not the folder of a run, so it has no config.yaml, "
+         "metrics.jsonl and summary.json.",),
+        "No evaluation: the model does not record a data set; evaluate it on one with python -m fastvit_train eval "
+        f"{printable(source)} --dataset NAME.",
     )  # fmt: skip
 
 
-def _told_by(loaded: TrainedModel) -> dict[str, Any]:
-    """What the model itself tells, named as in summary.json."""
+def _summarize_model(loaded: TrainedModel) -> dict[str, Any]:
+    """Return the entries of summary.json that follow from the model."""
     return {
         "model": printable(loaded.architecture),
         "parameters": loaded.parameters,

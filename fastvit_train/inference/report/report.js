@@ -1,70 +1,70 @@
 "use strict";
 
-// Values of a chart under the pointer, the finger or the arrow keys.
-function follow(plot) {
+// Shows the values of a chart at the epoch that the pointer, a finger or the arrow keys select.
+function addTooltip(plot) {
   const { epochs, x, runs } = JSON.parse(plot.dataset.values);
   const svg = plot.querySelector("svg");
-  const reach = plot.querySelector(".reach");
-  const tip = plot.querySelector(".tip");
-  const hair = plot.querySelector(".hair");
+  const slider = plot.querySelector(".slider");
+  const tooltip = plot.querySelector(".tooltip");
+  const crosshair = plot.querySelector(".crosshair");
   const dots = plot.querySelectorAll(".dot");
-  const samples = document.querySelectorAll(".legend .sample");
+  const swatches = document.querySelectorAll(".legend .swatch");
   const width = svg.viewBox.baseVal.width;
-  let at = epochs.length - 1;
+  let current = epochs.length - 1;
 
   function show(index) {
-    const shown = plot.classList.contains("read");
-    if (shown && index === at) return;
-    at = index;
-    hair.setAttribute("transform", `translate(${x[at]} 0)`);
+    const shown = plot.classList.contains("active");
+    if (shown && index === current) return;
+    current = index;
+    crosshair.setAttribute("transform", `translate(${x[current]} 0)`);
     dots.forEach((dot, run) => {
-      const y = runs[run].y[at];
+      const y = runs[run].y[current];
       dot.style.display = y === null ? "none" : "";
-      dot.setAttribute("cx", x[at]);
+      dot.setAttribute("cx", x[current]);
       dot.setAttribute("cy", y ?? 0);
     });
-    reach.setAttribute("aria-valuenow", epochs[at]);
-    reach.setAttribute("aria-valuetext", `epoch ${epochs[at]}`);
-    tip.replaceChildren(line(`epoch ${epochs[at]}`), ...runs.map(value));
-    const right = x[at] > width / 2;
-    tip.style.left = right ? "" : `${(100 * (x[at] + 10)) / width}%`;
-    tip.style.right = right ? `${(100 * (width - x[at] + 10)) / width}%` : "";
-    plot.classList.add("read");
+    slider.setAttribute("aria-valuenow", epochs[current]);
+    slider.setAttribute("aria-valuetext", `epoch ${epochs[current]}`);
+    tooltip.replaceChildren(textRow(`epoch ${epochs[current]}`), ...runs.map(valueRow));
+    const right = x[current] > width / 2;
+    tooltip.style.left = right ? "" : `${(100 * (x[current] + 10)) / width}%`;
+    tooltip.style.right = right ? `${(100 * (width - x[current] + 10)) / width}%` : "";
+    plot.classList.add("active");
   }
 
-  function value(run, number) {
-    const row = line(` ${run.name}: ${run.said[at]}`);
-    row.prepend(samples[number].cloneNode(true));
+  function valueRow(run, number) {
+    const row = textRow(` ${run.name}: ${run.text[current]}`);
+    row.prepend(swatches[number].cloneNode(true));
     return row;
   }
 
-  function line(text) {
+  function textRow(text) {
     const row = document.createElement("p");
     row.textContent = text;
     return row;
   }
 
   function hide() {
-    plot.classList.remove("read");
-    tip.replaceChildren();
+    plot.classList.remove("active");
+    tooltip.replaceChildren();
   }
 
-  function under(event) {
+  function showNearest(event) {
     const box = svg.getBoundingClientRect();
-    const place = ((event.clientX - box.left) / box.width) * width;
+    const pointer = ((event.clientX - box.left) / box.width) * width;
     let nearest = 0;
-    for (let i = 1; i < x.length; i++) if (Math.abs(x[i] - place) < Math.abs(x[nearest] - place)) nearest = i;
+    for (let i = 1; i < x.length; i++) if (Math.abs(x[i] - pointer) < Math.abs(x[nearest] - pointer)) nearest = i;
     show(nearest);
   }
 
-  reach.addEventListener("pointerdown", under);
-  reach.addEventListener("pointermove", under);
-  reach.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && hide());
-  reach.addEventListener("focus", () => show(at));
-  reach.addEventListener("blur", hide);
-  reach.addEventListener("keydown", (event) => {
+  slider.addEventListener("pointerdown", showNearest);
+  slider.addEventListener("pointermove", showNearest);
+  slider.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && hide());
+  slider.addEventListener("focus", () => show(current));
+  slider.addEventListener("blur", hide);
+  slider.addEventListener("keydown", (event) => {
     const last = epochs.length - 1;
-    const to = { ArrowLeft: at - 1, ArrowDown: at - 1, ArrowRight: at + 1, ArrowUp: at + 1, Home: 0, End: last }[event.key];
+    const to = { ArrowLeft: current - 1, ArrowDown: current - 1, ArrowRight: current + 1, ArrowUp: current + 1, Home: 0, End: last }[event.key];
     if (event.key === "Escape") hide();
     if (to === undefined) return;
     event.preventDefault();
@@ -72,25 +72,25 @@ function follow(plot) {
   });
 }
 
-document.querySelectorAll(".plot").forEach(follow);
+document.querySelectorAll(".plot").forEach(addTooltip);
 
-// What doesn't fit scrolls in its own box, which then is reached by the tab key.
-const boxes = new ResizeObserver((entries) => {
+// A table that does not fit scrolls within its box, which the Tab key can then focus.
+const observer = new ResizeObserver((entries) => {
   for (const { target } of entries) {
     const fits = target.scrollWidth <= target.clientWidth && target.scrollHeight <= target.clientHeight;
     target.tabIndex = fits ? -1 : 0;
   }
 });
-document.querySelectorAll(".scroll").forEach((box) => boxes.observe(box));
+document.querySelectorAll(".scroll").forEach((box) => observer.observe(box));
 
-// On paper, what is folded away is shown.
-const folded = [];
+// Printing opens all collapsed sections.
+const opened = [];
 window.addEventListener("beforeprint", () => {
   for (const details of document.querySelectorAll("details:not([open])")) {
     details.open = true;
-    folded.push(details);
+    opened.push(details);
   }
 });
 window.addEventListener("afterprint", () => {
-  for (const details of folded.splice(0)) details.open = false;
+  for (const details of opened.splice(0)) details.open = false;
 });
