@@ -1,129 +1,112 @@
-"""Completion of the command line in a shell: a script, made of what the verbs are declared to take."""
+"""Completion of the command line in a shell: the parser's own script, and what it lacks."""
 
-import shlex
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+import contextlib
+import io
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, field, fields, is_dataclass, make_dataclass
+from typing import Annotated, Any, Literal, Union, get_origin, get_type_hints
 
-from fastvit_train.cli.flags import HELP, Flag, flags_of, options
+import tyro
+
+from fastvit_train.cli.flags import NAMES, find_flag, flags_of
 from fastvit_train.cli.overview import summary
 
 Shell = Literal["bash", "zsh", "fish"]
 Verbs = Mapping[str, type[Any]]
-Answer = tuple[str, tuple[str, ...]]
-"""a pattern of words, and what is proposed behind them"""
-DEFAULT_VERB = "train"
-SEEN = "__fish_seen_subcommand_from"
 
-BASH = """\
-# Completion of {program} in bash. To install it:
-#   {program} completion bash > ~/.local/share/bash-completion/completions/{program}
-{function}
-complete -o bashdefault -o default -F _{program} {program}
-"""
+INSTALL: dict[Shell, str] = {
+    "bash": "{program} completion bash > ~/.local/share/bash-completion/completions/{program}",
+    "zsh": "mkdir -p ~/.zfunc && {program} completion zsh > ~/.zfunc/_{program}\n"
+    "# and in ~/.zshrc:\n#   fpath+=~/.zfunc; autoload -Uz compinit && compinit",
+    "fish": "{program} completion fish > ~/.config/fish/completions/{program}.fish",
+}
 
-ZSH = """\
-# Completion of {program} in zsh. To install it:
-#   {program} completion zsh > ~/.{program}.zsh
-#   echo 'source ~/.{program}.zsh' >> ~/.zshrc
-autoload -Uz compinit bashcompinit
-(( $+functions[compdef] )) || compinit
-bashcompinit
-{function}
-complete -o bashdefault -o default -F _{program} {program}
-"""
-
-# Where no words are found, the shell completes files.
-FUNCTION = """\
+# tyro's function understands `--flag value`, but not `--flag=value`, which bash splits in three words. If nothing
+# matches, it gives one empty word, which would delete what was typed instead of completing a file.
+BASH_ADDITION = """
 _{program}() {{
-    local cur=${{COMP_WORDS[COMP_CWORD]}} prev=${{COMP_WORDS[COMP_CWORD-1]}} verb={default} words=
-    if [[ $cur == = ]]; then cur=
-    elif [[ $prev == = ]]; then prev=${{COMP_WORDS[COMP_CWORD-2]}}; fi
-    if [[ $COMP_CWORD -gt 1 && ${{COMP_WORDS[1]}} != -* ]]; then verb=${{COMP_WORDS[1]}}; fi
-    if [[ $cur == -* ]]; then
-        case "$verb" in
-{flags}
-        esac
-    elif [[ $COMP_CWORD -eq 1 ]]; then
-        words={verbs}
-    else
-        case "$verb $prev" in
-{values}
-        esac
+    [[ ${{COMP_WORDS[COMP_CWORD]}} != = ]] || COMP_WORDS+=('') COMP_CWORD=$((COMP_CWORD + 1))
+    if [[ ${{COMP_WORDS[COMP_CWORD-1]}} == = ]]; then
+        COMP_WORDS=("${{COMP_WORDS[@]:0:COMP_CWORD-1}}" "${{COMP_WORDS[@]:COMP_CWORD}}") COMP_CWORD=$((COMP_CWORD - 1))
     fi
-    COMPREPLY=($(compgen -W "$words" -- "$cur"))
-}}"""
-
-FISH = """\
-# Completion of {program} in fish. To install it:
-#   {program} completion fish > ~/.config/fish/completions/{program}.fish
-{lines}
+    _tyro_{program}
+    [[ -n ${{COMPREPLY[0]}} ]] || COMPREPLY=()
+}}
+complete -o bashdefault -o default -F _{program} {program}
+"""
+# tyro's script ends with the call of its function.
+ZSH_ADDITION = " || _files\n"
+FISH_ADDITION = """
+complete --command {program} --force-files --condition '__fish_seen_subcommand_from {file_verbs}; \
+and not string match --quiet -- "-*" (commandline -opc)[-1]'
 """
 
 
-def script(shell: Shell, program: str, verbs: Verbs) -> str:
-    """The script that completes `program` in `shell`: verbs, flags, and what is proposed for them.
+def script(shell: Shell, program: str, verbs: Verbs, default_verb: str) -> str:
+    """Write the script that completes verbs, flags, choices, names and files.
 
     Args:
-        verbs: what each takes, by name.
+        verbs: the verbs' dataclasses by name.
+        default_verb: the verb whose flags are completed if no verb was typed.
     """
-    writers: dict[Shell, Callable[[str, Verbs], str]] = {"bash": _bash, "zsh": _zsh, "fish": _fish}
-    return writers[shell](program, verbs)
+    first, _, rest = _parser_script(shell, program, verbs, default_verb).rstrip("\n").partition("\n")
+    install = INSTALL[shell].format(program=program)
+    head = f"{first}\n# To install this completion of {program} in {shell}:\n#   {install}\n"  # zsh needs line 1
+    files = [name for name, takes in verbs.items() if any(f.positional and not f.choices for f in flags_of(takes))]
+    addition = {"bash": BASH_ADDITION, "zsh": ZSH_ADDITION, "fish": FISH_ADDITION}[shell]
+    return head + rest + addition.format(program=program, file_verbs=" ".join(files))
 
 
-def _bash(program: str, verbs: Verbs) -> str:
-    return BASH.format(program=program, function=_function(program, verbs))
+def _parser_script(shell: Shell, program: str, verbs: Verbs, default_verb: str) -> str:
+    types = {name: (_with_names(takes), summary(takes)) for name, takes in verbs.items()}
+    default, _ = types[default_verb]
+    root = make_dataclass("Root", [("verb", _subcommands(types))], bases=(default,), frozen=True, kw_only=True)
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.suppress(SystemExit):
+        tyro.cli(
+            root,
+            prog=program,
+            args=["--tyro-print-completion", shell],
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.PositionalRequiredArgs),
+        )
+    return output.getvalue()
 
 
-def _zsh(program: str, verbs: Verbs) -> str:
-    return ZSH.format(program=program, function=_function(program, verbs))
+def _with_names(takes: type[Any]) -> type[Any]:
+    """A subclass of a dataclass in which the settings that have names to propose are declared with them.
+
+    A subclass, because tyro reads the help lines from the source of the class that declares a field first.
+    """
+    hints = get_type_hints(takes)  # without Annotated, inside of which tyro does not see that a text may be a path
+    own = [_field_with_names(declared, hints[declared.name], takes) for declared in fields(takes)]
+    return make_dataclass(takes.__name__, own, bases=(takes,), frozen=True, kw_only=True)
 
 
-def _function(program: str, verbs: Verbs) -> str:
-    """The function that answers in bash, and in zsh, which understands it."""
-    values: list[Answer] = []
-    arguments: list[Answer] = []
-    for verb, takes in verbs.items():
-        own = [flag for flag in flags_of(takes) if not flag.switch]
-        values += [(shlex.quote(f"{verb} {flag.name}"), flag.choices) for flag in own if not flag.positional]
-        arguments += [(f"{shlex.quote(f'{verb} ')}*", flag.choices) for flag in own if flag.positional]
-    return FUNCTION.format(
-        program=program,
-        default=DEFAULT_VERB,
-        verbs=shlex.quote(" ".join(verbs)),
-        flags=_cases([(verb, tuple(options(takes))) for verb, takes in verbs.items()]),
-        values=f"{_cases(values)}\n{_cases(arguments)}",
-    )
+def _field_with_names(declared: Field[Any], hint: Any, takes: type[Any]) -> tuple[str, Any, Any]:
+    if is_dataclass(hint):
+        section = _with_names(hint)  # type: ignore[arg-type]
+        return declared.name, section, field(default_factory=section)
+    if declared.default is MISSING:
+        flag = find_flag(declared.name, takes)
+        if flag is not None and flag.choices:
+            # tyro completes subcommands, but no positional arguments.
+            hint = _subcommands({name: (make_dataclass("Nothing", []), name) for name in flag.choices})
+        return declared.name, hint, field()
+    if declared.name in NAMES:
+        names: Any = Literal[tuple(NAMES[declared.name]())]
+        hint = tuple[names, ...] if get_origin(hint) is tuple else names | None if declared.default is None else names
+    return declared.name, hint, field(default=declared.default)
 
 
-def _cases(answers: list[Answer]) -> str:
-    """Branches of a `case`, those with the same answer together."""
-    patterns: dict[tuple[str, ...], list[str]] = {}
-    for pattern, words in answers:
-        patterns.setdefault(words, []).append(pattern)
-    return "\n".join(
-        f"            {' | '.join(alike)}) words={shlex.quote(' '.join(words))} ;;" for words, alike in patterns.items()
-    )
+def _subcommands(types: Mapping[str, tuple[type[Any], str]]) -> Any:
+    """The type of a choice between subcommands.
 
-
-def _fish(program: str, verbs: Verbs) -> str:
-    return FISH.format(program=program, lines="\n".join(_fish_lines(program, verbs)))
-
-
-def _fish_lines(program: str, verbs: Verbs) -> Iterator[str]:
-    for verb, takes in verbs.items():
-        words = f"-f -a {shlex.quote(verb)} -d {shlex.quote(summary(takes))}"
-        yield f"complete -c {program} -n __fish_use_subcommand {words}"
-    others = " ".join(verb for verb in verbs if verb != DEFAULT_VERB)
-    for verb, takes in verbs.items():
-        seen = f"not {SEEN} {others}" if verb == DEFAULT_VERB else f"{SEEN} {verb}"
-        for words in (f"-l {HELP[2:]}", *map(_fish_flag, flags_of(takes))):
-            yield f"complete -c {program} -n {shlex.quote(seen)} {words}"
-
-
-def _fish_flag(flag: Flag) -> str:
-    words = shlex.quote(" ".join(flag.choices))
-    if flag.positional:
-        return f"-f -a {words}" if flag.choices else "-F"
-    if flag.switch:
-        return f"-l {flag.name[2:]}"
-    return f"-l {flag.name[2:]} {f'-x -a {words}' if flag.choices else '-r'}"
+    Args:
+        types: a dataclass and a description by the subcommand's name.
+    """
+    return Union[  # noqa: UP007 the types are known only when this runs
+        tuple(
+            Annotated[takes, tyro.conf.subcommand(name, description=text, prefix_name=False)]
+            for name, (takes, text) in types.items()
+        )
+    ]

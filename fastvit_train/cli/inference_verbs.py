@@ -4,16 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastvit_train.config.names import check_attention_name
 from fastvit_train.config.schema import DatasetName, RunConfig
-from fastvit_train.distributed import preflight
-from fastvit_train.distributed.accelerator import leave_process_group
-from fastvit_train.inference.evaluate import evaluate_run, show
-from fastvit_train.inference.export import export_run
-from fastvit_train.inference.inspect import inspect_run
-from fastvit_train.inference.predict import predict_images
-from fastvit_train.inference.push import push_run
-from fastvit_train.inference.report.page import write_report
-from fastvit_train.runs import comparison, plots
 from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import UserError
 
@@ -40,6 +32,11 @@ class Eval:
 
 
 def evaluate(command: Eval) -> None:
+    if command.attention is not None:
+        check_attention_name(command.attention)
+    from fastvit_train.distributed.accelerator import leave_process_group
+    from fastvit_train.inference.evaluate import evaluate_run, show
+
     evaluated = evaluate_run(
         command.run,
         dataset=command.dataset,
@@ -72,6 +69,9 @@ class Predict:
 
 
 def predict(command: Predict) -> int:
+    from fastvit_train.distributed import preflight
+    from fastvit_train.inference.predict import predict_images
+
     preflight.check_single_process("predict")
     broken = predict_images(
         command.run,
@@ -100,6 +100,9 @@ class Inspect:
 
 
 def inspect(command: Inspect) -> None:
+    from fastvit_train.distributed import preflight
+    from fastvit_train.inference.inspect import inspect_run
+
     preflight.check_single_process("inspect")
     for path in inspect_run(command.run, command.images, command.output, command.data_dir):
         print(f"written to {path}")
@@ -118,6 +121,9 @@ class Report:
 
 
 def report(command: Report) -> None:
+    from fastvit_train.distributed import preflight
+    from fastvit_train.inference.report.page import write_report
+
     preflight.check_single_process("report")
     print(f"written to {write_report(command.runs, command.output, command.data_dir)}")
 
@@ -135,6 +141,9 @@ class Export:
 
 
 def export(command: Export) -> None:
+    from fastvit_train.distributed import preflight
+    from fastvit_train.inference.export import export_run
+
     preflight.check_single_process("export")
     export_run(command.run, command.to, command.output)
 
@@ -156,6 +165,9 @@ class Push:
 
 
 def push(command: Push) -> None:
+    from fastvit_train.distributed import preflight
+    from fastvit_train.inference.push import push_run
+
     preflight.check_single_process("push")
     push_run(command.run, command.repo, public=command.public, dry_run=command.dry_run, license=command.license)
 
@@ -176,6 +188,8 @@ def compare(command: Compare) -> None:
     runs = list(command.runs)
     if not runs:
         raise UserError("compare takes the folders of one or more runs, as in: compare runs/a runs/b")
+    from fastvit_train.runs import comparison, plots
+
     plots.plot_curves(runs, command.output, comparison.dataset_names(runs))
     if command.markdown:
         print(comparison.markdown_table(runs))

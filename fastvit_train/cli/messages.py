@@ -1,46 +1,91 @@
-"""What to say of an argument that a verb doesn't take, or takes otherwise."""
+"""Error messages for arguments that a verb does not take."""
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastvit_train.cli.flags import HELP, Flag, flags_of, options
+from fastvit_train.cli.flags import HELP, Flag, find_flag, flags_of, given, is_flag, option_names
 from fastvit_train.utils.errors import did_you_mean, nearest
 
 EXAMPLES = {"run": "runs/NAME", "repo": "USER/NAME"}
-"""of positional arguments, by name; of others the name itself"""
+"""example values of positional arguments; the others' is their name"""
 
 
-def unknown_flag(args: Sequence[str], verb: str, takes: type[Any]) -> str | None:
-    """Of the first flag that the verb doesn't know; None where it knows all of them."""
-    known = options(takes)
+def explain(args: Sequence[str], verb: str, takes: type[Any], verbs: Sequence[str]) -> str:
+    """Describe the first mistake in arguments that the parser has rejected.
+
+    tyro reports a mistake only as a box that it draws for people, so the arguments are compared with the
+    declared flags here, instead of reading the box.
+
+    Args:
+        args: the arguments after the verb.
+        takes: the verb's dataclass.
+        verbs: the names of all verbs.
+    """
+    if unknown := _unknown_flag(args, verb, takes):
+        return unknown
+    positional = [flag for flag in flags_of(takes) if flag.positional]
+    missing = [flag for flag in positional if flag.required]
+    for flag, values in given(args, takes):
+        if flag is None:
+            flag = positional[0] if positional else None
+            if flag is None:
+                return _unknown_argument(values[0], args, verb, takes, verbs)
+            if not flag.several:
+                positional.pop(0)
+                missing.remove(flag)
+        elif flag.switch and values:
+            return _switch_with_value(flag, values[0])
+        elif not values and not flag.switch:
+            return missing_value(flag)
+        for value in values:
+            if not flag.accepts(value):
+                return _wrong_value(flag, value)
+    return _missing_arguments(verb, takes) if missing else f"the arguments cannot be read; see {verb} {HELP}"
+
+
+def missing_value(flag: Flag) -> str:
+    """Describe a flag at the end of the line or before another flag."""
+    return f"{flag.name} takes a value; allowed: {flag.allowed}"
+
+
+def _unknown_flag(args: Sequence[str], verb: str, takes: type[Any]) -> str | None:
+    """Describe the first flag that the verb does not have; None if it has all of them."""
+    known = option_names(takes)
     for arg in args:
-        name = arg.partition("=")[0].replace("_", "-")
-        if name.startswith("-") and not _is_number(name) and name not in (*known, "-h", "-", "--"):
-            close = nearest(name, known)
+        name = arg.partition("=")[0]
+        if is_flag(arg) and name.replace("_", "-") not in (*known, "-h", "--"):
             if Path(arg).exists():
-                return f"{arg} is taken for a flag; write ./{arg}"
-            hint = f"did you mean {' or '.join(close)}?" if close else f"{verb} {HELP} lists what there is"
-            return f"unknown flag {arg.partition('=')[0]}; {hint}"
+                return f"{arg} is read as a flag; for the file of that name write ./{arg}"
+            return f"unknown flag {name}; {_hint(nearest(name.replace('_', '-'), known), verb)}"
     return None
 
 
-def unknown_argument(arg: str, args: Sequence[str], verbs: Sequence[str], verb: str, takes: type[Any]) -> str:
-    """Of a word that belongs to no flag."""
-    before = args[args.index(arg) - 1] if arg in args[1:] else next((a for a in args if a.endswith(f"={arg}")), "")
-    flag = _find(before, takes)
-    if flag is not None and flag.switch:
-        bare = flag.name.removeprefix("--no-").removeprefix("--")
-        return f"{flag.name} takes no value; leave {arg} out, as in --{bare}, or --no-{bare} for the opposite"
+def _unknown_argument(arg: str, args: Sequence[str], verb: str, takes: type[Any], verbs: Sequence[str]) -> str:
+    """Describe a word that belongs to no flag."""
+    before = find_flag(args[args.index(arg) - 1], takes) if arg in args[1:] else None
+    if before is not None and before.switch:
+        return _switch_with_value(before, arg)
     if arg in verbs:
         return f"unknown argument {arg}; a verb comes first: {arg} {' '.join(a for a in args if a != arg)}"
-    close = nearest(f"--{arg}", options(takes), most=1)
-    hint = f"did you mean {close[0]}?" if close else f"{verb} {HELP} lists what there is"
-    return f"unknown argument {arg}; {hint}"
+    return f"unknown argument {arg}; {_hint(nearest(f'--{arg}', option_names(takes), most=1), verb)}"
 
 
-def missing_argument(verb: str, takes: type[Any]) -> str:
-    """Of a verb that was given less than it takes."""
+def _hint(close: list[str], verb: str) -> str:
+    return f"did you mean {' or '.join(close)}?" if close else f"{verb} {HELP} lists the flags"
+
+
+def _switch_with_value(flag: Flag, value: str) -> str:
+    name = flag.name.removeprefix("--no-").removeprefix("--")
+    return f"{flag.name} takes no value; leave {value} out, as in --{name}, or --no-{name} for the opposite"
+
+
+def _wrong_value(flag: Flag, value: str) -> str:
+    return f"{flag.name} {value!r} is not allowed{did_you_mean(value, flag.choices)}; allowed: {flag.allowed}"
+
+
+def _missing_arguments(verb: str, takes: type[Any]) -> str:
+    """Describe a verb that was given fewer positional arguments than it takes."""
     needed = [flag for flag in flags_of(takes) if flag.positional and flag.required]
     names = " and ".join(f"a {flag.name}" for flag in needed)
     example = " ".join(
@@ -48,41 +93,3 @@ def missing_argument(verb: str, takes: type[Any]) -> str:
     )
     allowed = "".join(f"; allowed: {flag.allowed}" for flag in needed if flag.choices)
     return f"{verb} takes {names}, as in: {verb} {example}{allowed}"
-
-
-def missing_value(name: str, takes: type[Any]) -> str:
-    """Of a flag at the end of the line, or before another."""
-    flag = _find(name, takes)
-    return f"{name} takes a value; allowed: {flag.allowed if flag else 'anything'}"
-
-
-def wrong_value(name: str, value: str, takes: type[Any]) -> str:
-    """Of a value that the flag doesn't take."""
-    flag = _find(name, takes)
-    if flag is None:
-        return f"{name} {value!r} is not allowed; {HELP} lists what is"
-    return f"{name} {value!r} is not allowed{did_you_mean(value, flag.choices)}; allowed: {flag.allowed}"
-
-
-def value_of(name: str, args: Sequence[str]) -> str:
-    """What stands behind a flag, as it was typed."""
-    for place, arg in enumerate(args):
-        flag, _, value = arg.partition("=")
-        if flag.replace("_", "-") == name:
-            rest = [value] if value else args[place + 1 :]
-            end = next((i for i, word in enumerate(rest) if word.startswith("--")), len(rest))
-            return " ".join(rest[:end])
-    return ""
-
-
-def _find(name: str, takes: type[Any]) -> Flag | None:
-    name = name.partition("=")[0].replace("_", "-")
-    return next((flag for flag in flags_of(takes) if flag.name.replace("_", "-") == name), None)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True

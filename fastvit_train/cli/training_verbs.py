@@ -4,15 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from fastvit_train.config.names import check_attention_name
+from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from fastvit_train.distributed.accelerator import leave_process_group
-from fastvit_train.profiling import catalog
-from fastvit_train.profiling.estimate import dry_run
-from fastvit_train.profiling.scaling import plan_run
 from fastvit_train.profiling.scaling_options import PlanOptions
-from fastvit_train.profiling.step_profile import profile_run
-from fastvit_train.training.loop import fit
-from fastvit_train.training.seeds import fit_seeds
 from fastvit_train.utils.errors import UserError
 
 
@@ -29,6 +24,7 @@ class Settings:
 
     @property
     def training(self) -> TrainConfig:
+        check_attention_name(self.model.attention)  # a typo is reported before torch is imported
         return TrainConfig(self.run, self.model, self.data, self.optim)
 
 
@@ -50,12 +46,18 @@ class Train(Settings):
 
 
 def train(command: Train) -> None:
+    config = command.training
+    from fastvit_train.distributed.accelerator import leave_process_group
+    from fastvit_train.profiling.estimate import dry_run
+    from fastvit_train.training.loop import fit
+    from fastvit_train.training.seeds import fit_seeds
+
     if command.dry_run:
-        dry_run(command.training)
+        dry_run(config)
     elif command.repeat == 1:
-        fit(command.training, resume=command.resume, overwrite=command.overwrite)
+        fit(config, resume=command.resume, overwrite=command.overwrite)
     else:
-        fit_seeds(command.training, command.repeat, resume=command.resume, overwrite=command.overwrite)
+        fit_seeds(config, command.repeat, resume=command.resume, overwrite=command.overwrite)
     leave_process_group()
 
 
@@ -75,7 +77,10 @@ class Profile(Settings):
 def profile(command: Profile) -> None:
     if command.steps < 1:
         raise UserError(f"--steps {command.steps} is out of range; allowed: 1 or more")
-    profile_run(command.training, command.steps, command.output)
+    config = command.training
+    from fastvit_train.profiling.step_profile import profile_run
+
+    profile_run(config, command.steps, command.output)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +94,10 @@ class Plan(Settings):
 
 
 def plan(command: Plan) -> None:
-    plan_run(command.training, command.plan)
+    config = command.training
+    from fastvit_train.profiling.scaling import plan_run
+
+    plan_run(config, command.plan)
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,9 @@ class Models:
 
 
 def models(command: Models) -> None:
-    catalog.show_models(command.pattern, command.measure)
+    from fastvit_train.profiling.catalog import show_models
+
+    show_models(command.pattern, command.measure)
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,11 @@ def recipes(command: Recipes) -> None:
     if len(command.recipe) > 1:
         raise UserError("recipes shows one at a time, as in: recipes fast-cifar10; without a name it lists all")
     if command.recipe:
-        print(catalog.recipe_yaml(command.recipe[0]), end="")
+        config = recipe(command.recipe[0])
+        from fastvit_train.runs.run_folder import config_to_yaml
+
+        print(config_to_yaml(config), end="")
     else:
-        catalog.show_recipes()
+        from fastvit_train.profiling.catalog import show_recipes
+
+        show_recipes()

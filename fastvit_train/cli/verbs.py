@@ -1,33 +1,32 @@
-"""The verbs of the command line: what each takes, and what it does with it. cli.py reads the flags."""
+"""The table of the verbs: what each takes, and the function that runs it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from fastvit_train.cli import completion, inference_verbs, training_verbs
-from fastvit_train.cli.completion import Shell
-from fastvit_train.cli.training_verbs import Settings
+from fastvit_train.cli import inference_verbs, training_verbs
+from fastvit_train.cli.completion import Shell, script
 
-__all__ = ["SCRIPT", "VERBS", "Settings"]
+SCRIPT = "fastvit"
+"""the command that the package installs"""
+DEFAULT_VERB = "train"
 
 
 @dataclass(frozen=True)
 class Completion:
     """Print the script that completes verbs, flags and names in a shell.
 
-    How to install it stands in its first lines.
+    Its first lines say how to install it.
     """
 
     shell: Shell
-    """whose script"""
+    """the shell"""
 
 
 def complete(command: Completion) -> None:
-    print(completion.script(command.shell, SCRIPT, {name: takes for name, (takes, _) in VERBS.items()}), end="")
+    print(script(command.shell, SCRIPT, verb_types(), DEFAULT_VERB), end="")
 
 
-SCRIPT = "fastvit"
-"""what the package installs"""
 VERBS: dict[str, tuple[type[Any], Callable[[Any], int | None]]] = {
     "train": (training_verbs.Train, training_verbs.train),
     "profile": (training_verbs.Profile, training_verbs.profile),
@@ -43,4 +42,9 @@ VERBS: dict[str, tuple[type[Any], Callable[[Any], int | None]]] = {
     "recipes": (training_verbs.Recipes, training_verbs.recipes),
     "completion": (Completion, complete),
 }
-"""by name: what the verb takes, and what it does; what it returns is the exit status, None for 0"""
+"""by name: the verb's dataclass, and its function, which returns the exit status (None for 0)"""
+
+
+def verb_types() -> dict[str, type[Any]]:
+    """The verbs' dataclasses by name."""
+    return {name: takes for name, (takes, _) in VERBS.items()}

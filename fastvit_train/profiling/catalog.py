@@ -21,7 +21,6 @@ from fastvit_train.models.resolve import resolve
 from fastvit_train.models.shapes import stages, tokens
 from fastvit_train.profiling.roofline import count_flops
 from fastvit_train.profiling.speedups import GPU_STEPS, STEPS
-from fastvit_train.runs.run_folder import config_to_yaml
 from fastvit_train.training.optimizer import build_optimizer
 from fastvit_train.utils import memory
 from fastvit_train.utils.console import Terminal
@@ -215,11 +214,6 @@ def show_recipes() -> None:
         "training time on this machine"
     )
     _print_catalog(table, descriptions, [note])
-
-
-def recipe_yaml(name: str) -> str:
-    """Return the settings of a recipe as YAML for --config; UserError if no recipe has that name."""
-    return config_to_yaml(recipe(name))
 
 
 def _make_table(first_column: str, *columns: str) -> Table:

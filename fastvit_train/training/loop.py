@@ -17,11 +17,11 @@ from fastvit_train.runs.run_folder import ResumeMode
 from fastvit_train.training import metrics
 from fastvit_train.training.checkpointing import apply_save_error_policy, name_last_checkpoint, save_checkpoint
 from fastvit_train.training.epoch_totals import EpochTotals, collect_totals, restore_totals
-from fastvit_train.training.preemption import Preempted, StopSignalHandler, StopTraining
+from fastvit_train.training.preemption import StopSignalHandler, StopTraining
 from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import setup
-from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.errors import Preempted, UserError
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 Batch = tuple[Tensor, Tensor]

@@ -22,18 +22,12 @@ from torch import Tensor
 
 from fastvit_train.distributed import env
 
-EXIT_STATUS = 75
-"""EX_TEMPFAIL of sysexits.h: not done, not failed either; the same command with --resume auto goes on"""
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 INTERVAL = 0.25
 """seconds, about, between two exchanges of the processes"""
 ECHO = 2.0
 """seconds in which a launcher passes on, by itself or by its death, the signal that its whole group was sent"""
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
-
-
-class Preempted(Exception):
-    """The run was told to stop, and did: what is said of it, in one line."""
 
 
 class StopTraining(Exception):

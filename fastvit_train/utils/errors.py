@@ -46,3 +46,10 @@ class UserError(Exception):
 
 class SaveError(UserError):
     """The disk took something not, or not whole; what was written before is as it was."""
+
+
+class Preempted(Exception):
+    """A signal stopped the run after its checkpoint was written; the message is one line for the user."""
+
+    exit_status = 75
+    """EX_TEMPFAIL of sysexits.h: the run is not finished and has not failed; --resume auto continues it"""

@@ -11,26 +11,30 @@ from pathlib import Path
 
 import pytest
 
-from fastvit_train.cli.flags import options
+from fastvit_train.cli.flags import option_names
 from fastvit_train.cli.main import main
 from fastvit_train.cli.verbs import VERBS
+from fastvit_train.config.names import MODELS
 from fastvit_train.config.recipes import RECIPES
-from fastvit_train.models import OUR_MODELS
 
 CASES = [
     (["ev"], {"eval"}),
     (["--rec"], {"--recipe"}),
     (["--recipe", "fas"], {"fast-cifar10"}),
     (["train", "--recipe", ""], set(RECIPES)),
-    (["--model", ""], set(OUR_MODELS)),
+    (["--model", ""], set(MODELS)),
+    (["plan", "--models", "mc"], {"mc_vit_4_4_32"}),
     (["--dataset", "ci"], {"cifar10", "cifar100"}),
+    (["--optimizer", "adah"], {"adahessian"}),
     (["--epochs", "3", "--attention", "sd"], {"sdpa"}),
     (["eval", "--att"], {"--attention"}),
     (["eval", "runs/a", "--attention", "f"], {"fused"}),
-    (["eval", "--rec"], set()),
-    (["completion", ""], {"bash", "zsh", "fish"}),
+    (["completion", ""], {"bash", "zsh", "fish", "-h", "--help"}),
     (["recipes", "upstream-cifar100"], {"upstream-cifar100"}),
+    (["eval", "weigh"], {"weights.txt"}),
+    (["--weights", "weigh"], {"weights.txt"}),
 ]
+"""the words typed after the program, and what they are completed to in a folder with the file weights.txt"""
 
 
 def needs(shell: str) -> pytest.MarkDecorator:
@@ -48,55 +52,70 @@ def script(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[[str]
     return write
 
 
-def answer(command: list[str]) -> list[str]:
+@pytest.fixture(autouse=True)
+def _in_a_folder_with_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "weights.txt").touch()
+    monkeypatch.chdir(tmp_path / "files")
+
+
+def output_lines(command: list[str]) -> list[str]:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert not done.stderr
     return done.stdout.splitlines()
 
 
 @needs("bash")
-def test_bash(script: Callable[[str], Path], tmp_path: Path) -> None:
+def test_bash(script: Callable[[str], Path]) -> None:
     path = script("bash")
+    own_flags = set(option_names(VERBS["train"][0]))
     cases = [
         *CASES,
-        ([""], set(VERBS)),
-        (["--"], set(options(VERBS["train"][0]))),
+        ([""], {*VERBS, *own_flags, "-h"}),
+        (["--"], own_flags),
         (["--recipe", "=", "fas"], {"fast-cifar10"}),
+        (["--recipe", "="], set(RECIPES)),
+        (["eval", "--rec"], set()),
     ]
     for words, expected in cases:
+        # Like bash itself: where the function answers nothing, -o default completes files.
         code = (
-            f'source {path}; COMP_WORDS=(fastvit "$@"); COMP_CWORD=$#; _fastvit; '
+            f'source {path}; COMP_WORDS=(fastvit "$@"); COMP_CWORD=$#; cur=${{!#}}; _fastvit; '
+            '[[ ${#COMPREPLY[@]} -gt 0 ]] || COMPREPLY=($(compgen -f -- "$cur")); '
             'for word in "${COMPREPLY[@]}"; do echo "$word"; done'
         )
-        assert set(answer(["bash", "-c", code, "bash", *words])) == expected, words
-    registered = answer(["bash", "-c", f"source {path}; complete -p fastvit"])
-    assert registered == ["complete -o bashdefault -o default -F _fastvit fastvit"]  # files where there are no words
+        assert set(output_lines(["bash", "-c", code, "bash", *words])) == expected, words
+    registered = output_lines(["bash", "-c", f"source {path}; complete -p fastvit"])
+    assert registered == ["complete -o bashdefault -o default -F _fastvit fastvit"]
 
 
 @needs("fish")
 def test_fish(script: Callable[[str], Path]) -> None:
     path = script("fish")
     for words, expected in CASES:
-        found = answer(["fish", "--no-config", "-c", f"source {path}; complete -C 'fastvit {' '.join(words)}'"])
-        assert {line.partition("\t")[0] for line in found} == expected, words
+        lines = output_lines(["fish", "--no-config", "-c", f"source {path}; complete -C 'fastvit {' '.join(words)}'"])
+        assert {line.partition("\t")[0] for line in lines} == expected, words
 
 
 @needs("zsh")
 def test_zsh(script: Callable[[str], Path]) -> None:
-    path = script("zsh")
+    folder = script("zsh").rename(Path("_fastvit").absolute()).parent
     ours, theirs = pty.openpty()
-    env = {**os.environ, "TERM": "xterm", "HOME": str(path.parent)}
+    env = {**os.environ, "TERM": "xterm", "HOME": str(folder)}
     shell = subprocess.Popen(
         ["zsh", "-fi"], stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True
     )
     os.close(theirs)
     try:
-        os.write(ours, f"fastvit() {{ print -r -- \"[$*]\" }}; source {path}; echo rea''dy\n".encode())
+        start = f"fpath+={folder}; autoload -Uz compinit; compinit -u"
+        os.write(ours, f"fastvit() {{ print -r -- \"[$*]\" }}; {start}; echo rea''dy\n".encode())
         _read_until(ours, "ready\r")
         for typed, completed in (
             ("ev", "eval"),
             ("--recipe fas", "--recipe fast-cifar10"),
             ("eval --att", "eval --attention"),
+            ("recipes upstream-cifar100", "recipes upstream-cifar100"),
+            ("eval weigh", "eval weights.txt"),
         ):
             os.write(ours, f"fastvit {typed}\t\n".encode())
             _read_until(ours, f"[{completed}]")
@@ -117,4 +136,5 @@ def _read_until(terminal: int, text: str, seconds: float = 30) -> None:
 def test_the_script_says_how_to_install_it(capsys: pytest.CaptureFixture[str]) -> None:
     for shell in ("bash", "zsh", "fish"):
         main(["completion", shell])
-        assert f"#   fastvit completion {shell} > ~/" in capsys.readouterr().out
+        head = capsys.readouterr().out.splitlines()[:5]
+        assert any(line.startswith("#   ") and f"fastvit completion {shell} > ~/" in line for line in head)

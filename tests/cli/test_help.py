@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from fastvit_train.cli.flags import flags_of, options
+from fastvit_train.cli.flags import flags_of, option_names
 from fastvit_train.cli.main import main
 from fastvit_train.cli.overview import overview
 from fastvit_train.cli.verbs import VERBS
@@ -80,7 +80,7 @@ def test_what_is_read_from_the_declarations_is_what_the_parser_takes(
     shown = {
         name for head in heads for name in re.findall(r"(?<!\S)--[a-z][a-z0-9-]+(?=[ ,]|$)", head.partition("  ")[0])
     }
-    assert shown == set(options(takes))
+    assert shown == set(option_names(takes))
     assert all(flag.allowed for flag in flags_of(takes))
 
 

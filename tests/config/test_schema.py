@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastvit_train.cli.main import _base_config
+from fastvit_train.cli.parser import base_config
 from fastvit_train.config.overrides import differences, flatten, override, to_plain, validate
 from fastvit_train.config.recipes import RECIPES, recipe
 from fastvit_train.config.schema import TrainConfig
@@ -46,16 +46,16 @@ def test_a_saved_configuration_reads_back_as_it_was(name: str) -> None:
 def test_recipe_then_file_then_flags(tmp_path: Path) -> None:
     file = tmp_path / "my.yaml"
     file.write_text("recipe: fast-cifar10\nlr: 0.5\nbatch-size: 32\n")
-    base, _ = _base_config(["--config", str(file), "--lr", "0.25"])
+    base, _ = base_config(["--config", str(file), "--lr", "0.25"])
     assert (base.run.recipe, base.optim.lr, base.run.batch_size, base.data.flip) == (
         "fast-cifar10",
         0.5,
         32,
         "alternating",
     )
-    base, _ = _base_config([f"--config={file}", "--recipe=upstream-cifar10"])
+    base, _ = base_config([f"--config={file}", "--recipe=upstream-cifar10"])
     assert (base.run.recipe, base.optim.lr, base.data.crop) == ("upstream-cifar10", 0.5, "resized")
-    assert _base_config([])[0] == recipe("quickstart")
+    assert base_config([])[0] == recipe("quickstart")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ import torch
 import yaml
 from PIL import Image
 
-from fastvit_train.cli.main import _parse, main
+from fastvit_train.cli.main import main
+from fastvit_train.cli.parser import parse
 from fastvit_train.cli.training_verbs import Train
 from fastvit_train.config.overrides import flatten
 from fastvit_train.inference.report.page import write_report
@@ -176,7 +177,7 @@ def test_the_commands_repeat_the_run(runs: Path, tmp_path: Path, name: str) -> N
     lines = [shlex.split(line) for line in text.splitlines() if line.startswith("accelerate launch")]
     assert len(lines) == 2
     for words in lines:
-        parsed = flatten(_parse("train", Train, words[words.index("fastvit_train") + 1 :]).training)
+        parsed = flatten(parse("train", Train, words[words.index("fastvit_train") + 1 :]).training)
         again = {key: list(value) if isinstance(value, tuple) else value for key, value in parsed.items()}
         recorded = yaml.safe_load((runs / name / "config.yaml").read_text())
         moved = {"exp_name": "again", "runs_dir": again["runs_dir"], "image_size": again["image_size"]}

@@ -12,8 +12,8 @@ import psutil
 import pytest
 
 from fastvit_train.runs import checkpoint
-from fastvit_train.training.preemption import EXIT_STATUS
 from fastvit_train.utils import atomic_io
+from fastvit_train.utils.errors import Preempted
 from tests.reliability.victims import SETTINGS, DieAt, Victim, differences, outcome, random_trick, undisturbed
 from tests.support import environment, launch_command
 
@@ -29,7 +29,7 @@ def check_checkpoint_left(folder: Path, log: Path) -> Path:
 
 
 def check_stopped(victim: Victim, statuses: list[int | None]) -> None:
-    assert statuses == [EXIT_STATUS] * len(statuses), victim.log.read_text()
+    assert statuses == [Preempted.exit_status] * len(statuses), victim.log.read_text()
     newest = check_checkpoint_left(victim.folder, victim.log)
     said = f"at step {newest.name.removeprefix('step_')}; the last good checkpoint is {newest}, --resume auto continues"
     assert victim.log.read_text().count(said) == 1 and not victim.has("Traceback")

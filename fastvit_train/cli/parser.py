@@ -1,0 +1,109 @@
+"""Reading a verb's arguments; the only module that knows the parser, tyro."""
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+
+from fastvit_train.cli.flags import given
+from fastvit_train.cli.messages import explain, missing_value
+from fastvit_train.cli.training_verbs import Settings
+from fastvit_train.config.overrides import override
+from fastvit_train.config.recipes import recipe
+from fastvit_train.config.schema import TrainConfig
+from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.safe_load import read_settings
+
+DEFAULT_RECIPE = "quickstart"
+CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs)
+Command = TypeVar("Command")
+
+
+def parse(
+    verb: str,
+    takes: type[Command],
+    args: Sequence[str],
+    *,
+    program: str = "fastvit",
+    verbs: Sequence[str] = (),
+    console_outputs: bool = True,
+) -> Command:
+    """Read the arguments of a verb.
+
+    Args:
+        takes: the verb's dataclass.
+        args: the arguments after the verb.
+        program: what the user typed before the verb, for the help.
+        verbs: the names of all verbs, for error messages.
+        console_outputs: False on the ranks that must not print help.
+
+    Raises:
+        UserError: if an argument is unknown, missing or has a value that is not allowed.
+        SystemExit: with status 0, after --help.
+    """
+    defaults: dict[str, Any] = {}
+    if issubclass(takes, Settings):
+        config, source = base_config(args)
+        defaults["default"] = takes(
+            config=source, run=config.run, model=config.model, data=config.data, optim=config.optim
+        )
+    try:
+        with contextlib.redirect_stderr(io.StringIO()), _respect_no_color():
+            return tyro.cli(
+                takes,
+                args=list(args),
+                prog=f"{program} {verb}",
+                config=CONFIG,
+                console_outputs=console_outputs,
+                **defaults,
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(explain(args, verb, takes, verbs)) from None
+
+
+def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
+    """The configuration that the flags override, and the --config file: recipe < --config.
+
+    The recipe is --recipe's, or else the one that the file names, or else `quickstart`.
+
+    Raises:
+        UserError: if --recipe or --config has no value, if the recipe is unknown, or if the file can't be read.
+    """
+    values = {"--recipe": "", "--config": ""}
+    for flag, words in given(args, Settings):
+        if flag is not None and flag.name in values:
+            if not words:
+                raise UserError(missing_value(flag))
+            values[flag.name] = words[0]
+    path = values["--config"]
+    settings = _read_config(Path(path)) if path else {}
+    name = values["--recipe"] or settings.get("recipe", DEFAULT_RECIPE)
+    base = recipe(str(name))
+    return override(base, {**settings, "recipe": base.run.recipe}, path), path or None
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        return read_settings(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--config {path} can't be read: {error}") from None
+
+
+@contextlib.contextmanager
+def _respect_no_color() -> Iterator[None]:
+    """Turn tyro's colours off under NO_COLOR (https://no-color.org), by presenting a dumb terminal."""
+    before = os.environ.get("TERM")
+    if os.environ.get("NO_COLOR"):
+        os.environ["TERM"] = "dumb"
+    try:
+        yield
+    finally:
+        os.environ.pop("TERM", None)
+        if before is not None:
+            os.environ["TERM"] = before

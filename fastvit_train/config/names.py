@@ -1,0 +1,22 @@
+"""Names that help, completion and error messages list, kept where reading them does not import torch.
+
+A test compares them with the models and implementations themselves.
+"""
+
+from fastvit_train.utils.errors import UserError, did_you_mean
+
+MODELS = ("c_vit_4_4_32", "cct_2_3x2_32", "cct_7_3x1_32", "cvt_7_4_32", "mc_vit_4_4_32", "vit_lite_7_4_32")
+"""our models"""
+ATTENTIONS = ("naive", "fused", "sdpa", "compiled", "cpp", "triton", "auto", "timm")
+"""what --attention takes: the implementations, auto, and timm, which is a timm model's own attention"""
+
+
+def check_attention_name(name: str) -> None:
+    """Check an attention's name before torch is imported.
+
+    Raises:
+        UserError: if there is no attention of that name.
+    """
+    if name not in ATTENTIONS:
+        hint = did_you_mean(name, ATTENTIONS)
+        raise UserError(f"unknown attention implementation {name!r}{hint}; allowed: {', '.join(ATTENTIONS)}")
