@@ -1,4 +1,4 @@
-"""Which attention a model computes with: checked by name, chosen by measurement, put in, and warmed up."""
+"""The attention implementation of a model: checked, measured, set, and warmed up."""
 
 import copy
 import time
@@ -18,51 +18,51 @@ from fastvit_train.utils.errors import UserError
 
 AUTO = fastvit_kernels.AUTO
 TIMM = "timm"
-"""the attention that a model of timm's comes with"""
+"""the attention of timm's own models"""
 COMPILING = fastvit_kernels.COMPILING
 
 
 def attentions() -> list[str]:
-    """The names that an attention may have, whether or not it can run here; `timm` serves timm's models alone."""
+    """Return all attention names, available here or not; `timm` applies to timm's models only."""
     return [*fastvit_kernels.implementations(), TIMM]
 
 
 def check_attention(config: ModelConfig, recorded_in: Path | None = None) -> None:
-    """Raise UserError unless `config.attention` is the name of an attention that can run here.
+    """Raise UserError unless the attention that `config` names can run here.
 
     Args:
-        config: the model's.
+        config: settings of the model.
         recorded_in: the file that the name was read from, if the user did not give it.
     """
     ours = config.model in OUR_MODELS
     if config.attention == TIMM:
         if not ours:
             return
-        raise UserError(f"attention {TIMM!r} is what models of timm's come with; {config.model} takes any other name")
+        raise UserError(f"attention {TIMM!r} is for timm's own models; {config.model} takes any other name")
     try:
         fastvit_kernels.check_implementation(config.attention)
     except ValueError as error:
         own = "" if ours else f", {TIMM} (the model's own)"
-        where = f"; that name is recorded in {recorded_in}, --attention takes another" if recorded_in else ""
+        where = f"; that name is recorded in {recorded_in}; choose another with --attention" if recorded_in else ""
         raise UserError(f"{error}{own}{where}") from None
 
 
 def set_attention(model: nn.Module, name: str) -> None:
-    """Let every attention of `model` compute with `name`; "auto" and "timm" leave it as it is.
+    """Set the implementation of every attention of `model`; "auto" and "timm" change nothing.
 
     Raises:
-        UserError: naming the modules that the operator can't serve.
+        UserError: if the operator does not support some of the model's attention modules, which it names.
     """
     if name in (AUTO, TIMM):
         return
     try:
         fastvit_kernels.swap_attention(model, name)
     except ValueError as error:
-        raise UserError(f"{error}; take --attention {TIMM}, the model's own") from None
+        raise UserError(f"{error}; use --attention {TIMM}, the model's own") from None
 
 
 def alternatives(model: nn.Module, name: str) -> list[str]:
-    """The attentions other than `name` that `model` could compute with here, and fast; none where it keeps its own."""
+    """Return the attentions other than `name` that `model` could use here at full speed; none if it keeps its own."""
     if name == TIMM or not fastvit_kernels.can_swap_attention(model):
         return []
     device = next(model.parameters()).device
@@ -73,21 +73,24 @@ def alternatives(model: nn.Module, name: str) -> list[str]:
 
 
 def plain_attention(model: nn.Module) -> str:
-    """The attention that `model` takes where none is named and nothing is measured."""
+    """Return the attention of `model` if none is named and nothing is measured."""
     return "fused" if fastvit_kernels.can_swap_attention(model) else TIMM
 
 
 def pick_attention(model: nn.Module, batch_size: int, image_size: int, device: torch.device) -> tuple[str, list[str]]:
-    """The attention that trains `model` fastest, measured, and what to say of it, a line per shape.
+    """Measure which attention trains `model` fastest.
 
     Args:
-        model: on any device; it is left as it is.
-        batch_size: images per forward pass of one process.
-        image_size: side of the input, pixels.
-        device: where it will be trained, under the autocast that is on.
+        model: on any device; it is not changed.
+        batch_size: images per forward pass of one rank.
+        image_size: side of the input in pixels.
+        device: the device to measure on, under the current autocast.
+
+    Returns:
+        The name of the attention, and one line per shape that reports what was measured.
     """
     if plain_attention(model) == TIMM:
-        return TIMM, [f"attention {TIMM}: the model's own, as the others can't serve it"]
+        return TIMM, [f"attention {TIMM}: the model's own; the others do not support this model"]
     totals: Counter[str] = Counter()
     choices = []
     for case, calls in _cases(model, batch_size, image_size, device).items():
@@ -125,7 +128,7 @@ def choose_attention(
 def _cases(
     model: nn.Module, batch_size: int, image_size: int, device: torch.device
 ) -> Counter[tuple[tuple[str, Any], ...]]:
-    """What the attentions of `model` are called with, as arguments of `fastvit_kernels.choose`, and how often."""
+    """Return the arguments for `fastvit_kernels.choose` that describe each attention call of `model`, with counts."""
     seen: Counter[tuple[tuple[str, Any], ...]] = Counter()
 
     def record(module: Any, arguments: tuple[Tensor]) -> None:
@@ -150,12 +153,19 @@ def _cases(
 
 
 def warm_up(model: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device) -> float:
-    """Seconds that the first passes of `model` take, in training (not with train_batch 0) and in evaluation.
+    """Run the first passes of `model`, in training and in evaluation, and return the seconds that they take.
 
-    What compiles in them would else be hidden in the first step. Weights, gradients and random state stay as they are.
+    Otherwise compilation would be part of the first step. Weights, gradients and random state do not change.
+
+    Args:
+        model: on `device`.
+        train_batch: images of a training pass; 0 for no training pass.
+        eval_batch: images of an evaluation pass.
+        image_size: side of the input in pixels.
+        device: the device of the model.
 
     Raises:
-        UserError: where the attention can't serve the model's tokens.
+        UserError: if the attention does not support the model's shapes.
     """
     state = copy.deepcopy(model.state_dict())
     started = time.perf_counter()

@@ -1,6 +1,6 @@
-"""What a model looks at: its attention, and what it has learned about places and patches.
+"""Attention maps of a model, the similarity of its position embeddings, and its patch filters.
 
-Shape suffixes: B batch, H heads, N tokens, P tokens that are patches (the others come first).
+Shape suffixes: B batch, H heads, N tokens, P tokens that are patches (the other tokens come first).
 """
 
 from dataclasses import dataclass
@@ -16,39 +16,39 @@ from fastvit_train.utils.errors import UserError
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Where a model looked in each image of a batch, float32 on the CPU."""
+    """The attention of a model on each image of a batch; tensors are float32 on the CPU."""
 
     attention: list[Tensor]
-    """per layer the attention probabilities, (batch, heads, tokens, tokens); row i says where token i looks"""
+    """attention probabilities of each layer, (batch, heads, tokens, tokens); row i holds what token i attends to"""
     pooling: str
-    """what `pooled` is, in words"""
+    """what `pooled` shows, in words"""
     pooled: Tensor
-    """how much of what the classifier reads comes from each patch in the last layer, (batch, grid_h, grid_w)"""
+    """weight of each patch of the last layer in the classifier's input, (batch, grid_h, grid_w)"""
     rollout: Tensor
-    """the same, followed through all layers down to the image, (batch, grid_h, grid_w)"""
+    """the same, propagated through all layers to the image (attention rollout), (batch, grid_h, grid_w)"""
     readers: slice
-    """the tokens that stand for the image: the class token, or all patches"""
+    """the tokens that the classifier reads: the class token, or all patches"""
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Patches, rows and columns."""
+        """Number of rows and columns of patches."""
         return self.pooled.shape[1], self.pooled.shape[2]
 
     def layer_maps(self, layer: int) -> Tensor:
-        """Where each head of a layer looks, (batch, heads, grid_h, grid_w): the class token, or the patches' mean."""
+        """Return what the readers attend to in each head of a layer, on average, (batch, heads, grid_h, grid_w)."""
         return _patches(_read(self.attention[layer], self.readers), self.grid)
 
 
 @torch.no_grad()
 def attention_maps(model: nn.Module, inputs_BCHW: Tensor) -> AttentionMaps:
-    """Run `model` on normalised images, (batch, channels, height, width), and note where it looks.
+    """Run `model` on normalized images (batch, channels, height, width) and return its attention maps.
 
-    The probabilities are computed anew from each attention's input and merged weights, so they are the same whatever
-    implementation the model computes with. Rollout: Abnar & Zuidema 2020 (https://arxiv.org/abs/2005.00928), with half
+    The probabilities are recomputed from the input and the merged weights of each attention, so they do not depend on
+    the implementation that the model uses. Rollout: Abnar & Zuidema 2020 (https://arxiv.org/abs/2005.00928), with half
     of each layer's weight on its residual connection.
 
     Raises:
-        UserError: where the model's attention isn't the plain one, or its tokens aren't the patches of a grid.
+        UserError: if the model's attention is not plain self-attention, or if its tokens are not a grid of patches.
     """
     grid, readers = _grid(model), _readers(model)
     attention: list[Tensor] = []
@@ -71,7 +71,9 @@ def attention_maps(model: nn.Module, inputs_BCHW: Tensor) -> AttentionMaps:
             hook.remove()
     lengths = {layer.shape[-1] for layer in attention}
     if len(lengths) != 1 or min(lengths) < grid[0] * grid[1]:
-        raise UserError(f"{type(model).__name__}'s attention is not over a grid of patches: there is no picture of it")
+        raise UserError(
+            f"{type(model).__name__}'s attention is not over a grid of patches, so it has no attention maps"
+        )
     if pool_weights:
         pooling = "pooling weights"
         starts_BN = read_BN = pool_weights[0].squeeze(-1)
@@ -85,15 +87,15 @@ def attention_maps(model: nn.Module, inputs_BCHW: Tensor) -> AttentionMaps:
 
 
 def rolled_out(attention: list[Tensor]) -> Tensor:
-    """How much of each token (column) has come into each (row) by the last layer, (batch, tokens, tokens)."""
+    """Return the share of each input token (column) in each token of the last layer (row), (batch, tokens, tokens)."""
     eye = torch.eye(attention[0].shape[-1])
     return reduce(lambda below, layer_BHNN: (layer_BHNN.mean(1) + eye) / 2 @ below, attention, eye)
 
 
 def position_similarity(model: nn.Module) -> Tensor | None:
-    """Cosine similarity of every patch's position embedding with every other's, (grid_h, grid_w, grid_h, grid_w).
+    """Return the cosine similarity of all pairs of patch position embeddings, (grid_h, grid_w, grid_h, grid_w).
 
-    None where the model has none.
+    None if the model has no position embeddings.
     """
     positions = getattr(model, "pos_embed", None)
     if not isinstance(positions, Tensor) or positions.ndim != 3:
@@ -105,7 +107,7 @@ def position_similarity(model: nn.Module) -> Tensor | None:
 
 
 def patch_filters(model: nn.Module) -> Tensor | None:
-    """The first layer's filters, strongest first, (filters, 3, height, width); None where it doesn't see colours."""
+    """Return the first layer's filters by decreasing norm, (filters, 3, height, width); None if it has no RGB input."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     if first is None or first.weight.shape[1] != 3:
         return None
@@ -114,17 +116,17 @@ def patch_filters(model: nn.Module) -> Tensor | None:
 
 
 def _read(layer_BHNN: Tensor, readers: slice) -> Tensor:
-    """What the tokens that stand for the image read of each, on average, (batch, heads, tokens)."""
+    """Return the mean attention of the `readers` to each token, (batch, heads, tokens)."""
     return layer_BHNN[..., readers, :].mean(-2)
 
 
 def _patches(weights: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(..., tokens) to (..., grid_h, grid_w): the patches come last."""
+    """Reshape the patches, which are the last tokens, from (..., tokens) to (..., grid_h, grid_w)."""
     return weights[..., -grid[0] * grid[1] :].unflatten(-1, grid)
 
 
 def _probabilities(module: Any, x_BND: Tensor) -> Tensor:
-    """The attention probabilities of `module` on its input, (batch, heads, tokens, tokens)."""
+    """Return the attention probabilities of `module` for its input, (batch, heads, tokens, tokens)."""
     bias = None if module.qkv.bias is None else module.qkv.bias.float()
     with torch.autocast(x_BND.device.type, enabled=False):
         weights = fastvit_kernels.attention_weights(x_BND.float(), module.qkv.weight.float(), bias, module.num_heads)
@@ -132,18 +134,21 @@ def _probabilities(module: Any, x_BND: Tensor) -> Tensor:
 
 
 def _grid(model: nn.Module) -> tuple[int, int]:
-    """The patches' rows and columns."""
+    """Return the number of rows and columns of patches."""
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     if grid is None or not fastvit_kernels.can_swap_attention(model):
-        raise UserError(f"{type(model).__name__} is no plain vision transformer: its attention can't be looked at")
+        raise UserError(f"{type(model).__name__} is not a plain vision transformer, so it has no attention maps")
     return int(grid[0]), int(grid[1])
 
 
 def _readers(model: nn.Module) -> slice:
-    """The tokens that the classifier reads: the class token, which is the first, or the patches."""
+    """Return the tokens that the classifier reads: the class token, which comes first, or the patches."""
     pool = getattr(model, "global_pool", None)
     if pool in ("cls", "token"):
         return slice(0, 1)
     if pool in ("seq", "avg"):
         return slice(int(getattr(model, "num_prefix_tokens", 0)), None)
-    raise UserError(f"{type(model).__name__} pools its tokens by {pool!r}: what it reads of them can't be looked at")
+    raise UserError(
+        f"{type(model).__name__} pools its tokens by {pool!r}, for which attention maps are not defined; "
+        "allowed: cls, token, seq, avg"
+    )

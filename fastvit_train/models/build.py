@@ -26,10 +26,10 @@ UNFIT = (RuntimeError, ValueError, TypeError, LookupError)
 
 
 def check_model(name: str) -> None:
-    """Raise UserError unless `name` is one of our models or timm's."""
+    """Raise UserError unless `name` is one of our models or a timm model."""
     if not timm.is_model(name):
         hint = did_you_mean(name, timm.list_models(), most=3)
-        raise UserError(f"unknown model {name!r}{hint}; allowed: {', '.join(OUR_MODELS)}, or any of timm's names")
+        raise UserError(f"unknown model {name!r}{hint}; allowed: {', '.join(OUR_MODELS)}, or any timm model name")
 
 
 def pretrained_cfg_of(name: str) -> PretrainedCfg:
@@ -41,9 +41,9 @@ def pretrained_cfg_of(name: str) -> PretrainedCfg:
     try:
         cfg = timm.get_pretrained_cfg(name)
     except RuntimeError as error:
-        raise UserError(f"{name} can't be built: {error}") from None
+        raise UserError(f"{name} cannot be built: {error}") from None
     if cfg is None:
-        raise UserError(f"timm knows no input size for {name!r}; take another --model")
+        raise UserError(f"timm knows no input size for {name!r}; choose another --model")
     return cfg
 
 
@@ -53,11 +53,16 @@ def native_image_size(name: str) -> int:
 
 
 def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Module:
-    """The model that `config` describes, with `config.weights` loaded where given.
+    """Build the model that `config` describes, and load `config.weights` if given.
+
+    Args:
+        config: settings of the model.
+        image_size: side of the input in pixels.
+        num_classes: outputs.
 
     Raises:
-        UserError: for sizes that don't fit together, options the model doesn't take, an attention that
-            can't serve it, or weights that don't fit.
+        UserError: if sizes do not fit together, if the model does not have an option, if it does not support the
+            attention, or if the weights do not fit.
     """
     sizes = {key: value for key, value in asdict(config).items() if value is not None and key not in NOT_SIZES}
     options: dict[str, Any] = {**sizes, "num_classes": num_classes}
@@ -69,7 +74,7 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         if config.model in OUR_MODELS:
             raise UserError(str(error)) from None
-        raise UserError(f"{config.model} can't be built with {options}: {error}") from None
+        raise UserError(f"{config.model} cannot be built with {options}: {error}") from None
     _check_patches(model, config, image_size)
     set_attention(model, config.attention)
     if config.weights is not None:
@@ -78,7 +83,7 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
 
 
 def _check_memory(name: str, options: dict[str, Any]) -> None:
-    """Refuse a model whose weights alone are more than there is memory, before any is taken."""
+    """Raise ValueError if the weights alone exceed the machine's memory, before any memory is allocated."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         needed = sum(parameter.nbytes for parameter in timm.create_model(name, **options).parameters())
     if needed > (there := psutil.virtual_memory().total):
@@ -88,23 +93,23 @@ def _check_memory(name: str, options: dict[str, Any]) -> None:
 
 
 def check_timm_folder(folder: Path) -> None:
-    """Raise UserError unless `folder` describes, as timm does, a model of timm's or ours that there is memory for."""
+    """Raise UserError unless `folder` has timm's description of a known model that fits in memory."""
     try:
         described = read_json(folder / "config.json")
         name = described["architecture"]
         if not timm.is_model(name):
-            raise ValueError(f"{name!r:.100} is no model's name")
+            raise ValueError(f"{name!r:.100} is not the name of a model")
         _check_memory(name, described.get("model_args") or {})
-    except Exception as error:  # the arguments are whatever the file holds
+    except Exception as error:  # the file may hold any arguments
         reason = str(error) or type(error).__name__
-        raise UserError(f"{folder} is no run, and no folder that timm wrote: config.json: {reason}") from None
+        raise UserError(f"{folder} is neither a run nor a model folder of timm: config.json: {reason}") from None
 
 
 def _check_patches(model: nn.Module, config: ModelConfig, image_size: int) -> None:
-    """Refuse a patch size that the model would ignore, and images that timm's models would cut off silently."""
+    """Raise UserError for a patch size that the model would ignore, and for images that it would crop silently."""
     tokenizer = getattr(model, "patch_embed", None)
     if isinstance(tokenizer, ConvTokenizer) and config.patch_size is not None:
-        raise UserError(f"{config.model} makes tokens by convolutions: leave --patch-size {config.patch_size} out")
+        raise UserError(f"{config.model} computes its tokens by convolutions: omit --patch-size {config.patch_size}")
     patch = getattr(tokenizer, "patch_size", None) or 1
     sides = (patch, patch) if isinstance(patch, int) else tuple(patch)
     if any(image_size % side for side in sides):
@@ -113,23 +118,23 @@ def _check_patches(model: nn.Module, config: ModelConfig, image_size: int) -> No
 
 def _load_weights(model: nn.Module, path: Path) -> None:
     if not path.is_file():
-        raise UserError(f"no weights at {path}; --weights takes a .pth, .pt or .safetensors file")
+        raise UserError(f"{path} is not a file; --weights takes a .pth, .pt or .safetensors file")
     try:
-        with warnings.catch_warnings(action="ignore"):  # about how it was written
+        with warnings.catch_warnings(action="ignore"):  # about the format of the file
             state_dict = load_state_dict(str(path))
-        if "model_state_dict" in state_dict:  # the one common wrapping that timm doesn't know
+        if "model_state_dict" in state_dict:  # the one common wrapper that timm does not handle
             state_dict = clean_state_dict(state_dict["model_state_dict"])
         if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()):
-            raise ValueError("it holds something else than tensors by name")
-    except Exception as error:  # a damaged file can raise anything in torch's reader
+            raise ValueError("it is not a dict of tensors")
+    except Exception as error:  # torch's reader can raise anything for a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path} can't be read as weights: {reason}") from None
+        raise UserError(f"{path} cannot be read as weights: {reason}") from None
     try:
         if isinstance(model, ViT):
             state_dict = checkpoint_filter_fn(state_dict, model)
         other_classes = reset_head_if_other_classes(state_dict, model)
         model.load_state_dict(state_dict)
     except UNFIT as error:
-        raise UserError(f"{path} doesn't fit the model: {' '.join(str(error).split())[:400]}") from None
+        raise UserError(f"{path} does not fit the model: {' '.join(str(error).split())[:400]}") from None
     if other_classes:
-        log.warning("%s has another number of classes: its classifier is left out and starts afresh", path)
+        log.warning("%s has another number of classes: its classifier is not loaded and is initialized randomly", path)

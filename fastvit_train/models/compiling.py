@@ -4,13 +4,13 @@ from torch import nn
 
 
 def compile_model(model: nn.Module, graphed: bool) -> None:
-    """Compile `model` in place, whole, so that nothing between its blocks is left to the interpreter either.
+    """Compile the whole `model` in place, so that no part of it is run by the Python interpreter.
 
-    Names in the state dict stay as they are. Shapes are compiled as they come, none as a variable.
+    The names in the state dict do not change. All shapes are compiled as static.
 
     Args:
         model: on any device.
-        graphed: launch its kernels as a CUDA graph. What a pass returns, gradients included, lies where the next one
-            writes: for one forward pass per optimizer step, in one process.
+        graphed: launch its kernels as a CUDA graph. The next pass overwrites what a pass returns, including gradients:
+            use it only with one forward pass per optimizer step, in one process.
     """
     model.compile(dynamic=False, mode="reduce-overhead" if graphed else None)

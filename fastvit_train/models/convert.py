@@ -1,4 +1,4 @@
-"""Reads other implementations' state dicts into ours: the published compact family's and the seed's upstream."""
+"""Converts other implementations' state dicts to ours: the published compact family's and the upstream's."""
 
 import math
 import re
@@ -26,7 +26,7 @@ COMPACT_NAMES = [
     (r"classifier\.blocks\.(\d+)\.linear([12])\.(\w+)", r"blocks.\1.mlp.fc\2.\3"),
 ]
 COMPACT_PATCH_NAMES = [(r"tokenizer\.conv_layers\.0\.0\.(\w+)", r"patch_embed.proj.\1"), *COMPACT_NAMES]
-SEED_NAMES = [
+UPSTREAM_NAMES = [
     (r"embedding\.patch_embeddings\.projection\.(\w+)", r"patch_embed.proj.\1"),
     (r"embedding\.position_embeddings", r"pos_embed"),
     (r"embedding\.cls_token", r"cls_token"),
@@ -36,27 +36,27 @@ SEED_NAMES = [
     (r"encoder\.blocks\.(\d+)\.mlp\.dense_([12])\.(\w+)", r"blocks.\1.mlp.fc\2.\3"),
     (r"classifier\.(\w+)", r"head.\1"),
 ]
-SEED_HEAD = re.compile(r"encoder\.blocks\.(\d+)\.attention\.heads\.(\d+)\.(query|key|value)\.(\w+)")
+UPSTREAM_HEAD = re.compile(r"encoder\.blocks\.(\d+)\.attention\.heads\.(\d+)\.(query|key|value)\.(\w+)")
 
 
 def checkpoint_filter_fn(state_dict: StateDict, model: ViT) -> StateDict:
-    """Rename a state dict to our names, whichever of the known layouts it has, and fit its positions.
+    """Rename a state dict in any of the known layouts to our names, and resample its position embeddings.
 
-    Keys that no layout knows stay as they are, so that a strict load names them.
+    Unknown keys stay as they are, so that a strict load reports them.
     """
     if any(key.startswith("classifier.blocks.") for key in state_dict):
         patches = hasattr(model.patch_embed, "proj")
         state_dict = _rename(state_dict, COMPACT_PATCH_NAMES if patches else COMPACT_NAMES)
     elif any(key.startswith("encoder.blocks.") for key in state_dict):
-        state_dict = _name_by_shape(_rename(_merge_heads(state_dict), SEED_NAMES), model)
+        state_dict = _name_by_shape(_rename(_merge_heads(state_dict), UPSTREAM_NAMES), model)
     if "head.weight" in state_dict:
-        # timm decides by this whether the classifier fits the model; only the file knows.
+        # timm decides by this entry whether the classifier fits the model, and only the file has the number.
         pretrained_cfg(model)["num_classes"] = len(state_dict["head.weight"])
     return _fit_positions(state_dict, model)
 
 
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
-    """timm's description of a model: its mean and std, its classifier's name, and so on."""
+    """Return timm's description of a model: its mean and std, the name of its classifier, and so on."""
     cfg = getattr(model, "pretrained_cfg", {})
     assert isinstance(cfg, dict)
     return cfg
@@ -73,11 +73,11 @@ def _rename(state_dict: StateDict, names: list[tuple[str, str]]) -> StateDict:
 
 
 def _merge_heads(state_dict: StateDict) -> StateDict:
-    """Stack the per-head query, key and value layers into the merged one: query heads, key heads, value heads."""
+    """Stack the per-head query, key and value layers into the merged layer: query heads, key heads, value heads."""
     parts: dict[tuple[str, str], dict[tuple[int, int], Tensor]] = {}
     rest: StateDict = {}
     for key, value in state_dict.items():
-        if match := SEED_HEAD.fullmatch(key):
+        if match := UPSTREAM_HEAD.fullmatch(key):
             block, head, role, kind = match.groups()
             parts.setdefault((block, kind), {})[("query", "key", "value").index(role), int(head)] = value
         else:
@@ -90,7 +90,7 @@ def _merge_heads(state_dict: StateDict) -> StateDict:
 
 
 def _name_by_shape(state_dict: StateDict, model: ViT) -> StateDict:
-    """The seed's mc-ViT adds a pooling layer and a LayerNorm under no settled names: tell them by their shapes."""
+    """Identify the pooling layer and the LayerNorm of the upstream's mc-ViT, whose names vary, by their shapes."""
     known = model.state_dict().keys()
 
     def ours(key: str, value: Tensor) -> str:
@@ -109,7 +109,7 @@ def _fit_positions(state_dict: StateDict, model: ViT) -> StateDict:
     if positions is None or positions.ndim != 3 or positions.shape[1] == model.pos_embed.shape[1]:
         return state_dict
     if math.isqrt(patches := positions.shape[1] - model.num_prefix_tokens) ** 2 != patches:
-        return state_dict  # of a model with other prefix tokens: the strict load says so
+        return state_dict  # the model has other prefix tokens, which the strict load reports
     fitted = resample_abs_pos_embed(
         positions, new_size=list(model.patch_embed.grid_size), num_prefix_tokens=model.num_prefix_tokens
     )
@@ -117,9 +117,14 @@ def _fit_positions(state_dict: StateDict, model: ViT) -> StateDict:
 
 
 def reset_head_if_other_classes(state_dict: StateDict, model: nn.Module) -> bool:
-    """Drop a classifier of another number of classes from `state_dict`, in place; True where it did.
+    """Replace a classifier for another number of classes in `state_dict`, in place, by that of `model`.
 
-    `model` is any timm model; the fresh classifier it was built with stays.
+    Args:
+        state_dict: weights to load.
+        model: any timm model, with a newly initialized classifier.
+
+    Returns:
+        True if the classifier was replaced.
     """
     name = pretrained_cfg(model)["classifier"]
     weight = state_dict.get(f"{name}.weight")

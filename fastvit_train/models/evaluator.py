@@ -1,4 +1,4 @@
-"""Evaluation, sharded over the processes and exact to the sample."""
+"""Evaluation of a model, sharded over the ranks and exact for every sample."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,9 +15,9 @@ CALIBRATION_BINS = 15
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model said of each of N images, on the CPU, in the data set's order; the figures follow from it.
+    """The predictions of a model for each of N images, on the CPU, in the data set's order.
 
-    As nothing is summed before all of it is together, the figures don't depend on the number of processes.
+    Metrics are computed from the gathered predictions, so they do not depend on the world size.
     """
 
     labels: Tensor
@@ -29,7 +29,7 @@ class Evaluation:
     losses: Tensor
     """cross-entropies, nats (N,)"""
     ahead: Tensor
-    """classes held for more probable than the true one, int64 (N,)"""
+    """number of classes predicted with a higher probability than the true one, int64 (N,)"""
     num_classes: int
 
     @property
@@ -52,24 +52,24 @@ class Evaluation:
         return (self.ahead < 5).double().mean().item()
 
     def confusion(self) -> Tensor:
-        """How many images of each class (row) were taken for which (column), int64 (num_classes, num_classes)."""
+        """Return the confusion matrix: images of each true class (row) by predicted class (column), int64."""
         pairs = self.labels * self.num_classes + self.predicted
         return pairs.bincount(minlength=self.num_classes**2).view(self.num_classes, self.num_classes)
 
     def precision(self) -> Tensor:
-        """Of the images taken for each class, the fraction that are of it, (num_classes,); NaN where none was."""
-        return self._right() / self.predicted.bincount(minlength=self.num_classes)
+        """Return the precision of each class, (num_classes,); NaN if the class was never predicted."""
+        return self._true_positives() / self.predicted.bincount(minlength=self.num_classes)
 
     def recall(self) -> Tensor:
-        """Of the images of each class, the fraction taken for it, (num_classes,); NaN where there is none."""
-        return self._right() / self.labels.bincount(minlength=self.num_classes)
+        """Return the recall of each class, (num_classes,); NaN if the class has no images."""
+        return self._true_positives() / self.labels.bincount(minlength=self.num_classes)
 
-    def _right(self) -> Tensor:
-        """Images of each class that were taken for it, (num_classes,)."""
+    def _true_positives(self) -> Tensor:
+        """Return the number of correctly predicted images of each class, (num_classes,)."""
         return self.labels[self.predicted == self.labels].bincount(minlength=self.num_classes).double()
 
     def calibration_error(self) -> float:
-        """Expected calibration error: |accuracy - confidence|, over 15 equal bins of confidence, by their images.
+        """Return the expected calibration error: the mean of |accuracy - confidence| over 15 equal bins of confidence.
 
         Source: Guo et al. 2017, eq. 3 (https://arxiv.org/abs/1706.04599).
         """
@@ -82,13 +82,17 @@ class Evaluation:
 def evaluate_model(
     model: nn.Module, loader: EvalLoader, accelerator: Accelerator, after_batch: Callable[[], object] = lambda: None
 ) -> Evaluation:
-    """Evaluate the prepared `model`; the same on every process. Leaves the model in evaluation mode.
+    """Evaluate the prepared `model`; all ranks return the same. Leaves the model in evaluation mode.
 
-    `after_batch` is called after every batch.
+    Args:
+        model: as Accelerate prepared it.
+        loader: this rank's batches.
+        accelerator: of this rank.
+        after_batch: called after every batch.
     """
     model.eval()
-    exact = torch.float32 if accelerator.device.type == "mps" else torch.float64  # whole numbers too
-    said = torch.zeros(loader.padded_size, 4, dtype=exact, device=accelerator.device)
+    exact = torch.float32 if accelerator.device.type == "mps" else torch.float64  # represents class indices exactly too
+    rows_of_all = torch.zeros(loader.padded_size, 4, dtype=exact, device=accelerator.device)
     num_classes = 0
     for images, labels, indices in loader:
         logits = model(images).float()
@@ -97,16 +101,16 @@ def evaluate_model(
         confidence, predicted = logits.softmax(1).max(1)
         ahead = _ahead(logits, labels)
         rows = torch.stack([figure.to(exact) for figure in (losses, confidence, predicted, ahead)], 1)
-        said.index_copy_(0, indices, rows)
+        rows_of_all.index_copy_(0, indices, rows)
         after_batch()
     # Every row was written by one rank and is zero on the others.
-    losses, confidence, predicted, ahead = accelerator.reduce(said, "sum")[: len(loader.labels)].cpu().unbind(1)
+    losses, confidence, predicted, ahead = accelerator.reduce(rows_of_all, "sum")[: len(loader.labels)].cpu().unbind(1)
     return Evaluation(loader.labels.cpu(), predicted.long(), confidence, losses, ahead.long(), num_classes)
 
 
 def _ahead(logits: Tensor, labels: Tensor) -> Tensor:
-    """Classes held for more probable than the true one, (batch,); of equals the first, as argmax has it."""
+    """Return the number of classes ranked above the true one, (batch,); ties go to the first class, as in argmax."""
     true = logits.gather(1, labels[:, None])
     later = torch.arange(logits.shape[1], device=logits.device) >= labels[:, None]
     behind = (logits < true) | (logits == true) & later
-    return logits.shape[1] - behind.sum(1)  # what is no number is behind nothing
+    return logits.shape[1] - behind.sum(1)  # NaN compares as ranked above

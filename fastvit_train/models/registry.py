@@ -1,4 +1,4 @@
-"""The models by name, as timm entries: `timm.create_model(name)` works once fastvit_train is imported."""
+"""Our models as timm entries: `timm.create_model(name)` works once fastvit_train is imported."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ default_cfgs = generate_default_cfgs(
 
 OUR_MODELS = sorted(name.partition(".")[0] for name in default_cfgs)
 
-SEED = {"patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 4}
+UPSTREAM = {"patch_size": 4, "embed_dim": 48, "depth": 4, "num_heads": 4}
 COMPACT = {
     "qkv_bias": False,
     "residual_norm": True,
@@ -62,14 +62,14 @@ def _create(name: str, pretrained: bool, defaults: dict[str, Any], kwargs: dict[
 
 @register_model
 def c_vit_4_4_32(pretrained: bool = False, **kwargs: Any) -> ViT:
-    """The seed's baseline: class token, no final LayerNorm; 119,098 parameters."""
-    return _create("c_vit_4_4_32", pretrained, {**SEED, "pooling": "cls", "final_norm": False}, kwargs)
+    """The upstream's c-ViT: class token, no final LayerNorm; 119,098 parameters."""
+    return _create("c_vit_4_4_32", pretrained, {**UPSTREAM, "pooling": "cls", "final_norm": False}, kwargs)
 
 
 @register_model
 def mc_vit_4_4_32(pretrained: bool = False, **kwargs: Any) -> ViT:
-    """The seed's modified compact ViT: sequence pooling; 119,147 parameters."""
-    return _create("mc_vit_4_4_32", pretrained, {**SEED, "pooling": "seq"}, kwargs)
+    """The upstream's mc-ViT: sequence pooling; 119,147 parameters."""
+    return _create("mc_vit_4_4_32", pretrained, {**UPSTREAM, "pooling": "seq"}, kwargs)
 
 
 @register_model

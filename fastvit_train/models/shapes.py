@@ -1,4 +1,4 @@
-"""What a model does to an image, part by part."""
+"""The output shapes of a model, part by part."""
 
 import copy
 from collections.abc import Iterator
@@ -11,20 +11,20 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of a model that has parameters."""
+    """A part of a model with parameters."""
 
     name: str
     shape: tuple[int, ...]
-    """of its output for one image"""
+    """shape of its output for one image"""
     parameters: int
 
 
 def stages(model: nn.Module, image_size: int) -> list[Stage]:
-    """The parts of `model` in the order in which an image passes them; containers are opened, once.
+    """Return the parts of `model` in the order in which the forward pass calls them; containers are expanded once.
 
     Args:
-        model: on any device, torch's meta device included; it is left as it is.
-        image_size: side of the input, pixels.
+        model: on any device, including torch's meta device; it is not changed.
+        image_size: side of the input in pixels.
     """
     probe = copy.deepcopy(model).eval()
     shapes: dict[str, tuple[int, ...]] = {}
@@ -41,12 +41,12 @@ def stages(model: nn.Module, image_size: int) -> list[Stage]:
         part.register_forward_hook(record(name))
     with torch.no_grad():
         probe(torch.zeros(1, 3, image_size, image_size, device=next(probe.parameters()).device))
-    found = [Stage(name, shape, _count(parts[name])) for name, shape in shapes.items()]
-    return [stage for stage in found if stage.parameters]
+    result = [Stage(name, shape, _count(parts[name])) for name, shape in shapes.items()]
+    return [stage for stage in result if stage.parameters]
 
 
 def tokens(passed: list[Stage]) -> int | None:
-    """The most tokens that an image is at once, a class token included; None for a model without tokens."""
+    """Return the largest number of tokens of an image, including a class token; None for a model without tokens."""
     return max((stage.shape[0] for stage in passed if len(stage.shape) == 2), default=None)
 
 

@@ -1,4 +1,4 @@
-"""One Vision Transformer for small images; its options span the seed's two models and the compact family.
+"""One Vision Transformer for small images; its options cover the upstream's two models and the compact family.
 
 Sources: ViT, Dosovitskiy et al. 2021 (https://arxiv.org/abs/2010.11929); sequence pooling and the
 convolutional tokenizer, Hassani et al. 2021 (https://arxiv.org/abs/2104.05704).
@@ -20,9 +20,9 @@ Size = int | tuple[int, int]
 
 
 class DropPath(nn.Module):
-    """Zeroes whole samples of a residual branch with probability `rate` (Huang et al. 2016), scaling the rest.
+    """Zero whole samples of a residual branch with probability `rate` (Huang et al. 2016), and scale the rest.
 
-    The probability is a tensor, so that blocks that differ in nothing else share their compiled code.
+    The probability is a tensor, so that blocks that differ in it alone share their compiled code.
     """
 
     keep_prob: Tensor
@@ -39,7 +39,7 @@ class DropPath(nn.Module):
 
 
 class PatchTokenizer(nn.Module):
-    """Non-overlapping patches, each projected to a token."""
+    """Project non-overlapping patches to tokens."""
 
     def __init__(self, in_chans: int, embed_dim: int, image_size: tuple[int, int], patch_size: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class PatchTokenizer(nn.Module):
 
 
 class ConvTokenizer(nn.Module):
-    """Convolutions without bias, each followed by ReLU and 3x3/2 max-pooling (CCT)."""
+    """Compute tokens by convolutions without bias, each followed by ReLU and 3x3/2 max-pooling (CCT)."""
 
     def __init__(
         self, in_chans: int, embed_dim: int, image_size: tuple[int, int], kernel_size: int, num_layers: int
@@ -79,7 +79,7 @@ class ConvTokenizer(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers with a GELU between; `hidden_drop` is the compact family's dropout after the GELU."""
+    """Two linear layers with a GELU in between; `hidden_drop` is the compact family's dropout after the GELU."""
 
     def __init__(self, dim: int, hidden_dim: int, gelu: str, hidden_drop: float, drop: float) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP; with `residual_norm` the second norm sits on the residual stream itself."""
+    """Pre-norm attention and MLP; with `residual_norm` the second norm is applied to the residual stream itself."""
 
     def __init__(
         self, dim: int, attn: fastvit_kernels.SelfAttention, mlp: Mlp, drop_path_rate: float, residual_norm: bool
@@ -116,30 +116,30 @@ class ViT(nn.Module):
     """A Vision Transformer with timm's interface.
 
     Args:
-        img_size: pixels, one number or (height, width); a multiple of patch_size where patches are cut.
+        img_size: pixels, one number or (height, width); a multiple of patch_size if conv_layers is 0.
         in_chans: image channels.
-        num_classes: outputs; 0 leaves the classifier out.
-        pooling: "cls" puts a class token first and classifies on it; "seq" pools all tokens with learned
+        num_classes: outputs; 0 omits the classifier.
+        pooling: "cls" prepends a class token and classifies on it; "seq" pools all tokens with learned
             weights (sequence pooling).
-        global_pool: timm's name for the same; "" leaves the tokens unpooled, whatever `pooling` is.
-        patch_size: pixels; ignored where conv_layers > 0.
-        conv_layers: convolutions of the tokenizer; 0 cuts patches instead.
-        kernel_size: of those convolutions.
+        global_pool: timm's name for the same; "" leaves the tokens unpooled for either `pooling`.
+        patch_size: pixels; ignored if conv_layers > 0.
+        conv_layers: number of convolutions of the tokenizer; 0 projects patches instead.
+        kernel_size: kernel size of those convolutions.
         embed_dim, depth, num_heads, mlp_ratio, qkv_bias: the encoder's sizes.
-        residual_norm: the second LayerNorm sits on the residual stream (compact family).
-        final_norm: LayerNorm after the last block.
-        gelu: "tanh" (the seed's) or "none" (exact).
+        residual_norm: apply the second LayerNorm to the residual stream itself (compact family).
+        final_norm: apply a LayerNorm after the last block.
+        gelu: "tanh" (the upstream's) or "none" (exact).
         pos_embed: "learned" or "sine" (fixed).
-        init: "seed", all weights and positions from N(0, initializer_range); "compact", the published
-            family's: tokenizer Kaiming, positions with std 0.2, class token zero.
+        init: "upstream" draws all weights and positions from N(0, initializer_range); "compact" is the published
+            family's: Kaiming for the tokenizer, positions with std 0.2, a class token of zeros.
         initializer_range: standard deviation of the initial weights.
         drop_rate: dropout on embeddings, projections and MLP outputs.
         attn_drop_rate: dropout on attention weights.
-        drop_path_rate: stochastic depth of the last block; rises linearly from 0 at the first.
+        drop_path_rate: stochastic depth rate of the last block; it rises linearly from 0 at the first.
         attention: implementation, one of `fastvit_kernels.implementations()`.
 
     Raises:
-        ValueError: where sizes don't fit together or the attention is unknown.
+        ValueError: if the sizes do not fit together, or if the attention is unknown.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class ViT(nn.Module):
         final_norm: bool = True,
         gelu: Literal["tanh", "none"] = "tanh",
         pos_embed: Literal["learned", "sine"] = "learned",
-        init: Literal["seed", "compact"] = "seed",
+        init: Literal["upstream", "compact"] = "upstream",
         initializer_range: float = 0.02,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
@@ -173,7 +173,7 @@ class ViT(nn.Module):
         hidden_dim = round(embed_dim * mlp_ratio)
         if hidden_dim < 1:
             raise ValueError(
-                f"mlp_ratio {mlp_ratio} leaves an MLP of width {embed_dim} x {mlp_ratio} nothing; raise it"
+                f"mlp_ratio {mlp_ratio} gives an MLP of width {embed_dim} x {mlp_ratio}, which rounds to 0; raise it"
             )
         _check_choice("pos_embed", pos_embed, ("learned", "sine"))
         image_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
@@ -230,17 +230,17 @@ class ViT(nn.Module):
         if init == "compact":
             for module in self.patch_embed.modules():
                 if isinstance(module, nn.Conv2d):
-                    module.reset_parameters()  # its bias stays torch's default draw
+                    module.reset_parameters()  # the bias keeps torch's default initialization
                     nn.init.kaiming_normal_(module.weight)
         if not self.pos_embed.requires_grad:
             self.pos_embed.data.copy_(sine_positions(*self.pos_embed.shape[1:]))
         else:
             nn.init.trunc_normal_(self.pos_embed, std=0.2 if init == "compact" else std)
-        if self.cls_token is not None and init == "seed":
+        if self.cls_token is not None and init == "upstream":
             nn.init.trunc_normal_(self.cls_token, std=std)
 
     def forward_features(self, images_BCHW: Tensor) -> Tensor:
-        """(batch, channels, height, width) to the last block's tokens, (batch, tokens, embed_dim)."""
+        """Map images (batch, channels, height, width) to the last block's tokens (batch, tokens, embed_dim)."""
         x_BND = self.patch_embed(images_BCHW)
         if self.cls_token is not None:
             x_BND = torch.cat((self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND), dim=1)
@@ -253,9 +253,9 @@ class ViT(nn.Module):
         return self.norm(x_BND)
 
     def forward_head(self, x_BND: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens to logits, (batch, num_classes); with `pre_logits` to the pooled features, (batch, embed_dim).
+        """Map tokens to logits (batch, num_classes), or with `pre_logits` to the pooled features (batch, embed_dim).
 
-        With global_pool "" both keep the tokens: (batch, tokens, ...).
+        If global_pool is "", both keep the tokens: (batch, tokens, ...).
         """
         if self.global_pool == "":
             pooled_BD = x_BND
@@ -273,7 +273,7 @@ class ViT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the classifier by a fresh one, on the model's device and in its dtype."""
+        """Replace the classifier by a newly initialized one, on the model's device and in its dtype."""
         if global_pool is not None:
             self.global_pool = self._checked_pool(global_pool)
         self.num_classes = num_classes
@@ -281,14 +281,16 @@ class ViT(nn.Module):
 
     def _checked_pool(self, global_pool: str | None) -> str:
         if global_pool not in (None, "", self.pooling):
-            raise ValueError(f"global_pool {global_pool!r} can't be had; allowed: {self.pooling!r}, or '' for none")
+            raise ValueError(
+                f"global_pool {global_pool!r} is not available; allowed: {self.pooling!r}, or '' for no pooling"
+            )
         return self.pooling if global_pool is None else global_pool
 
     def no_weight_decay(self) -> set[str]:
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's layer groups, for layer-wise learning rates."""
+        """Return timm's layer groups, for layer-wise learning rates."""
         blocks: str | list[tuple[str, Iterable[int] | None]] = [
             (r"^blocks\.(\d+)", None),
             (r"^norm|^attention_pool", (99999,)),
@@ -301,7 +303,7 @@ class ViT(nn.Module):
 
 
 def sine_positions(tokens: int, dim: int) -> Tensor:
-    """Fixed positions, (tokens, dim): sine on even channels, cosine on odd ones (Vaswani et al. 2017, 3.5)."""
+    """Return fixed positions (tokens, dim): sine on even channels, cosine on odd ones (Vaswani et al. 2017, 3.5)."""
     channels = torch.arange(dim)
     angles = torch.arange(tokens).unsqueeze(1) / 10000 ** (2 * (channels // 2) / dim)
     return torch.where(channels % 2 == 0, angles.sin(), angles.cos())

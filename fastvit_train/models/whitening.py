@@ -1,7 +1,7 @@
-"""Patch whitening: the patch projection starts as the directions in which the training images vary, evenly scaled.
+"""Patch whitening: the patch projection starts as the principal directions of the training patches, evenly scaled.
 
 Source: whitening of the first layer, Coates & Ng 2012, as in Jordan's airbench (https://arxiv.org/abs/2404.00498);
-here the projection goes on to be trained.
+here the projection is trained further.
 
 Shape suffixes: B images, C channels, H height, W width, P values of a patch, S patches.
 """
@@ -19,16 +19,16 @@ from fastvit_train.utils.errors import UserError
 MAX_SAMPLES = 5000
 """number of images that the directions are computed from"""
 STD = 0.3
-"""of a token's channels, over all patches: below 1, so that what the blocks add soon counts"""
+"""standard deviation of a token's channels over all patches; below 1, so that the blocks' outputs soon matter"""
 FLOOR = 0.01
-"""variance, of the mean over all directions, that is added to each: what hardly varies is not blown up"""
+"""fraction of the mean variance that is added to each direction's variance, so that noise is not amplified"""
 
 
 def whiten(model: nn.Module, config: ResolvedConfig, dataset: DatasetSpec) -> None:
     """Whiten the patches of `model` with the first training images, which are the same on every rank.
 
     Raises:
-        UserError: if the images are streamed, or if the model does not cut patches.
+        UserError: if the images are streamed, or if the model does not project patches.
     """
     images = dataset.train.images
     if not isinstance(images, Tensor):
@@ -37,18 +37,18 @@ def whiten(model: nn.Module, config: ResolvedConfig, dataset: DatasetSpec) -> No
 
 
 def whiten_patches(model: nn.Module, images_BCHW: Tensor) -> None:
-    """Set the patch projection of `model` to whiten the patches of `images_BCHW`, normalised as in training.
+    """Set the patch projection of `model` to whiten the patches of `images_BCHW`, normalized as in training.
 
-    Channel after channel takes the direction of next smaller variance; where there are more channels than directions,
-    the rest keep their random weights.
+    The channels take the directions in order of decreasing variance. If there are more channels than directions, the
+    remaining ones keep their random weights.
 
     Raises:
-        UserError: where the model doesn't cut patches.
+        UserError: if the model does not project patches.
     """
     tokenizer = getattr(model, "patch_embed", None)
     projection = getattr(tokenizer, "proj", None)
     if not isinstance(projection, nn.Conv2d) or not isinstance(tokenizer, PatchTokenizer):
-        raise UserError("--patch-init whiten is for our models that cut patches; give --patch-init random")
+        raise UserError("--patch-init whiten needs one of our models with a patch projection; give --patch-init random")
     patches_SP = F.unfold(images_BCHW.double(), projection.kernel_size, stride=projection.stride)
     patches_SP = patches_SP.transpose(1, 2).flatten(0, 1)
     mean_P = patches_SP.mean(0)
@@ -56,7 +56,7 @@ def whiten_patches(model: nn.Module, images_BCHW: Tensor) -> None:
     variances_P, directions_PP = torch.linalg.eigh(covariance_PP)
     scales_P = STD / (variances_P + FLOOR * variances_P.mean()).sqrt()
     filters_PP = (directions_PP * scales_P).T.flip(0)
-    signs_P = filters_PP.gather(1, filters_PP.abs().argmax(1, keepdim=True)).sign()  # eigh leaves them to chance
+    signs_P = filters_PP.gather(1, filters_PP.abs().argmax(1, keepdim=True)).sign()  # eigh does not determine them
     filters_PP = (filters_PP * signs_P)[: projection.out_channels]
     with torch.no_grad():
         projection.weight[: len(filters_PP)] = filters_PP.view(-1, *projection.weight.shape[1:]).to(projection.weight)

@@ -232,7 +232,7 @@ def test_many_classes_and_a_model_without_attention(tmp_path: Path) -> None:
     page = report(tmp_path, tmp_path / "many")
     assert "A matrix of 32 classes would not be legible" in page.text
     assert len(page.table("The 20 of 32 classes with the lowest recall")) == 21
-    assert page.table("Most frequent confusions") and "ResNet is no plain vision transformer" in page.text
+    assert page.table("Most frequent confusions") and "ResNet is not a plain vision transformer" in page.text
 
 
 def test_a_missing_data_set_is_reported_on_the_page(runs: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_nothing_of_the_model_stays_changed(seed: int) -> None:
 
 
 def test_what_can_not_be_looked_at_is_said() -> None:
-    with pytest.raises(UserError, match="ResNet is no plain vision transformer"):
+    with pytest.raises(UserError, match="ResNet is not a plain vision transformer"):
         attention_maps(timm.create_model("resnet18"), torch.zeros(1, 3, 32, 32))
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, class_token=False, global_pool="map")
     set_attention(model, "fused")

@@ -109,7 +109,7 @@ def test_unknown_names_are_answered_with_the_known_ones() -> None:
         check_model("mc_vit_4_4_33")
     with pytest.raises(UserError, match="unknown attention implementation 'flash'; allowed: naive, .*, triton, auto$"):
         check_attention(ModelConfig(attention="flash"))
-    with pytest.raises(UserError, match="attention 'timm' is what models of timm's come with"):
+    with pytest.raises(UserError, match="attention 'timm' is for timm's own models"):
         check_attention(ModelConfig(attention="timm"))
     with pytest.raises(UserError, match="ResNet has no attention"):
         build_model(ModelConfig(model="resnet18", attention="naive"), image_size=32, num_classes=10)
@@ -122,13 +122,13 @@ def test_timms_own_models_build_at_another_size(name: str) -> None:
 
 
 def test_settings_that_a_model_would_ignore_or_cut_off_are_refused() -> None:
-    with pytest.raises(UserError, match="leave --patch-size 5 out"):
+    with pytest.raises(UserError, match="omit --patch-size 5"):
         build_model(ModelConfig(model="cct_2_3x2_32", patch_size=5), image_size=32, num_classes=10)
     with pytest.raises(UserError, match="image size 20x20 is not a multiple of patch size 16"):
         build_model(ModelConfig(model="vit_tiny_patch16_224"), image_size=20, num_classes=10)
-    with pytest.raises(UserError, match="vit_tiny_patch16_224 can't be built with .*pos_embed"):
+    with pytest.raises(UserError, match="vit_tiny_patch16_224 cannot be built with .*pos_embed"):
         build_model(ModelConfig(model="vit_tiny_patch16_224", pos_embed="sine"), image_size=32, num_classes=10)
-    with pytest.raises(UserError, match="can't be built"):
+    with pytest.raises(UserError, match="cannot be built"):
         build_model(ModelConfig(model="vit_tiny_patch16_224.nope"), image_size=32, num_classes=10)
     with pytest.raises(UserError, match=r"mlp_ratio 0\.001"):
         build_model(ModelConfig(mlp_ratio=0.001), image_size=32, num_classes=10)
@@ -142,7 +142,7 @@ def test_tokens_are_left_unpooled_on_request(name: str) -> None:
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 5)
     model.reset_classifier(5, "")
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 64 + model.num_prefix_tokens, 5)
-    with pytest.raises(ValueError, match="global_pool 'avg' can't be had"):
+    with pytest.raises(ValueError, match="global_pool 'avg' is not available"):
         model.reset_classifier(5, "avg")
 
 

@@ -43,7 +43,7 @@ def test_channels_beyond_the_directions_stay_random(seed: int) -> None:
 
 
 def test_it_is_for_models_that_cut_patches(seed: int) -> None:
-    with pytest.raises(UserError, match="--patch-init whiten is for our models that cut patches"):
+    with pytest.raises(UserError, match="--patch-init whiten needs one of our models with a patch projection"):
         whiten_patches(timm.create_model("cct_2_3x2_32"), correlated(2))
 
 

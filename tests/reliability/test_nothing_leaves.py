@@ -100,7 +100,7 @@ def _streamed(root: Path) -> list[object]:
     ("make", "said"),
     [
         pytest.param(_laughs, "aliases", marks=pytest.mark.slow),
-        (_weights, "can't be read as weights"),
+        (_weights, "cannot be read as weights"),
         (_streamed, "1.png can't be decoded"),
         pytest.param(_batch, "data_batch_1 is damaged or is a different file: MD5", marks=pytest.mark.slow),
         pytest.param(_image, "1.png can't be decoded", marks=pytest.mark.slow),

@@ -106,7 +106,7 @@ def test_timms_vit_trains_with_ours(small_config: Config, tmp_path: Path, monkey
 
 def test_a_model_that_it_cant_serve_keeps_its_own(small_config: Config) -> None:
     resnet = {"model": "resnet18", "embed_dim": None, "depth": None, "num_heads": None, "patch_size": None, "epochs": 1}
-    with pytest.raises(UserError, match="ResNet has no attention module that 'sdpa' could replace; take --attention"):
+    with pytest.raises(UserError, match="ResNet has no attention module that 'sdpa' could replace; use --attention"):
         fit(small_config(attention="sdpa", **resnet))
     assert fit(small_config(attention="auto", image_size=32, **resnet))["attention"] == "timm"
 
