@@ -1,4 +1,4 @@
-"""Inputs that are wrong: how they are made, and how the command line is asked about them."""
+"""Malformed inputs: how they are made, and how the command line is run on them."""
 
 import contextlib
 import io
@@ -18,7 +18,7 @@ from tests.support import one_line_error
 
 MALFORMED = "malformed inputs, each one line and status 2"
 SECONDS_PER_INPUT = 20
-# Everything is read and checked before anything is written: what is answered with this was well-formed.
+# Input is read and checked before anything is written, so an input that gets as far as this error was well-formed.
 NOT_WRITABLE = "/dev/null/runs"
 WELL_FORMED = re.compile("can't write .*/dev/null/runs/")
 TINY = (
@@ -28,12 +28,12 @@ TINY = (
 
 
 class TooSlow(BaseException):
-    """No Exception, so that nothing takes it for a damaged file."""
+    """Not an Exception, so that no handler takes it for a damaged file."""
 
 
 @contextlib.contextmanager
 def within(seconds: float) -> Iterator[None]:
-    """Raise TooSlow in what takes longer."""
+    """Raise TooSlow if the block takes longer than `seconds`."""
 
     def stop(*_: object) -> None:
         raise TooSlow(f"no answer within {seconds} s")
@@ -47,10 +47,10 @@ def within(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def answer(*args: object) -> str | None:
-    """The one line that the command is answered with; None where the input was found well-formed.
+def error_line(*args: object) -> str | None:
+    """Run the command, and return its error message, one line; None if it found the input well-formed.
 
-    Fails on a traceback, another status than 2, a second line, a character that moves the cursor, and a hang.
+    Fails on a traceback, an exit status other than 2, a second line, a control character, and a hang.
     """
     out, err = io.StringIO(), io.StringIO()
     try:
@@ -60,7 +60,7 @@ def answer(*args: object) -> str | None:
             contextlib.redirect_stderr(err),
             warnings.catch_warnings(),
         ):
-            warnings.simplefilter("error", UserWarning)  # which would be another line
+            warnings.simplefilter("error", UserWarning)  # a warning would be another line
             warnings.simplefilter("error", RuntimeWarning)
             main([str(arg) for arg in args])
     except SystemExit as stop:
@@ -74,16 +74,16 @@ def answer(*args: object) -> str | None:
     return None if WELL_FORMED.match(line) else line
 
 
-def asked(count: Callable[..., None], *args: object) -> bool:
-    """Ask, and count the input where it was malformed; True then."""
-    line = answer(*args)
+def is_refused(count: Callable[..., None], *args: object) -> bool:
+    """Run the command, and return True if it found the input malformed, which is counted."""
+    line = error_line(*args)
     if line is not None:
         count(MALFORMED)
     return line is not None
 
 
-def for_each(strategy: st.SearchStrategy[Any], examples: int, seed: int, check: Callable[[Any], None]) -> None:
-    """Check `examples` inputs of hypothesis' making, the same ones for the same seed."""
+def check_examples(strategy: st.SearchStrategy[Any], examples: int, seed: int, check: Callable[[Any], None]) -> None:
+    """Call `check` with `examples` inputs from hypothesis, the same ones for the same seed."""
     quiet = hypothesis.settings(
         max_examples=examples,
         deadline=None,
@@ -96,33 +96,33 @@ def for_each(strategy: st.SearchStrategy[Any], examples: int, seed: int, check: 
 
 
 def mutated(content: bytes) -> st.SearchStrategy[bytes]:
-    """`content` with one to three things wrong with it, most often near its start, where headers are."""
-    places = st.one_of(st.integers(0, min(64, len(content) - 1)), st.integers(0, len(content) - 1))
+    """Return a strategy for `content` with one to three changes, most of them near its start, where headers are."""
+    offsets = st.one_of(st.integers(0, min(64, len(content) - 1)), st.integers(0, len(content) - 1))
     extremes = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
     lies = [struct.pack(f"{order}I", value) for order in "<>" for value in extremes]
     change = st.one_of(
-        st.tuples(st.just("cut"), places, st.none()),
-        st.tuples(st.just("flip"), places, st.integers(0, 7)),
-        st.tuples(st.just("overwrite"), places, st.sampled_from(lies) | st.binary(min_size=1, max_size=16)),
-        st.tuples(st.just("insert"), places, st.binary(min_size=1, max_size=16)),
-        st.tuples(st.just("remove"), places, st.integers(1, 32)),
+        st.tuples(st.just("cut"), offsets, st.none()),
+        st.tuples(st.just("flip"), offsets, st.integers(0, 7)),
+        st.tuples(st.just("overwrite"), offsets, st.sampled_from(lies) | st.binary(min_size=1, max_size=16)),
+        st.tuples(st.just("insert"), offsets, st.binary(min_size=1, max_size=16)),
+        st.tuples(st.just("remove"), offsets, st.integers(1, 32)),
     )
     return st.lists(change, min_size=1, max_size=3).map(lambda changes: _changed(content, changes))
 
 
 def _changed(content: bytes, changes: list[tuple[str, int, Any]]) -> bytes:
     data = bytearray(content)
-    for what, place, how in changes:
+    for what, offset, how in changes:
         if what == "cut":
-            del data[place:]
-        elif what == "flip" and place < len(data):
-            data[place] ^= 1 << how
+            del data[offset:]
+        elif what == "flip" and offset < len(data):
+            data[offset] ^= 1 << how
         elif what == "overwrite":
-            data[place : place + len(how)] = how
+            data[offset : offset + len(how)] = how
         elif what == "insert":
-            data[place:place] = how
+            data[offset:offset] = how
         elif what == "remove":
-            del data[place : place + how]
+            del data[offset : offset + how]
     return bytes(data)
 
 

@@ -19,7 +19,7 @@ import fastvit_train.models  # noqa: F401 before a test's clock starts
 from fastvit_train.config.overrides import flatten
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from tests.reliability.malformed import MALFORMED, NOT_WRITABLE, TINY, answer, asked, for_each, mutated
+from tests.reliability.malformed import MALFORMED, NOT_WRITABLE, TINY, check_examples, error_line, is_refused, mutated
 from tests.support import write_folder
 
 Count = Callable[..., None]
@@ -68,7 +68,7 @@ def test_configurations(tmp_path: Path, count: Count, chunk: int) -> None:
     file = tmp_path / "it.yaml"
     for text in CONFIGS[chunk : chunk + 30]:
         file.write_bytes(text if isinstance(text, bytes) else text.encode())
-        assert asked(count, "--config", file, "--runs-dir", NOT_WRITABLE, "--attention", "fused"), text[:100]
+        assert is_refused(count, "--config", file, "--runs-dir", NOT_WRITABLE, "--attention", "fused"), text[:100]
 
 
 NUMBERS = st.integers(-3, 3) | st.sampled_from([2**31, 2**63, -(2**64), 10**30, 1e30, -1e-30, 1e308, float("nan")])
@@ -85,9 +85,9 @@ def test_configurations_made_up(tmp_path: Path, count: Count, seed: int, example
 
     def check(text: bytes) -> None:
         file.write_bytes(text)
-        asked(count, "--config", file, "--runs-dir", NOT_WRITABLE, "--attention", "fused", "--no-compile")
+        is_refused(count, "--config", file, "--runs-dir", NOT_WRITABLE, "--attention", "fused", "--no-compile")
 
-    for_each(texts, examples, seed, check)
+    check_examples(texts, examples, seed, check)
 
 
 FLAGS = [
@@ -117,7 +117,7 @@ FLAGS = [
 def test_flags(tmp_path: Path, count: Count) -> None:
     for flags in FLAGS:
         before = ("--runs-dir", NOT_WRITABLE, *TINY) if flags[0].startswith("-") else ()
-        assert asked(count, *before, *flags), flags
+        assert is_refused(count, *before, *flags), flags
 
 
 def _wrong_values(hint: Any) -> list[str]:
@@ -137,7 +137,7 @@ def test_every_flag_with_wrong_values(count: Count, seed: int, some: int) -> Non
             values = _wrong_values(hint)
             for value in draw.sample(values, min(some, len(values))):
                 flags = [f"--{key.replace('_', '-')}", value]
-                assert asked(count, "--runs-dir", NOT_WRITABLE, *TINY, *flags), flags
+                assert is_refused(count, "--runs-dir", NOT_WRITABLE, *TINY, *flags), flags
 
 
 # Images
@@ -198,7 +198,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def ask_folder(count: Count, photos: Path, *flags: str) -> bool:
-    return asked(count, "--dataset", "folder", "--data-dir", photos, "--runs-dir", NOT_WRITABLE, *TINY, *flags)
+    return is_refused(count, "--dataset", "folder", "--data-dir", photos, "--runs-dir", NOT_WRITABLE, *TINY, *flags)
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_images(photos: Path, count: Count) -> None:
     for name, content in IMAGES.items():
         file = photos / "train" / "circle" / name
         file.write_bytes(content)
-        line = answer("--dataset", "folder", "--data-dir", photos, "--runs-dir", NOT_WRITABLE, *TINY)
+        line = error_line("--dataset", "folder", "--data-dir", photos, "--runs-dir", NOT_WRITABLE, *TINY)
         if name != "lying.tiff" or line:
             assert line and f"circle/{name} can't be decoded" in line, (name, line)
             count(MALFORMED)
@@ -250,4 +250,4 @@ def test_images_mutated(photos: Path, count: Count, seed: int, kind: str, exampl
         file.write_bytes(content)
         ask_folder(count, photos)
 
-    for_each(mutated(_encoded(kind)), examples, seed, check)
+    check_examples(mutated(_encoded(kind)), examples, seed, check)

@@ -13,7 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.reliability.malformed import MALFORMED, NOT_WRITABLE, TINY, Evil, answer, asked, for_each, mutated
+from tests.reliability.malformed import (
+    MALFORMED,
+    NOT_WRITABLE,
+    TINY,
+    Evil,
+    check_examples,
+    error_line,
+    is_refused,
+    mutated,
+)
 from tests.support import write_cifar10, write_fashion_mnist
 
 Count = Callable[..., None]
@@ -65,7 +74,7 @@ def test_idx_files(tmp_path: Path, count: Count, packed: bool) -> None:
         cases |= {"rubbish behind": good + b"rubbish"}
     for name, content in cases.items():
         file.write_bytes(content)
-        line = answer("--dataset", "fashion-mnist", "--data-dir", root, *NOWHERE)
+        line = error_line("--dataset", "fashion-mnist", "--data-dir", root, *NOWHERE)
         assert line, name
         count(MALFORMED)
 
@@ -78,9 +87,9 @@ def test_idx_files_mutated(tmp_path: Path, count: Count, seed: int, examples: in
 
     def check(content: bytes) -> None:
         file.write_bytes(content)
-        asked(count, "--dataset", "fashion-mnist", "--data-dir", root, *NOWHERE)
+        is_refused(count, "--dataset", "fashion-mnist", "--data-dir", root, *NOWHERE)
 
-    for_each(mutated(gzip.compress(GOOD_IDX)) | mutated(GOOD_IDX[:40]).map(gzip.compress), examples, seed, check)
+    check_examples(mutated(gzip.compress(GOOD_IDX)) | mutated(GOOD_IDX[:40]).map(gzip.compress), examples, seed, check)
 
 
 # CIFAR
@@ -118,12 +127,12 @@ def test_cifar_batches(tmp_path: Path, count: Count, marker: Path, monkeypatch: 
     file = root / "cifar-10-batches-py" / name
     for content in hostile_batches(marker).values():
         file.write_bytes(content)
-        line = answer("--dataset", "cifar10", "--data-dir", root, *NOWHERE)
+        line = error_line("--dataset", "cifar10", "--data-dir", root, *NOWHERE)
         assert line and f"{name} is damaged or is a different file" in line
         count(MALFORMED)
     file.unlink()
     os.mkfifo(file)
-    assert asked(count, "--dataset", "cifar10", "--data-dir", root, *NOWHERE)
+    assert is_refused(count, "--dataset", "cifar10", "--data-dir", root, *NOWHERE)
 
 
 @A_FEW_OR_MANY
@@ -136,10 +145,9 @@ def test_cifar_batches_mutated(
 
     def check(content: bytes) -> None:
         file.write_bytes(content)
-        is_refused = asked(count, "--dataset", "cifar10", "--data-dir", root, *NOWHERE)
-        assert is_refused == (content != original)
+        assert is_refused(count, "--dataset", "cifar10", "--data-dir", root, *NOWHERE) == (content != original)
 
-    for_each(mutated(original), examples, seed, check)
+    check_examples(mutated(original), examples, seed, check)
 
 
 def test_archives(tmp_path: Path, count: Count, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +177,7 @@ def test_archives(tmp_path: Path, count: Count, monkeypatch: pytest.MonkeyPatch)
     )
     for content in contents:
         archive.write_bytes(content)
-        line = answer("--dataset", "cifar10", "--data-dir", root, *NOWHERE)
+        line = error_line("--dataset", "cifar10", "--data-dir", root, *NOWHERE)
         assert line and "cifar-10-python.tar.gz is damaged or is a different file: MD5" in line
         count(MALFORMED)
     assert [path.name for path in root.iterdir()] == [archive.name] and not outside.exists()

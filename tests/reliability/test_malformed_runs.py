@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from fastvit_train.cli.main import main
 from fastvit_train.utils import atomic_io
-from tests.reliability.malformed import NOT_WRITABLE, TINY, Evil, asked, for_each, mutated
+from tests.reliability.malformed import NOT_WRITABLE, TINY, Evil, check_examples, is_refused, mutated
 
 Count = Callable[..., None]
 A_FEW_OR_MANY = pytest.mark.parametrize("examples", [10, pytest.param(400, marks=pytest.mark.slow)])
@@ -66,11 +66,11 @@ def test_weights(tmp_path: Path, count: Count, marker: Path) -> None:
     for name, content in hostile_weights(marker).items():
         for zipped in (True, False):
             torch.save(content, file, _use_new_zipfile_serialization=zipped)
-            assert asked(count, *NOWHERE, "--weights", file), (name, zipped)
+            assert is_refused(count, *NOWHERE, "--weights", file), (name, zipped)
     contents = {"empty": b"", "text": b"hello", "zip": b"PK\x03\x04", "pickle": pickle.dumps(Evil(marker)), "end": b"."}
     for content in contents.values():
         file.write_bytes(content)
-        assert asked(count, *NOWHERE, "--weights", file), content
+        assert is_refused(count, *NOWHERE, "--weights", file), content
 
 
 def test_safetensors(tmp_path: Path, count: Count, marker: Path) -> None:
@@ -86,7 +86,7 @@ def test_safetensors(tmp_path: Path, count: Count, marker: Path) -> None:
     contents += [b"", b"\xff" * 8, struct.pack("<Q", 2**40), struct.pack("<Q", 60_000) + b"[" * 60_000, b"\x80\x04N."]
     for content in [*contents, pickle.dumps(Evil(marker))]:
         file.write_bytes(content)
-        assert asked(count, *NOWHERE, "--weights", file), content[:50]
+        assert is_refused(count, *NOWHERE, "--weights", file), content[:50]
 
 
 @A_FEW_OR_MANY
@@ -100,9 +100,9 @@ def test_weights_mutated(finished: Path, tmp_path: Path, count: Count, seed: int
 
     def check(content: bytes) -> None:
         file.write_bytes(content)
-        asked(count, *NOWHERE, "--weights", file)
+        is_refused(count, *NOWHERE, "--weights", file)
 
-    for_each(mutated(file.read_bytes()), examples, seed, check)
+    check_examples(mutated(file.read_bytes()), examples, seed, check)
 
 
 # Runs
@@ -151,11 +151,11 @@ def test_runs(copy: Path, tmp_path: Path, count: Count) -> None:
         whole = path.read_bytes()
         for content in contents:
             path.write_bytes(content)
-            assert asked(count, *command), (name, content[:50])
+            assert is_refused(count, *command), (name, content[:50])
         path.unlink()
-        assert asked(count, *command), f"no {name}"
+        assert is_refused(count, *command), f"no {name}"
         os.mkfifo(path)
-        assert asked(count, *command), f"{name} is a pipe"
+        assert is_refused(count, *command), f"{name} is a pipe"
         path.unlink()
         path.write_bytes(whole)
     assert not (tmp_path / "ran").exists()
@@ -168,7 +168,7 @@ def test_figures_of_another_kind(copy: Path, count: Count, seed: int, name: str,
     changes = [(key, value) for key in whole for value in FIGURES]
     for key, value in random.Random(seed).sample(changes, min(some, len(changes))):
         (copy / name).write_text(json.dumps({**whole, key: value}))
-        asked(count, "compare", copy, "--output", f"{NOT_WRITABLE}/x.png")
+        is_refused(count, "compare", copy, "--output", f"{NOT_WRITABLE}/x.png")
 
 
 @pytest.mark.parametrize("markdown", [False, True])
@@ -193,9 +193,9 @@ def test_runs_mutated(copy: Path, count: Count, seed: int, name: str, examples: 
 
     def check(content: bytes) -> None:
         file.write_bytes(content)
-        asked(count, *(compare if name in ("summary.json", "metrics.jsonl") else ("eval", copy)))
+        is_refused(count, *(compare if name in ("summary.json", "metrics.jsonl") else ("eval", copy)))
 
-    for_each(mutated(file.read_bytes()), examples, seed, check)
+    check_examples(mutated(file.read_bytes()), examples, seed, check)
 
 
 # Checkpoints
@@ -216,14 +216,14 @@ def test_hostile_checkpoints(copy: Path, count: Count, marker: Path) -> None:
                 (last / name).write_bytes(evil)
             atomic_io.write_checksums(last)
             # A random state that can't be read is told by its fingerprint, which here may be the same without it.
-            assert asked(count, *resume(copy)) or name.startswith("random_states"), name
+            assert is_refused(count, *resume(copy)) or name.startswith("random_states"), name
             shutil.rmtree(last)
             shutil.copytree(before, last)
     (last / "model.safetensors").unlink()
     for planted in ("pytorch_model.bin", "model.safetensors.index.json", "custom_checkpoint_0.pkl"):
         torch.save({"x": Evil(marker)}, last / planted)
         atomic_io.write_checksums(last)
-        assert asked(count, *resume(copy)), planted
+        assert is_refused(count, *resume(copy)), planted
 
 
 @pytest.mark.parametrize("forged", [False, True], ids=["damaged", "forged"])
@@ -238,8 +238,8 @@ def test_checkpoints_mutated(copy: Path, count: Count, seed: int, forged: bool, 
             (last / name).write_bytes(content)
             if forged:
                 atomic_io.write_checksums(last)
-            asked(count, *resume(copy))
+            is_refused(count, *resume(copy))
             shutil.rmtree(copy)
             shutil.copytree(before, copy, symlinks=True)
 
-        for_each(mutated(whole), max(1, examples // 10), seed, check)
+        check_examples(mutated(whole), max(1, examples // 10), seed, check)
