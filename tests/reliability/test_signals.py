@@ -12,12 +12,24 @@ import psutil
 import pytest
 
 from fastvit_train.runs import checkpoint
+from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import Preempted
-from tests.reliability.victims import SETTINGS, DieAt, Victim, differences, outcome, random_trick, undisturbed
+from tests.reliability.victims import (
+    LIMIT,
+    SETTINGS,
+    DieAt,
+    Victim,
+    differences,
+    outcome,
+    random_trick,
+    undisturbed,
+)
 from tests.support import environment, launch_command
 
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
+HANG = 120
+"""Seconds that a checkpoint which hangs takes."""
 Count = Callable[..., None]
 
 
@@ -90,13 +102,13 @@ def test_while_it_compiles(tmp_path: Path) -> None:
     assert (victim.folder / "checkpoints" / "step_0").is_dir()
 
 
-def test_from_the_signal_to_the_end_it_takes_seconds(tmp_path: Path) -> None:
+def test_a_signal_stops_all_ranks_within_a_few_epochs(tmp_path: Path) -> None:
+    """An epoch takes a tenth of a second, and the ranks ask each other every quarter of one."""
     victim = Victim(tmp_path, "run", "--epochs", 1000, processes=2)
     victim.wait_for("epoch   2/")
     victim.signal(signal.SIGUSR1, rank=1)
-    started = time.monotonic()
     check_stopped(victim, victim.wait())
-    assert time.monotonic() - started < 5
+    assert len(read_jsonl(victim.folder / "metrics.jsonl")) < 30
 
 
 def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
@@ -105,14 +117,14 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
     )
     victim.wait_for("hanging")
     victim.signal(signal.SIGTERM)
-    assert victim.wait(seconds=3) == [128 + signal.SIGTERM]
+    assert victim.wait(seconds=HANG / 2) == [128 + signal.SIGTERM]
     assert checkpoint.newest(victim.folder / "checkpoints") is None
 
 
 def hang_when_saving() -> None:
     def hang(*_: object) -> None:
         print("hanging", flush=True)
-        time.sleep(60)
+        time.sleep(HANG)
 
     atomic_io.write_checksums = hang
 
@@ -139,8 +151,8 @@ def start(folder: Path, *args: object, processes: int = 1, before: tuple[str, ..
 
 
 def holder(folder: Path, text: str) -> int:
-    """The first process of the run in `folder`, once it has said `text`."""
-    deadline = time.monotonic() + 60
+    """The process id of rank 0 of the run in `folder`, once the run has printed `text`."""
+    deadline = time.monotonic() + LIMIT
     while text not in folder.with_suffix(".out").read_text():
         assert time.monotonic() < deadline, folder.with_suffix(".out").read_text()
         time.sleep(0.02)
@@ -154,8 +166,8 @@ def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Path) -> 
     launcher = start(folder, "--epochs", 1000)
     trainer = psutil.Process(holder(folder, "epoch   2/"))
     launcher.terminate()
-    launcher.wait(20)
-    trainer.wait(20)
+    launcher.wait(LIMIT)
+    trainer.wait(LIMIT)
     check_checkpoint_left(folder, folder.with_suffix(".out"))
 
 
@@ -165,7 +177,7 @@ def test_a_launcher_of_two_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Pa
     launcher = start(folder, "--epochs", 1000, processes=2)
     holder(folder, "epoch   2/")
     launcher.terminate()
-    launcher.wait(40)
+    launcher.wait(LIMIT)
     check_checkpoint_left(folder, folder.with_suffix(".out"))
 
 
@@ -175,7 +187,7 @@ def test_the_launcher_restarts_a_run_whose_process_was_killed(tmp_path: Path) ->
     launcher = start(folder, "--resume", "auto", processes=2, before=("--max_restarts", "3"))
     victim = holder(folder, "epoch   1/")
     psutil.Process(victim).kill()
-    assert launcher.wait(120) == 0, folder.with_suffix(".out").read_text()
+    assert launcher.wait(LIMIT) == 0, folder.with_suffix(".out").read_text()
     said = folder.with_suffix(".out").read_text()
     assert said.count("world size 2") == 2 and "resuming" in said
     assert differences(outcome(folder), undisturbed(2)) == []

@@ -40,12 +40,12 @@ CLOCK = (
     "seconds", "eval_seconds", "images_per_second", "peak_memory_mib", "energy_joules", "mean_power_watts",
     "gpu_utilization",
 )  # fmt: skip
-LIMIT = 120.0
-"""seconds that no process takes"""
+LIMIT = 300.0
+"""Seconds after which a process is taken to hang; far more than a busy machine needs."""
 PATIENCE = 10.0
-"""seconds that a process whose peer is gone has to end by itself"""
+"""Seconds that a process has to end by itself after a process of the same run has failed."""
 Trick = Callable[[], None]
-"""what a victim does to itself before it trains"""
+"""A function that a victim calls before it trains, to break something in itself."""
 
 
 class Victim:

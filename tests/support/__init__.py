@@ -7,7 +7,8 @@ import re
 import struct
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,14 @@ def environment(**env: str) -> dict[str, str]:
     """This process's environment as a user's would be, and `env`."""
     ours = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET")
     return {**{key: value for key, value in os.environ.items() if key not in ours}, **env}
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
+    """Wait for `condition`; fail after `seconds`, which is far more than a busy machine needs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds} s"
+        time.sleep(0.005)
 
 
 def one_line_error(text: str) -> str:

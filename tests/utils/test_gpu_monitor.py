@@ -18,6 +18,7 @@ from fastvit_train.training import setup
 from fastvit_train.training.loop import fit
 from fastvit_train.utils import gpu_monitor
 from fastvit_train.utils.gpu_monitor import Meter, Usage, merge
+from tests.support import wait_until
 from tests.utils.fake_nvml import Card, FakeNvml
 
 COUNTER, POWER = "nvmlDeviceGetTotalEnergyConsumption", "nvmlDeviceGetPowerUsage"
@@ -53,12 +54,14 @@ def measured(device: torch.device = CUDA, seconds: float = 0.05) -> Usage:
 
 
 def test_energy_is_the_cards_own_count(nvml: FakeNvml) -> None:
-    usage = measured()
-    assert usage.seconds >= 0.05
+    meter = Meter(CUDA)
+    meter.start()
+    wait_until(lambda: nvml.calls.count("nvmlDeviceGetUtilizationRates") >= 5)  # the thread's
+    usage = meter.stop()
+    assert usage.seconds > 0
     assert usage.mean_power_watts == pytest.approx(300, rel=0.05)
     assert usage.energy_joules == pytest.approx(300 * usage.seconds, rel=0.05)
     assert (usage.utilization, usage.sm_clock_mhz, usage.unmeasured) == (pytest.approx(0.8), 1980, None)
-    assert nvml.calls.count("nvmlDeviceGetUtilizationRates") >= 5  # the thread's, besides one at each end
 
 
 def test_without_a_counter_power_is_integrated(nvml: FakeNvml, cards: list[Card]) -> None:
