@@ -1,7 +1,7 @@
-"""Being told to stop: signals are noted, the processes agree on the step, a checkpoint is written, and that is all.
+"""Stopping on a signal: a handler notes it, and the ranks agree on the batch after which all of them stop.
 
-SIGTERM is what schedulers, containers and torch's launcher send; SIGUSR1 is what SLURM sends ahead of a time limit
-(`--signal=USR1@60`, or `TERM@60`, which accelerate's launcher hands on).
+Schedulers, containers and torch's launcher send SIGTERM; SLURM sends SIGUSR1 ahead of a time limit if the job asks for
+it (`--signal=USR1@60`, or `TERM@60`, which Accelerate's launcher passes on).
 """
 
 import contextlib
@@ -24,37 +24,37 @@ from fastvit_train.distributed import env
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 INTERVAL = 0.25
-"""seconds, about, between two exchanges of the processes"""
+"""seconds between two exchanges of the ranks, roughly"""
 ECHO = 2.0
-"""seconds in which a launcher passes on, by itself or by its death, the signal that its whole group was sent"""
+"""seconds within which a launcher may pass on a signal that its whole process group has received already"""
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
 class StopTraining(Exception):
-    """Raised on all processes at the same step: a signal reached one of them."""
+    """Raised on all ranks after the same batch: one of them has received a signal."""
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
 
 
 class StopSignalHandler:
-    """Notes the first SIGTERM or SIGUSR1 while it is entered; a second one ends the process at once.
+    """Context that notes the first SIGTERM or SIGUSR1; a second one ends the process at once.
 
-    Under a launcher a second one counts from two seconds on, as the first may arrive twice there: from whoever
-    signals the whole group, and from the launcher that passes it on.
+    Under a launcher the second one must come at least two seconds later: the first may arrive twice there, from the
+    sender, if it signals the whole process group, and from the launcher, which passes it on.
     """
 
     def __init__(self) -> None:
         self.received = 0
-        """the signal's number; 0 where there was none"""
+        """number of the signal; 0 if there was none"""
         self._before: dict[int, Any] = {}
         self._launched = False
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is not threading.main_thread():  # Python takes no signal handlers there
+        if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
             return self
         self._launched = env.launcher_command() is not None
-        # Python's handlers wait until an operator ends; the bytes that it writes to this socket don't.
+        # Python runs its handlers only after the current operator, but writes to this socket immediately.
         reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -82,6 +82,7 @@ class StopSignalHandler:
         self.received = self.received or number
 
     def _count(self, reader: socket.socket) -> None:
+        """End the process on the second signal; runs in a thread of its own, until the socket is closed."""
         first = None
         with reader:
             while received := reader.recv(1):
@@ -95,61 +96,82 @@ class StopSignalHandler:
 
 
 def _signal_when_parent_dies(number: int) -> None:
-    """Ask Linux for a signal when the launcher dies (0: for none): accelerate's dies of one without passing it on."""
+    """Let Linux send this process a signal when its launcher dies (0: none): Accelerate's does not pass signals on."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 class StatusExchange:
-    """What the processes tell each other a few times a second; the steps in between cost no exchange, nor a wait.
+    """Exchanges between all ranks, a few times a second, whether to stop; the batches in between cost nothing.
 
-    All of them count the same ticks, so that all of them act on what one of them knows after the same tick.
+    All ranks count the same batches and agree on when the next exchange is due, so that all of them act on what one of
+    them knows after the same batch.
+
+    Args:
+        accelerator: gives the device and the world size.
+        stop_signals: knows whether this rank has received a signal.
     """
 
-    def __init__(self, accelerator: Accelerator, request: StopSignalHandler) -> None:
+    def __init__(self, accelerator: Accelerator, stop_signals: StopSignalHandler) -> None:
         self._device = accelerator.device
-        self._alone = accelerator.num_processes == 1
-        self._request = request
-        self._ticks, self._agreed, self._due = 0, 0, 1
-        self._last = time.perf_counter()
+        self._world_size = accelerator.num_processes
+        self._stop_signals = stop_signals
+        self._batches = 0
+        self._last_exchange = 0  # in batches, as is the next
+        self._next_exchange = 1
+        self._last_time = time.perf_counter()
 
     def after_batch(self, is_nonfinite: Callable[[], Tensor] | None = None) -> bool:
-        """Count a step; from time to time let all know whether to stop, or whether `is_nonfinite()` holds anywhere.
+        """Count a batch; if an exchange is due, share what this rank knows and learn what the others know.
 
         Args:
-            is_nonfinite: a boolean scalar on the device that tells whether the training has come to nothing.
+            is_nonfinite: returns a boolean scalar on the device: whether a loss of this rank is NaN or inf. It is only
+                called if an exchange is due.
 
         Returns:
-            False, on all processes, where it is is_nonfinite on one of them.
+            False, on all ranks, if `is_nonfinite` holds on one of them.
 
         Raises:
-            StopTraining: on all processes, where one of them was told to stop.
+            StopTraining: on all ranks, if one of them has received a signal.
         """
-        self._ticks += 1
-        if self._ticks < self._due and not (self._alone and self._request.received):
-            return True
-        return self.exchange_now(is_nonfinite)
+        self._batches += 1
+        is_due = self._batches >= self._next_exchange
+        if is_due or (self._world_size == 1 and self._stop_signals.received):
+            return self.exchange_now(is_nonfinite)
+        return True
 
     def start_phase(self) -> None:
-        """Exchange now, and again after the next tick: what begins may tick at another pace. See `after_batch`."""
+        """Exchange now and after the next batch: training and evaluation take different times per batch."""
         self.exchange_now()
-        self._due = self._ticks + 1
+        self._next_exchange = self._batches + 1
 
     def exchange_now(self, is_nonfinite: Callable[[], Tensor] | None = None) -> bool:
-        """The exchange itself, now; see `after_batch`."""
+        """Exchange without waiting until it is due; otherwise as `after_batch`."""
         now = time.perf_counter()
-        passed, ticks = now - self._last, self._ticks - self._agreed
-        affordable = int(INTERVAL * ticks / max(passed, 1e-9)) if ticks else 1
-        wish = max(1, min(affordable, 2 * ticks))
-        news = torch.tensor([self._request.received, 0, -wish], device=self._device)
+        status = torch.tensor([self._stop_signals.received, 0, self._batches_until_next(now)], device=self._device)
         if is_nonfinite is not None:
-            news[1] = is_nonfinite()
-        if not self._alone:
-            torch.distributed.all_reduce(news, torch.distributed.ReduceOp.MAX)
-        signal_number, is_unsound, wish = news.tolist()
-        self._last, self._agreed = now, self._ticks
-        self._due = self._ticks - wish  # the smallest wish, its sign turned
-        if signal_number:
-            raise StopTraining(signal_number)
-        return not is_unsound
+            status[1] = is_nonfinite()
+        statuses = self._gather(status).tolist()
+        signal_numbers, nonfinite, batches_until_next = zip(*statuses, strict=True)
+        self._last_exchange, self._last_time = self._batches, now
+        self._next_exchange = self._batches + min(batches_until_next)
+        if any(signal_numbers):
+            raise StopTraining(max(signal_numbers))
+        return not any(nonfinite)
+
+    def _gather(self, status: Tensor) -> Tensor:
+        """Return the `status` (3,) of all ranks, (world size, 3)."""
+        if self._world_size == 1:
+            return status[None]
+        statuses = status.new_empty(self._world_size * len(status))
+        torch.distributed.all_gather_into_tensor(statuses, status)
+        return statuses.view(self._world_size, len(status))
+
+    def _batches_until_next(self, now: float) -> int:
+        """Return how many batches this rank takes in INTERVAL, but at most twice as many as since the last exchange."""
+        batches = self._batches - self._last_exchange
+        if batches == 0:
+            return 1
+        seconds = max(now - self._last_time, 1e-9)
+        return max(1, min(int(INTERVAL * batches / seconds), 2 * batches))

@@ -1,4 +1,4 @@
-"""What the processes agree on a few times a second, and what is counted for the steps between."""
+"""What the ranks exchange a few times a second, and what the training loop counts between two exchanges."""
 
 import signal
 import threading
@@ -47,7 +47,12 @@ def test_the_exchanges_are_a_quarter_of_a_second_apart_whatever_a_step_takes(
 ) -> None:
     clock, at = Clock(monkeypatch), []
     two = status_exchange(processes=2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda news, operation: at.append(clock.now))
+
+    def gather(statuses: torch.Tensor, status: torch.Tensor) -> None:
+        at.append(clock.now)
+        statuses.copy_(status.repeat(2))
+
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", gather)
     for _ in range(round(20 / step)):
         clock.now += step
         assert two.after_batch()
@@ -65,12 +70,34 @@ def test_a_process_alone_stops_after_the_step_and_others_agree_on_one(monkeypatc
     with pytest.raises(StopTraining, match="SIGUSR1"):
         alone.after_batch()
 
-    def another_was_told(news: torch.Tensor, operation: object) -> None:
-        news[0] = max(int(news[0]), signal.SIGTERM)
-
-    monkeypatch.setattr(torch.distributed, "all_reduce", another_was_told)
+    other_ranks(monkeypatch, [signal.SIGTERM, 0, 1])
     with pytest.raises(StopTraining, match="SIGTERM"):
         status_exchange(processes=2).after_batch()
+
+
+def other_ranks(monkeypatch: pytest.MonkeyPatch, *others: list[int]) -> None:
+    """Let the other ranks report a signal, non-finite losses, and the batches until their next exchange."""
+
+    def gather(statuses: torch.Tensor, status: torch.Tensor) -> None:
+        statuses.copy_(torch.cat([status, *map(torch.tensor, others)]))
+
+    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", gather)
+
+
+def test_the_ranks_act_on_the_loss_of_any_rank_and_on_the_smallest_interval(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch)  # a batch takes no time: this rank would wait for twice as many batches each time
+    exchange, asked = status_exchange(processes=3), []
+
+    def is_nonfinite() -> torch.Tensor:
+        asked.append(True)
+        return torch.tensor(False)
+
+    other_ranks(monkeypatch, [0, 0, 9], [0, 0, 2])
+    assert exchange.after_batch(is_nonfinite) and exchange.after_batch(is_nonfinite) and len(asked) == 1
+    other_ranks(monkeypatch, [0, 1, 9], [0, 0, 9])
+    assert not exchange.after_batch(is_nonfinite) and len(asked) == 2
+    # This rank's own 4 batches are the fewest now: it waits for twice the 2 batches that it has just trained.
+    assert [exchange.after_batch(is_nonfinite) for _ in range(4)] == [True, True, True, False] and len(asked) == 3
 
 
 def test_signals_are_taken_while_a_run_lasts_and_given_back() -> None:
