@@ -17,7 +17,7 @@ from bench.bench_step import Training
 from bench.case import Case, Work, device
 from bench.compare import NOTCH
 from fastvit_train.utils import gpu_monitor
-from fastvit_train.utils.gpu_monitor import Gpu, Meter, Usage
+from fastvit_train.utils.gpu_monitor import GpuId, Meter, Usage
 from fastvit_train.utils.timing import quartiles, synchronize, time_in_rounds
 
 WHAT = "telemetry's cost"
@@ -74,7 +74,7 @@ def meter(enabled: bool) -> TimedMeter:
         return TimedMeter(device(), enabled)
     with (
         mock.patch.dict(sys.modules, pynvml=StandIn()),
-        mock.patch.object(gpu_monitor, "identify", return_value=Gpu("stand-in", None)),
+        mock.patch.object(gpu_monitor, "identify_gpu", return_value=GpuId("stand-in", None)),
     ):
         return TimedMeter(device())
 

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from fastvit_train.utils.errors import UserError
-from fastvit_train.utils.gpu_monitor import Meter, Usage, merge
+from fastvit_train.utils.gpu_monitor import Meter, Usage, merge_usages
 
 Result = TypeVar("Result")
 
@@ -42,4 +42,4 @@ def sum_usage_over_ranks(accelerator: Accelerator, meter: Meter, usage: Usage) -
         return usage
     own = ((socket.gethostname(), meter.gpu or accelerator.process_index), usage)
     usages = list(dict(gather_object([own])).values())
-    return merge(usage.seconds, usages)
+    return merge_usages(usage.seconds, usages)

@@ -1,4 +1,4 @@
-"""The process's memory: kept from step to step, the most that was taken at once, and what autograd keeps."""
+"""Memory of the process and of the GPU: freed memory that is retained, the peak, and what autograd saves."""
 
 import ctypes
 import os
@@ -15,17 +15,17 @@ from torch.autograd.graph import saved_tensors_hooks
 # mallopt's parameters, from malloc.h of glibc
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 NEVER = 2**31 - 1
-USERS_OWN = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
+USER_SETTINGS = ("GLIBC_TUNABLES", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 
 
 def retain_freed_memory() -> bool:
-    """Let the C library keep what is freed for the next tensors; True where it will.
+    """Make glibc retain freed memory for the next tensors; returns whether it does.
 
-    By default glibc takes each large tensor from the system anew and gives it back, so that every step touches all of
-    its pages for the first time: up to half of a step on a CPU, more or less of it as the heap's history has it. Other
-    C libraries are left alone, and so is one whose user set this in the environment.
+    By default glibc requests the memory of each large tensor from the system and returns it afterwards, so that every
+    step causes page faults for all of its memory. They can take up to half of a step on a CPU. Nothing is changed for
+    other C libraries, or if an environment variable sets one of these options.
     """
-    if sys.platform != "linux" or any(name in os.environ for name in USERS_OWN):
+    if sys.platform != "linux" or any(name in os.environ for name in USER_SETTINGS):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: NEVER, M_TOP_PAD: 64 * 2**20}
@@ -33,7 +33,7 @@ def retain_freed_memory() -> bool:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_mib` count from here on; on a CPU that works on Linux alone."""
+    """Start a new measurement of `peak_mib`; on a CPU this has an effect on Linux only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "cpu":
@@ -42,7 +42,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_mib(device: torch.device) -> float:
-    """MiB: the most that tensors took on a GPU; on a CPU the most that the process had resident."""
+    """Return the peak memory in MiB: of the tensors on a GPU, or the process's resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
@@ -59,17 +59,17 @@ def peak_mib(device: torch.device) -> float:
 
 
 def saved_for_backward(run: Callable[[], object], parameters: tuple[Tensor, ...]) -> int:
-    """Bytes that autograd keeps between forward and backward in one call of `run`.
+    """Count the bytes that autograd saves for the backward pass in one call of `run`.
 
-    Counted by saved-tensor hooks: each storage once, however many views of it are saved, in full; the storages of
-    `parameters` are not counted, as they are there anyway.
+    A storage is counted once and in full, however many views of it are saved. The storages of `parameters` are not
+    counted, because they exist anyway.
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in parameters}
-    storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no address is given out twice
+    parameter_storages = {tensor.untyped_storage().data_ptr() for tensor in parameters}
+    storages: dict[int, torch.UntypedStorage] = {}  # references, so that no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
+        if storage.data_ptr() not in parameter_storages:
             storages[storage.data_ptr()] = storage
         return tensor
 

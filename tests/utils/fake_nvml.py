@@ -1,4 +1,4 @@
-"""A stand-in for nvidia-ml-py: two cards whose place in NVML's order is not CUDA's, and faults on demand."""
+"""A fake of nvidia-ml-py: GPUs in an order other than CUDA's, whose functions fail on demand."""
 
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -6,12 +6,12 @@ from typing import Any
 
 
 class NVMLError(Exception):
-    """As nvidia-ml-py's, which all of its errors derive from."""
+    """The base class of all errors, as in nvidia-ml-py."""
 
 
 @dataclass
 class Card:
-    """One GPU under a steady load, by a clock of the test's own."""
+    """One GPU under a steady load."""
 
     uuid: str
     pci_bus_id: str
@@ -19,11 +19,11 @@ class Card:
     utilization: int = 80
     mig: bool = False
     faults: set[str] = field(default_factory=set)
-    """names of functions that fail on it"""
+    """names of the functions that fail on this GPU"""
 
 
 class FakeNvml:
-    """The functions that fastvit_train.telemetry calls; `seconds` tells the time that the energy grows by."""
+    """The functions that fastvit_train.utils.gpu_monitor calls; the energy counter grows with the clock `seconds`."""
 
     NVMLError = NVMLError
 
@@ -32,6 +32,8 @@ class FakeNvml:
         self.seconds = seconds
         self.init_fault = init_fault
         self.calls: list[str] = []
+        self.counter_seconds: list[float] = []
+        """the clock at each reading of an energy counter"""
 
     def nvmlInit(self) -> None:
         if self.init_fault:
@@ -63,7 +65,8 @@ class FakeNvml:
 
     def nvmlDeviceGetTotalEnergyConsumption(self, card: Card) -> int:
         self._check(card, "nvmlDeviceGetTotalEnergyConsumption")
-        return round(self.seconds() * card.watts * 1e3)
+        self.counter_seconds.append(self.seconds())
+        return round(self.counter_seconds[-1] * card.watts * 1e3)
 
     def nvmlDeviceGetPowerUsage(self, card: Card) -> int:
         self._check(card, "nvmlDeviceGetPowerUsage")

@@ -1,4 +1,4 @@
-"""Memory that was freed stays with the process, and the peak is counted from where it was forgotten."""
+"""Freed memory is retained by the process, and the peak is measured from its last reset."""
 
 import sys
 
@@ -22,19 +22,19 @@ print(kept, min(faults() for _ in range(3)))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
-def test_freed_memory_is_used_again_without_a_page_fault() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc only")
+def test_freed_memory_is_reused_without_page_faults() -> None:
     pages = 40 * 2**20 // 4096
-    said = run([sys.executable, "-c", FAULTS, "kept"]).stdout.split()
-    if said[0] == "False":
+    output = run([sys.executable, "-c", FAULTS, "kept"]).stdout.split()
+    if output[0] == "False":
         pytest.skip("another C library")
-    assert int(said[1]) < pages / 100
+    assert int(output[1]) < pages / 100
     assert run([sys.executable, "-c", FAULTS, "kept"], MALLOC_TRIM_THRESHOLD_="1000").stdout.split()[0] == "False"
 
 
-def test_the_peak_is_counted_from_where_it_was_forgotten() -> None:
+def test_the_peak_is_measured_from_its_last_reset() -> None:
     if sys.platform != "linux":
-        pytest.skip("elsewhere it is the process's")
+        pytest.skip("the peak can't be reset on other systems")
     cpu = torch.device("cpu")
     held = torch.ones(200 * 2**20, dtype=torch.uint8)
     high = memory.peak_mib(cpu)
@@ -42,6 +42,7 @@ def test_the_peak_is_counted_from_where_it_was_forgotten() -> None:
     memory.reset_peak_memory(cpu)
     low = memory.peak_mib(cpu)
     torch.ones(50 * 2**20, dtype=torch.uint8)
-    assert low <= high and low <= memory.peak_mib(cpu) <= max(high, low + 150)
+    # After a training in this process glibc retains freed memory, and the interpreter may take a few pages more.
+    assert low <= high + 1 and low <= memory.peak_mib(cpu) <= max(high + 1, low + 150)
     part = torch.ones(400 * 2**20, dtype=torch.uint8)
     assert memory.peak_mib(cpu) >= low + 190 and len(part)
