@@ -25,8 +25,8 @@ MODEL, BATCH = "mc_vit_4_4_32", 64
 STEPS = {"cpu": 40, "cuda": 1000}
 """per call: about a second of training, a short epoch"""
 DRIVER_SECONDS = 0.0005
-MOST = 0.005
-"""of throughput that it may cost"""
+MAX_COST = 0.005
+"""share of throughput that sampling may cost"""
 CHECKED_SECONDS = 2.0
 PAIRS = 16
 """of some steps with and without"""
@@ -101,14 +101,16 @@ def build(enabled: bool, batch: int) -> Work:
         while time.perf_counter() < end:
             training.step()
         watch.stop()
-        assert watch.thread_share < MOST, f"the thread takes {watch.thread_share:.2%} of a core, allowed {MOST:.1%}"
+        assert watch.thread_share < MAX_COST, (
+            f"the thread takes {watch.thread_share:.2%} of a core, allowed {MAX_COST:.1%}"
+        )
 
     def cost() -> dict[str, float]:
-        """Of throughput, with and without in turn; no more than allowed, or than the pairs tell apart."""
+        """Measure the share of throughput that it costs, in interleaved pairs; fails if the cost exceeds MAX_COST."""
         times = time_in_rounds([partial(steps, watches[on]) for on in (True, False)], PAIRS)
         low, middle, high = quartiles([on / off - 1 for on, off in zip(*times, strict=True)])
         uncertainty = NOTCH * (high - low) / PAIRS**0.5
-        assert middle - uncertainty < MOST, f"it costs {middle:.2%} ± {uncertainty:.2%} of throughput"
+        assert middle - uncertainty < MAX_COST, f"it costs {middle:.2%} ± {uncertainty:.2%} of throughput"
         return {"throughput_cost": middle, "uncertainty": uncertainty, "thread_share": watches[True].thread_share}
 
     return Work(run, check, batch * STEPS[device().type], extra=cost if enabled else dict)

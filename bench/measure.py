@@ -1,4 +1,4 @@
-"""Measuring one row: the clock's block, FLOPs, the matrix product's ceiling, memory, energy."""
+"""Measures one row: time, FLOPs, the FLOP/s of a large matrix product, memory and energy."""
 
 import time
 from collections.abc import Callable
@@ -17,11 +17,11 @@ WARM_UP_SECONDS = 0.3
 
 
 class Row:
-    """A case that was built, called for the first time, checked and warmed up: ready for the clock.
+    """A case that was built, called once and checked; call `warm_up` before you time `block`.
 
     Args:
-        case: the row.
-        batch: images per call; the case's own by default.
+        case: what to measure.
+        batch: images per call; None for the case's own batch.
     """
 
     def __init__(self, case: Case, batch: int | None = None) -> None:
@@ -33,31 +33,31 @@ class Row:
         self._blocks = 0
 
     def warm_up(self) -> None:
-        """Blocks outside the clock."""
+        """Run blocks that are not timed."""
         started = time.perf_counter()
         while time.perf_counter() - started < WARM_UP_SECONDS:
             self.block()
 
     def block(self) -> None:
-        """What is timed: some calls, and waiting for the device."""
+        """Run the calls that are timed together, and wait for the device."""
         for _ in range(self.work.calls):
             self.work.run()
         synchronize(device())
         self._blocks += 1
 
     def metered(self, run: Callable[[], Any]) -> Usage:
-        """What `run`, which calls `block` some times, took of the GPU."""
+        """Measure the GPU's usage during `run`, which calls `block` one or more times."""
         self._blocks = 0
         self._meter.start()
         run()
         return self._meter.stop()
 
     def facts(self, block_seconds: float, usage: Usage) -> dict[str, Any]:
-        """What stands beside the time: speed, FLOPs, memory, energy and the environment; null with the reason.
+        """Return the row's other columns: throughput, FLOPs, memory, energy and the environment.
 
         Args:
-            block_seconds: of one `block`, the median.
-            usage: what the blocks since `metered` took of the GPU.
+            block_seconds: median seconds of a `block`.
+            usage: the GPU's usage, as `metered` returned it.
         """
         work, case = self.work, self.case
         seconds = block_seconds / work.calls
@@ -86,8 +86,10 @@ class Row:
 
 
 def memory_of(work: Work) -> dict[str, float | None]:
-    """MiB that one call takes: by CUDA's count on a GPU, above what lay there before; else what autograd saves, and
-    the process's peak.
+    """Measure the memory of one call in MiB.
+
+    On a GPU this is the peak of CUDA's allocator minus the memory that was allocated before the call; on a CPU, the
+    bytes that autograd saves and the process's peak resident memory.
     """
     saved = None
     if device().type == "cpu" and work.parameters is not None:
@@ -103,6 +105,6 @@ def memory_of(work: Work) -> dict[str, float | None]:
 
 
 def by_group(found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Rows that are compared with each other."""
+    """Group the rows that are compared with each other."""
     groups = dict.fromkeys(row["group"] for row in found)
     return [[row for row in found if row["group"] == group] for group in groups]

@@ -1,4 +1,4 @@
-"""Rows measured in turn: every round times each once, so that what slows the machine slows all of them alike."""
+"""Rows measured in interleaved rounds, so that a slow moment of the machine affects all of them alike."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,14 +14,14 @@ from bench.measure import Row
 from fastvit_train.utils.timing import quartiles, time_call, time_in_rounds
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 41
-"""rounds"""
+"""of a group"""
 
 Result = dict[str, Any]
 Results = list[Result]
 
 
 def controls() -> dict[str, Callable[[], object]]:
-    """What no commit changes, timed in every round: matrix products in both dtypes, a layer of torch.nn."""
+    """Work that no commit changes and that every round times: matrix products in two dtypes and a layer of torch.nn."""
     factor = 1 if device().type == "cpu" else 8
     matrix = torch.randn(1024 * factor, 1024 * factor, device=device())
     half, tokens = matrix.bfloat16(), torch.randn(64 * factor, 64, 48, device=device(), dtype=torch.bfloat16)
@@ -34,12 +34,12 @@ def controls() -> dict[str, Callable[[], object]]:
 
 
 def measure(groups: dict[str, list[Case]], seconds: float, console: Console) -> Iterator[tuple[Results, Results]]:
-    """Each group's rows, measured, and with them the controls of all groups so far.
+    """Measure the rows of each group; yields them with the controls of all groups so far.
 
     Args:
         groups: cases by group.
-        seconds: to spend on timing each row, about; no row is timed fewer than `MIN_ROUNDS` times.
-        console: says what is under way.
+        seconds: approximate time to spend on each row; every row is timed at least `MIN_ROUNDS` times.
+        console: shows the progress.
     """
     control = controls()
     control_seconds: dict[str, list[float]] = {name: [] for name in control}
@@ -52,7 +52,9 @@ def measure(groups: dict[str, list[Case]], seconds: float, console: Console) -> 
                     row = Row(case)
                 stack.callback(row.work.close)
                 rows.append(row)
-            console.print(f"{name}: {len(rows)} rows in turn")  # nothing moves while the clock runs
+            console.print(
+                f"{name}: {len(rows)} rows in interleaved rounds"
+            )  # a moving display would disturb the timing
             results = _in_turn(rows, seconds, control, control_seconds)
         yield results, [{"name": name, "seconds": values} for name, values in control_seconds.items()]
 
