@@ -1,4 +1,4 @@
-"""The verbs for what was trained."""
+"""The verbs that take a trained model; each imports what it needs when it runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,21 +14,21 @@ from fastvit_train.utils.errors import UserError
 class Eval:
     """Evaluate a trained model: accuracy, calibration, confusion matrix.
 
-    And top-5 accuracy, loss, and the precision and recall of each class.
+    Also computes top-5 accuracy, loss, and the precision and recall of each class.
     """
 
     run: str
-    """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a name of timm's"""
+    """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
     dataset: DatasetName | None = None
-    """evaluate on its test set; by default on what the run was evaluated on"""
+    """evaluate on the test set of this data set; default: the data that the run was evaluated on"""
     data_dir: str | None = None
-    """where the data lies, if no longer where the run found it"""
+    """folder of the data sets, if they have moved since the training"""
     attention: str | None = None
-    """how attention is computed; the run's own by default"""
+    """implementation of attention; default: the run's own"""
     batch_size: int = RunConfig.eval_batch_size
-    """images per step and process"""
+    """images per evaluation step and process"""
     output: Path | None = None
-    """folder for evaluation.json and confusion.png; eval/ in the run's folder by default"""
+    """folder for evaluation.json and confusion.png; default: eval/ in the run's folder"""
 
 
 def evaluate(command: Eval) -> None:
@@ -50,22 +50,22 @@ def evaluate(command: Eval) -> None:
 
 @dataclass(frozen=True)
 class Predict:
-    """Say what images show: the most probable classes of each."""
+    """Classify images: print the most probable classes of each."""
 
     run: str
-    """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a name of timm's"""
+    """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
     images: tuple[str, ...]
-    """files, folders, patterns; - reads an image, or names of images, from standard input"""
+    """files, folders or patterns; - reads an image, or a list of file names, from standard input"""
     top: int = 3
-    """classes to tell of each image"""
+    """number of classes to print for each image"""
     json: bool = False
-    """print a line of JSON per image"""
+    """print one line of JSON per image"""
     show: bool = False
     """draw the images with their predictions"""
     batch_size: int = 256
-    """images at a time"""
+    """images per forward pass"""
     output: Path | None = None
-    """folder for the pictures of --show; predictions/ in the run's folder by default"""
+    """folder for the pictures of --show; default: predictions/ in the run's folder"""
 
 
 def predict(command: Predict) -> int:
@@ -87,16 +87,16 @@ def predict(command: Predict) -> int:
 
 @dataclass(frozen=True)
 class Inspect:
-    """Draw what a trained model looks at, and what it has learned."""
+    """Draw a trained model's attention maps and learned filters."""
 
     run: str
-    """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a name of timm's"""
+    """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
     images: tuple[str, ...]
-    """files, folders, patterns; by default one of each class of the test set"""
+    """files, folders or patterns; default: one image of each class of the test set"""
     data_dir: str | None = None
-    """where the test set lies, if no longer where the run found it"""
+    """folder of the data sets, if they have moved since the training"""
     output: Path | None = None
-    """folder for the pictures; inspect/ in the run's folder by default"""
+    """folder for the pictures; default: inspect/ in the run's folder"""
 
 
 def inspect(command: Inspect) -> None:
@@ -110,14 +110,14 @@ def inspect(command: Inspect) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """Write a page on one run or several, to be opened in a browser."""
+    """Write an HTML report about one or more runs."""
 
     runs: tuple[str, ...]
-    """runs' folders, local-dir:FOLDER, hf-hub:USER/MODEL, or names of timm's"""
+    """runs' folders, local-dir:FOLDER, hf-hub:USER/MODEL, or timm model names"""
     output: Path | None = None
-    """the page; report.html in the first run's folder by default"""
+    """file to write; default: report.html in the first run's folder"""
     data_dir: str | None = None
-    """where the data lies, if no longer where the runs found it"""
+    """folder of the data sets, if they have moved since the training"""
 
 
 def report(command: Report) -> None:
@@ -130,14 +130,14 @@ def report(command: Report) -> None:
 
 @dataclass(frozen=True)
 class Export:
-    """Write a trained model for others to run, and check it by them."""
+    """Export a trained model to another format, and check the result."""
 
     run: str
-    """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a name of timm's"""
+    """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
     to: Literal["onnx", "torch-export", "safetensors", "timm"] = "onnx"
-    """onnx and torch-export take uint8 images; safetensors and timm are weights and what else is needed"""
+    """onnx and torch-export write a program that takes uint8 images; safetensors and timm write weights and a config"""
     output: Path | None = None
-    """file, or for timm folder; in export/ in the run's folder by default"""
+    """file, or folder for timm; default: a name in export/ in the run's folder"""
 
 
 def export(command: Export) -> None:
@@ -150,18 +150,18 @@ def export(command: Export) -> None:
 
 @dataclass(frozen=True)
 class Push:
-    """Send a trained model to the Hugging Face Hub, with a model card."""
+    """Upload a trained model with a model card to the Hugging Face Hub."""
 
     run: str
-    """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a name of timm's"""
+    """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
     repo: str
     """USER/NAME on the Hub"""
     public: bool = False
-    """let everyone see it; without, only you do"""
+    """make a new repository public (default: private); also needed to push to a public repository"""
     dry_run: bool = False
-    """write what would be pushed into hub/ in the run's folder, and send nothing"""
+    """write the files to hub/ in the run's folder, and upload nothing"""
     license: str | None = None
-    """the Hub's name of a license, such as apache-2.0, for the model card"""
+    """license for the model card, by its name on the Hub, such as apache-2.0"""
 
 
 def push(command: Push) -> None:
@@ -174,12 +174,12 @@ def push(command: Push) -> None:
 
 @dataclass(frozen=True)
 class Compare:
-    """Put runs side by side: a table, and their curves in one picture."""
+    """Compare runs: print a table, and draw their curves in one picture."""
 
     runs: tuple[Path, ...]
     """folders of finished runs"""
     output: Path = Path("curves.png")
-    """where the picture goes"""
+    """file for the picture"""
     markdown: bool = False
     """print the table as Markdown"""
 

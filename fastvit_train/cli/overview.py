@@ -1,4 +1,4 @@
-"""What `--help` without a verb says: a screen of it."""
+"""The help of the whole program, which fits on one screen."""
 
 import inspect
 import textwrap
@@ -13,16 +13,16 @@ WIDTH = 80
 
 
 def summary(takes: type[Any]) -> str:
-    """The first line of what a verb is documented by, without its full stop."""
+    """The first line of a verb's docstring, without its full stop."""
     return (inspect.getdoc(takes) or "").partition("\n")[0].removesuffix(".")
 
 
 def overview(program: str, verbs: Mapping[str, type[Any]]) -> Group:
-    """The verbs, a line each, and how they are called; at most 80 columns wide.
+    """Lay out the program's usage and one line per verb, at most 80 columns wide.
 
     Args:
-        program: as it was called.
-        verbs: what each takes, by name.
+        program: the program as the user called it.
+        verbs: the verbs' dataclasses by name.
     """
     table = Table.grid(padding=(0, 2, 0, 0))
     longest = max(map(len, verbs))
@@ -31,8 +31,8 @@ def overview(program: str, verbs: Mapping[str, type[Any]]) -> Group:
         table.add_row(Text(f"  {name}", "cyan"), Text(line))
     return Group(
         Text(f"usage: {program} [VERB] [FLAGS]\n", "bold"),
-        Text("Trains small Vision Transformers from scratch on small images.\n"),
+        Text("Train small Vision Transformers from scratch on small images.\n"),
         table,
-        Text(f"\nFlags without a verb are train's: {program} --epochs 8"),
-        Text(f"{program} VERB --help lists what a verb takes."),
+        Text(f"\nWithout a verb, flags are passed to train: {program} --epochs 8"),
+        Text(f"{program} VERB --help lists the flags of a verb."),
     )

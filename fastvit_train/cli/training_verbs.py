@@ -1,4 +1,4 @@
-"""The verbs before and during a training."""
+"""The verbs that train, or prepare a training; each imports what it needs when it runs."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,10 +13,10 @@ from fastvit_train.utils.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What a training takes; recipe < --config < flags."""
+    """The settings of a training; flags override --config, which overrides the recipe."""
 
     config: str | None = None
-    """YAML file of settings, named as the flags are"""
+    """YAML file of settings with the names of the flags"""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -32,17 +32,17 @@ class Settings:
 class Train(Settings):
     """Train a small Vision Transformer from scratch.
 
-    Recipe < --config < flags. The resolved settings are saved with the run as config.yaml.
+    Flags override --config, which overrides the recipe. The run's folder holds the resulting config.yaml.
     """
 
     resume: Literal["never", "auto", "must"] = "never"
-    """go on from the run's last checkpoint: auto if there is one, must insists"""
+    """resume from the run's last checkpoint: auto resumes if there is one, must fails if there is none"""
     overwrite: bool = False
-    """start over where the folder holds a run already"""
+    """replace the run that the folder already holds"""
     repeat: int = 1
-    """train with so many seeds, one after the other, and tell mean and spread"""
+    """train N times with consecutive seeds, and report mean and spread"""
     dry_run: bool = False
-    """train nothing: show settings and shapes, and by a few measured steps the memory, time and disk of one run"""
+    """do not train: show settings and shapes, measure a few steps, and estimate memory, time and disk space"""
 
 
 def train(command: Train) -> None:
@@ -63,15 +63,15 @@ def train(command: Train) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile(Settings):
-    """Where a training step's time goes, and what to change first.
+    """Profile a training step, and suggest what to change first.
 
-    Takes the flags of a training.
+    Takes the flags of train.
     """
 
     steps: int = 20
-    """to measure at a time"""
+    """number of steps per measurement"""
     output: Path = Path("profile")
-    """folder for the trace and the figures"""
+    """folder for the trace and the measured numbers"""
 
 
 def profile(command: Profile) -> None:
@@ -85,9 +85,9 @@ def profile(command: Profile) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan(Settings):
-    """Memory, communication and speed against the number of processes.
+    """Estimate memory, communication and speed on many processes.
 
-    Takes the flags of a training on one.
+    Takes the flags of train, and runs in one process.
     """
 
     plan: PlanOptions = field(default_factory=PlanOptions)
@@ -102,15 +102,15 @@ def plan(command: Plan) -> None:
 
 @dataclass(frozen=True)
 class Models:
-    """List the models: their sizes, and their speed on this machine.
+    """List models with their sizes and their speed on this machine.
 
-    Ours, unless a pattern is given.
+    Lists our models unless a pattern is given.
     """
 
     pattern: str | None = None
-    """list all of ours and timm's whose name fits, as vit_tiny* does"""
+    """list all models, ours and timm's, whose name matches, as in vit_tiny*"""
     measure: bool = True
-    """time training steps and inference, which takes some seconds"""
+    """time training steps and inference; this takes a few seconds"""
 
 
 def models(command: Models) -> None:
@@ -124,12 +124,12 @@ class Recipes:
     """List the recipes, or show one as the YAML that --config takes."""
 
     recipe: tuple[str, ...]
-    """the one to show; without, all are listed"""
+    """recipe to show; default: list all"""
 
 
 def recipes(command: Recipes) -> None:
     if len(command.recipe) > 1:
-        raise UserError("recipes shows one at a time, as in: recipes fast-cifar10; without a name it lists all")
+        raise UserError("recipes shows one recipe at a time, as in: recipes fast-cifar10; without a name it lists all")
     if command.recipe:
         config = recipe(command.recipe[0])
         from fastvit_train.runs.run_folder import config_to_yaml

@@ -29,8 +29,9 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     """The optimizer over all trainable parameters; muon and nmuon are ours, every other name is timm's.
 
     Raises:
-        UserError: where the optimizer can't be built with these settings.
+        UserError: if the optimizer is unknown, or can't be built with these settings.
     """
+    check_optimizer(config.optimizer)
     if config.optimizer in MUON:
         if config.decay_all:
             raise UserError(f"--decay-all doesn't go with {config.optimizer}; leave it out or take another --optimizer")

@@ -28,7 +28,7 @@ MISTAKE = (
 )
 WORDS = f"""
 import sys
-from fastvit_train.cli import main
+from fastvit_train.cli.main import main
 for args in (["--help"], ["eval", "--help"], ["recipes"], ["--dataset", "mnist"], {list(TINY)!r}):
     try:
         main(args)
@@ -58,7 +58,7 @@ def test_the_overview_fits_a_screen_whatever_the_program_is_called(
 
 def test_thirteen_verbs_with_much_to_say_fit_as_well() -> None:
     class Verb:
-        """What it does, and why, and how, and for whom, told at a length that no screen has a line for.
+        """What it does, and why, and how, and for whom, explained in a line that is too long for one line of a screen.
 
         More.
         """
