@@ -86,7 +86,7 @@ def test_outputs_of_nan_are_one_line(trained: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dataset", "on", "images"), [(None, "holdout", 143), ("digits", "test", 359)])
-def test_a_run_that_was_tuned_is_evaluated_on_the_test_set_when_asked(
+def test_a_run_with_a_holdout_is_evaluated_on_the_test_set_on_request(
     trained: Path, tmp_path: Path, dataset: DatasetName | None, on: str, images: int
 ) -> None:
     folder = tmp_path / "run"

@@ -39,18 +39,18 @@ def predicted(capsys: Capture, *args: object, status: int = 0) -> list[dict]:
 
 
 @pytest.mark.parametrize("batch_size", [7, 256])
-def test_a_folder_is_predicted_as_well_as_it_is_evaluated(
+def test_predictions_agree_with_load_run_and_the_timm_folder(
     trained: Path, timms: Path, digits: Path, capsys: Capture, batch_size: int
 ) -> None:
-    said = predicted(capsys, trained, digits, "--top", 10, "--batch-size", batch_size)
-    assert [Path(one["image"]).name for one in said] == sorted(path.name for path in digits.iterdir())
-    right = sum(one["top"][0]["class"] == one["image"][-5] for one in said)
-    assert right >= 15, "it knows most digits"
-    assert all(sum(entry["probability"] for entry in one["top"]) == pytest.approx(1, abs=1e-5) for one in said)
+    results = predicted(capsys, trained, digits, "--top", 10, "--batch-size", batch_size)
+    assert [Path(one["image"]).name for one in results] == sorted(path.name for path in digits.iterdir())
+    correct = sum(one["top"][0]["class"] == one["image"][-5] for one in results)
+    assert correct >= 15, "most digits are classified correctly"
+    assert all(sum(entry["probability"] for entry in one["top"]) == pytest.approx(1, abs=1e-5) for one in results)
     logits = load_run(trained).predict(load_run(trained).dataset().test.images[:30])  # type: ignore[index]
-    assert [one["top"][0]["probability"] for one in said] == pytest.approx(logits.max(1).values.tolist(), abs=1e-5)
+    assert [one["top"][0]["probability"] for one in results] == pytest.approx(logits.max(1).values.tolist(), abs=1e-5)
     assert predicted(capsys, timms, digits, "--top", 10) == [
-        {"image": one["image"], "top": [pytest.approx(entry, abs=1e-5) for entry in one["top"]]} for one in said
+        {"image": one["image"], "top": [pytest.approx(entry, abs=1e-5) for entry in one["top"]]} for one in results
     ]
 
 
@@ -58,9 +58,9 @@ def test_patterns_and_a_broken_image(trained: Path, digits: Path, tmp_path: Path
     broken = tmp_path / "broken.png"
     broken.write_bytes(next(digits.iterdir()).read_bytes()[:60])
     pattern = digits / "0?-*.png"
-    said = predicted(capsys, trained, broken, pattern, tmp_path / "nowhere.png", status=1)
-    assert len(said) == 12 and all("top" in one for one in said[1:-1])
-    assert "can't be decoded" in said[0]["error"] and "nowhere.png" in said[-1]["error"]
+    results = predicted(capsys, trained, broken, pattern, tmp_path / "nowhere.png", status=1)
+    assert len(results) == 12 and all("top" in one for one in results[1:-1])
+    assert "can't be decoded" in results[0]["error"] and "nowhere.png" in results[-1]["error"]
 
 
 def test_the_table_says_how_images_are_resized(
@@ -77,7 +77,7 @@ def test_the_table_says_how_images_are_resized(
 
 
 @pytest.mark.parametrize("name", ["BMW.png", "P5_01.png"])
-def test_names_that_begin_as_images_do(
+def test_file_names_that_start_like_image_signatures(
     name: str, trained: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -86,7 +86,7 @@ def test_names_that_begin_as_images_do(
     assert [one["image"] for one in predicted(capsys, trained, "-")] == [name]
 
 
-def test_a_terminal_that_lacks_letters(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoding_that_lacks_characters(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (32, 32)).save("日本.png")
     out = io.BytesIO()
@@ -112,8 +112,8 @@ def test_standard_input(
     files = sorted(digits.iterdir())[:2]
     content = files[0].read_bytes() if kind == "image" else "\n".join(map(str, files)).encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
-    said = predicted(capsys, trained, "-")
-    assert [one["image"] for one in said] == (["-"] if kind == "image" else [str(path) for path in files])
+    results = predicted(capsys, trained, "-")
+    assert [one["image"] for one in results] == (["-"] if kind == "image" else [str(path) for path in files])
 
 
 @pytest.mark.parametrize(

@@ -292,8 +292,8 @@ def test_the_page_goes_into_the_first_runs_folder(runs: Path, capsys: pytest.Cap
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "null"])
 def test_a_summary_with_nan_inf_or_null_is_still_reported(runs: Path, tmp_path: Path, value: str) -> None:
-    shutil.copytree(runs / "c", tmp_path / "spoilt")
-    summary = tmp_path / "spoilt" / "summary.json"
+    shutil.copytree(runs / "c", tmp_path / "damaged")
+    summary = tmp_path / "damaged" / "summary.json"
     accuracy = json.loads(summary.read_text())["test_accuracy"]
     summary.write_text(summary.read_text().replace(f'"test_accuracy": {accuracy}', f'"test_accuracy": {value}'))
-    report(tmp_path, tmp_path / "spoilt", runs / "mc")
+    report(tmp_path, tmp_path / "damaged", runs / "mc")

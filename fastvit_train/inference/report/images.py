@@ -123,7 +123,7 @@ def _draw_heat_map(image: Tensor, weights: Tensor) -> HeatMap:
     mixed = OPACITY * torch.from_numpy(heat) + (1 - OPACITY) * gray
     largest = int(weights.argmax())
     row, column = divmod(largest, weights.shape[1])
-    maximum = f"maximum {weights.flatten()[largest].item():.1%} at row {row + 1}, column {column + 1}"
+    maximum = f"max. {weights.flatten()[largest].item():.1%}, row {row + 1}, column {column + 1}"
     return HeatMap(png((255 * mixed).round().byte().permute(2, 0, 1)), maximum)
 
 

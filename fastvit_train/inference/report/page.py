@@ -127,9 +127,8 @@ def _summarize(values: dict[str, Any], summary: dict[str, Any]) -> tuple[str, bo
     """Return a sentence on the evaluation, and whether its accuracy differs from the one in summary.json."""
     precision = PRECISIONS.get(values["mixed_precision"], values["mixed_precision"])
     sentence = (
-        f"Evaluated for this page on {values['dataset']} ({values['evaluated_on']}, {values['images']:,} images) in "
-        f"{precision} on {values['device']} with attention {values['attention']}: the accuracy is "
-        f"{values['accuracy']:.2%}"
+        f"Evaluated for this page on {values['dataset']} ({values['evaluated_on']}, {values['images']:,} images) with "
+        f"attention {values['attention']} in {precision} on {values['device']}: accuracy {values['accuracy']:.2%}"
     )
     recorded = summary.get("test_accuracy")
     if not isinstance(recorded, int | float):
