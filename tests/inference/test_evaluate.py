@@ -141,7 +141,7 @@ def test_other_classes_are_refused(trained: Path, tmp_path: Path) -> None:
         ("nowhere", "nowhere is not a run; allowed: the folder of a finished run, local-dir:FOLDER"),
         ("mc_vit_4_4_32", "mc_vit_4_4_32 cannot be loaded: .*pretrained weights"),
         ("hf-hub:", "hf-hub: cannot be loaded"),
-        (".", "is no run, and no folder that timm wrote: config.json"),
+        (".", "is neither a run nor a model folder of timm: config.json"),
     ],
 )
 def test_a_source_that_is_not_a_run_is_one_line(
@@ -173,5 +173,5 @@ def test_damaged_timm_folders_are_one_line(timms: Path, tmp_path: Path, damage: 
     (folder / "model.safetensors").write_bytes((timms / "model.safetensors").read_bytes())
     described = json.loads((timms / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**described, **damage}))
-    with pytest.raises(UserError, match="is no run|cannot be loaded"):
+    with pytest.raises(UserError, match="is neither a run nor|cannot be loaded"):
         load_run(folder)
