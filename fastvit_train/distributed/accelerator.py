@@ -1,4 +1,4 @@
-"""How this process fits among the others: the Accelerator, the CPU threads, and what can be wrong with a launch."""
+"""The Accelerator of this process, determinism, and the name of its device."""
 
 import os
 from collections.abc import Iterator
@@ -16,27 +16,27 @@ from fastvit_train.distributed.preflight import check_devices, check_joined, che
 from fastvit_train.utils.errors import UserError
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-WAIT_FOR_FIRST_PROCESS = timedelta(hours=3)  # while it downloads and decodes
+COLLECTIVE_TIMEOUT = timedelta(hours=3)  # rank 0 may download and decode a data set while the others wait
 
 
 def start_accelerator(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelerator:
-    """The Accelerator of this process; mixed precision and the number of processes come from the launch.
+    """Start the Accelerator of this process; mixed precision and world size come from the launch.
 
     Raises:
-        UserError: where a tracker isn't installed, or the launch asks for what this machine or this trainer lacks, or
-            for more processes than joined up.
+        UserError: if a tracker is not installed, if the launch asks for something that this machine or this trainer
+            does not support, or if it asks for more processes than have joined.
     """
     check_kind()
     check_devices()
     check_precision()
     try:
         accelerator = Accelerator(
-            # Without this, processes on a machine without an accelerator would each believe they are alone.
+            # Without this, each process on a machine without an accelerator would take itself for the only one.
             cpu=not torch.accelerator.is_available(),
             gradient_accumulation_steps=grad_accum,
             log_with=list(trackers) or None,
             project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
-            kwargs_handlers=[InitProcessGroupKwargs(init_method=_meeting_place(), timeout=WAIT_FOR_FIRST_PROCESS)],
+            kwargs_handlers=[InitProcessGroupKwargs(init_method=_init_method(), timeout=COLLECTIVE_TIMEOUT)],
         )
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
@@ -52,26 +52,26 @@ def start_accelerator(grad_accum: int, trackers: tuple[str, ...], run_dir: Path)
     return accelerator
 
 
-def _meeting_place() -> str | None:
-    """Where the processes find each other's addresses: torch's own place, after a restart one of the attempt's own.
+def _init_method() -> str | None:
+    """Return where the ranks exchange their addresses: torch's default, or after a restart a store of its own.
 
-    accelerate's launcher keeps one store for all attempts, where the addresses of the processes that died still are.
+    Accelerate's launcher keeps one store for all restarts, which still holds the addresses of the dead processes.
     """
     restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts == "0":
         return None
 
-    def meet(url: str, timeout: timedelta, **_: object) -> Iterator[tuple[Store, int, int]]:
+    def rendezvous_after_restart(url: str, timeout: timedelta, **_: object) -> Iterator[tuple[Store, int, int]]:
         for store, rank, world_size in rendezvous("env://", timeout=timeout):
-            yield PrefixStore(f"attempt_{restarts}", store), rank, world_size
+            yield PrefixStore(f"restart_{restarts}", store), rank, world_size
 
-    with suppress(RuntimeError):  # registered before, for another run of this process
-        register_rendezvous_handler("attempt", meet)
-    return "attempt://"
+    with suppress(RuntimeError):  # an earlier run of this process has registered it
+        register_rendezvous_handler("restart", rendezvous_after_restart)
+    return "restart://"
 
 
 def leave_process_group() -> None:
-    """Let go of the other processes; the last thing that a command does."""
+    """Leave the process group of torch; a command does this last."""
     PartialState().destroy_process_group()
 
 
@@ -99,7 +99,7 @@ def deterministic() -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as people call it."""
+    """Return the name of the GPU, or the kind of another device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type

@@ -1,4 +1,4 @@
-"""Launches that would run otherwise than asked are refused before anything starts."""
+"""Checks before training: a launch that Accelerate would silently run differently from its settings is refused."""
 
 import os
 
@@ -9,37 +9,41 @@ from accelerate.commands.launch import launch_command_parser
 from fastvit_train.distributed.env import is_true, launched_world_size, launcher_command, local_world_size, uses_fsdp
 from fastvit_train.utils.errors import UserError
 
-OTHER_KINDS = {
+UNSUPPORTED_KINDS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
 
 
-FSDP_NEEDS = {
+FSDP_SETTINGS = {
     "FSDP_VERSION": ("fsdp_version", "2"),
-    # Loading a sharded one unpickles its metadata, whatever is in it.
+    # A sharded state dict is loaded by unpickling its metadata, which can run any code.
     "FSDP_STATE_DICT_TYPE": ("fsdp_state_dict_type", "FULL_STATE_DICT"),
 }
 
 
 def check_kind() -> None:
-    """Raise UserError where the launch asks for a kind of training that this trainer doesn't do, or not here."""
-    for variable, kind in OTHER_KINDS.items():
+    """Raise UserError if this trainer, or this machine, does not support the kind of training that was launched."""
+    for variable, kind in UNSUPPORTED_KINDS.items():
         if is_true(variable):
-            raise UserError(f"{kind} is not served here; allowed are DDP and FSDP2, see accelerate_configs/")
+            raise UserError(f"{kind} is not supported; allowed are DDP and FSDP2, see accelerate_configs/")
     if not uses_fsdp():
         return
-    if not torch.accelerator.is_available():  # accelerate would go on with DDP, silently
-        raise UserError("FSDP needs GPUs, and there is none; accelerate_configs/multi_cpu.yaml has what a CPU can do")
-    for variable, (key, needed) in FSDP_NEEDS.items():
+    if not torch.accelerator.is_available():  # Accelerate would silently use DDP
+        raise UserError(
+            "FSDP needs a GPU, and this machine has none; launch with accelerate_configs/multi_cpu.yaml instead"
+        )
+    for variable, (key, needed) in FSDP_SETTINGS.items():
         if os.environ.get(variable, "unset") != needed:
             value = os.environ.get(variable)
-            raise UserError(f"{key} {value} is not served; set it to {needed}, as accelerate_configs/fsdp2.yaml does")
+            raise UserError(
+                f"{key} {value} is not supported; set it to {needed}, as accelerate_configs/fsdp2.yaml does"
+            )
 
 
 def check_devices() -> None:
-    """Raise UserError where the launch starts more processes on this machine than it has GPUs."""
+    """Raise UserError if the launch starts more processes on this machine than it has GPUs."""
     processes, gpus = local_world_size(), torch.accelerator.device_count()
     if torch.accelerator.is_available() and processes > gpus:
         raise UserError(
@@ -50,9 +54,9 @@ def check_devices() -> None:
 
 
 def check_precision() -> None:
-    """Raise UserError where the launch asks for a mixed precision that isn't to be had here.
+    """Raise UserError if the mixed precision of the launch is not supported here.
 
-    accelerate would train in fp32 where fp16 is asked for on a CPU, and let a GPU without bf16 emulate it.
+    Accelerate would train in fp32 if fp16 is asked for on a CPU, and let a GPU without bf16 emulate it.
     """
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if is_true("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
@@ -64,38 +68,43 @@ def check_precision() -> None:
     if uses_fsdp():
         where, allowed = f"{where} under FSDP", [name for name in allowed if name != "fp16"]
     if asked not in allowed:
-        raise UserError(f"mixed precision {asked} can't be had on {where}; allowed: {', '.join(allowed)}")
+        raise UserError(f"mixed precision {asked} is not supported on {where}; allowed: {', '.join(allowed)}")
 
 
 def check_joined(seen: int) -> None:
-    """Raise UserError unless as many processes have joined up, `seen`, as were started and as were asked for."""
+    """Raise UserError unless the world size, `seen`, is what the launcher started and what the user asked for."""
     instead = "start them with `accelerate launch --multi_gpu --num_processes N`, on a CPU machine too"
     if launched_world_size() != seen:
         raise UserError(f"the launch started {launched_world_size()} processes, but this one sees {seen}; {instead}")
-    asked = _asked_for()
+    asked = _requested_world_size()
     if asked not in (None, seen):
         raise UserError(
-            f"the launch asks for {asked} processes and accelerate started {seen}, as it does for --cpu, MULTI_CPU, "
-            f"'NO' and a number that the machines don't divide; {instead}"
+            f"the launch asks for {asked} processes and accelerate started {seen}; it ignores the number with --cpu, "
+            f"MULTI_CPU and 'NO', and rounds it down to a multiple of the machines; {instead}"
         )
 
 
-def _asked_for() -> int | None:
-    """The processes on all machines that accelerate's launcher was told to start; None where it was told no number."""
+def _requested_world_size() -> int | None:
+    """Return the number of processes that the user asked Accelerate's launcher for; None if there was no such number.
+
+    The launcher hands on only what it started, not what it was asked for: no environment variable of Accelerate 1.10
+    to 1.15 holds that number. Its own parser reads the launcher's command line, so that abbreviated flags and the
+    user's default file count as they did there.
+    """
     words = launcher_command() or []
     if "launch" not in words:
         return None
-    told, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
-    if told.num_processes is not None or (told.cpu and told.config_file is None):
-        return told.num_processes
+    launch_args, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
+    if launch_args.num_processes is not None or (launch_args.cpu and launch_args.config_file is None):
+        return launch_args.num_processes
     try:
-        return load_config_from_file(told.config_file).num_processes
+        return load_config_from_file(launch_args.config_file).num_processes
     except (OSError, ValueError):
         return None
 
 
 def check_single_process(verb: str) -> None:
-    """Raise UserError where the launch started several processes for what one does."""
+    """Raise UserError if the launch started several processes for a verb that runs in one."""
     if launched_world_size() > 1:
         raise UserError(
             f"{verb} runs in one process, and the launch started {launched_world_size()}; "
@@ -104,7 +113,9 @@ def check_single_process(verb: str) -> None:
 
 
 def check_compiled_once(compiled: bool) -> None:
-    """Raise UserError where --compile meets a launch that compiles the model too."""
+    """Raise UserError if both --compile and the launch compile the model."""
     backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
     if compiled and backend.upper() != "NO":
-        raise UserError(f"--compile and the launch's dynamo backend {backend!r} both compile the model; leave one out")
+        raise UserError(
+            f"--compile and the launch's dynamo backend {backend!r} both compile the model; remove one of them"
+        )

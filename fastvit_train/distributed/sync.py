@@ -1,4 +1,4 @@
-"""What the ranks do together: act, agree, and add up."""
+"""Actions that all ranks take together, with their errors and results shared."""
 
 import socket
 from collections.abc import Callable
@@ -14,9 +14,9 @@ Result = TypeVar("Result")
 
 
 def run_on_all_ranks(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
-    """Do `action` on every process and wait for all; a UserError on any of them is raised on all of them.
+    """Run `action` on all ranks and wait for all of them; a UserError on one of them is raised on all.
 
-    Without this, the others would wait in vain for the one that failed.
+    Without this, the other ranks would wait forever for the one that failed.
     """
     result, failure = None, None
     try:
@@ -31,13 +31,13 @@ def run_on_all_ranks(accelerator: Accelerator, action: Callable[[], Result]) -> 
 
 
 def broadcast_from_rank0(accelerator: Accelerator, action: Callable[[], Result]) -> Result:
-    """What `action` returns on the first process, on all of them; a UserError there is raised on all."""
+    """Run `action` on rank 0 and return its result on all ranks; a UserError there is raised on all ranks."""
     own = run_on_all_ranks(accelerator, lambda: action() if accelerator.is_main_process else None)
     return cast(Result, broadcast_object_list([own])[0])
 
 
 def sum_usage_over_ranks(accelerator: Accelerator, meter: Meter, usage: Usage) -> Usage:
-    """This process's `usage` with the energy of all processes' GPUs, each counted once, and their mean utilisation."""
+    """Return `usage` with the energy of the GPUs of all ranks, each GPU counted once, and their mean utilisation."""
     if accelerator.num_processes == 1 or accelerator.device.type != "cuda":
         return usage
     own = ((socket.gethostname(), meter.gpu or accelerator.process_index), usage)

@@ -1,4 +1,4 @@
-"""How files reach the disk whole: written beside, synced, renamed into place, and told from damaged ones."""
+"""Atomic writes: files are written next to their place, synced and renamed, and checked by their checksums."""
 
 import hashlib
 import json
@@ -16,26 +16,26 @@ from fastvit_train.utils.safe_load import read_json
 
 CHECKSUMS = "checksums.json"
 TORCH_COULD_NOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
-"""what torch.save's RuntimeErrors say when the disk is full"""
+"""words in the RuntimeError that torch.save raises when the disk is full"""
 
 
 @contextmanager
 def as_save_error(what: str) -> Iterator[None]:
-    """What the disk refuses within becomes a SaveError: `what`, such as "no checkpoint could be written", and why."""
+    """Raise errors of the disk as a SaveError: `what`, such as "no checkpoint could be written", and the reason."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
         if not isinstance(error, RuntimeError):
             reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         elif any(word in str(error) for word in TORCH_COULD_NOT_WRITE):
-            reason = "the disk took only a part of it"
+            reason = "it was written only in part"
         else:
             raise
         raise SaveError(f"{what} ({reason})") from None
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write beside, sync, then rename into place: after a crash there is the old file or the new one."""
+    """Write a file next to `path`, sync it and rename it: after a crash there is the old file or the new one."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         partial.write_text(text)
@@ -46,7 +46,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Add `text` to a file, all of it or, where that fails, nothing."""
+    """Append `text` to a file; if that fails, nothing of it remains."""
     before = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a") as file:
@@ -60,14 +60,14 @@ def append(path: Path, text: str) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Sync `partial`, a file, and rename it to `final`."""
+    """Sync the file `partial` and rename it to `final`."""
     _sync(partial)
     partial.replace(final)
     _sync(final.parent)
 
 
 def write_checksums(folder: Path) -> None:
-    """Write the checksums of the files in `folder` beside them, and bring everything to the disk."""
+    """Write the checksums of the files in `folder` into a file there, and sync all of them."""
     sums = {path.name: _checksum(path) for path in sorted(folder.iterdir()) if path.name != CHECKSUMS}
     (folder / CHECKSUMS).write_text(json.dumps({"files": sums}, indent=1))
     for path in (*folder.iterdir(), folder):
@@ -75,7 +75,11 @@ def write_checksums(folder: Path) -> None:
 
 
 def find_damage(folder: Path) -> str | None:
-    """What is wrong with a folder that was sealed; None where it is whole. OSError where that can't be told."""
+    """Return what is wrong with a folder that has checksums; None if it is undamaged.
+
+    Raises:
+        OSError: if a file cannot be read now, which does not mean that it is damaged.
+    """
     try:
         sums = read_json(folder / CHECKSUMS)["files"]
         for name, expected in sums.items():
@@ -92,7 +96,7 @@ def find_damage(folder: Path) -> str | None:
 
 
 def publish_folder(partial: Path, final: Path) -> None:
-    """Rename a sealed folder into place; `recover_interrupted` mends what a crash in the middle leaves."""
+    """Rename a folder whose files are synced to `final`; after a crash in between, call `recover_interrupted`."""
     old = _old(final)
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():
@@ -104,23 +108,23 @@ def publish_folder(partial: Path, final: Path) -> None:
 
 @contextmanager
 def staged(final: Path) -> Iterator[Path]:
-    """A path near `final`, to write a file or a folder to; it is put in place at the end, unless something is raised.
+    """Yield a temporary path for a file or a folder, and rename it to `final` at the end, unless an error is raised.
 
     Raises:
-        UserError: where `final` is a folder with something in it that would be lost.
-        OSError: where it can't be written; then nothing is.
+        UserError: if `final` is a folder with files that would be lost.
+        OSError: if it cannot be written; then nothing is written.
     """
-    near = next(parent for parent in final.absolute().parents if parent.is_dir())
-    with TemporaryDirectory(dir=near, prefix=".unfinished-") as folder:
+    parent = next(parent for parent in final.absolute().parents if parent.is_dir())
+    with TemporaryDirectory(dir=parent, prefix=".unfinished-") as folder:
         partial = Path(folder) / final.name
         yield partial
         if not partial.is_dir():
             final.parent.mkdir(parents=True, exist_ok=True)
             publish(partial, final)
             return
-        there = {path.name for path in final.iterdir()} if final.exists() else set()
-        if other := sorted(there - {path.name for path in partial.iterdir()}):
-            raise UserError(f"{final} holds something else, such as {other[0]}; remove it, or choose another place")
+        existing = {path.name for path in final.iterdir()} if final.exists() else set()
+        if other := sorted(existing - {path.name for path in partial.iterdir()}):
+            raise UserError(f"{final} holds something else, such as {other[0]}; remove it, or choose another path")
         for path in partial.iterdir():
             _sync(path)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +132,7 @@ def staged(final: Path) -> Iterator[Path]:
 
 
 def recover_interrupted(parent: Path) -> None:
-    """Put back the folders of `parent` that a crash took away before the next was in place; drop unfinished ones."""
+    """Finish what a crash in `publish_folder` left in `parent`: restore replaced folders, delete unfinished ones."""
     for old in parent.glob(".*.old"):
         final = parent / old.name.removeprefix(".").removesuffix(".old")
         if not final.exists():
@@ -137,13 +141,13 @@ def recover_interrupted(parent: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def link(link: Path, name: str) -> None:
-    """Make `link` a symbolic link to its sibling `name`, atomically."""
-    fresh = link.with_name(f".{link.name}.link")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(name, target_is_directory=True)
-    fresh.replace(link)
-    _sync(link.parent)
+def link(path: Path, name: str) -> None:
+    """Make `path` a symbolic link to its sibling `name`, atomically."""
+    temporary = path.with_name(f".{path.name}.link")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name, target_is_directory=True)
+    temporary.replace(path)
+    _sync(path.parent)
 
 
 def _old(final: Path) -> Path:
@@ -156,8 +160,8 @@ def _checksum(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Bring a file, or a folder's list of names, to the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folders
+    """Sync a file, or the entries of a folder, to the disk."""
+    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -6,11 +6,11 @@ from rich.console import Console
 
 
 class Terminal(Console):
-    """rich's console; whoever reads the output may stop, which rich would end the process at once for."""
+    """rich's console without highlighting and without an immediate exit when the reader of a pipe stops reading."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, **options)
 
     def on_broken_pipe(self) -> NoReturn:
-        """Called while BrokenPipeError is handled: hand it on, to where the command ends in order."""
+        """Raise again the BrokenPipeError that is being handled: the command line ends in order on it."""
         raise

@@ -1,29 +1,29 @@
-"""What a user did wrong, as opposed to what we did wrong; and text from elsewhere, fit to be shown."""
+"""Errors that are the user's to correct, and text from outside the project made safe to print."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-MAX_LETTERS = 32_000
-SHORTEST_PART = 3
-"""of a name that tells which one is meant"""
+MAX_LENGTH = 32_000
+MIN_PREFIX_LENGTH = 3
+"""letters of a name that are enough to suggest the whole name"""
 
 
 def printable(text: str) -> str:
-    """`text` with all that is no visible letter escaped: what moves the cursor, ends the line or can't be encoded."""
+    """Escape all characters of `text` that cannot be printed, move the cursor, end the line or cannot be encoded."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
 
 
 def nearest(name: str, allowed: Iterable[str], most: int = 2) -> list[str]:
-    """Those of the allowed names that `name` may be meant for: what it begins, is spelt like, or is a part of."""
+    """Return the allowed names that `name` may stand for: it is their beginning, spelt like them, or part of them."""
     names = list(allowed)
-    telling = len(name.strip("-")) >= SHORTEST_PART
-    begun = [other for other in names if telling and other.startswith(name)]
-    within = [other for other in names if telling and name in other]
+    is_long_enough = len(name.strip("-")) >= MIN_PREFIX_LENGTH
+    begun = [other for other in names if is_long_enough and other.startswith(name)]
+    within = [other for other in names if is_long_enough and name in other]
     return begun[:most] or get_close_matches(name, names, n=most) or within[:most]
 
 
 def did_you_mean(name: str, allowed: Iterable[str], most: int = 2) -> str:
-    """` (did you mean a or b?)` for the names that are `nearest`; nothing where none is near."""
+    """Return ` (did you mean a or b?)` for the names that are `nearest`; empty if there is none."""
     close = nearest(name, allowed, most)
     return f" (did you mean {' or '.join(close)}?)" if close else ""
 
@@ -34,18 +34,18 @@ class UserError(Exception):
     The command line prints it alone, without a traceback, and exits with status 2.
 
     Args:
-        message: that line; what comes from the input may be in it as it is, it is made printable and cut.
-        on_all_ranks: True where every process meets the mistake, so that one of them is enough to tell it.
+        message: the line. It may contain parts of the input: it is made printable and cut to MAX_LENGTH.
+        on_all_ranks: whether all ranks raise the error, so that rank 0 alone prints it.
     """
 
     def __init__(self, message: str, on_all_ranks: bool = True) -> None:
         line = printable(" ".join(message.split()))
-        super().__init__(line if len(line) <= MAX_LETTERS else f"{line[:MAX_LETTERS]} ... ({len(line)} letters)")
+        super().__init__(line if len(line) <= MAX_LENGTH else f"{line[:MAX_LENGTH]} ... ({len(line)} characters)")
         self.on_all_ranks = on_all_ranks
 
 
 class SaveError(UserError):
-    """The disk took something not, or not whole; what was written before is as it was."""
+    """A file could not be written, or not completely; the files that were there before are unchanged."""
 
 
 class Preempted(Exception):

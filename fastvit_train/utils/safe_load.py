@@ -1,4 +1,4 @@
-"""Settings and figures that come from elsewhere: read with limits, as plain values and nothing else."""
+"""Readers of YAML and JSON files that may come from anybody: limited in size, plain values only."""
 
 import json
 from collections.abc import Hashable
@@ -11,12 +11,12 @@ from yaml.constructor import ConstructorError
 
 MAX_SETTINGS_BYTES = 1 << 16
 MAX_JSON_BYTES = 1 << 24
-LARGEST = 2**63
-SHAPE = "must hold `name: value` lines, named as the flags are; a value may be a list"
+MAX_NUMBER = 2**63
+EXPECTED_FORM = "must hold `name: value` lines, named as the flags are; a value may be a list"
 
 
 class _SettingsLoader(yaml.SafeLoader):
-    """YAML as far as settings need it: `name: value` or `name: [values]`; no tags, no aliases, no name twice."""
+    """Loader of the YAML that settings need: `name: value` or `name: [values]`, without tags, aliases or repetition."""
 
     _containers: tuple[type[yaml.Event], ...] = (yaml.MappingStartEvent, yaml.SequenceStartEvent)
     _depth = 0
@@ -24,9 +24,9 @@ class _SettingsLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor or event.tag:
-            raise ComposerError(None, None, "anchors, aliases and tags are not understood", event.start_mark)
+            raise ComposerError(None, None, "anchors, aliases and tags are not supported", event.start_mark)
         if not isinstance(event, (yaml.ScalarEvent, *self._containers[self._depth : self._depth + 1])):
-            raise ComposerError(None, None, f"it {SHAPE}", event.start_mark)
+            raise ComposerError(None, None, f"it {EXPECTED_FORM}", event.start_mark)
         self._depth += 1
         node = super().compose_node(parent, index)
         self._depth -= 1
@@ -36,16 +36,16 @@ class _SettingsLoader(yaml.SafeLoader):
         seen: set[str] = set()
         for name, _ in node.value:
             if not isinstance(name, yaml.ScalarNode) or name.value in seen:
-                raise ConstructorError(None, None, f"{name.value!r} is no name, or there twice", name.start_mark)
+                raise ConstructorError(None, None, f"{name.value!r} is not a name, or is there twice", name.start_mark)
             seen.add(name.value)
         return super().construct_mapping(node, deep)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file of up to 64 KiB: numbers, texts, truth values and lists of them, by name.
+    """Read the settings in a YAML file of up to 64 KiB: numbers, strings, booleans and lists of them, by name.
 
     Raises:
-        OSError, ValueError: where it can't be read, or holds something else.
+        OSError, ValueError: if the file cannot be read, or holds something else.
     """
     try:
         settings = yaml.load(_read(path, MAX_SETTINGS_BYTES), _SettingsLoader)
@@ -54,22 +54,22 @@ def read_settings(path: Path) -> dict[str, Any]:
     if settings is None:
         return {}
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
-        raise ValueError(f"it {SHAPE}")
+        raise ValueError(f"it {EXPECTED_FORM}")
     for value in settings.values():
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int) and abs(number) > LARGEST:
+            if isinstance(number, int) and abs(number) > MAX_NUMBER:
                 raise ValueError(f"a number in it has {number.bit_length()} bits")
     return settings
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file of up to 16 MiB holds.
+    """Read a JSON file of up to 16 MiB.
 
     Raises:
-        OSError, ValueError: where it can't be read.
+        OSError, ValueError: if the file cannot be read.
     """
     if path.exists() and not path.is_file():
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     try:
         return json.loads(_read(path, MAX_JSON_BYTES))
     except RecursionError:

@@ -131,8 +131,8 @@ def test_sharded_in_bf16_computes_what_ddp_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "files", "message"),
     [
-        (DistributedType.FSDP, ["model.safetensors", "optimizer.bin"], "written whole; .*/multi_gpu.yaml"),
-        (DistributedType.MULTI_GPU, ["pytorch_model_fsdp.bin", "optimizer.bin"], "written sharded; .*/fsdp2.yaml"),
+        (DistributedType.FSDP, ["model.safetensors", "optimizer.bin"], "saved without FSDP; .*/multi_gpu.yaml"),
+        (DistributedType.MULTI_GPU, ["pytorch_model_fsdp.bin", "optimizer.bin"], "saved with FSDP; .*/fsdp2.yaml"),
         (DistributedType.FSDP, ["pytorch_model_fsdp.bin", "optimizer.bin"], "can't be read"),
     ],
 )

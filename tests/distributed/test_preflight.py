@@ -127,7 +127,7 @@ def test_which_files_of_ours_for_one_process_a_cpu_can_serve(
     if possible:
         start_accelerator(1, (), tmp_path)
     else:
-        assert complaint(tmp_path) == "mixed precision fp16 can't be had on a CPU; allowed: no, bf16"
+        assert complaint(tmp_path) == "mixed precision fp16 is not supported on a CPU; allowed: no, bf16"
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
@@ -137,7 +137,7 @@ def test_fp16_of_an_old_file_is_understood_and_refused_on_a_cpu(
 ) -> None:
     """accelerate would train in fp32, and say fp16."""
     launched_with(monkeypatch, "--config_file", written(tmp_path, distributed_type="NO", num_processes=1, **settings))
-    assert "fp16 can't be had on a CPU" in complaint(tmp_path)
+    assert "fp16 is not supported on a CPU" in complaint(tmp_path)
 
 
 def test_a_minimal_old_file_starts_one_process_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_a_minimal_old_file_starts_one_process_in_fp32(tmp_path: Path, monkeypat
 def test_bf16_that_a_gpu_would_emulate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus) -> None:
     gpus(1, bf16=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert complaint(tmp_path) == "mixed precision bf16 can't be had on Tesla V100; allowed: no, fp16"
+    assert complaint(tmp_path) == "mixed precision bf16 is not supported on Tesla V100; allowed: no, fp16"
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -156,7 +156,7 @@ def test_fp8_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus, o
     if on_gpu:
         gpus(1)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    assert "mixed precision fp8 can't be had" in complaint(tmp_path)
+    assert "mixed precision fp8 is not supported" in complaint(tmp_path)
 
 
 def test_more_processes_than_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus) -> None:
@@ -180,15 +180,15 @@ def test_the_machine_that_lacks_a_gpu_says_so_itself(tmp_path: Path, monkeypatch
 def test_fsdp_without_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """accelerate would go on with DDP, silently: it knows no FSDP on CPUs."""
     launched_with(monkeypatch, "--config_file", CONFIGS / "fsdp2.yaml")
-    assert "FSDP needs GPUs, and there is none" in complaint(tmp_path)
+    assert "FSDP needs a GPU, and this machine has none" in complaint(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"fsdp_version": 1}, "fsdp_version 1 is not served; set it to 2"),
-        ({"fsdp_state_dict_type": "SHARDED_STATE_DICT"}, "fsdp_state_dict_type SHARDED_STATE_DICT is not served"),
-        ({"fsdp_state_dict_type": None}, "fsdp_state_dict_type None is not served; set it to FULL_STATE_DICT"),
+        ({"fsdp_version": 1}, "fsdp_version 1 is not supported; set it to 2"),
+        ({"fsdp_state_dict_type": "SHARDED_STATE_DICT"}, "fsdp_state_dict_type SHARDED_STATE_DICT is not supported"),
+        ({"fsdp_state_dict_type": None}, "fsdp_state_dict_type None is not supported; set it to FULL_STATE_DICT"),
     ],
 )
 def test_other_kinds_of_fsdp_say_what_to_set(
@@ -206,7 +206,7 @@ def test_other_kinds_of_fsdp_say_what_to_set(
 def test_fp16_under_fsdp_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus) -> None:
     launched_with(monkeypatch, "--config_file", CONFIGS / "fsdp2.yaml", "--mixed_precision", "fp16")
     gpus(2)
-    assert "mixed precision fp16 can't be had on this GPU under FSDP; allowed: no, bf16" in complaint(tmp_path)
+    assert "mixed precision fp16 is not supported on this GPU under FSDP; allowed: no, bf16" in complaint(tmp_path)
 
 
 @pytest.mark.parametrize("variable", ["ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"])
