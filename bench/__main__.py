@@ -1,4 +1,4 @@
-"""`python -m bench`: the main comparison in turn, as a table and as pictures; `--compare` tells what moved."""
+"""`python -m bench`: measure the main comparison, interleaved, as a table and plots; `--compare` compares results."""
 
 import json
 import sys
@@ -11,7 +11,11 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from bench import (
+from bench import compare, interleaved, plots
+from bench.benchmark_case import BenchmarkCase, device, prepare_process
+from bench.environment import ROOT, environment
+from bench.measure import by_group
+from bench.suites import (
     bench_attention,
     bench_epoch,
     bench_inference,
@@ -19,42 +23,29 @@ from bench import (
     bench_scaling,
     bench_step,
     bench_telemetry,
-    compare,
-    plots,
-    turns,
 )
-from bench.case import Case, device, many_compiled_at_once, prepare_process
-from bench.environment import ROOT, environment
-from bench.measure import by_group
+from fastvit_kernels.torch_private import specialize_each_shape
 from fastvit_train.utils.atomic_io import write_atomically
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.timing import quartiles
 
 SUITES = (bench_epoch, bench_step, bench_input, bench_attention, bench_inference, bench_scaling, bench_telemetry)
-MAIN = (
-    bench_epoch.WHAT,
-    f"{bench_step.WHAT}, c_vit",
-    f"{bench_step.WHAT}, mc_vit",
-    bench_input.WHAT,
-    bench_scaling.WITH_BATCH,
-    bench_scaling.WITH_TOKENS,
-)
 
 
 @dataclass(frozen=True)
 class Arguments:
-    """Measure rows in turn and write them, with pictures, to a folder; or compare two such results."""
+    """Measure rows, interleaved, and write them with plots to a folder; or compare two such results."""
 
-    only: tuple[str, ...] = MAIN
-    """rows whose name begins with one of these; "" is all of them"""
+    only: tuple[str, ...] = ()
+    """measure the rows whose names begin with one of these, "" for all; by default the main comparison"""
     output: Path | None = None
-    """folder for bench.json, table.md and the pictures; bench/results/cpu or /gpu by default"""
+    """folder for bench.json, table.md and the plots; bench/results/cpu or /gpu by default"""
     seconds: float = 2.0
-    """to time each row for, about"""
+    """approximate time to spend on each row"""
     list: bool = False
-    """print the rows' names and stop"""
+    """print the names of the rows and exit"""
     compare: tuple[Path, Path] | None = None
-    """two bench.json: print which rows moved by more than the noise; exit status 1 if one became slower"""
+    """two bench.json files: print the rows that changed by more than the noise; exit status 1 if one became slower"""
 
 
 def main() -> None:
@@ -66,39 +57,40 @@ def main() -> None:
         if arguments.list:
             print("\n".join(case.id for cases in groups.values() for case in cases))
             return
-        with many_compiled_at_once():
+        with specialize_each_shape():
             run(groups, arguments)
     except UserError as error:
         print(f"bench: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-def select(only: tuple[str, ...]) -> dict[str, list[Case]]:
-    """The cases that can run here and whose names begin with one of `only`, by group."""
-    groups: dict[str, list[Case]] = defaultdict(list)
+def select(only: tuple[str, ...]) -> dict[str, list[BenchmarkCase]]:
+    """Return the cases that can run here, by group: those whose names begin with one of `only`, or the main ones."""
+    groups: dict[str, list[BenchmarkCase]] = defaultdict(list)
     for case in (case for suite in SUITES for case in suite.cases()):
-        if case.unavailable is None and case.id.startswith(only):
+        selected = case.id.startswith(only) if only else case.main
+        if selected and case.why_unavailable is None:
             groups[case.group].append(case)
     if not groups:
         raise UserError(f"no row begins with {' or '.join(map(repr, only))}; --only '' --list prints them")
     return groups
 
 
-def run(groups: dict[str, list[Case]], arguments: Arguments) -> None:
-    """Measure, print a table per group as it is done, and write everything."""
+def run(groups: dict[str, list[BenchmarkCase]], arguments: Arguments) -> None:
+    """Measure the groups, print a table after each, and write all results."""
     folder = arguments.output or ROOT / "bench" / "results" / ("gpu" if device().type == "cuda" else "cpu")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"can't write {folder} ({error.strerror}); choose another --output") from None
+        raise UserError(f"cannot write {folder} ({error.strerror}); choose another --output") from None
     prepare_process()
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120
     facts = environment()
-    console.print(words(facts), soft_wrap=True)
+    console.print(one_line(facts), soft_wrap=True)
     rows: list[dict[str, Any]] = []
-    for results, controls in turns.measure(groups, arguments.seconds, console):
+    for results, controls in interleaved.measure(groups, arguments.seconds, console):
         rows += results
         console.print(table(results))
         document = {"environment": facts, "controls": controls, "rows": rows}
@@ -108,16 +100,16 @@ def run(groups: dict[str, list[Case]], arguments: Arguments) -> None:
         console.print(f"written to {path}", soft_wrap=True)
 
 
-def words(facts: dict[str, Any]) -> str:
-    """The environment in a line."""
+def one_line(facts: dict[str, Any]) -> str:
+    """Return the environment in one line."""
     return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
 
 
-HEAD = ("", "ms", "quartiles", "images/s", "of the first's", "MFU", "MiB", "first call, s")
+HEAD = ("", "ms", "quartiles", "images/s", "speedup", "MFU", "MiB", "first call, s")
 
 
 def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """A group's rows as the tables show them."""
+    """Return a group's rows as the tables show them."""
     return [
         (
             row["name"],
@@ -139,12 +131,12 @@ def _milliseconds(seconds: list[float]) -> tuple[str, str]:
 
 def _memory(row: dict[str, Any]) -> str:
     keys = ["peak_memory_mib", "saved_for_backward_mib"]
-    keys += ["peak_rss_mib"] if row["what"] == bench_epoch.WHAT else []
+    keys += ["peak_rss_mib"] if row["operation"] == bench_epoch.OPERATION else []
     return next((f"{row[key]:,.0f}" for key in keys if row.get(key) is not None), "")
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """A group for the terminal."""
+    """Return a table of a group for the terminal."""
     result = Table(*HEAD, title=rows[0]["group"], title_justify="left", min_width=100)
     for row in cells(rows):
         result.add_row(*row)
@@ -152,23 +144,23 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
-    """All groups in Markdown."""
-    lines = [words(facts)]
-    for own in by_group(rows):
-        lines += ["", f"**{own[0]['group']}**", ""]
-        lines += [f"| {' | '.join(row)} |" for row in (HEAD, ("---",) * len(HEAD), *cells(own))]
+    """Return all groups in Markdown."""
+    lines = [one_line(facts)]
+    for group in by_group(rows):
+        lines += ["", f"**{group[0]['group']}**", ""]
+        lines += [f"| {' | '.join(row)} |" for row in (HEAD, ("---",) * len(HEAD), *cells(group))]
     return "\n".join(lines) + "\n"
 
 
 def show_changes(before: Path, after: Path) -> int:
-    """Print what moved between two results; returns the exit status."""
+    """Print the changes between two results; return the exit status."""
     results = compare.read(before), compare.read(after)
-    found = compare.changes(*results)
+    changes = compare.changes(*results)
     console = Console(highlight=False)
-    if any(change.verdict != "unchanged" for change in found):
-        console.print(compare.table(found))
-    console.print(compare.summary(*results, found), soft_wrap=True)
-    return int(any(change.verdict == "slower" for change in found))
+    if any(change.verdict != "unchanged" for change in changes):
+        console.print(compare.table(changes))
+    console.print(compare.summary(*results, changes), soft_wrap=True)
+    return int(any(change.verdict == "slower" for change in changes))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Two results of `python -m bench`: which rows moved by more than the noise.
+"""Compare two results of `python -m bench`: which rows changed by more than the noise.
 
-A median's own uncertainty is 1.58 interquartile ranges over the root of the number of rounds (McGill, Tukey and Larsen
-1978: about 95% for the difference of two medians), here taken one and a half times. On top comes what the controls,
-which no commit changes, moved by between the two runs: the machine's share; and 2% for what neither tells.
+The uncertainty of a median is 1.58 interquartile ranges over the root of the number of rounds (McGill, Tukey and Larsen
+1978: about 95% for the difference of two medians); we use 1.5 times that. The noise also includes the change of the
+controls, which no commit changes, between the two runs, and a floor of 2%.
 """
 
 import json
@@ -22,14 +22,15 @@ FLOOR = 0.02
 
 @dataclass(frozen=True)
 class Change:
-    """One row's time in the second run over that in the first, and the factor that noise alone may make."""
+    """A row's median times in both runs, and the factor by which noise alone may change them."""
 
     id: str
     before: float
-    """seconds"""
+    """median seconds in the first run"""
     after: float
+    """median seconds in the second run"""
     noise: float
-    """a factor, 1.1 for 10%"""
+    """the largest factor that noise explains, 1.1 for 10%"""
 
     @property
     def ratio(self) -> float:
@@ -43,7 +44,11 @@ class Change:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result's environment, and the seconds of its rows and controls by name; UserError where `path` holds none."""
+    """Read a result: its environment, and the seconds of its rows and controls by name.
+
+    Raises:
+        UserError: if `path` is not a result of `python -m bench`.
+    """
     try:
         result = json.loads(path.read_text())
         controls = {control["name"]: control["seconds"] for control in result["controls"]}
@@ -51,20 +56,20 @@ def read(path: Path) -> dict[str, Any]:
         rows = {row["id"]: row["seconds"] for row in result["rows"]}
         return {"environment": facts, "controls": controls, "rows": rows}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no result of `python -m bench` ({error!r})") from None
+        raise UserError(f"{path} is not a result of `python -m bench` ({error!r})") from None
 
 
 def uncertainty(seconds: list[float]) -> float:
-    """Relative half-width of the interval in which a row's median lies."""
+    """Return the relative half-width of the interval in which a row's median lies."""
     low, median, high = quartiles(seconds)
     return NOTCH * (high - low) / median / math.sqrt(len(seconds))
 
 
 def machine_shift(before: dict[str, Any], after: dict[str, Any]) -> float:
-    """The most that a control moved by between two results, as a natural logarithm.
+    """Return the largest change of a control between two results, as a natural logarithm.
 
     Raises:
-        UserError: where they have no control in common.
+        UserError: if they have no control in common.
     """
     old, new = before["controls"], after["controls"]
     medians = [(quartiles(old[name])[1], quartiles(new[name])[1]) for name in old if name in new]
@@ -74,31 +79,31 @@ def machine_shift(before: dict[str, Any], after: dict[str, Any]) -> float:
 
 
 def changes(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
-    """Every row that both results have.
+    """Compare every row that both results have.
 
     Raises:
-        UserError: where they were measured on different devices, or share no row.
+        UserError: if they were measured on different devices, or have no row in common.
     """
     devices = [result["environment"]["device"] for result in (before, after)]
     if devices[0] != devices[1]:
-        raise UserError(f"results of different devices can't be compared: {devices[0]} and {devices[1]}")
+        raise UserError(f"results of different devices cannot be compared: {devices[0]} and {devices[1]}")
     shift = machine_shift(before, after)
-    found = []
+    result = []
     for name, old in before["rows"].items():
         new = after["rows"].get(name)
         if new is not None:
             own = uncertainty(old) + uncertainty(new)
             noise = math.exp(own + shift + FLOOR)
-            found.append(Change(name, quartiles(old)[1], quartiles(new)[1], noise))
-    if not found:
+            result.append(Change(name, quartiles(old)[1], quartiles(new)[1], noise))
+    if not result:
         raise UserError("the two results have no row in common")
-    return found
+    return result
 
 
-def table(found: list[Change]) -> Table:
-    """The rows that moved, with the noise that they were held against."""
+def table(row_changes: list[Change]) -> Table:
+    """Return a table of the rows that changed by more than the noise."""
     result = Table("row", "before, ms", "after, ms", "change", "noise", "")
-    for change in sorted(found, key=lambda change: change.ratio):
+    for change in sorted(row_changes, key=lambda change: change.ratio):
         if change.verdict != "unchanged":
             result.add_row(
                 change.id,
@@ -111,13 +116,13 @@ def table(found: list[Change]) -> Table:
     return result
 
 
-def summary(before: dict[str, Any], after: dict[str, Any], found: list[Change]) -> str:
-    """How many rows moved, and what the noise is made of, in one line."""
-    verdicts = [change.verdict for change in found]
-    noises = sorted(change.noise - 1 for change in found)
+def summary(before: dict[str, Any], after: dict[str, Any], row_changes: list[Change]) -> str:
+    """Return one line with the number of rows that changed, and the parts of the noise."""
+    verdicts = [change.verdict for change in row_changes]
+    noises = sorted(change.noise - 1 for change in row_changes)
     return (
         f"{verdicts.count('unchanged')} rows unchanged, {verdicts.count('slower')} slower, "
         f"{verdicts.count('faster')} faster; commits {before['environment']['commit']} and "
-        f"{after['environment']['commit']}; noise ±{noises[0]:.0%} to ±{noises[-1]:.0%}: the medians' own uncertainty, "
-        f"{machine_shift(before, after):.1%} that the controls moved by, and {FLOOR:.0%}"
+        f"{after['environment']['commit']}; noise ±{noises[0]:.0%} to ±{noises[-1]:.0%}: the medians' uncertainty, "
+        f"{machine_shift(before, after):.1%} change of the controls, and {FLOOR:.0%}"
     )

@@ -1,4 +1,4 @@
-"""How benchmarks run: `pytest --benchmark-only` times them alone; plain `pytest` runs and checks each once."""
+"""`pytest --benchmark-only` times the benchmarks; plain `pytest` only checks some of them, with a few images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,10 +6,21 @@ from pathlib import Path
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.case import CHECK_BATCH, Case, many_compiled_at_once, prepare_process
-from bench.measure import Row
+from bench.benchmark_case import CHECK_BATCH, BenchmarkCase, prepare_process
+from bench.measure import PreparedCase
+from fastvit_kernels.torch_private import specialize_each_shape
 
-ROUNDS_IN_TURN = 5
+ROWS = ("main", "all")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.getgroup("benchmark").addoption(
+        "--benchmark-rows",
+        choices=ROWS,
+        default=ROWS[0],
+        help="which benchmarks to time: main (the default), the comparison that bench/README.md opens with, or all. "
+        "Benchmarks that are given by their node id are always timed.",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,44 +31,50 @@ def pytest_configure(config: pytest.Config) -> None:
     prepare_process()
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+@pytest.hookimpl(tryfirst=True)  # before -m is evaluated
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        case = item.callspec.params.get("case") if hasattr(item, "callspec") else None
-        if isinstance(case, Case) and case.slow_check and config.option.benchmark_disable:
-            item.add_marker("slow")
+    cases = {item: item.callspec.params.get("case") for item in items if hasattr(item, "callspec")}
+    benchmarks = {item: case for item, case in cases.items() if isinstance(case, BenchmarkCase)}
+    if config.option.benchmark_disable:
+        for item, case in benchmarks.items():
+            if not case.quick_check:
+                item.add_marker("slow")
+    elif config.getoption("benchmark_rows", "all") == "main" and not any("::" in argument for argument in config.args):
+        others = [item for item, case in benchmarks.items() if not case.main]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
 
 
 @pytest.fixture
-def measure(benchmark: BenchmarkFixture) -> Callable[[Case], None]:
-    """Check a case and time it; where benchmarks are disabled, check it with a few images."""
+def measure(benchmark: BenchmarkFixture) -> Callable[[BenchmarkCase], None]:
+    """Check a case and time it; if benchmarks are disabled, only check it, with a few images."""
 
-    def time_row(case: Case) -> None:
-        if case.unavailable:
-            pytest.skip(case.unavailable)
-        with many_compiled_at_once():
-            row = Row(case, CHECK_BATCH if benchmark.disabled else None)
+    def check_and_time(case: BenchmarkCase) -> None:
+        if case.why_unavailable:
+            pytest.skip(case.why_unavailable)
+        with specialize_each_shape():
+            prepared = PreparedCase(case, CHECK_BATCH if benchmark.disabled else None)
             try:
                 if benchmark.disabled:
-                    benchmark(row.block)
+                    benchmark(prepared.block)
                 else:
-                    _time(benchmark, row)
+                    _time(benchmark, prepared)
             finally:
-                row.work.close()
+                prepared.workload.close()
 
-    return time_row
+    return check_and_time
 
 
-def _time(benchmark: BenchmarkFixture, row: Row) -> None:
-    calls = f", {row.work.calls} calls a round" if row.work.calls > 1 else ""
-    benchmark.group, benchmark.name = row.case.group + calls, row.case.name
-    row.warm_up()
-    alternate = row.work.alternate
-    if alternate is None:
-        usage = row.metered(lambda: benchmark(row.block))
+def _time(benchmark: BenchmarkFixture, prepared: PreparedCase) -> None:
+    workload = prepared.workload
+    calls = f", {workload.calls} calls per round" if workload.calls > 1 else ""
+    benchmark.group, benchmark.name = prepared.case.group + calls, prepared.case.name
+    if workload.rounds is None:
+        prepared.warm_up()
+        usage = prepared.meter_usage(lambda: benchmark(prepared.block))
     else:
-        options = {"setup": lambda: alternate() and None, "rounds": ROUNDS_IN_TURN, "iterations": 1}
-        benchmark.pedantic(row.block, **options)
-        usage = row.metered(row.block)
+        usage = prepared.meter_usage(
+            lambda: benchmark.pedantic(prepared.block, rounds=workload.rounds, iterations=1, warmup_rounds=0)
+        )
     assert benchmark.stats is not None
-    benchmark.extra_info.update(row.facts(benchmark.stats.stats.median, usage))
+    benchmark.extra_info.update(prepared.describe(benchmark.stats.stats.median, usage))

@@ -1,4 +1,4 @@
-"""What the numbers depend on."""
+"""The hardware and software that the measurements depend on."""
 
 import os
 import subprocess
@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from bench.case import device_name
+from bench.benchmark_case import device_name
 
 ROOT = Path(__file__).parents[1]
 
 
 @cache
 def environment() -> dict[str, Any]:
-    """Device, driver, versions, threads, precision and commit; null for what there is not."""
+    """Return device, driver, versions, threads, precision and commit; None for what is not available."""
     return {
         "device": device_name(),
         "driver": driver(),
@@ -33,7 +33,7 @@ def environment() -> dict[str, Any]:
 
 
 def installed(package: str) -> str | None:
-    """A package's version, None where it is not installed."""
+    """Return a package's version, or None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -41,7 +41,7 @@ def installed(package: str) -> str | None:
 
 
 def driver() -> str | None:
-    """The NVIDIA driver's version, None where there is none."""
+    """Return the version of the NVIDIA driver, or None if there is no GPU."""
     if not torch.cuda.is_available():
         return None
     try:
@@ -49,12 +49,12 @@ def driver() -> str | None:
 
         pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
-    except Exception:  # NVML's errors have no base class until it is imported, and nothing here may stop a bench
+    except Exception:  # the import may fail too, and no failure here may stop a benchmark
         return None
 
 
 def commit() -> str | None:
-    """The commit that is checked out, with "+changes" where files differ from it; None outside of git."""
+    """Return the commit that is checked out, with "+changes" if files differ from it; None outside of git."""
     try:
         head = git("rev-parse", "--short=12", "HEAD")
         return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
@@ -63,6 +63,6 @@ def commit() -> str | None:
 
 
 def git(*arguments: str) -> str:
-    """What git prints."""
+    """Run git and return its output."""
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True)
     return done.stdout.strip()

@@ -1,7 +1,7 @@
-"""A process that trains an epoch whenever it is told to: `python -m bench.epoch_worker ROW BATCH HOLDOUT`.
+"""A process that trains for one epoch per request: `python -m bench.epoch_worker ROW BATCH HOLDOUT`.
 
-Several of them take turns on the same images, each with its process to itself, as a user's training has it. Reads a
-line per epoch from standard input and answers with a line of JSON.
+It reads a line per epoch from standard input and writes a line of JSON for each. Every row has its own process, as a
+training has.
 """
 
 import contextlib
@@ -28,19 +28,19 @@ from fastvit_train.utils import memory
 
 MODEL = "mc_vit_4_4_32"
 PRECISIONS = {"fp32": "no", "bf16": "bf16", "compiled": "bf16"}
-"""of our trainer's rows"""
+"""mixed precision of our trainer's rows"""
 Epoch = Callable[[], tuple[float, int]]
-"""trains for one; returns the mean loss and the number of images"""
+"""trains for one epoch; returns the mean loss and the number of images"""
 
 
 def config(batch: int, holdout: float, runs_dir: str = "runs") -> TrainConfig:
-    """The seed's recipe on synthetic images; the typical script trains on the same images with the same optimizer."""
+    """Return the upstream's recipe on synthetic images, which the typical script also trains on."""
     settings: dict[str, Any] = {"dataset": "synthetic", "holdout": holdout, "batch_size": batch, "epochs": 10**6}
     return override(recipe("upstream-cifar10"), {**settings, "runs_dir": runs_dir, "exp_name": "bench"}, "the bench")
 
 
 def typical(batch: int, holdout: float) -> tuple[Epoch, int]:
-    """The typical script's epoch, and its model's parameters."""
+    """Return a function that trains the typical script for one epoch, and its number of parameters."""
     train = load_dataset(config(batch, holdout).data, 32).train
     script = Script(MODEL, cast(Tensor, train.images), train.labels, batch)
     script.check()
@@ -48,7 +48,7 @@ def typical(batch: int, holdout: float) -> tuple[Epoch, int]:
 
 
 def ours(row: str, batch: int, holdout: float, runs_dir: str) -> tuple[Epoch, int]:
-    """Our trainer's epoch, and its model's parameters."""
+    """Return a function that trains our trainer for one epoch, and its number of parameters."""
     os.environ["ACCELERATE_MIXED_PRECISION"] = PRECISIONS[row]
     compiled = override(config(batch, holdout, runs_dir), {"compile": row == "compiled"}, "the bench")
     session = setup(compiled, "never", overwrite=False)
@@ -64,12 +64,12 @@ def ours(row: str, batch: int, holdout: float, runs_dir: str) -> tuple[Epoch, in
 
 
 def peak_mib() -> dict[str, float]:
-    """MiB: on a GPU CUDA's count; on a CPU what this process had resident at most, with its loader's workers now."""
+    """Return the peak memory in MiB: on a GPU as CUDA reports it, on a CPU resident, with the loader's workers."""
     if torch.cuda.is_available():
         return {"peak_memory_mib": memory.peak_mib(torch.device("cuda"))}
     children = [child.memory_full_info() for child in psutil.Process().children(recursive=True)]
     own = memory.peak_mib(torch.device("cpu"))
-    # what workers share with this process counts once
+    # memory that workers share with this process counts once
     return {"peak_rss_mib": own + sum(getattr(child, "uss", child.rss) for child in children) / 2**20}
 
 
@@ -77,8 +77,7 @@ def main() -> None:
     row, batch, holdout = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        made = ours(row, batch, holdout, folder) if row in PRECISIONS else typical(batch, holdout)
-        epoch, parameters = made
+        epoch, parameters = ours(row, batch, holdout, folder) if row in PRECISIONS else typical(batch, holdout)
         answers.write(json.dumps({"parameters": parameters}) + "\n")
         memory.reset_peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         for _ in sys.stdin:

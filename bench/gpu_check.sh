@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in under ten minutes and without a network:
+# All checks and measurements that need a GPU, in under ten minutes and without a network:
 #
 #     bench/gpu_check.sh OUT [IMAGES]
 #
-# OUT takes a JSON file per part. A part that was done is not done again, so a check that was cut short goes on where it
-# was; remove a part's file to do it again. IMAGES is a folder of images (train/CLASS/, test/CLASS/) for the time to an
-# accuracy; without it that part is left out. PARTS="tests kernels steps epochs accuracy together" names the parts to do;
-# ANY_DEVICE=1 tries the script without a GPU, each part with ten times its time.
+# The script writes a JSON file per part to OUT. A part that has finished is not repeated, so an interrupted check
+# continues with the part that was interrupted; delete the JSON file of a part to repeat it. IMAGES is a folder of images
+# (train/CLASS/, test/CLASS/) for the time to an accuracy; without it, that part is skipped. Set
+# PARTS="tests kernels steps epochs accuracy together" to select parts, and ANY_DEVICE=1 to test the script without a GPU,
+# with ten times the time limit per part.
 set -uo pipefail
 
 [ $# -ge 1 ] || { echo "usage: bench/gpu_check.sh OUT [IMAGES]" >&2; exit 2; }
@@ -16,23 +17,23 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root" || exit 2
 export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 if [ -z "${ANY_DEVICE:-}" ] && ! python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "gpu_check: no GPU that torch can use here; ANY_DEVICE=1 tries the script without one" >&2
+    echo "gpu_check: no GPU is available to torch; set ANY_DEVICE=1 to test the script without one" >&2
     exit 2
 fi
 
-part() { # NAME SECONDS COMMAND...: a part that leaves OUT/NAME.json, unless it was done
+part() { # NAME SECONDS COMMAND...: run a part that writes OUT/NAME.json, unless it has finished already
     local name=$1 limit=$2${ANY_DEVICE:+0}
     shift 2
     case " ${PARTS:-tests kernels steps epochs accuracy together} " in *" $name "*) ;; *) return ;; esac
     if grep -qs '"exit_status": 0' "$out/$name.json"; then
-        echo "== $name: done before"
+        echo "== $name: already done"
         return
     fi
     echo "== $name (at most $limit s)"
     rm -rf "${out:?}/$name" "$out/$name.json"
     timeout "$limit" "$@" >"$out/$name.log" 2>&1
     local status=$?
-    [ $status -eq 0 ] || { echo "   exit status $status; the end of $out/$name.log:" && tail -n 5 "$out/$name.log"; }
+    [ $status -eq 0 ] || { echo "   exit status $status; the last lines of $out/$name.log:" && tail -n 5 "$out/$name.log"; }
     python -m bench.gpu_table --collect "$name" "$status" "$out"
 }
 
@@ -51,7 +52,7 @@ if [ -n "$images" ]; then
     train=(python -m accelerate.commands.accelerate_cli launch --mixed_precision bf16 -m fastvit_train
         --recipe fast-cifar10 --compile --dataset folder --data-dir "$images")
     part accuracy 90 "${train[@]}" --repeat 3 --target-accuracy 0.74 --runs-dir "$out/accuracy" --exp-name run
-    together() { # three seeds at once on one GPU
+    together() { # three seeds at the same time on one GPU
         local seed pids=() status=0
         for seed in 0 1 2; do
             "${train[@]}" --seed "$seed" --runs-dir "$out/together" --exp-name "run-seed$seed" &

@@ -1,4 +1,4 @@
-"""Measures one row: time, FLOPs, the FLOP/s of a large matrix product, memory and energy."""
+"""Measure one case: time, FLOPs against the matrix product's ceiling, memory and energy."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from bench.case import DTYPES, Case, Work, device
+from bench.benchmark_case import DTYPES, BenchmarkCase, Workload, device
 from bench.environment import environment
 from fastvit_train.profiling.roofline import matmul_ceiling
 from fastvit_train.utils import memory
@@ -16,95 +16,94 @@ from fastvit_train.utils.timing import synchronize, time_call
 WARM_UP_SECONDS = 0.3
 
 
-class Row:
-    """A case that was built, called once and checked; call `warm_up` before you time `block`.
+class PreparedCase:
+    """A case whose workload was built, called for the first time and checked, ready to be timed.
 
     Args:
-        case: what to measure.
-        batch: images per call; None for the case's own batch.
+        case: the case to prepare.
+        batch: images per call; by default that of the case.
     """
 
-    def __init__(self, case: Case, batch: int | None = None) -> None:
+    def __init__(self, case: BenchmarkCase, batch: int | None = None) -> None:
         self.case = case
-        self.work: Work = case.build(batch or case.batch)
-        self.first_call_seconds = time_call(self.work.run, device())
-        self.work.check()
+        self.workload: Workload = case.build(batch or case.batch)
+        self.first_call_seconds = time_call(self.workload.run, device())
+        self.workload.check()
         self._meter = Meter(device())
         self._blocks = 0
 
     def warm_up(self) -> None:
-        """Run blocks that are not timed."""
+        """Run untimed blocks for `WARM_UP_SECONDS`."""
         started = time.perf_counter()
         while time.perf_counter() - started < WARM_UP_SECONDS:
             self.block()
 
     def block(self) -> None:
-        """Run the calls that are timed together, and wait for the device."""
-        for _ in range(self.work.calls):
-            self.work.run()
+        """Run `workload.calls` calls and wait for the device: the block that is timed."""
+        for _ in range(self.workload.calls):
+            self.workload.run()
         synchronize(device())
         self._blocks += 1
 
-    def metered(self, run: Callable[[], Any]) -> Usage:
-        """Measure the GPU's usage during `run`, which calls `block` one or more times."""
+    def meter_usage(self, run: Callable[[], Any]) -> Usage:
+        """Measure the GPU usage of `run`, which calls `block`."""
         self._blocks = 0
         self._meter.start()
         run()
         return self._meter.stop()
 
-    def facts(self, block_seconds: float, usage: Usage) -> dict[str, Any]:
-        """Return the row's other columns: throughput, FLOPs, memory, energy and the environment.
+    def describe(self, block_seconds: float, usage: Usage) -> dict[str, Any]:
+        """Return throughput, FLOPs, memory, energy and environment; energy is None, with the reason, if not measured.
 
         Args:
-            block_seconds: median seconds of a `block`.
-            usage: the GPU's usage, as `metered` returned it.
+            block_seconds: median seconds of one `block`.
+            usage: GPU usage of the blocks in `meter_usage`.
         """
-        work, case = self.work, self.case
-        seconds = block_seconds / work.calls
-        ceiling = matmul_ceiling(DTYPES[case.dtype], device()) if work.flops is not None else None
-        images = self._blocks * work.calls * work.images
+        workload, case = self.workload, self.case
+        seconds = block_seconds / workload.calls
+        ceiling = matmul_ceiling(DTYPES[case.dtype], device()) if workload.flops is not None else None
+        images = self._blocks * workload.calls * workload.images
         return {
-            "what": case.what,
+            "operation": case.operation,
             "shape": case.shape,
             "dtype": case.dtype,
-            "images_per_call": work.images,
-            "calls_per_block": work.calls,
-            "images_per_second": work.images / seconds,
-            "flops_per_image": None if work.flops is None else work.flops / work.images,
+            "images_per_call": workload.images,
+            "calls_per_block": workload.calls,
+            "images_per_second": workload.images / seconds,
+            "flops_per_image": None if workload.flops is None else workload.flops / workload.images,
             "matmul_ceiling_flops": ceiling,
-            "mfu": None if work.flops is None or ceiling is None else work.flops / seconds / ceiling,
+            "mfu": None if workload.flops is None or ceiling is None else workload.flops / seconds / ceiling,
             "first_call_seconds": self.first_call_seconds,
-            **memory_of(work),
+            **measure_memory(workload),
             "energy_joules_per_image": None if usage.energy_joules is None else usage.energy_joules / images,
             "energy_unmeasured": usage.unmeasured,
             "mean_power_watts": usage.mean_power_watts,
             "gpu_utilization": usage.utilization,
             "sm_clock_mhz": usage.sm_clock_mhz,
             "environment": environment(),
-            **work.extra(),
+            **workload.extra(),
         }
 
 
-def memory_of(work: Work) -> dict[str, float | None]:
-    """Measure the memory of one call in MiB.
+def measure_memory(workload: Workload) -> dict[str, float | None]:
+    """Measure the memory of one call in MiB: on a GPU the peak that CUDA reports, less what was allocated before.
 
-    On a GPU this is the peak of CUDA's allocator minus the memory that was allocated before the call; on a CPU, the
-    bytes that autograd saves and the process's peak resident memory.
+    On a CPU it is what autograd saves for the backward pass, and the peak resident memory of the process.
     """
     saved = None
-    if device().type == "cpu" and work.parameters is not None:
-        saved = memory.saved_for_backward(work.run, work.parameters) / 2**20
+    if device().type == "cpu" and workload.parameters is not None:
+        saved = memory.saved_for_backward(workload.run, workload.parameters) / 2**20
     before = torch.cuda.memory_allocated() if device().type == "cuda" else 0
     memory.reset_peak_memory(device())
-    work.run()
+    workload.run()
     synchronize(device())
     peak = memory.peak_mib(device())
     if device().type == "cpu":
         return {"saved_for_backward_mib": saved, "peak_rss_mib": peak}
-    return {"peak_memory_mib": None if work.replayed else peak - before / 2**20}
+    return {"peak_memory_mib": None if workload.replayed else peak - before / 2**20}
 
 
-def by_group(found: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Group the rows that are compared with each other."""
-    groups = dict.fromkeys(row["group"] for row in found)
-    return [[row for row in found if row["group"] == group] for group in groups]
+def by_group(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Split rows into groups of rows that are compared with each other."""
+    groups = dict.fromkeys(row["group"] for row in rows)
+    return [[row for row in rows if row["group"] == group] for group in groups]

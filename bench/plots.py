@@ -1,4 +1,4 @@
-"""Pictures of a result of `python -m bench`."""
+"""Plots of a result of `python -m bench`."""
 
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,8 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.bench_scaling import WITH_BATCH, WITH_TOKENS, WITH_WIDTH
-from bench.bench_step import WHAT as STEP
+from bench.suites.bench_scaling import WITH_BATCH, WITH_TOKENS, WITH_WIDTH
+from bench.suites.bench_step import OPERATION as STEP
 
 COLORS = {"fp32": "#4477aa", "bf16": "#cc6677"}
 MARKS = {"naive": ":", "fused": "-", "sdpa": "--", "cpp": "-.", "triton": "-."}
@@ -23,9 +23,9 @@ Rows = list[dict[str, Any]]
 
 
 def draw(rows: Rows, environment: dict[str, Any], folder: Path) -> list[Path]:
-    """The pictures that `rows` have the figures for, written to `folder`."""
-    steps = [row for row in rows if row["what"] == STEP]
-    scaling = [row for row in rows if row["what"] in (WITH_BATCH, WITH_TOKENS, WITH_WIDTH)]
+    """Write the plots that `rows` have data for to `folder`, and return their paths."""
+    steps = [row for row in rows if row["operation"] == STEP]
+    scaling = [row for row in rows if row["operation"] in (WITH_BATCH, WITH_TOKENS, WITH_WIDTH)]
     memory = next((key for key in MEMORY if any(row.get(key) is not None for row in steps)), None)
     written = []
     if steps:
@@ -38,7 +38,7 @@ def draw(rows: Rows, environment: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def bars(rows: Rows, figure: str, label: str, environment: dict[str, Any], path: Path) -> Path:
-    """A panel per shape, in it a bar per row and dtype."""
+    """Plot a panel per shape, with a bar per row and dtype."""
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     names = list(dict.fromkeys(row["name"] for row in rows))
     picture, panels = plt.subplots(
@@ -46,9 +46,9 @@ def bars(rows: Rows, figure: str, label: str, environment: dict[str, Any], path:
     )
     for panel, shape in zip(panels[0], shapes, strict=True):
         for offset, (dtype, color) in zip((-0.2, 0.2), COLORS.items(), strict=True):
-            found = {row["name"]: row[figure] for row in rows if (row["shape"], row["dtype"]) == (shape, dtype)}
-            places = [names.index(name) + offset for name in found]
-            drawn = panel.barh(places, list(found.values()), 0.38, color=color, label=dtype)
+            values = {row["name"]: row[figure] for row in rows if (row["shape"], row["dtype"]) == (shape, dtype)}
+            places = [names.index(name) + offset for name in values]
+            drawn = panel.barh(places, list(values.values()), 0.38, color=color, label=dtype)
             panel.bar_label(drawn, fmt="{:,.0f}", padding=3, fontsize=8)
         panel.set_yticks(range(len(names)), names if panel is panels[0][0] else [""] * len(names))
         panel.set(title=shape, xlabel=label)
@@ -59,11 +59,11 @@ def bars(rows: Rows, figure: str, label: str, environment: dict[str, Any], path:
 
 
 def lines(rows: Rows, environment: dict[str, Any], path: Path) -> Path:
-    """Microseconds per image over what grows, a line per implementation and dtype."""
-    kinds = list(dict.fromkeys(row["what"] for row in rows))
+    """Plot microseconds per image over batch, tokens or width, with a line per implementation and dtype."""
+    kinds = list(dict.fromkeys(row["operation"] for row in rows))
     picture, panels = plt.subplots(1, len(kinds), figsize=(1 + 4.5 * len(kinds), 4.2), squeeze=False)
     for panel, kind in zip(panels[0], kinds, strict=True):
-        own = [row for row in rows if row["what"] == kind]
+        own = [row for row in rows if row["operation"] == kind]
         panel.set(title=kind, xscale="log", yscale="log", ylabel="µs per image")
         for shape, dtype in dict.fromkeys((row["shape"], row["dtype"]) for row in own):
             _line(panel, [row for row in own if (row["shape"], row["dtype"]) == (shape, dtype)])
@@ -88,8 +88,8 @@ def _line(panel: Axes, rows: Rows) -> None:
 
 
 def _save(picture: Any, environment: dict[str, Any], path: Path) -> Path:
-    said = f"{environment['device']}, torch {environment['torch']}, commit {environment['commit']}"
-    picture.text(0.01, 0.005, said, fontsize=7, color="gray")
+    caption = f"{environment['device']}, torch {environment['torch']}, commit {environment['commit']}"
+    picture.text(0.01, 0.005, caption, fontsize=7, color="gray")
     picture.tight_layout(rect=(0, 0.07, 1, 1))
     picture.savefig(path, dpi=120)
     plt.close(picture)

@@ -1,7 +1,8 @@
-"""The typical training script, as people copy it: the same model and images, everything else as it is mostly done.
+"""The baseline: a training script as it is typically written, for the same model and images as our trainer.
 
-A loop over the heads, eager float32, torchvision transforms on PIL images in a DataLoader with two workers, AdamW,
-and `.item()` on every step's loss and accuracy. Its workers stay alive from epoch to epoch, which is kinder than most.
+It loops over the heads, runs eager float32 with torch's operators, applies torchvision transforms to PIL images in a
+DataLoader with two workers, uses AdamW, and calls `.item()` on the loss and accuracy of every step. Its workers persist
+from epoch to epoch, which is faster than the default.
 """
 
 from typing import Any
@@ -12,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 import fastvit_train  # noqa: F401  registers the model with timm
 from fastvit_kernels import GELULinear
+from fastvit_train.utils.torch_private import TorchDispatchMode
 
 HALF = (0.5, 0.5, 0.5)
 WORKERS = 2
@@ -32,7 +33,7 @@ TRANSFORM = transforms.Compose(
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """uint8 images (count, 3, height, width) and their labels, an image at a time, as torchvision's CIFAR10 does."""
+    """Return uint8 images (count, 3, height, width) and labels one at a time, as torchvision's CIFAR10 does."""
 
     def __init__(self, images: Tensor, labels: Tensor, transform: transforms.Compose = TRANSFORM) -> None:
         self.images: np.ndarray = images.permute(0, 2, 3, 1).contiguous().numpy()
@@ -47,7 +48,7 @@ class Pictures(Dataset[tuple[Tensor, int]]):
 
 
 def loader(pictures: Pictures, batch_size: int) -> DataLoader[tuple[Tensor, int]]:
-    """Shuffled batches; a ragged last one is left out, as the trainer does."""
+    """Make shuffled batches; an incomplete last batch is dropped, as in our trainer."""
     return DataLoader(
         pictures,
         batch_size,
@@ -60,7 +61,7 @@ def loader(pictures: Pictures, batch_size: int) -> DataLoader[tuple[Tensor, int]
 
 
 class PlainGELULinear(nn.Linear):
-    """The layer that `GELULinear` is, computed with torch's own operators as a typical script computes it."""
+    """A `GELULinear` that is computed by torch's operators, as in a typical script."""
 
     def __init__(self, layer: GELULinear) -> None:
         super().__init__(layer.in_features, layer.out_features)
@@ -72,7 +73,7 @@ class PlainGELULinear(nn.Linear):
 
 
 class RefuseOurOperators(TorchDispatchMode):
-    """Raises AssertionError when an operator of `fastvit_kernels` runs within it, forward or backward."""
+    """Raise AssertionError if an operator of `fastvit_kernels` runs within this context, forward or backward."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func.namespace != "fastvit_kernels", f"{func} ran in the typical script, which uses torch's operators"
@@ -100,7 +101,7 @@ class Script:
         self.optimizer.zero_grad()
 
     def epoch(self) -> tuple[float, int]:
-        """Train for one epoch; returns the mean loss and how many images there were."""
+        """Train for one epoch; return the mean loss and the number of images."""
         self.model.train()
         total_loss, total_correct, seen = 0.0, 0.0, 0
         for images, labels in self.loader:

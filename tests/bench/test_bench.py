@@ -1,4 +1,4 @@
-"""The bench can be trusted: it checks what it times, counts exactly, and tells a change from noise."""
+"""The benchmarks check what they time, count exactly, and distinguish changes from noise."""
 
 import json
 import random
@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bench_attention, bench_input, bench_step, compare, plots, turns
-from bench.__main__ import main, select
-from bench.case import Case, Work, device
+from bench import compare, interleaved, plots, typical
+from bench.__main__ import SUITES, main, select
+from bench.benchmark_case import BenchmarkCase, Workload, device
 from bench.environment import environment
-from bench.measure import Row
-from fastvit_kernels import registry
+from bench.measure import PreparedCase
+from bench.suites import bench_attention, bench_input, bench_step
+from fastvit_kernels import GELULinear, registry
 from fastvit_train.data import loader
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.memory import saved_for_backward
@@ -28,7 +29,7 @@ ATTENTION = "attention operator forward+backward, B256 N64 D48 H4, fp32, "
 SMALL = ["--benchmark-min-rounds", "3", "--benchmark-max-time", "0.05", "-p", "no:cacheprovider"]
 
 
-def case_of(suite: Any, id: str) -> Case:
+def case_of(suite: Any, id: str) -> BenchmarkCase:
     return next(case for case in suite.cases() if case.id == id)
 
 
@@ -37,18 +38,54 @@ def pytest_here(*arguments: str, **env: str) -> Any:
 
 
 @pytest.mark.slow
-def test_benchmark_only_takes_bench_alone_and_every_row_of_it() -> None:
-    told = pytest_here("--benchmark-only", "--collect-only", "-q").stdout.splitlines()
-    rows = [line for line in told if "::" in line]
-    assert rows and all(line.startswith("bench/") for line in rows)
-    asked = select(("",))
-    runnable = [case.id for cases in asked.values() for case in cases]
-    assert {row.partition("[")[2].removesuffix("]") for row in rows} >= set(runnable)
+def test_benchmark_only_selects_the_main_rows_or_all_rows_of_bench_and_nothing_else() -> None:
+    for options, only in ([], ()), (["--benchmark-rows", "all"], ("",)):
+        lines = pytest_here("--benchmark-only", "--collect-only", "-q", *options).stdout.splitlines()
+        rows = [line for line in lines if "::" in line]
+        assert rows and all(line.startswith("bench/suites/") for line in rows)
+        runnable = {case.id for cases in select(only).values() for case in cases}
+        selected = {row.partition("[")[2].removesuffix("]") for row in rows}
+        assert selected >= runnable
+        if not only:
+            assert {case.main for suite in SUITES for case in suite.cases() if case.id in selected} == {True}
+
+
+def test_rows_are_narrowed_by_keyword_and_given_by_node_id() -> None:
+    collect = ["--benchmark-only", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    narrowed = pytest_here(*collect, "bench/suites/bench_step.py", "-k", "bf16 and naive").stdout.splitlines()
+    assert [line.partition("[")[2] for line in narrowed if "::" in line] == [
+        "training step, mc_vit_4_4_32 B256, bf16, naive]"
+    ]
+    row_id = f"bench/suites/bench_attention.py::test_attention[{ATTENTION}fused]"
+    assert row_id in pytest_here(*collect, row_id).stdout
+
+
+def test_the_main_rows_are_few_and_plain_pytest_checks_one_or_two_cases_per_file() -> None:
+    main_rows = [case.id for cases in select(()).values() for case in cases]
+    assert len(main_rows) <= 40 and {row.partition(",")[0] for row in main_rows} == {
+        "epoch end to end",
+        "training step",
+        "input pipeline",
+        "attention module forward+backward",
+    }
+    for suite in SUITES:
+        assert 1 <= sum(case.quick_check for case in suite.cases()) <= 2, suite.__name__
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="our GELU has a kernel only for CPUs")
+def test_the_typical_script_is_refused_if_it_runs_our_gelu() -> None:
+    images, labels = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4, dtype=torch.long)
+    script = typical.Script("mc_vit_4_4_32", images, labels, batch_size=4)
+    script.check()
+    plain = script.model.blocks[0].mlp.fc2
+    script.model.blocks[0].mlp.fc2 = GELULinear(plain.in_features, plain.out_features, "tanh")
+    with pytest.raises(AssertionError, match="fastvit_kernels.gelu.* ran in the typical script"):
+        script.check()
 
 
 def test_a_row_carries_its_facts(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    row_id = f"bench/bench_attention.py::test_attention[{ATTENTION}fused]"
+    row_id = f"bench/suites/bench_attention.py::test_attention[{ATTENTION}fused]"
     done = pytest_here("--benchmark-only", row_id, "--benchmark-json", str(out), *SMALL)
     assert done.returncode == 0, done.stdout
     (row,) = json.loads(out.read_text())["benchmarks"]
@@ -70,13 +107,13 @@ def test_a_row_carries_its_facts(tmp_path: Path) -> None:
 
 
 def test_plain_pytest_times_nothing() -> None:
-    done = pytest_here("bench/bench_input.py", "-p", "no:cacheprovider")
+    done = pytest_here("bench/suites/bench_input.py", "-p", "no:cacheprovider")
     assert "2 passed" in done.stdout and "Rounds" not in done.stdout
 
 
 SLOWED = """
 import time, pytest
-from fastvit_kernels import registry
+from fastvit_kernels import GELULinear, registry
 entry = registry.IMPLEMENTATIONS["fused"]
 def slowed(*arguments):
     time.sleep(0.010)  # the row takes 3 to 5 ms, by machine
@@ -86,9 +123,9 @@ registry.IMPLEMENTATIONS["fused"] = entry._replace(function=slowed)
 
 
 @pytest.mark.slow
-def test_pytest_benchmark_tells_a_slowed_implementation_from_the_same_one(tmp_path: Path) -> None:
+def test_pytest_benchmark_distinguishes_a_slowed_implementation(tmp_path: Path) -> None:
     (tmp_path / "slowed.py").write_text(SLOWED)
-    row_id = "bench/bench_attention.py::test_attention[attention operator forward, B256 N64 D48 H4, bf16, fused]"
+    row_id = "bench/suites/bench_attention.py::test_attention[attention operator forward, B256 N64 D48 H4, bf16, fused]"
     chosen = ["--benchmark-only", row_id]
     chosen += ["--benchmark-storage", str(tmp_path / "storage"), "--benchmark-min-rounds", "40"]
     assert pytest_here(*chosen, "--benchmark-autosave").returncode == 0
@@ -106,27 +143,27 @@ def spoil(monkeypatch: pytest.MonkeyPatch, name: str, function: Callable[..., to
 
 def test_an_attention_that_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right = registry.IMPLEMENTATIONS["sdpa"].function
-    Row(case_of(bench_attention, f"{ATTENTION}sdpa"), 2)
+    PreparedCase(case_of(bench_attention, f"{ATTENTION}sdpa"), 2)
     spoil(monkeypatch, "sdpa", lambda x, weight, *rest: right(x, weight * 1.01, *rest))
     with pytest.raises(AssertionError, match="from the reference"):
-        Row(case_of(bench_attention, f"{ATTENTION}sdpa"), 2)
+        PreparedCase(case_of(bench_attention, f"{ATTENTION}sdpa"), 2)
 
 
 def test_a_step_with_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = case_of(bench_step, "training step, mc_vit_4_4_32 B256, fp32, sdpa")
     right = registry.IMPLEMENTATIONS["sdpa"].function
-    Row(case, 2)
+    PreparedCase(case, 2)
     spoil(monkeypatch, "sdpa", lambda x, *rest: right(x.detach() * 0.9 + x * 0.1, *rest))
     with pytest.raises(AssertionError, match="gradients"):
-        Row(case, 2)
+        PreparedCase(case, 2)
 
 
 def test_an_input_that_loses_an_image_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(case for case in bench_input.cases() if case.name == "fastvit_train")
-    Row(case, 8)
+    PreparedCase(case, 8)
     monkeypatch.setattr(loader.TrainLoader, "sample_order", lambda self, epoch: torch.zeros(1, 1, 8, dtype=torch.long))
     with pytest.raises(AssertionError, match="every image once"):
-        Row(case, 8)
+        PreparedCase(case, 8)
 
 
 def test_what_autograd_saves_is_counted_to_the_byte(seed: int) -> None:
@@ -173,7 +210,7 @@ def test_a_slower_machine_widens_the_noise(seed: int) -> None:
     assert list(drifted.values()).count("unchanged") >= 190  # without the controls, none is
 
 
-def test_results_that_cant_be_compared_are_refused(tmp_path: Path) -> None:
+def test_results_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="different devices"):
         compare.changes(result(1, 0), result(1, 1, device="gpu"))
     with pytest.raises(UserError, match="no row in common"):
@@ -182,22 +219,27 @@ def test_results_that_cant_be_compared_are_refused(tmp_path: Path) -> None:
         compare.changes(result(1, 0), {**result(1, 1), "controls": {"other": [1.0]}})
     for content in ("[]", "{", '{"rows": []}'):
         (tmp_path / "x.json").write_text(content)
-        with pytest.raises(UserError, match="no result of"):
+        with pytest.raises(UserError, match="not a result of"):
             compare.read(tmp_path / "x.json")
 
 
-def test_rows_of_a_group_take_turns() -> None:
+def test_rows_of_a_group_are_interleaved() -> None:
     order: list[str] = []
 
-    def case(name: str) -> Case:
-        return Case(
-            "what", "shape", "fp32", name, 1, lambda batch: Work(lambda: order.append(name), lambda: None, batch)
+    def case(name: str) -> BenchmarkCase:
+        return BenchmarkCase(
+            "operation",
+            "shape",
+            "fp32",
+            name,
+            1,
+            lambda batch: Workload(lambda: order.append(name), lambda: None, batch),
         )
 
-    for _ in turns.measure({"group": [case("a"), case("b")]}, 0.0, turns.Console(quiet=True)):
+    for _ in interleaved.measure({"group": [case("a"), case("b")]}, 0.0, interleaved.Console(quiet=True)):
         pass
     timed = "".join(order)
-    assert "ab" * turns.MIN_ROUNDS in timed
+    assert "ab" * interleaved.MIN_ROUNDS in timed
 
 
 def test_the_main_comparison_is_written_compared_and_drawn(
@@ -207,7 +249,7 @@ def test_the_main_comparison_is_written_compared_and_drawn(
     before, after = tmp_path / "before", tmp_path / "after"
     bench(monkeypatch, *only, "--output", str(before))
     spoil_speed = registry.IMPLEMENTATIONS["fused"].function
-    spoil(monkeypatch, "fused", lambda *arguments: time.sleep(0.02) or spoil_speed(*arguments))
+    spoil(monkeypatch, "fused", lambda *arguments: time.sleep(0.2) or spoil_speed(*arguments))
     bench(monkeypatch, *only, "--output", str(after))
     written = json.loads((before / "bench.json").read_text())
     assert written["environment"]["commit"] == environment()["commit"] and len(written["controls"]) == 3
@@ -216,8 +258,8 @@ def test_the_main_comparison_is_written_compared_and_drawn(
     with pytest.raises(SystemExit) as stop:
         bench(monkeypatch, "--compare", str(before / "bench.json"), str(after / "bench.json"))
     assert stop.value.code == 1
-    said = capsys.readouterr().out
-    assert "slower" in said and "0 rows unchanged, 1 slower" in said and "noise ±" in said
+    output = capsys.readouterr().out
+    assert "slower" in output and "0 rows unchanged, 1 slower" in output and "noise ±" in output
 
 
 def bench(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -232,14 +274,14 @@ def test_every_command_in_the_readme_is_one_that_runs(
     text = (ROOT / "bench" / "README.md").read_text()
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.splitlines()]
-    assert len(lines) == 6
+    assert len(lines) == 7
     for line in lines:
         program, *arguments = shlex.split(line)
         if program == "pytest":  # collected here, run by .ci/run
             done = pytest_here(
                 *(argument for argument in arguments if "compare" not in argument), "--collect-only", "-q"
             )
-            assert done.returncode == 0 and "bench/bench_" in done.stdout, line
+            assert done.returncode == 0 and "bench/suites/bench_" in done.stdout, line
         elif "--compare" in arguments:  # run by test_the_main_comparison_is_written_compared_and_drawn
             assert arguments[:3] == ["-m", "bench", "--compare"]
         elif program == "python":
@@ -257,7 +299,7 @@ def test_unknown_rows_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path) -> None:
     rows = [
-        {"what": case.what, "shape": case.shape, "dtype": case.dtype, "name": case.name}
+        {"operation": case.operation, "shape": case.shape, "dtype": case.dtype, "name": case.name}
         | {"images_per_second": 100.0, "saved_for_backward_mib": 3.0}
         for cases in select(("training step, mc_vit", "scaling with batch", "scaling with tokens")).values()
         for case in cases
@@ -270,7 +312,7 @@ def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path) -> None:
 
 def test_the_gpu_check_refuses_without_a_gpu(tmp_path: Path) -> None:
     if torch.cuda.is_available():
-        pytest.skip("there is one here")
+        pytest.skip("this machine has a GPU")
     done = run(["bash", str(ROOT / "bench" / "gpu_check.sh"), str(tmp_path / "out")])
     assert done.returncode == 2 and "no GPU" in done.stderr
 
@@ -285,8 +327,8 @@ def test_the_gpu_check_does_a_part_once_and_shows_what_there_is(tmp_path: Path) 
     assert first.returncode == 0, first.stdout + first.stderr
     for line in ("fast-cifar10, 3 seeds", "to 74.0%", "3 seeds at once", "not done"):
         assert line in first.stdout
-    found = json.loads((tmp_path / "out" / "accuracy.json").read_text())
-    assert found["seeds"] == [0, 1, 2] and found["environment"]["device"]
+    result = json.loads((tmp_path / "out" / "accuracy.json").read_text())
+    assert result["seeds"] == [0, 1, 2] and result["environment"]["device"]
     assert len(json.loads((tmp_path / "out" / "together.json").read_text())["seconds"]) == 3
     second = run(command, PARTS="accuracy", **env)
-    assert "accuracy: done before" in second.stdout
+    assert "accuracy: already done" in second.stdout

@@ -1,6 +1,6 @@
-"""What reading the GPU ten times a second costs a training: its steps with and without, and the thread's own time.
+"""The cost of reading the GPU's state ten times per second: training steps with and without, and the thread's time.
 
-Without a GPU the thread reads a stand-in for NVML, each of whose calls takes half a millisecond, as a driver's do.
+Without a GPU the thread reads a fake NVML whose calls take half a millisecond, like those of a driver.
 """
 
 import sys
@@ -13,27 +13,27 @@ from unittest import mock
 
 import pytest
 
-from bench.bench_step import Training
-from bench.case import Case, Work, device
+from bench.benchmark_case import BenchmarkCase, Workload, device
 from bench.compare import NOTCH
+from bench.suites.bench_step import Training
 from fastvit_train.utils import gpu_monitor
 from fastvit_train.utils.gpu_monitor import GpuId, Meter, Usage
 from fastvit_train.utils.timing import quartiles, synchronize, time_in_rounds
 
-WHAT = "telemetry's cost"
+OPERATION = "telemetry's cost"
 MODEL, BATCH = "mc_vit_4_4_32", 64
 STEPS = {"cpu": 40, "cuda": 1000}
-"""per call: about a second of training, a short epoch"""
+"""training steps per call, about a second"""
 DRIVER_SECONDS = 0.0005
 MAX_COST = 0.005
-"""share of throughput that sampling may cost"""
+"""largest allowed loss of throughput, and share of one core for the thread"""
 CHECKED_SECONDS = 2.0
 PAIRS = 16
-"""of some steps with and without"""
+"""measurements with and without telemetry, interleaved"""
 
 
-class StandIn:
-    """The functions of nvidia-ml-py that the meter calls; each takes a driver's time, without the interpreter."""
+class FakeNvml:
+    """The functions of nvidia-ml-py that the meter calls; each sleeps as long as a driver's call takes."""
 
     NVMLError = OSError
 
@@ -50,7 +50,7 @@ class StandIn:
 
 
 class TimedMeter(Meter):
-    """A meter that knows which share of one core's time its thread has worked for."""
+    """A meter that also measures its thread's share of the time of one core."""
 
     thread_seconds, metered_seconds = 0.0, 0.0
 
@@ -68,59 +68,61 @@ class TimedMeter(Meter):
         return self.thread_seconds / self.metered_seconds
 
 
-def meter(enabled: bool) -> TimedMeter:
-    """One that reads this machine's GPU, or the stand-in."""
+def make_meter(enabled: bool) -> TimedMeter:
+    """Return a meter that reads this machine's GPU, or the fake NVML if there is none."""
     if device().type == "cuda" or not enabled:
         return TimedMeter(device(), enabled)
     with (
-        mock.patch.dict(sys.modules, pynvml=StandIn()),
-        mock.patch.object(gpu_monitor, "identify_gpu", return_value=GpuId("stand-in", None)),
+        mock.patch.dict(sys.modules, pynvml=FakeNvml()),
+        mock.patch.object(gpu_monitor, "identify_gpu", return_value=GpuId("fake", None)),
     ):
         return TimedMeter(device())
 
 
-def build(enabled: bool, batch: int) -> Work:
+def build(enabled: bool, batch: int) -> Workload:
     training = Training(MODEL, "fused", False, "bf16", batch)
-    watches, usages = {on: meter(on) for on in (False, True)}, list[Usage]()
+    meters, usages = {on: make_meter(on) for on in (False, True)}, list[Usage]()
 
-    def steps(watch: TimedMeter) -> Usage:
-        watch.start()
+    def steps(timed_meter: TimedMeter) -> Usage:
+        timed_meter.start()
         for _ in range(STEPS[device().type]):
             training.step()
         synchronize(device())
-        return watch.stop()
+        return timed_meter.stop()
 
     def run() -> None:
-        usages.append(steps(watches[enabled]))
+        usages.append(steps(meters[enabled]))
 
     def check() -> None:
         assert (usages[-1].energy_joules is not None) == enabled, usages[-1].unmeasured
-        watch = meter(enabled)
-        watch.start()
+        timed_meter = make_meter(enabled)
+        timed_meter.start()
         end = time.perf_counter() + CHECKED_SECONDS
         while time.perf_counter() < end:
             training.step()
-        watch.stop()
-        assert watch.thread_share < MAX_COST, (
-            f"the thread takes {watch.thread_share:.2%} of a core, allowed {MAX_COST:.1%}"
+        timed_meter.stop()
+        assert timed_meter.thread_share < MAX_COST, (
+            f"the thread takes {timed_meter.thread_share:.2%} of a core, allowed {MAX_COST:.1%}"
         )
 
     def cost() -> dict[str, float]:
-        """Measure the share of throughput that it costs, in interleaved pairs; fails if the cost exceeds MAX_COST."""
-        times = time_in_rounds([partial(steps, watches[on]) for on in (True, False)], PAIRS)
+        """Measure the loss of throughput; fail if it exceeds `MAX_COST` by more than the uncertainty."""
+        times = time_in_rounds([partial(steps, meters[on]) for on in (True, False)], PAIRS)
         low, middle, high = quartiles([on / off - 1 for on, off in zip(*times, strict=True)])
         uncertainty = NOTCH * (high - low) / PAIRS**0.5
         assert middle - uncertainty < MAX_COST, f"it costs {middle:.2%} ± {uncertainty:.2%} of throughput"
-        return {"throughput_cost": middle, "uncertainty": uncertainty, "thread_share": watches[True].thread_share}
+        return {"throughput_cost": middle, "uncertainty": uncertainty, "thread_share": meters[True].thread_share}
 
-    return Work(run, check, batch * STEPS[device().type], extra=cost if enabled else dict)
+    return Workload(run, check, batch * STEPS[device().type], extra=cost if enabled else dict)
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[BenchmarkCase]:
     for name, enabled in (("without", False), ("with", True)):
-        yield Case(WHAT, f"{MODEL} B{BATCH}", "bf16", name, BATCH, partial(build, enabled))
+        yield BenchmarkCase(
+            OPERATION, f"{MODEL} B{BATCH}", "bf16", name, BATCH, partial(build, enabled), quick_check=enabled
+        )
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.id)
-def test_telemetry(case: Case, measure: Callable[[Case], None]) -> None:
+def test_telemetry(case: BenchmarkCase, measure: Callable[[BenchmarkCase], None]) -> None:
     measure(case)

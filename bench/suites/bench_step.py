@@ -1,4 +1,4 @@
-"""A whole training step: forward, loss, backward and optimizer, on a batch that lies on the device."""
+"""A training step: forward, loss, backward and optimizer, on a batch that is already on the device."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.bench_attention import unavailable
-from bench.case import CALLS, DTYPES, Case, Work, assert_close, device
+from bench.benchmark_case import CALLS, DTYPES, BenchmarkCase, Workload, assert_close, device
+from bench.suites.bench_attention import why_unavailable
 from fastvit_train.config.schema import OptimConfig
 from fastvit_train.models import compile_model, pretrained_cfg
 from fastvit_train.profiling.roofline import count_flops
@@ -23,22 +23,24 @@ MODELS: dict[str, dict[str, tuple[int, ...]]] = {
     "cpu": {"c_vit_4_4_32": (256,), "mc_vit_4_4_32": (256,), "cvt_7_4_32": (32,), "cct_7_3x1_32": (32,)},
     "cuda": {"c_vit_4_4_32": (256, 4096), "mc_vit_4_4_32": (256, 4096), "cvt_7_4_32": (256,), "cct_7_3x1_32": (256,)},
 }
-"""with the batches of a step"""
+"""for each model its batch sizes"""
 EAGER = ("naive", "fused", "sdpa", "compiled", "cpp", "triton")
 COMPILED = ("naive", "fused", "sdpa", "cpp", "triton")
-WHAT = "training step"
+MAIN = {(name, False) for name in ("naive", "fused", "sdpa", "cpp", "triton")} | {("cpp", True), ("triton", True)}
+"""implementations, and whether the model is compiled, of the comparison that is timed by default"""
+OPERATION = "training step"
 
 
 class Training:
     """A model with its optimizer and a batch to train on, the same for every row.
 
     Args:
-        name: of the model.
-        implementation: of its attention.
-        compiled: compile it.
-        dtype: "fp32", or "bf16" under autocast.
-        batch: images.
-        settings: of the model.
+        name: name of the model.
+        implementation: its attention implementation.
+        compiled: whether to compile the model.
+        dtype: "fp32", or "bf16" for autocast to bfloat16.
+        batch: number of images.
+        settings: further settings of the model.
     """
 
     def __init__(self, name: str, implementation: str, compiled: bool, dtype: str, batch: int, **settings: Any) -> None:
@@ -54,17 +56,17 @@ class Training:
             compile_model(self.model, graphed=device().type == "cuda")
 
     def precision(self) -> torch.autocast:
-        """What forward passes run under."""
+        """Return the autocast context of the forward pass."""
         return torch.autocast(device().type, torch.bfloat16, enabled=self.dtype == "bf16")
 
     def loss(self) -> Tensor:
-        """Forward pass and loss."""
+        """Run the forward pass and return the loss."""
         with self.precision():
             logits = self.model(self.images_BCHW)
         return F.cross_entropy(logits.float(), self.labels_B)
 
     def step(self) -> Tensor:
-        """One training step; returns the loss."""
+        """Run one training step and return the loss."""
         loss = self.loss()
         loss.backward()
         self.optimizer.step()
@@ -72,7 +74,7 @@ class Training:
         return loss
 
     def loss_and_gradients(self) -> tuple[Tensor, Tensor]:
-        """What a step computes, all gradients in one tensor; without dropout, so that it can be compared."""
+        """Return the loss and all gradients in one tensor, computed without dropout so that they can be compared."""
         dropouts = (getattr(m, "attn_drop", 0) or (isinstance(m, nn.Dropout) and m.p) for m in self.model.modules())
         self.model.train(not any(dropouts))
         loss = self.loss()
@@ -81,47 +83,48 @@ class Training:
         return loss.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
 
-@lru_cache(maxsize=1)  # the rows of a group follow each other
+@lru_cache(maxsize=1)  # the rows of a group are consecutive
 def reference(name: str, batch: int, settings: tuple[tuple[str, Any], ...]) -> tuple[Tensor, Tensor]:
-    """The loss and the gradients that every row's first step should have."""
+    """Compute the expected loss and gradients of every row's first step."""
     return Training(name, "naive", False, "fp32", batch, **dict(settings)).loss_and_gradients()
 
 
-def build(name: str, implementation: str, compiled: bool, dtype: str, batch: int, **settings: Any) -> Work:
+def build(name: str, implementation: str, compiled: bool, dtype: str, batch: int, **settings: Any) -> Workload:
     training = Training(name, implementation, compiled, dtype, batch, **settings)
     start = copy.deepcopy(training.model.state_dict())
 
     def check() -> None:
         training.model.load_state_dict(start)
         loss, gradients = training.loss_and_gradients()
-        right_loss, right_gradients = reference(name, batch, tuple(settings.items()))
-        assert_close(loss, right_loss, dtype, f"{implementation}'s loss")
-        assert_close(gradients, right_gradients, dtype, f"{implementation}'s gradients")
+        expected_loss, expected_gradients = reference(name, batch, tuple(settings.items()))
+        assert_close(loss, expected_loss, dtype, f"{implementation}'s loss")
+        assert_close(gradients, expected_gradients, dtype, f"{implementation}'s gradients")
         for _ in range(3):
             training.step()
         assert training.loss().item() < loss.item(), "three steps on one batch did not lower its loss"
 
     flops = batch * count_flops(Training(name, "fused", False, "fp32", 1, **settings).step)
     parameters = tuple(training.model.parameters())
-    return Work(training.step, check, batch, flops, parameters, calls=CALLS[device().type])
+    return Workload(training.step, check, batch, flops, parameters, calls=CALLS[device().type])
 
 
-def cases() -> Iterator[Case]:
+def cases() -> Iterator[BenchmarkCase]:
     sizes = [(name, batch) for name, batches in MODELS[device().type].items() for batch in batches]
     rows = [(name, False) for name in EAGER] + [(name, True) for name in COMPILED]
     for (name, batch), dtype, (implementation, compiled) in product(sizes, DTYPES, rows):
-        yield Case(
-            WHAT,
+        yield BenchmarkCase(
+            OPERATION,
             f"{name} B{batch}",
             dtype,
             f"{implementation}, model compiled" if compiled else implementation,
             batch,
             partial(build, name, implementation, compiled, dtype),
-            unavailable(implementation),
-            slow_check=compiled or implementation == "compiled",
+            why_unavailable(implementation),
+            main=name == "mc_vit_4_4_32" and batch == 256 and (implementation, compiled) in MAIN,
+            quick_check=(name, implementation, compiled) == ("mc_vit_4_4_32", "cpp", False),
         )
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.id)
-def test_step(case: Case, measure: Callable[[Case], None]) -> None:
+def test_step(case: BenchmarkCase, measure: Callable[[BenchmarkCase], None]) -> None:
     measure(case)

@@ -1,4 +1,4 @@
-"""Rows measured in interleaved rounds, so that a slow moment of the machine affects all of them alike."""
+"""Interleaved measurement: each round times every case once, so that other load on the machine affects all alike."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,19 +9,19 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from bench.case import Case, device
-from bench.measure import Row
+from bench.benchmark_case import BenchmarkCase, device
+from bench.measure import PreparedCase
 from fastvit_train.utils.timing import quartiles, time_call, time_in_rounds
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 41
-"""of a group"""
+"""timed rounds per group"""
 
 Result = dict[str, Any]
 Results = list[Result]
 
 
 def controls() -> dict[str, Callable[[], object]]:
-    """Work that no commit changes and that every round times: matrix products in two dtypes and a layer of torch.nn."""
+    """Return functions that no commit changes, timed in every round: matrix products, and a layer of torch.nn."""
     factor = 1 if device().type == "cpu" else 8
     matrix = torch.randn(1024 * factor, 1024 * factor, device=device())
     half, tokens = matrix.bfloat16(), torch.randn(64 * factor, 64, 48, device=device(), dtype=torch.bfloat16)
@@ -33,13 +33,15 @@ def controls() -> dict[str, Callable[[], object]]:
     }
 
 
-def measure(groups: dict[str, list[Case]], seconds: float, console: Console) -> Iterator[tuple[Results, Results]]:
-    """Measure the rows of each group; yields them with the controls of all groups so far.
+def measure(
+    groups: dict[str, list[BenchmarkCase]], seconds: float, console: Console
+) -> Iterator[tuple[Results, Results]]:
+    """Measure the groups; yield each group's rows, and the control times of all groups so far.
 
     Args:
         groups: cases by group.
-        seconds: approximate time to spend on each row; every row is timed at least `MIN_ROUNDS` times.
-        console: shows the progress.
+        seconds: approximate time to spend on each case; each is timed at least `MIN_ROUNDS` times.
+        console: where progress is printed.
     """
     control = controls()
     control_seconds: dict[str, list[float]] = {name: [] for name in control}
@@ -49,18 +51,19 @@ def measure(groups: dict[str, list[Case]], seconds: float, console: Console) -> 
             rows = []
             for case in cases:
                 with console.status(f"building and checking: {case.id}"):
-                    row = Row(case)
-                stack.callback(row.work.close)
+                    row = PreparedCase(case)
+                stack.callback(row.workload.close)
                 rows.append(row)
-            console.print(
-                f"{name}: {len(rows)} rows in interleaved rounds"
-            )  # a moving display would disturb the timing
-            results = _in_turn(rows, seconds, control, control_seconds)
+            console.print(f"{name}: {len(rows)} rows, interleaved")  # the status line would disturb the timing
+            results = _measure_group(rows, seconds, control, control_seconds)
         yield results, [{"name": name, "seconds": values} for name, values in control_seconds.items()]
 
 
-def _in_turn(
-    rows: list[Row], seconds: float, control: dict[str, Callable[[], object]], control_seconds: dict[str, list[float]]
+def _measure_group(
+    rows: list[PreparedCase],
+    seconds: float,
+    control: dict[str, Callable[[], object]],
+    control_seconds: dict[str, list[float]],
 ) -> Results:
     for row in rows:
         row.warm_up()
@@ -74,7 +77,7 @@ def _in_turn(
     return [_result(row, values, seconds) for row, values in zip(rows, block_times, strict=True)]
 
 
-def _result(row: Row, block_seconds: list[float], seconds_metered: float) -> Result:
+def _result(row: PreparedCase, block_seconds: list[float], seconds_metered: float) -> Result:
     _, median, _ = quartiles(block_seconds)
     blocks = math.ceil(seconds_metered / median) if device().type == "cuda" else 1
 
@@ -82,8 +85,8 @@ def _result(row: Row, block_seconds: list[float], seconds_metered: float) -> Res
         for _ in range(blocks):
             row.block()
 
-    usage = row.metered(work)
-    facts = row.facts(median, usage)
+    usage = row.meter_usage(work)
+    facts = row.describe(median, usage)
     del facts["environment"]  # the same for all rows
-    seconds = [value / row.work.calls for value in block_seconds]
+    seconds = [value / row.workload.calls for value in block_seconds]
     return {"id": row.case.id, "group": row.case.group, "name": row.case.name, "seconds": seconds, **facts}

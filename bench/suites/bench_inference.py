@@ -1,4 +1,4 @@
-"""Inference: what one image takes from the model's input to its logits, and how many a second go through at most."""
+"""Inference: the latency of one image, and the throughput of a large batch, from the model's input to its logits."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -8,19 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.bench_attention import replayed, unavailable
-from bench.bench_step import EAGER, MODELS, Training
-from bench.case import CALLS, DTYPES, Case, Work, assert_close, device
+from bench.benchmark_case import CALLS, DTYPES, BenchmarkCase, Workload, assert_close, device
+from bench.suites.bench_attention import replayed, why_unavailable
+from bench.suites.bench_step import EAGER, MODELS, Training
 from fastvit_train.profiling.roofline import count_flops
 
 LATENCY, THROUGHPUT = "inference latency", "inference throughput"
 ROWS = {**{name: (name, False, False) for name in EAGER}, "fused, model compiled": ("fused", True, False)}
-"""row to attention implementation, whether blocks are compiled, whether a CUDA graph is replayed"""
+"""for each row the attention implementation, whether the model is compiled, and whether a CUDA graph is replayed"""
 if torch.cuda.is_available():
     ROWS |= {"fused, model compiled, CUDA graph": ("fused", True, True)}
 
 
-def build(name: str, implementation: str, compiled: bool, graph: bool, dtype: str, batch: int) -> Work:
+def build(name: str, implementation: str, compiled: bool, graph: bool, dtype: str, batch: int) -> Workload:
     training = Training(name, implementation, compiled, dtype, batch)
 
     def logits_of(training: Training) -> Callable[[], tuple[Tensor, ...]]:
@@ -41,25 +41,25 @@ def build(name: str, implementation: str, compiled: bool, graph: bool, dtype: st
         assert_close(run()[0], reference()[0], dtype, f"{name}'s logits")
 
     flops = batch * count_flops(logits_of(Training(name, "fused", False, "fp32", 1)))
-    return Work(run, check, batch, flops, calls=CALLS[device().type], replayed=graph)
+    return Workload(run, check, batch, flops, calls=CALLS[device().type], replayed=graph)
 
 
-def cases() -> Iterator[Case]:
-    for what, name, dtype in product((LATENCY, THROUGHPUT), ("mc_vit_4_4_32", "cvt_7_4_32"), DTYPES):
-        batch = 1 if what == LATENCY else max(MODELS[device().type][name])
+def cases() -> Iterator[BenchmarkCase]:
+    for operation, name, dtype in product((LATENCY, THROUGHPUT), ("mc_vit_4_4_32", "cvt_7_4_32"), DTYPES):
+        batch = 1 if operation == LATENCY else max(MODELS[device().type][name])
         for row, (implementation, compiled, graph) in ROWS.items():
-            yield Case(
-                what,
+            yield BenchmarkCase(
+                operation,
                 f"{name} B{batch}",
                 dtype,
                 row,
                 batch,
                 partial(build, name, implementation, compiled, graph, dtype),
-                unavailable(implementation),
-                slow_check="compiled" in row,
+                why_unavailable(implementation),
+                quick_check=(operation, name, dtype, row) == (LATENCY, "mc_vit_4_4_32", "bf16", "fused"),
             )
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.id)
-def test_inference(case: Case, measure: Callable[[Case], None]) -> None:
+def test_inference(case: BenchmarkCase, measure: Callable[[BenchmarkCase], None]) -> None:
     measure(case)
