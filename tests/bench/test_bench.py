@@ -48,16 +48,16 @@ def test_benchmark_only_selects_the_main_rows_or_all_rows_of_bench_and_nothing_e
         assert selected >= runnable
         if not only:
             assert {case.main for suite in SUITES for case in suite.cases() if case.id in selected} == {True}
+    row_id = f"bench/suites/bench_attention.py::test_attention[{ATTENTION}fused]"
+    assert row_id in pytest_here("--benchmark-only", "--collect-only", "-q", row_id).stdout
 
 
-def test_rows_are_narrowed_by_keyword_and_given_by_node_id() -> None:
+def test_the_main_rows_are_narrowed_by_keyword() -> None:
     collect = ["--benchmark-only", "--collect-only", "-q", "-p", "no:cacheprovider"]
     narrowed = pytest_here(*collect, "bench/suites/bench_step.py", "-k", "bf16 and naive").stdout.splitlines()
     assert [line.partition("[")[2] for line in narrowed if "::" in line] == [
         "training step, mc_vit_4_4_32 B256, bf16, naive]"
     ]
-    row_id = f"bench/suites/bench_attention.py::test_attention[{ATTENTION}fused]"
-    assert row_id in pytest_here(*collect, row_id).stdout
 
 
 def test_the_main_rows_are_few_and_plain_pytest_checks_one_or_two_cases_per_file() -> None:
