@@ -118,7 +118,11 @@ def after_first_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name != "kernels"], ids=page_name)
 def test_every_command_and_example_runs_in_order(
-    page: Path, after_first_command: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path,
+    after_first_command: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Each page starts after the README's first command."""
     shutil.copytree(after_first_command, tmp_path, symlinks=True, dirs_exist_ok=True)
@@ -133,6 +137,9 @@ def test_every_command_and_example_runs_in_order(
         for command in block.commands:
             print(command)
             run_command(command)
+    if page.name == "python.md":
+        text = capsys.readouterr().out
+        assert "of digits after 3 epochs" in text and "calibration error" in text and "torch.Size([4, 8, 8])" in text
 
 
 def test_the_examples_of_the_operator_run(capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,17 +148,6 @@ def test_the_examples_of_the_operator_run(capsys: pytest.CaptureFixture[str]) ->
     for example in examples:
         exec(compile(example.text, "kernels/README.md", "exec"), {})
     assert "'naive': None" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_the_examples_of_the_python_page_print_what_they_should(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    for example in blocks(ROOT / "docs" / "python.md", "python"):
-        exec(compile(example.text, "docs/python.md", "exec"), {})
-    text = capsys.readouterr().out
-    assert "of digits after 3 epochs" in text and "calibration error" in text and "torch.Size([4, 8, 8])" in text
 
 
 @pytest.mark.slow

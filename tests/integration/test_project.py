@@ -8,7 +8,9 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
+import fastvit_train
 from tests.support import ROOT
 
 
@@ -47,3 +49,11 @@ def test_the_constraints_are_the_minimums_of_the_dependencies(project: dict[str,
     lines = (ROOT / ".github" / "oldest.txt").read_text().splitlines()
     pinned = [line for line in lines if line and not line.startswith("#")]
     assert pinned == [str(Requirement(each)).replace(">=", "==") for each in project["dependencies"]]
+
+
+def test_the_newest_entry_of_the_changelog_is_dated_and_of_this_version() -> None:
+    entry = re.search(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert entry is not None
+    version, _, date = entry[1].partition(" - ")
+    assert Version(version) == Version(fastvit_train.__version__)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", date)
