@@ -83,6 +83,7 @@ def test_the_typical_script_is_refused_if_it_runs_our_gelu() -> None:
         script.check()
 
 
+@pytest.mark.slow
 def test_a_row_carries_its_facts(tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     row_id = f"bench/suites/bench_attention.py::test_attention[{ATTENTION}fused]"
@@ -106,6 +107,7 @@ def test_a_row_carries_its_facts(tmp_path: Path) -> None:
     assert facts["peak_rss_mib" if device().type == "cpu" else "peak_memory_mib"] > 0
 
 
+@pytest.mark.slow
 def test_plain_pytest_times_nothing() -> None:
     done = pytest_here("bench/suites/bench_input.py", "-p", "no:cacheprovider")
     assert "2 passed" in done.stdout and "Rounds" not in done.stdout

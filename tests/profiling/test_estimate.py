@@ -66,6 +66,7 @@ def test_memory_speed_and_time_are_printed(dry_run_output: tuple[str, list[Path]
     assert rows["time"][-2:] == ["(2", "epochs)"]
 
 
+@pytest.mark.slow
 def test_an_existing_run_is_not_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main([*SMALL, "--runs-dir", str(tmp_path), "--epochs", "1"])
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}

@@ -42,7 +42,7 @@ socket.getaddrinfo = lookup
 """
 
 SESSION = """
-from fastvit_train.cli import main
+from fastvit_train.cli.main import main
 tiny = {tiny!r}
 main(["--exp-name", "a", *tiny])
 main(["--exp-name", "a", *tiny, "--resume", "must"])

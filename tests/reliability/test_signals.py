@@ -88,7 +88,12 @@ def test_a_run_told_to_stop_goes_on_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize(
-    "where", ["training.setup.build_model", "training.loop.evaluate_model", "utils.atomic_io.write_checksums"]
+    "where",
+    [
+        "training.setup.build_model",
+        pytest.param("training.loop.evaluate_model", marks=pytest.mark.slow),
+        "utils.atomic_io.write_checksums",
+    ],
 )
 def test_setting_up_evaluating_and_saving_are_no_bad_moments(where: str, tmp_path: Path) -> None:
     victim = Victim(tmp_path, "run", trick=DieAt(where, 1, signal.SIGTERM))

@@ -1,19 +1,20 @@
 """The attention of a run: by flag, by measurement, kept on resume, in our models and in timm's."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import fastvit_kernels
+from fastvit_train.cli.main import main
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.inference.evaluate import evaluate_run
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.loop import fit
 from fastvit_train.utils.errors import UserError
-from tests.support import one_line_error, run
+from tests.support import one_line_error
 
 Config = Callable[..., TrainConfig]
 
@@ -105,17 +106,27 @@ def test_timms_vit_trains_with_ours(small_config: Config, tmp_path: Path, monkey
 
 
 def test_a_model_that_it_cant_serve_keeps_its_own(small_config: Config) -> None:
-    resnet = {"model": "resnet18", "embed_dim": None, "depth": None, "num_heads": None, "patch_size": None, "epochs": 1}
+    resnet = {
+        "model": "test_resnet",
+        "embed_dim": None,
+        "depth": None,
+        "num_heads": None,
+        "patch_size": None,
+        "epochs": 1,
+    }
     with pytest.raises(UserError, match="ResNet has no attention module that 'sdpa' could replace; use --attention"):
         fit(small_config(attention="sdpa", **resnet))
     assert fit(small_config(attention="auto", image_size=32, **resnet))["attention"] == "timm"
 
 
-def test_what_cant_run_here_is_one_line(tmp_path: Path) -> None:
-    flags = ["--attention", "triton", "--runs-dir", str(tmp_path)]
-    done = run([sys.executable, "-m", "fastvit_train", *flags], CUDA_VISIBLE_DEVICES="")
-    assert done.returncode == 2
-    assert one_line_error(done.stderr).startswith(
-        "attention implementation 'triton' needs a GPU; with TRITON_INTERPRET"
-    )
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="needs a machine without a GPU")
+def test_what_cant_run_here_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(SystemExit) as stop:
+        main(["--attention", "triton", "--runs-dir", str(tmp_path)])
+    assert stop.value.code == 2
+    message = one_line_error(capsys.readouterr().err)
+    assert message.startswith("attention implementation 'triton' needs a GPU; with TRITON_INTERPRET")
     assert not list(tmp_path.iterdir())
