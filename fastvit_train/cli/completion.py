@@ -16,8 +16,7 @@ Verbs = Mapping[str, type[Any]]
 
 INSTALL: dict[Shell, str] = {
     "bash": "{program} completion bash > ~/.local/share/bash-completion/completions/{program}",
-    "zsh": "mkdir -p ~/.zfunc && {program} completion zsh > ~/.zfunc/_{program}\n"
-    "# and in ~/.zshrc:\n#   fpath+=~/.zfunc; autoload -Uz compinit && compinit",
+    "zsh": "{program} completion zsh > ~/.{program}.zsh\n#   echo 'source ~/.{program}.zsh' >> ~/.zshrc",
     "fish": "{program} completion fish > ~/.config/fish/completions/{program}.fish",
 }
 
@@ -34,8 +33,12 @@ _{program}() {{
 }}
 complete -o bashdefault -o default -F _{program} {program}
 """
-# tyro's script ends with the call of its function.
-ZSH_ADDITION = " || _files\n"
+# tyro's script ends with a call of its function, for a file in $fpath; this one is sourced.
+ZSH_ADDITION = """
+_{program}() {{ _tyro_{program} || _files }}
+(( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit }}
+compdef _{program} {program}
+"""
 FISH_ADDITION = """
 complete --command {program} --force-files --condition '__fish_seen_subcommand_from {file_verbs}; \
 and not string match --quiet -- "-*" (commandline -opc)[-1]'
@@ -51,7 +54,9 @@ def script(shell: Shell, program: str, verbs: Verbs, default_verb: str) -> str:
     """
     first, _, rest = _parser_script(shell, program, verbs, default_verb).rstrip("\n").partition("\n")
     install = INSTALL[shell].format(program=program)
-    head = f"{first}\n# To install this completion of {program} in {shell}:\n#   {install}\n"  # zsh needs line 1
+    head = f"{first}\n# To install this completion of {program} in {shell}:\n#   {install}\n"
+    if shell == "zsh":
+        rest = rest.rpartition("\n")[0]
     files = [name for name, takes in verbs.items() if any(f.positional and not f.choices for f in flags_of(takes))]
     addition = {"bash": BASH_ADDITION, "zsh": ZSH_ADDITION, "fish": FISH_ADDITION}[shell]
     return head + rest + addition.format(program=program, file_verbs=" ".join(files))

@@ -99,16 +99,15 @@ def test_fish(script: Callable[[str], Path]) -> None:
 
 @needs("zsh")
 def test_zsh(script: Callable[[str], Path]) -> None:
-    folder = script("zsh").rename(Path("_fastvit").absolute()).parent
+    path = script("zsh")
     ours, theirs = pty.openpty()
-    env = {**os.environ, "TERM": "xterm", "HOME": str(folder)}
+    env = {**os.environ, "TERM": "xterm", "HOME": str(path.parent)}
     shell = subprocess.Popen(
         ["zsh", "-fi"], stdin=theirs, stdout=theirs, stderr=theirs, env=env, start_new_session=True
     )
     os.close(theirs)
     try:
-        start = f"fpath+={folder}; autoload -Uz compinit; compinit -u"
-        os.write(ours, f"fastvit() {{ print -r -- \"[$*]\" }}; {start}; echo rea''dy\n".encode())
+        os.write(ours, f"fastvit() {{ print -r -- \"[$*]\" }}; source {path}; echo rea''dy\n".encode())
         _read_until(ours, "ready\r")
         for typed, completed in (
             ("ev", "eval"),

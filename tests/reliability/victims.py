@@ -28,7 +28,9 @@ from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.utils import atomic_io
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "fastvit_train.cli.main", "tests.reliability.victims"])
+SERVER.set_forkserver_preload(
+    ["torch", "fastvit_train.cli.main", "fastvit_train.training.loop", "tests.reliability.victims"]
+)
 # Dropout and a moving average, so that random state and average must come back; accumulation; checkpoints inside
 # epochs; 11 steps an epoch, so that they lie at other places in each.
 SETTINGS = (
