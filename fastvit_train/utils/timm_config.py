@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-# timm's public save_for_hf writes the weights too, but a training saves them apart: they may be sharded.
+# timm's public save_for_hf also writes the weights, which training saves separately, because they may be sharded.
 from timm.models._hub import save_config_for_hf
 from torch import nn
 
