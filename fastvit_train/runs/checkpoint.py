@@ -1,4 +1,4 @@
-"""Checkpoints at optimizer-step boundaries: put in place whole or not at all, checked when they come back."""
+"""Checkpoints between optimizer steps: written completely or not at all, and checked when they are loaded."""
 
 import functools
 import hashlib
@@ -31,10 +31,10 @@ def save(
     data: dict[str, object],
     keep: int = 2,
 ) -> None:
-    """Write step_N below `folder`, point `last` (and `best`) to it, and drop all but the newest `keep` and the best.
+    """Write step_N into `folder`, link `last` (and `best`) to it, and remove all but the newest `keep` and the best.
 
     Raises:
-        SaveError: on all processes, where one of them could not write.
+        SaveError: on all ranks, if one of them could not write.
     """
     name = f"step_{state.step}"
     partial, is_main = folder / f".{name}.partial", accelerator.is_main_process
@@ -79,12 +79,12 @@ def _make_empty(folder: Path) -> None:
 
 
 def exists(folder: Path) -> bool:
-    """True where there is a checkpoint to resume from."""
+    """Return whether there is a checkpoint to resume from."""
     return newest(folder) is not None or any(folder.glob(".step_*.old"))
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint that came last, whole or not; None where there is none."""
+    """Return the newest checkpoint, damaged or not; None if there is none."""
     return next(iter(_newest_first(folder)), None)
 
 
@@ -100,27 +100,27 @@ def load(
     data: dict[str, object],
     check: Callable[[Path, Accelerator], None],
 ) -> tuple[TrainState, list[str]]:
-    """Restore the newest whole checkpoint into everything that was prepared; to be called on every process.
+    """Load the newest undamaged checkpoint into everything that was prepared; call it on all ranks.
 
     Args:
-        folder: of the checkpoints.
+        folder: the folder of the checkpoints.
         accelerator, scheduler: what is restored.
-        data: what must be the same in the checkpoint.
-        check: raises UserError on any process where this launch can't read a checkpoint.
+        data: identity of the data set, which must equal that in the checkpoint.
+        check: raises UserError if this launch cannot load the checkpoint that it is given.
 
     Returns:
-        How far it had come, and what is to be said of newer ones that are damaged.
+        The state of the run, and messages about newer checkpoints that are damaged.
 
     Raises:
-        UserError: on all processes, where no checkpoint is whole, the data or the precision is another one now, or
-            random state, optimizer or schedule did not come back as they were saved.
+        UserError: on all ranks, if no checkpoint is undamaged, if the data or the mixed precision have changed, or if
+            the random state, the optimizer or the schedule differ from what was saved.
     """
-    path, complaints = sync.broadcast_from_rank0(accelerator, lambda: _newest_whole(folder))
+    path, problems = sync.broadcast_from_rank0(accelerator, lambda: _newest_undamaged(folder))
     if path is None:
-        raise UserError(f"no checkpoint in {folder} is whole: {'; '.join(complaints)}; start over with --overwrite")
+        raise UserError(f"no checkpoint in {folder} is undamaged: {'; '.join(problems)}; start over with --overwrite")
     sync.run_on_all_ranks(accelerator, lambda: check(path, accelerator))
     state = sync.run_on_all_ranks(accelerator, lambda: _restore(path, accelerator, scheduler, data))
-    return state, [f"{complaint}: going on from {path.name}" for complaint in complaints]
+    return state, [f"{problem}: continuing from {path.name}" for problem in problems]
 
 
 def _restore(path: Path, accelerator: Accelerator, scheduler: Scheduler, data: dict[str, object]) -> TrainState:
@@ -128,9 +128,9 @@ def _restore(path: Path, accelerator: Accelerator, scheduler: Scheduler, data: d
         saved = read_json(path / PROGRESS_FILE)
         state = TrainState(**saved["progress"])
         _check_same(path, saved, accelerator, data)
-        with warnings.catch_warnings(action="ignore"):  # torch's, about files that it didn't write
+        with warnings.catch_warnings(action="ignore"):  # torch warns of files that it did not write itself
             accelerator.load_state(str(path))
-        _check_back(saved, accelerator, scheduler)
+        _check_restored(saved, accelerator, scheduler)
         return state
     except UserError:
         raise
@@ -139,35 +139,35 @@ def _restore(path: Path, accelerator: Accelerator, scheduler: Scheduler, data: d
         raise UserError(f"checkpoint {path} can't be read ({reason}); start over with --overwrite") from None
 
 
-def _check_back(saved: dict[str, Any], accelerator: Accelerator, scheduler: Scheduler) -> None:
-    """Raise ValueError unless random state, schedule and optimizer are as they were saved."""
+def _check_restored(saved: dict[str, Any], accelerator: Accelerator, scheduler: Scheduler) -> None:
+    """Raise ValueError unless the random state, the schedule and the optimizer are as they were saved."""
     if len(saved["rng"]) == accelerator.num_processes and (
         int(_rng_fingerprint()) != saved["rng"][accelerator.process_index]
     ):
-        raise ValueError("the random state did not come back")
+        raise ValueError("the random state was not restored")
     if _learning_rates(scheduler) != saved["learning_rates"]:
-        raise ValueError("the learning rates did not come back")
+        raise ValueError("the learning rates were not restored")
     if _optimizer_steps(scheduler) != saved["optimizer_steps"]:
-        raise ValueError("the optimizer did not come back")
+        raise ValueError("the state of the optimizer was not restored")
 
 
-def _newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that passes its checksums, and what is wrong with those after it."""
+def _newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that passes its checksums, and what is wrong with the newer ones."""
     atomic_io.recover_interrupted(folder)
-    complaints: list[str] = []
+    problems: list[str] = []
     for path in _newest_first(folder):
         try:
             damage = atomic_io.find_damage(path)
         except OSError as error:
             raise UserError(f"checkpoint {path} can't be read now ({error.strerror}); try again") from None
         if damage is None:
-            return path, complaints
-        complaints.append(f"checkpoint {path.name} is damaged ({damage})")
-    return None, complaints or ["there is none"]
+            return path, problems
+        problems.append(f"checkpoint {path.name} is damaged ({damage})")
+    return None, problems or ["there is no checkpoint"]
 
 
 def drop_after(folder: Path, state: TrainState) -> None:
-    """Drop the checkpoints after `state`, which the resumed run will write again, and mend the links."""
+    """Remove the checkpoints after `state`, which the resumed run writes again, and correct the links."""
     for path in _newest_first(folder):
         if int(path.name[5:]) > state.step:
             shutil.rmtree(path)
@@ -175,7 +175,7 @@ def drop_after(folder: Path, state: TrainState) -> None:
     best = f"step_{state.best_step}"
     if (folder / best).is_dir():
         atomic_io.link(folder / "best", best)
-    elif not (folder / "best").exists():  # else it is the best of those that could be written
+    elif not (folder / "best").exists():  # otherwise it links to the best one that could be written
         (folder / "best").unlink(missing_ok=True)
 
 
@@ -184,7 +184,7 @@ def _check_same(path: Path, saved: dict[str, Any], accelerator: Accelerator, dat
     if changed:
         raise UserError(
             f"{path} was trained on other data ({'; '.join(changed)}); "
-            "bring the data back as it was, or start another run with --exp-name"
+            "restore the data, or start another run with --exp-name"
         )
     if saved["mixed_precision"] != accelerator.mixed_precision:
         before, now = saved["mixed_precision"], accelerator.mixed_precision
@@ -195,7 +195,7 @@ def _check_same(path: Path, saved: dict[str, Any], accelerator: Accelerator, dat
 
 
 def _rng_fingerprint() -> torch.Tensor:
-    """A 1-element int64 tensor that tells this process's torch random state, the GPU's included."""
+    """Return a hash of this rank's torch random state, including the GPU's, int64 (1,)."""
     digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=7)
     if torch.cuda.is_available():
         digest.update(torch.cuda.get_rng_state().numpy().tobytes())
@@ -207,7 +207,7 @@ def _learning_rates(scheduler: Scheduler) -> list[float]:
 
 
 def _optimizer_steps(scheduler: Scheduler) -> list[float]:
-    """The steps that the optimizer counts, fewer than the run's where fp16 skipped some."""
+    """Return the step counts in the optimizer's state; they are below the run's step if fp16 skipped some."""
     return sorted({float(state["step"]) for state in scheduler.optimizer.state.values() if "step" in state})
 
 
@@ -215,4 +215,4 @@ def _prune(folder: Path, keep: int) -> None:
     kept = {(folder / link).resolve() for link in ("last", "best")}
     for path in _newest_first(folder)[keep:]:
         if path.resolve() not in kept:
-            shutil.rmtree(path, ignore_errors=True)  # what somebody reads goes with the next
+            shutil.rmtree(path, ignore_errors=True)  # a file that another process has open is removed next time

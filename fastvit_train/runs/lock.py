@@ -1,4 +1,4 @@
-"""One process at a time trains into a folder."""
+"""The lock of a run's folder: only one process at a time trains into it."""
 
 import json
 import os
@@ -16,13 +16,13 @@ from fastvit_train.utils.safe_load import read_json
 LOCK, HOLDER = ".lock", ".holder.json"
 FILES = frozenset({LOCK, HOLDER})
 WAIT_FOR_CHECKS = 1.0
-"""seconds: another process may only look whether the lock is held"""
+"""seconds to wait for a process that only checks whether the lock is held"""
 WAIT_FOR_ORPHANS = 15.0
-"""seconds: a killed process's data-loading children hold its lock until they notice"""
+"""seconds to wait for the data-loading children of a killed process, which hold its lock until they end"""
 
 
 class RunLock:
-    """A run folder's lock: the system's own, which ends with the process that holds it, however that ends.
+    """Lock of a run's folder; the operating system releases it when the process ends, even if it is killed.
 
     Args:
         root: the run's folder.
@@ -33,18 +33,18 @@ class RunLock:
         self._lock = FileLock(root / LOCK, timeout=0, thread_local=False)
 
     def check_free(self) -> None:
-        """Raise UserError where another process holds the lock; nothing is written."""
+        """Raise UserError if another process holds the lock; nothing is written."""
         if (self._root / LOCK).is_file():
-            with suppress(OSError):  # what can't be written is told where it is to be written
+            with suppress(OSError):  # a folder that cannot be written is reported by `acquire`
                 self._take()
                 self._lock.release()
 
     def acquire(self) -> list[str]:
-        """Take the lock; returns what is to be said: a line where one that died left it.
+        """Acquire the lock; returns a message if a dead process left it behind, otherwise an empty list.
 
         Raises:
-            UserError: where another process holds it.
-            OSError: where the folder can't be written.
+            UserError: if another process holds it.
+            OSError: if the folder cannot be written.
         """
         self._root.mkdir(parents=True, exist_ok=True)
         self._take()
@@ -54,10 +54,10 @@ class RunLock:
         if stale is None:
             return []
         who = f"process {stale['pid']} on {stale['host']}"
-        return [f"the lock of {who}, which ended without letting go, is taken over"]
+        return [f"took over the lock of {who}, which ended without releasing it"]
 
     def release(self) -> None:
-        """Let go of the lock, if it is held."""
+        """Release the lock if this process holds it."""
         if self._lock.is_locked:
             (self._root / HOLDER).unlink(missing_ok=True)
             self._lock.release()
@@ -70,17 +70,17 @@ class RunLock:
                 return
             except Timeout:
                 holder = self._holder()
-                patience = WAIT_FOR_ORPHANS if holder and _ended(holder) else WAIT_FOR_CHECKS
-                if time.monotonic() - started > patience:
-                    raise UserError(self._refusal(holder)) from None
+                max_wait = WAIT_FOR_ORPHANS if holder and _ended(holder) else WAIT_FOR_CHECKS
+                if time.monotonic() - started > max_wait:
+                    raise UserError(self._held_by(holder)) from None
             time.sleep(0.2)
 
-    def _refusal(self, holder: dict[str, object] | None) -> str:
+    def _held_by(self, holder: dict[str, object] | None) -> str:
         who = "another process" if holder is None else f"process {holder['pid']} on {holder['host']}"
         return f"{self._root} is being trained by {who}; wait for it, or choose another --exp-name"
 
     def _holder(self) -> dict[str, object] | None:
-        """Who holds the lock or held it last without letting go; None where that isn't known."""
+        """Return which process holds the lock, or held it last without releasing it; None if unknown."""
         try:
             holder = read_json(self._root / HOLDER)
             return {key: holder[key] for key in ("pid", "host", "started")}
@@ -89,12 +89,12 @@ class RunLock:
 
 
 def _ended(holder: dict[str, object]) -> bool:
-    """True where the holder ran on this machine and doesn't any more."""
+    """Return whether the holder ran on this machine and has ended."""
     if holder["host"] != socket.gethostname():
         return False
     try:
         return psutil.Process(int(str(holder["pid"]))).create_time() != holder["started"]
     except (psutil.NoSuchProcess, ValueError):
         return True
-    except psutil.Error:  # it is there, but not ours to ask
+    except psutil.Error:  # it runs, but belongs to another user
         return False

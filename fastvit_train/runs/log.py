@@ -1,4 +1,4 @@
-"""Lines that a run writes along the way: to the terminal, to train.log, to .jsonl files."""
+"""Lines that a run writes while it trains: to the terminal, to train.log and to .jsonl files."""
 
 import json
 from collections.abc import Iterable
@@ -11,24 +11,24 @@ from fastvit_train.utils.console import Terminal
 
 
 class Journal:
-    """Lines of JSON on their way to a file; those that a full disk does not take are kept for the next time."""
+    """Buffer of JSON lines for files; lines that a full disk did not take are kept for the next `flush`."""
 
     def __init__(self) -> None:
         self._lines: list[tuple[Path, str]] = []
 
     def add(self, path: Path, rows: Iterable[dict[str, Any]]) -> None:
-        """Have `rows` written to the end of `path` by the next `flush`."""
+        """Queue `rows`: the next `flush` appends them to `path`."""
         self._lines.append((path, "".join(json.dumps(row) + "\n" for row in rows)))
 
     def flush(self) -> None:
-        """Write what there is; OSError where the disk doesn't take it, and then what was not written stays here."""
+        """Write all queued lines; on an OSError, the lines that were not written stay queued."""
         while self._lines:
             atomic_io.append(*self._lines[0])
             self._lines.pop(0)
 
 
 class Log:
-    """Plain lines in the terminal and, from `attach` on, in a file; silent on all ranks but 0."""
+    """Lines in the terminal and, after `attach`, in a file too; only rank 0 writes."""
 
     def __init__(self, speaks: bool) -> None:
         self.console = Terminal(quiet=not speaks, soft_wrap=True)
@@ -41,5 +41,5 @@ class Log:
     def line(self, text: str) -> None:
         self.console.print(text, markup=False)
         if self.speaks and self._path is not None:
-            with suppress(OSError):  # a full disk: what matters more is told where it is written
+            with suppress(OSError):  # a full disk is reported when a checkpoint cannot be written
                 atomic_io.append(self._path, text + "\n")

@@ -1,4 +1,4 @@
-"""A run's folder and what is written into it: configuration, log, metrics, summary."""
+"""The folder of a run: its files, whether the run in it can be resumed, and its configuration."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ResumeMode = Literal["never", "auto", "must"]
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths of a run's files, and how they are written; only rank 0 writes."""
+    """Paths of a run's files and the changes to its folder; only rank 0 writes."""
 
     root: Path
 
@@ -49,16 +49,18 @@ class RunFolder:
         return self.root / "checkpoints"
 
     def should_resume(self, config: TrainConfig, resume: ResumeMode, overwrite: bool) -> bool:
-        """True where the run is to be resumed, False where it is to be started; nothing is written.
+        """Return whether the run is to be resumed (True) or started (False); nothing is written.
 
         Raises:
-            UserError: where the folder's content forbids what is asked for.
+            UserError: if the folder's content does not allow what is asked for.
         """
         if overwrite and resume != "never":
-            raise UserError(f"--overwrite starts over, --resume {resume} goes on; give one of them")
+            raise UserError(f"--overwrite starts over and --resume {resume} continues; give one of them")
         holds_run = self.config.is_file()
         if not holds_run and self.root.exists() and not self._is_ours():
-            raise UserError(f"{self.root} exists and holds no run; choose another --exp-name or --runs-dir")
+            raise UserError(
+                f"{self.root} exists and holds files that are not a run; choose another --exp-name or --runs-dir"
+            )
         has_checkpoint = checkpoint.exists(self.checkpoints)
         if resume == "must" and not has_checkpoint:
             raise UserError(f"--resume must: {self.root} has no checkpoint to resume from; leave --resume out to start")
@@ -71,30 +73,30 @@ class RunFolder:
                 )
             return True
         if resume == "auto" and self.summary.exists():
-            raise UserError(f"{self.root} holds a run without a checkpoint to go on from; --overwrite starts it over")
+            raise UserError(f"{self.root} holds a run without a checkpoint; start it over with --overwrite")
         if holds_run and not overwrite and resume == "never":
             raise UserError(
-                f"{self.root} holds a run already; give --resume auto to go on with it, --overwrite to start it over, "
+                f"{self.root} holds a run already; give --resume auto to continue it, --overwrite to start it over, "
                 "or another --exp-name"
             )
         return False
 
     def _is_ours(self) -> bool:
-        """True for a folder that holds nothing but what a start leaves that was killed before config.yaml was there."""
+        """Return whether the folder holds only what a run leaves that was killed before it wrote config.yaml."""
         return self.root.is_dir() and all(
             path.name in lock.FILES or path.name.endswith(".partial") for path in self.root.iterdir()
         )
 
     def read_config(self) -> dict[str, Any]:
-        """The run's settings, flat; UserError where there are none to be read."""
+        """Read the run's settings, by name; UserError if config.yaml cannot be read or is empty."""
         try:
             if not self.config.is_file():
-                raise ValueError("there is none")
+                raise ValueError("there is no such file")
             settings = read_settings(self.config)
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.root} is no run: its config.yaml can't be read ({error})") from None
+            raise UserError(f"{self.root} is not a run: its config.yaml can't be read ({error})") from None
         if not settings:
-            raise UserError(f"{self.root} is no run: its config.yaml holds no settings")
+            raise UserError(f"{self.root} is not a run: its config.yaml holds no settings")
         return settings
 
     def recorded_attention(self, default: str) -> str:
@@ -102,9 +104,9 @@ class RunFolder:
         return str(self.read_config().get("attention", default))
 
     def create(self, config: TrainConfig) -> None:
-        """Empty the folder of an earlier run and write config.yaml; UserError where it can't be written.
+        """Remove an earlier run from the folder and write config.yaml; UserError if it cannot be written.
 
-        Whenever it is killed, what is left is a run's folder with all of its checkpoints or none.
+        If it is killed at any moment, the folder still holds all checkpoints of the earlier run, or none.
         """
         with self._writing():
             self.summary.unlink(missing_ok=True)
@@ -118,22 +120,22 @@ class RunFolder:
             atomic_io.write_atomically(self.config, config_to_yaml(config))
 
     def acquire_lock(self) -> tuple[lock.RunLock, list[str]]:
-        """The folder's lock, taken, and what is to be said of it.
+        """Acquire the folder's lock; returns it and messages about a lock that a dead process left.
 
         Raises:
-            UserError: where another process holds it, or the folder can't be written.
+            UserError: if another process holds the lock, or if the folder cannot be written.
         """
         held = lock.RunLock(self.root)
         with self._writing():
             return held, held.acquire()
 
     def remove_unless_resumable(self) -> None:
-        """Leave nothing of a run that failed before its first checkpoint."""
+        """Remove the folder of a run that failed before its first checkpoint."""
         if not checkpoint.exists(self.checkpoints):
             shutil.rmtree(self.root.resolve(), ignore_errors=True)
 
     def drop_after(self, state: TrainState) -> None:
-        """Drop metrics and checkpoints after `state`, which the resumed run will write again."""
+        """Remove the metrics and checkpoints after `state`: the resumed run writes them again."""
         first_step = state.step - state.step_in_epoch
         with self._writing():
             for path, key, last in ((self.metrics, "epoch", state.epoch), (self.steps, "step", first_step)):
@@ -152,12 +154,12 @@ class RunFolder:
 
 
 def config_to_yaml(config: TrainConfig) -> str:
-    """The configuration as config.yaml holds it and --config takes it."""
+    """Return the configuration as YAML, as config.yaml holds it and --config reads it."""
     return str(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The lines of a .jsonl file but those that are none: a kill may have cut one short."""
+    """Read the objects in a .jsonl file; lines that are not valid are left out: a kill may have cut one short."""
     rows = []
     for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
         try:

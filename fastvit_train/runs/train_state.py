@@ -1,4 +1,4 @@
-"""How far a run has come: what changes from step to step and isn't in the model or the optimizer."""
+"""The state of a run that is neither in the model nor in the optimizer."""
 
 from dataclasses import dataclass, field
 
@@ -7,61 +7,61 @@ from fastvit_train.utils.gpu_monitor import Usage
 
 @dataclass
 class TrainState:
-    """How far a run has come; together with the configuration all that the data order needs."""
+    """How far a run has come. With the configuration it determines the order of the data that follows."""
 
     epoch: int = 0
     """epochs completed"""
     step_in_epoch: int = 0
-    """optimizer steps done of the epoch under way"""
+    """optimizer steps taken in the epoch under way"""
     step: int = 0
-    """optimizer steps done in all"""
+    """optimizer steps taken in total"""
     train_seconds: float = 0.0
-    """spent training in the completed epochs"""
+    """training time of the completed epochs"""
     eval_seconds: float = 0.0
-    """spent evaluating after the completed epochs"""
+    """evaluation time of the completed epochs"""
     epochs_to_target: int | None = None
-    """completed when an evaluation first reached the target accuracy"""
+    """epochs completed when an evaluation first reached the target accuracy"""
     seconds_to_target: float | None = None
-    """spent training and evaluating until then"""
+    """training and evaluation time until then"""
     skipped_steps: int = 0
-    """optimizer steps that fp16's scaler left out, in all: gradients had overflowed"""
+    """optimizer steps that the gradient scaler of fp16 skipped because of an overflow, in total"""
     best_accuracy: float = -1.0
     best_step: int = -1
     epoch_losses: list[float] = field(default_factory=list)
-    """loss of each step of the epoch under way, mean over all processes"""
+    """loss of each step of the epoch under way, nats, mean over all ranks"""
     epoch_correct: float = 0.0
-    """training samples classified right in the epoch under way, over all processes"""
+    """training images classified correctly in the epoch under way, over all ranks"""
     epoch_seconds: float = 0.0
-    """spent training in the epoch under way"""
+    """training time of the epoch under way"""
     energy_joules: float | None = 0.0
-    """that the GPUs took in `train_seconds`; None once it was not measured"""
+    """energy of the GPUs during `train_seconds`; None if a part of it was not measured"""
     busy_seconds: float | None = 0.0
-    """of `train_seconds` in which the GPUs had something to do, on average"""
+    """time during `train_seconds` in which the GPUs were busy, mean over the GPUs"""
     energy_unmeasured: str | None = None
-    """why there is no energy"""
+    """why the energy was not measured"""
     epoch_joules: float | None = 0.0
     epoch_busy_seconds: float | None = 0.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError where the numbers, which may come from a file, are none or don't go together."""
+        """Raise ValueError if the values, which may come from a file, are not numbers or contradict each other."""
         counts = (self.epoch, self.step_in_epoch, self.step, self.skipped_steps)
         seconds = (self.train_seconds, self.eval_seconds, self.epoch_seconds, self.epoch_correct, self.best_accuracy)
         if not all(type(count) is int and count >= 0 for count in counts) or self.step < self.step_in_epoch:
             raise ValueError(f"epoch, step in the epoch, steps and steps skipped are {counts}")
         if not all(isinstance(value, int | float) for value in (*seconds, *self.epoch_losses, self.best_step)):
-            raise ValueError("what is to be a number is none")
+            raise ValueError("a value that must be a number is not one")
         if len(self.epoch_losses) != self.step_in_epoch:
             raise ValueError(f"{len(self.epoch_losses)} losses for {self.step_in_epoch} steps")
 
     def add_usage(self, usage: Usage) -> None:
-        """Count what training took towards the epoch under way."""
+        """Add time and energy to those of the epoch under way."""
         self.epoch_seconds += usage.seconds
         self.energy_unmeasured = self.energy_unmeasured or usage.unmeasured
         self.epoch_joules = _add(self.epoch_joules, usage.energy_joules)
         self.epoch_busy_seconds = _add(self.epoch_busy_seconds, usage.busy_seconds)
 
     def close_epoch(self) -> None:
-        """Count the epoch under way as completed."""
+        """Complete the epoch under way: add its totals to those of the run, and reset them."""
         self.epoch += 1
         self.train_seconds += self.epoch_seconds
         self.energy_joules = _add(self.energy_joules, self.epoch_joules)
@@ -70,7 +70,7 @@ class TrainState:
         self.epoch_seconds, self.epoch_joules, self.epoch_busy_seconds = 0.0, 0.0, 0.0
 
     def add_evaluation(self, accuracy: float, seconds: float, target: float | None) -> bool:
-        """Count an evaluation after the last completed epoch; True where it is the first to reach `target`."""
+        """Add the evaluation after the last completed epoch; returns whether it is the first to reach `target`."""
         self.eval_seconds += seconds
         if accuracy > self.best_accuracy:
             self.best_accuracy, self.best_step = accuracy, self.step

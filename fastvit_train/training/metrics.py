@@ -1,4 +1,4 @@
-"""What a run writes along the way and at its end: metrics, summary, weights for timm, curves."""
+"""Files that a run writes: metrics after each epoch; summary, weights for timm and curves at the end."""
 
 import json
 import platform
@@ -23,20 +23,20 @@ TRACKER_PROJECT = "fastvit_train"
 
 
 def start_trackers(session: TrainSession) -> None:
-    """Open the trackers asked for, with the configuration; TensorBoard takes no None and no lists."""
+    """Start the trackers of --track with the configuration, without None and lists, which TensorBoard rejects."""
     if session.config.run.track:
         scalars = {k: v for k, v in flatten(session.config.settings).items() if isinstance(v, bool | int | float | str)}
         session.accelerator.init_trackers(TRACKER_PROJECT, config=scalars)
 
 
 def finish_trackers(session: TrainSession) -> None:
-    """Close the trackers; the processes stay joined, for another run."""
+    """Finish the trackers; the ranks stay connected for another run."""
     for tracker in session.accelerator.trackers:
         tracker.finish()
 
 
 def record_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: float) -> None:
-    """Write the epoch's line of metrics, its steps' losses, and say how it went."""
+    """Queue the epoch's metrics and the losses of its steps for writing, and log a line."""
     state, loader, config = session.state, session.train_loader, session.config
     seconds = state.epoch_seconds
     images = loader.steps_per_epoch * session.batch_size
@@ -72,17 +72,21 @@ def record_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: fl
 
 
 def log_target_reached(session: TrainSession) -> None:
-    """Say that the target accuracy was reached, and on which clock."""
-    state, apart = session.state, session.compile_seconds
+    """Log that the target accuracy was reached, and after how many seconds."""
+    state, compile_seconds = session.state, session.compile_seconds
     session.log.line(
         f"{session.config.run.target_accuracy:.2%} reached after {state.epochs_to_target} epochs and "
         f"{state.seconds_to_target:.1f} s of training and evaluating"
-        + (f"; first passes and compiling, {apart:.1f} s, apart" if apart is not None else "")
+        + (
+            f", without the {compile_seconds:.1f} s of compilation and first passes"
+            if compile_seconds is not None
+            else ""
+        )
     )
 
 
 def _gpu_usage(seconds: float, joules: float | None, busy_seconds: float | None) -> dict[str, float | None]:
-    """What the GPUs took and did, as metrics.jsonl and summary.json hold it; null where not measured."""
+    """Return energy, power and utilisation of the GPUs as metrics.jsonl has them; None if not measured."""
     spent = seconds > 0
     return {
         "energy_joules": joules if spent else None,
@@ -92,26 +96,26 @@ def _gpu_usage(seconds: float, joules: float | None, busy_seconds: float | None)
 
 
 def _gpu_words(metrics: dict[str, Any]) -> str:
-    """The end of an epoch's line: what the GPUs took and did, as far as it was measured."""
+    """Return the end of an epoch's log line: energy, power, utilisation and memory, if they were measured."""
     words = {
         "energy_joules": lambda joules: f"{joules:,.0f} J",
         "mean_power_watts": lambda watts: f"{watts:,.0f} W",
         "gpu_utilization": lambda share: f"GPU {share:.0%}",
     }
-    said = [word(metrics[key]) for key, word in words.items() if metrics[key] is not None]
-    return "".join(f"  {word}" for word in [*said, f"{metrics['peak_memory_mib']:,.0f} MiB"] if said)
+    shown = [word(metrics[key]) for key, word in words.items() if metrics[key] is not None]
+    return "".join(f"  {word}" for word in [*shown, f"{metrics['peak_memory_mib']:,.0f} MiB"] if shown)
 
 
 def write_weights(session: TrainSession, name: str) -> None:
-    """The weights as safetensors in the run's folder; to be called on every process, as each may hold a part.
+    """Write the weights as safetensors into the run's folder; call it on all ranks, as each may hold a shard.
 
     Raises:
-        SaveError: on all processes, where the disk doesn't take them.
+        SaveError: on all ranks, if they could not be written.
     """
-    whole = session.accelerator.get_state_dict(session.eval_model)
+    state_dict = session.accelerator.get_state_dict(session.eval_model)
 
     def write() -> None:
-        weights = {key: value.contiguous().cpu() for key, value in whole.items()}
+        weights = {key: value.contiguous().cpu() for key, value in state_dict.items()}
         partial = session.folder.root / f".{name}.partial"
         with atomic_io.as_save_error(f"{session.folder.root / name} could not be written"):
             try:
@@ -124,10 +128,10 @@ def write_weights(session: TrainSession, name: str) -> None:
 
 
 def finish(session: TrainSession, evaluation: Evaluation) -> dict[str, Any]:
-    """Write weights, summary and curves, and print the closing table; returns the summary.
+    """Write weights, summary and curves, and print the table of results; returns the summary.
 
     Raises:
-        SaveError: on all processes, where the disk doesn't take them; the checkpoint before is whole.
+        SaveError: on all ranks, if they could not be written; the last checkpoint is not affected.
     """
     summary = _summary(session, evaluation)
     write_weights(session, "model.safetensors")

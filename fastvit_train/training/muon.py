@@ -1,7 +1,7 @@
-"""Muon, with the matrices of one shape orthogonalised together and in float32.
+"""Muon that orthogonalises all matrices of one shape together, in float32.
 
-timm's and torch's orthogonalise in bfloat16, whose rounding makes one process and two part ways within a few
-steps. Sources: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); the scale of the update, Liu et
+timm's and torch's Muon orthogonalise in bfloat16, whose rounding makes runs with one rank and with two diverge within a
+few steps. Sources: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muon/); the scale of the update, Liu et
 al. 2025 (https://arxiv.org/abs/2502.16982).
 """
 
@@ -18,17 +18,17 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised; groups with `use_fallback` are trained by AdamW instead.
+    """Optimizer whose update is the orthogonalised momentum; groups with `use_fallback` are trained by AdamW.
 
     Args:
         params: parameters or groups. Outside fallback groups each must be a matrix, (out, in), or a convolution's
-            kernel, which counts as (out, everything else); parameters that are neither go to AdamW.
-        lr: learning rate. The update has the root mean square that AdamW's has (0.2), so one rate serves both.
+            kernel, which counts as (out, everything else); AdamW trains all other parameters.
+        lr: learning rate. The update has the root mean square of AdamW's (0.2), so both use the same rate.
         weight_decay: decoupled, as in AdamW.
-        merged: matrices that each parameter holds, one below the other, as the merged query, key and value do; each
+        merged: number of matrices that are stacked in each parameter, such as 3 for merged query, key and value; each
             is orthogonalised by itself.
         momentum: of the moving average of gradients.
-        nesterov: look one step ahead.
+        nesterov: use Nesterov momentum.
         ns_steps: Newton-Schulz iterations.
         betas: AdamW's.
         eps: AdamW's.
@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One optimizer step; `closure`, where given, is called first and its loss returned."""
+        """Take one optimizer step; `closure`, if given, is called first and its loss is returned."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -132,11 +132,11 @@ def _gradients(params: list[Tensor]) -> list[Tensor]:
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Bring the singular values of each matrix near 1 by a Newton-Schulz iteration (quintic, Jordan et al. 2024).
+    """Move the singular values of each matrix close to 1 by a quintic Newton-Schulz iteration (Jordan et al. 2024).
 
     Args:
         matrices: (batch, out, in).
-        steps: iterations; after 5, singular values that weren't tiny lie between about 0.7 and 1.2.
+        steps: iterations; after 5, singular values that were not tiny are between about 0.7 and 1.2.
 
     Returns:
         The same shape and dtype; computed in float32.

@@ -1,4 +1,4 @@
-"""Optimizer and schedule, from timm's factories by name."""
+"""The optimizer and the learning rate schedule, by their names in timm."""
 
 import inspect
 from typing import Any
@@ -26,15 +26,17 @@ def check_optimizer(name: str) -> None:
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """The optimizer over all trainable parameters; muon and nmuon are ours, every other name is timm's.
+    """Build the optimizer of all trainable parameters; muon and nmuon are ours, all others are timm's.
 
     Raises:
-        UserError: if the optimizer is unknown, or can't be built with these settings.
+        UserError: if the optimizer cannot be built with these settings.
     """
     check_optimizer(config.optimizer)
     if config.optimizer in MUON:
         if config.decay_all:
-            raise UserError(f"--decay-all doesn't go with {config.optimizer}; leave it out or take another --optimizer")
+            raise UserError(
+                f"--decay-all can't be combined with {config.optimizer}; leave it out or choose another --optimizer"
+            )
         groups = param_groups_weight_decay(
             model,
             config.weight_decay,
@@ -42,7 +44,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
             fallback_list=_outside_blocks(model),
         )
         momentum = 0.95 if config.momentum is None else config.momentum
-        groups = _merged_apart(groups, model)
+        groups = _split_merged_projections(groups, model)
         return Muon(groups, config.lr, momentum=momentum, nesterov=config.optimizer == "nmuon")
     kwargs: dict[str, Any] = {} if config.momentum is None else {"momentum": config.momentum}
     if _has_fused(config.optimizer):
@@ -51,20 +53,20 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     try:
         optimizer = create_optimizer_v2(parameters, config.optimizer, config.lr, config.weight_decay, **kwargs)
         if getattr(optimizer, "is_second_order", False):
-            raise ValueError("it needs second derivatives, which this loop doesn't compute")
+            raise ValueError("it needs second derivatives, which this training loop does not compute")
         return optimizer
     except (TypeError, ValueError, ImportError, AssertionError) as error:
         raise UserError(f"optimizer {config.optimizer!r} can't be used: {error}") from None
 
 
 def _has_fused(name: str) -> bool:
-    """Whether the optimizer updates all parameters in one kernel where it is asked to: torch's own on most devices."""
+    """Return whether the optimizer can update all parameters in one kernel, as torch's own can on most devices."""
     cls = get_optimizer_class(name.lower().removeprefix("lookahead_"), bind_defaults=False)
     return isinstance(cls, type) and "fused" in inspect.signature(cls).parameters
 
 
-def _merged_apart(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
-    """`groups` with the merged projections to query, key and value in groups that say so."""
+def _split_merged_projections(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, Any]]:
+    """Split `groups` so that the merged query, key and value projections are in groups with `merged` = 3."""
     merged = {p for name, p in model.named_parameters() if name.endswith("qkv.weight") and p.shape[0] % 3 == 0}
     halves = [
         {**group, "params": [p for p in group["params"] if (p in merged) == (parts == 3)], "merged": parts}
@@ -75,7 +77,7 @@ def _merged_apart(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[s
 
 
 def _outside_blocks(model: nn.Module) -> list[str]:
-    """Parameters that AdamW trains under Muon: all but the blocks' matrices; where there are no blocks, the head."""
+    """Return the parameters that AdamW trains next to Muon: all outside the blocks, or without blocks the head."""
     names = [name for name, _ in model.named_parameters()]
     head = str(pretrained_cfg(model)["classifier"])
     if any(name.startswith("blocks.") for name in names):
@@ -86,9 +88,9 @@ def _outside_blocks(model: nn.Module) -> list[str]:
 def build_schedule(
     optimizer: torch.optim.Optimizer, config: OptimConfig, epochs: int, steps_per_epoch: int
 ) -> Scheduler:
-    """timm's schedule of that name, to be moved on by `step_update(number of optimizer steps done)`.
+    """Build timm's schedule; call `step_update(optimizer steps taken)` after each step.
 
-    It is not to be prepared by accelerate, which would step it once per process.
+    Do not let Accelerate prepare it: it would step once per rank.
     """
     scheduler, _ = create_scheduler_v2(
         optimizer,

@@ -14,9 +14,9 @@ REFRESH_SECONDS = 0.5
 
 
 class ProgressBar:
-    """Loss, accuracy, images/s and time left, in a terminal; nothing elsewhere.
+    """Shows loss, accuracy, images/s and the time left in a terminal; does nothing if there is none.
 
-    Reading the loss makes the host wait for the device, so it happens every half second, not every step.
+    Reading the loss makes the host wait for the device, so the bar reads it every half second, not every step.
     """
 
     def __init__(self, console: Console, total_steps: int, epochs: int, processes: int) -> None:
@@ -31,7 +31,7 @@ class ProgressBar:
             TimeRemainingColumn(),
             console=console,
             transient=True,
-            auto_refresh=False,  # its thread would take the interpreter from the training loop ten times a second
+            auto_refresh=False,  # the refresh thread would interrupt the training loop ten times a second
             disable=not self._shown,
         )
         self._task = self._bar.add_task("epoch 1", total=total_steps, figures="")
@@ -47,7 +47,7 @@ class ProgressBar:
         self._bar.stop()
 
     def update(self, state: train_state.TrainState, losses: Tensor, correct: Tensor, images_per_step: int) -> None:
-        """Show this process's mean loss (nats) and accuracy of the epoch so far, and all processes' images/s."""
+        """Show this rank's mean loss (nats) and accuracy in the epoch so far, and the images/s of all ranks."""
         now = time.perf_counter()
         then, step = self._last
         if not self._shown or (step >= 0 and now - then < REFRESH_SECONDS):

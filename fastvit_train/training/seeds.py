@@ -1,4 +1,4 @@
-"""One configuration trained with several seeds, one after the other, and what came of it."""
+"""Training of one configuration with several seeds, and the spread of the results."""
 
 import json
 import statistics
@@ -25,25 +25,25 @@ SPREAD = {
     "to the target, s": "seconds_to_target",
     "to the target, epochs": "epochs_to_target",
 }
-"""figures of a summary that seeds differ in, by what people call them"""
+"""values of the summary that are compared over the seeds, by their titles"""
 
 
 def fit_seeds(
     config: TrainConfig, repeat: int, *, resume: ResumeMode = "never", overwrite: bool = False
 ) -> dict[str, Any]:
-    """Train with `repeat` seeds, from `config.run.seed` on, each into a folder of its own; see `fit`.
+    """Train with `repeat` seeds, starting at `config.run.seed`, each into its own folder; see `fit`.
 
     Args:
-        config: of every run; its exp_name gets `-seedN` behind it.
-        repeat: how many seeds.
-        resume, overwrite: of every run.
+        config: the settings of all runs; `-seedN` is appended to exp_name.
+        repeat: number of seeds.
+        resume, overwrite: as in `fit`, for each run.
 
     Returns:
-        What is written to the runs' directory as NAME-REPEATseeds.json: the runs, and for each figure its mean and
+        The content of NAME-REPEATseeds.json in the runs' directory: the runs, and for each value its mean and its
         standard deviation (n - 1) over the seeds that have it.
 
     Raises:
-        UserError: where `repeat` is no positive number, or what `fit` raises.
+        UserError: if `repeat` is not positive, or as in `fit`.
     """
     if repeat < 1:
         raise UserError(f"--repeat {repeat} is out of range; allowed: 1 or more")
@@ -63,7 +63,7 @@ def fit_seeds(
 
 
 def spread(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Mean and standard deviation of what the runs of several seeds came to, and how many reached the target."""
+    """Return mean and standard deviation over the runs of several seeds, and how many reached the target."""
     found: dict[str, Any] = {"seeds": [summary["seed"] for summary in summaries]}
     found["target_accuracy"] = summaries[0]["target_accuracy"]
     found["reached_target"] = sum(summary["seconds_to_target"] is not None for summary in summaries)
@@ -78,7 +78,7 @@ def spread(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> Table:
-    """`spread` for the terminal."""
+    """Return the result of `spread` as a table for the terminal."""
     seeds, target = found["seeds"], found["target_accuracy"]
     title = f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}"
     if target is not None:

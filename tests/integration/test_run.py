@@ -132,7 +132,7 @@ def test_a_resume_that_lost_the_random_state_is_noticed(small_config: SmallConfi
     path = tmp_path / "runs" / "run" / "checkpoints" / "last" / "random_states_0.pkl"
     path.write_bytes(b"damaged")  # accelerate only logs that it could not read this
     atomic_io.write_checksums(path.parent)
-    with pytest.raises(UserError, match="the random state did not come back"):
+    with pytest.raises(UserError, match="the random state was not restored"):
         fit(small_config(drop_rate=0.1), resume="must")
 
 
@@ -141,7 +141,9 @@ def test_a_damaged_checkpoint_is_named(small_config: SmallConfig, tmp_path: Path
     fit(small_config(stop_after=1))
     last = tmp_path / "runs" / "run" / "checkpoints" / "last"
     (last / name).write_bytes(b"damaged")
-    with pytest.raises(UserError, match=f"no checkpoint .* is whole: checkpoint step_5 is damaged .{name} is not what"):
+    with pytest.raises(
+        UserError, match=f"no checkpoint .* is undamaged: checkpoint step_5 is damaged .{name} is not what"
+    ):
         fit(small_config(), resume="must")
     atomic_io.write_checksums(last)
     with pytest.raises(UserError, match=r"checkpoint .*step_5 can't be read"):
@@ -152,7 +154,7 @@ def test_a_run_that_lost_its_checkpoints_is_not_started_over_unasked(small_confi
     fit(small_config(epochs=1))
     run = tmp_path / "runs" / "run"
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(UserError, match="without a checkpoint to go on from; --overwrite starts it over"):
+    with pytest.raises(UserError, match="without a checkpoint; start it over with --overwrite"):
         fit(small_config(epochs=1), resume="auto")
     assert (run / "model.safetensors").is_file()
 
@@ -198,7 +200,7 @@ def test_a_folder_that_holds_a_run_is_not_touched_unasked(small_config: SmallCon
     foreign = tmp_path / "runs" / "thesis"
     foreign.mkdir()
     (foreign / "chapter.tex").write_text("years of work")
-    with pytest.raises(UserError, match="exists and holds no run"):
+    with pytest.raises(UserError, match="exists and holds files that are not a run"):
         fit(small_config(exp_name="thesis"), overwrite=True)
     assert (foreign / "chapter.tex").read_text() == "years of work"
 

@@ -115,7 +115,7 @@ def test_the_checkpoint_before_a_damaged_one_serves(kind: str, tmp_path: Path, s
     spoil(last / name, kind)
     resumed = Victim(tmp_path, "run", "--resume", "must")
     assert resumed.wait() == [0], said(resumed)
-    assert re.search(r"checkpoint step_22 is damaged \(.*\): going on from step_21", said(resumed))
+    assert re.search(r"checkpoint step_22 is damaged \(.*\): continuing from step_21", said(resumed))
     assert differences(outcome(resumed.folder), undisturbed(1)) == []
 
 
