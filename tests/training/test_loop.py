@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.training.loop import train_epoch
 from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import setup
+from fastvit_train.utils.torch_private import TorchDispatchMode
 
 Config = Callable[..., TrainConfig]
 
