@@ -75,7 +75,7 @@ def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
     Raises:
         UserError: if --recipe or --config has no value, if the recipe is unknown, or if the file can't be read.
     """
-    values = {"--recipe": "", "--config": ""}
+    values: dict[str, str | None] = {"--recipe": None, "--config": None}
     for flag, words in given(args, Settings):
         if flag is not None and flag.name in values:
             if not words:
@@ -83,9 +83,9 @@ def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
             values[flag.name] = words[0]
     path = values["--config"]
     settings = _read_config(Path(path)) if path else {}
-    name = values["--recipe"] or settings.get("recipe", DEFAULT_RECIPE)
+    name = settings.get("recipe", DEFAULT_RECIPE) if values["--recipe"] is None else values["--recipe"]
     base = recipe(str(name))
-    return override(base, {**settings, "recipe": base.run.recipe}, path), path or None
+    return override(base, {**settings, "recipe": base.run.recipe}, path or "the flags"), path
 
 
 def _read_config(path: Path) -> dict[str, Any]:

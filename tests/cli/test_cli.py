@@ -28,6 +28,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     [
         ("--recipe fast", "unknown recipe 'fast'.*allowed: quickstart, upstream-cifar10"),
         ("--recipe", "--recipe takes a value; allowed: a name, such as quickstart"),
+        ("--recipe=", "unknown recipe ''; allowed: quickstart"),
         ("--recipe --epochs 3", "--recipe takes a value; allowed: a name, such as quickstart"),
         ("--recipe fast_cifar", "unknown recipe 'fast_cifar' .did you mean fast-cifar10"),
         ("--model mc_vit", "unknown model 'mc_vit' .did you mean mc_vit_4_4_32"),
