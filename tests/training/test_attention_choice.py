@@ -67,7 +67,7 @@ def test_a_recorded_attention_that_cant_run_here_is_said_to_be_recorded(
 ) -> None:
     fit(small_config(stop_after=1, attention="compiled"))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    message = r"'compiled' needs a C\+\+ compiler.*recorded in .*config.yaml, --attention takes another"
+    message = r"'compiled' needs a C\+\+ compiler.*recorded in .*config.yaml; choose another with --attention"
     with pytest.raises(UserError, match=message):
         fit(small_config(attention="auto"), resume="must")
     with pytest.raises(UserError, match=message):
