@@ -1,7 +1,6 @@
 """`pytest --benchmark-only` times the benchmarks; plain `pytest` only checks some of them, with a few images."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
@@ -10,24 +9,8 @@ from bench.benchmark_case import CHECK_BATCH, BenchmarkCase, prepare_process
 from bench.measure import PreparedCase
 from fastvit_kernels.torch_private import specialize_each_shape
 
-ROWS = ("main", "all")
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.getgroup("benchmark").addoption(
-        "--benchmark-rows",
-        choices=ROWS,
-        default=ROWS[0],
-        help="which benchmarks to time: main (the default), the comparison that bench/README.md opens with, or all. "
-        "Benchmarks that are given by their node id are always timed.",
-    )
-
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not config.getoption("benchmark_only"):
-        config.option.benchmark_disable = not config.getoption("benchmark_enable")
-    elif config.args_source is pytest.Config.ArgsSource.TESTPATHS:
-        config.args = [str(Path(__file__).parent)]
     prepare_process()
 
 
@@ -39,7 +22,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item, case in benchmarks.items():
             if not case.quick_check:
                 item.add_marker("slow")
-    elif config.getoption("benchmark_rows", "all") == "main" and not any("::" in argument for argument in config.args):
+    elif config.getoption("benchmark_rows") == "main" and not any("::" in argument for argument in config.args):
         others = [item for item, case in benchmarks.items() if not case.main]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
