@@ -1,4 +1,4 @@
-"""Completion of the command line in a shell: the parser's own script, and what it lacks."""
+"""Completion of the command line in a shell: the script that the parser generates, and additions to it."""
 
 import contextlib
 import io
@@ -20,8 +20,8 @@ INSTALL: dict[Shell, str] = {
     "fish": "{program} completion fish > ~/.config/fish/completions/{program}.fish",
 }
 
-# tyro's function understands `--flag value`, but not `--flag=value`, which bash splits in three words. If nothing
-# matches, it gives one empty word, which would delete what was typed instead of completing a file.
+# tyro's function understands `--flag value`, but not `--flag=value`, which bash splits into three words. If nothing
+# matches, it returns one empty word, which would delete what was typed instead of completing a file name.
 BASH_ADDITION = """
 _{program}() {{
     [[ ${{COMP_WORDS[COMP_CWORD]}} != = ]] || COMP_WORDS+=('') COMP_CWORD=$((COMP_CWORD + 1))
@@ -33,7 +33,7 @@ _{program}() {{
 }}
 complete -o bashdefault -o default -F _{program} {program}
 """
-# tyro's script ends with a call of its function, for a file in $fpath; this one is sourced.
+# tyro's script ends by calling its function, as a file in $fpath does; this script is sourced instead.
 ZSH_ADDITION = """
 _{program}() {{ _tyro_{program} || _files }}
 (( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit }}
@@ -78,11 +78,11 @@ def _parser_script(shell: Shell, program: str, verbs: Verbs, default_verb: str) 
 
 
 def _with_names(takes: type[Any]) -> type[Any]:
-    """A subclass of a dataclass in which the settings that have names to propose are declared with them.
+    """Return a subclass of a dataclass that declares, for each setting in `NAMES`, the names to propose.
 
     A subclass, because tyro reads the help lines from the source of the class that declares a field first.
     """
-    hints = get_type_hints(takes)  # without Annotated, inside of which tyro does not see that a text may be a path
+    hints = get_type_hints(takes)  # without Annotated: inside it, tyro does not see that a str may be a path
     own = [_field_with_names(declared, hints[declared.name], takes) for declared in fields(takes)]
     return make_dataclass(takes.__name__, own, bases=(takes,), frozen=True, kw_only=True)
 
@@ -94,7 +94,7 @@ def _field_with_names(declared: Field[Any], hint: Any, takes: type[Any]) -> tupl
     if declared.default is MISSING:
         flag = find_flag(declared.name, takes)
         if flag is not None and flag.choices:
-            # tyro completes subcommands, but no positional arguments.
+            # tyro completes subcommands, but not positional arguments.
             hint = _subcommands({name: (make_dataclass("Nothing", []), name) for name in flag.choices})
         return declared.name, hint, field()
     if declared.name in NAMES:

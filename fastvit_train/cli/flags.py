@@ -10,7 +10,7 @@ from fastvit_train.config.names import ATTENTIONS, MODELS
 from fastvit_train.config.recipes import RECIPES
 
 HELP = "--help"
-TYPE_NAMES = {int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
 def _optimizers() -> list[str]:
@@ -117,7 +117,7 @@ def find_flag(name: str, takes: type[Any]) -> Flag | None:
 
 
 def given(args: Sequence[str], takes: type[Any]) -> Iterator[tuple[Flag | None, list[str]]]:
-    """The flags in `args`, each with its values as they were typed; None with a word that belongs to no flag.
+    """Yield each flag in `args` with its values as they were typed, and None with each word that belongs to no flag.
 
     A flag that the verb does not have is left out.
     """

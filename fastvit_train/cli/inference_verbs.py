@@ -157,7 +157,7 @@ class Push:
     repo: str
     """USER/NAME on the Hub"""
     public: bool = False
-    """make a new repository public (default: private); also needed to push to a public repository"""
+    """make a new repository public (default: private); also needed to push to an existing public repository"""
     dry_run: bool = False
     """write the files to hub/ in the run's folder, and upload nothing"""
     license: str | None = None

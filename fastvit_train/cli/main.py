@@ -1,4 +1,4 @@
-"""The command line's entry: one verb is run; what ends it becomes one line and an exit status."""
+"""Entry point of the command line: runs one verb, and turns its errors into one line and an exit status."""
 
 import io
 import logging
@@ -17,7 +17,7 @@ from fastvit_train.utils.errors import Preempted, UserError, did_you_mean
 
 PACKAGE = "fastvit_train"
 ABOUT = ("-h", "--help", "help", "--version")
-"""what the user may type in a verb's place to read about the program"""
+"""arguments that print the help or the version instead of running a verb"""
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
 """128 + SIGINT, as shells report it"""
@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: with status 2 and one line on stderr for a user's mistake, 75 for a run that a signal stopped,
-            130 after Ctrl-C, 141 if the reader of the output has ended.
+            130 after Ctrl-C, 141 if the program that reads the output has exited.
     """
     _configure_logging()
     _open_streams()
@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if env.is_rank0():
             _print_error(str(stopped), "stopped")
         status = stopped.exit_status
-    except BrokenPipeError:  # the reader of the output, such as head, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports the pipe again at its exit
+    except BrokenPipeError:  # the program that reads the output, such as head, has exited
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports the pipe again when it exits
         status = BROKEN_PIPE_STATUS
     except KeyboardInterrupt:
         if env.is_rank0():
@@ -86,7 +86,7 @@ def _configure_logging() -> None:
 
 
 def _open_streams() -> None:
-    """Replace closed standard streams, and escape the letters that a stream's encoding lacks."""
+    """Replace closed standard streams, and escape characters that a stream's encoding cannot represent."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115
@@ -106,7 +106,7 @@ def _print_error(message: str, kind: str = "error") -> None:
     print(f"{PACKAGE}: {kind}: {message}", file=sys.stderr)
     if env.under_launcher():
         print(
-            "(the traceback that follows is the launcher's; `python -m fastvit_train` prints the line alone)",
+            "(the traceback below comes from the launcher; `python -m fastvit_train` prints only the line above)",
             file=sys.stderr,
         )
 

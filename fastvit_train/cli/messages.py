@@ -8,14 +8,14 @@ from fastvit_train.cli.flags import HELP, Flag, find_flag, flags_of, given, is_f
 from fastvit_train.utils.errors import did_you_mean, nearest
 
 EXAMPLES = {"run": "runs/NAME", "repo": "USER/NAME"}
-"""example values of positional arguments; the others' is their name"""
+"""example values of positional arguments; for any other, the example is its name in capitals"""
 
 
 def explain(args: Sequence[str], verb: str, takes: type[Any], verbs: Sequence[str]) -> str:
     """Describe the first mistake in arguments that the parser has rejected.
 
-    tyro reports a mistake only as a box that it draws for people, so the arguments are compared with the
-    declared flags here, instead of reading the box.
+    tyro reports a mistake only as a box that it draws for people. This function does not read that box; it compares
+    the arguments with the declared flags.
 
     Args:
         args: the arguments after the verb.
@@ -45,7 +45,7 @@ def explain(args: Sequence[str], verb: str, takes: type[Any], verbs: Sequence[st
 
 
 def missing_value(flag: Flag) -> str:
-    """Describe a flag at the end of the line or before another flag."""
+    """Describe a flag that no value follows."""
     return f"{flag.name} takes a value; allowed: {flag.allowed}"
 
 

@@ -68,9 +68,9 @@ def parse(
 
 
 def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
-    """The configuration that the flags override, and the --config file: recipe < --config.
+    """Return the configuration that the flags override, and the path of the --config file, which overrides the recipe.
 
-    The recipe is --recipe's, or else the one that the file names, or else `quickstart`.
+    The recipe is the one that --recipe names, or else the one that the file names, or else `quickstart`.
 
     Raises:
         UserError: if --recipe or --config has no value, if the recipe is unknown, or if the file can't be read.

@@ -1,4 +1,4 @@
-"""The verbs that train, or prepare a training; each imports what it needs when it runs."""
+"""The verbs that train or prepare training runs; each imports what it needs when it runs."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from fastvit_train.utils.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of a training; flags override --config, which overrides the recipe."""
+    """The settings of a training run; flags override --config, which overrides the recipe."""
 
     config: str | None = None
     """YAML file of settings with the names of the flags"""

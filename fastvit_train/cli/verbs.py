@@ -20,7 +20,7 @@ class Completion:
     """
 
     shell: Shell
-    """the shell"""
+    """the shell to write the script for"""
 
 
 def complete(command: Completion) -> None:

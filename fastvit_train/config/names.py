@@ -1,6 +1,6 @@
-"""Names that help, completion and error messages list, kept where reading them does not import torch.
+"""Names for help, completion and error messages, in a module that does not import torch.
 
-A test compares them with the models and implementations themselves.
+A test checks that they are the names of the models and the implementations.
 """
 
 from fastvit_train.utils.errors import UserError, did_you_mean
@@ -8,7 +8,7 @@ from fastvit_train.utils.errors import UserError, did_you_mean
 MODELS = ("c_vit_4_4_32", "cct_2_3x2_32", "cct_7_3x1_32", "cvt_7_4_32", "mc_vit_4_4_32", "vit_lite_7_4_32")
 """our models"""
 ATTENTIONS = ("naive", "fused", "sdpa", "compiled", "cpp", "triton", "auto", "timm")
-"""what --attention takes: the implementations, auto, and timm, which is a timm model's own attention"""
+"""what --attention takes: the implementations, auto, and timm, the attention that comes with a timm model"""
 
 
 def check_attention_name(name: str) -> None:

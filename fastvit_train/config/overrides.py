@@ -33,7 +33,7 @@ def override(config: TrainConfig, settings: dict[str, Any], source: str) -> Trai
     """
     given, settings = settings, {key.replace("-", "_"): value for key, value in settings.items()}
     if len(settings) < len(given):
-        raise UserError(f"{source} has a key twice, once with - and once with _; remove one of them")
+        raise UserError(f"{source} has the same key twice, once with - and once with _; remove one of them")
     names = list(flatten(config))
     for key in settings:
         if key not in names:

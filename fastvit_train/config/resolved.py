@@ -1,4 +1,4 @@
-"""What a run will do: its settings, with everything filled in that they leave to something else."""
+"""The settings of a run, with every value filled in that the user left open."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +8,7 @@ from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, Ru
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """A `TrainConfig` with no size left open. `models.resolve.resolve` makes it once; everything below takes it."""
+    """A `TrainConfig` with all sizes filled in. `models.resolve.resolve` makes it once per run, for all other code."""
 
     settings: TrainConfig
     """the settings as config.yaml records them, with the resolved run name, image size and attention"""
@@ -19,9 +19,9 @@ class ResolvedConfig:
     num_classes: int
     """number of the model's outputs"""
     mean: tuple[float, ...]
-    """per channel, of pixels from 0 to 1, subtracted from the input"""
+    """mean of each channel, for pixels from 0 to 1; it is subtracted from the input"""
     std: tuple[float, ...]
-    """per channel, of pixels from 0 to 1, that the input is divided by"""
+    """standard deviation of each channel, for pixels from 0 to 1; the input is divided by it"""
     last_epoch: int
     """epoch after which this process stops training"""
 

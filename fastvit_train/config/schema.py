@@ -1,4 +1,4 @@
-"""Every setting of a training: type, default, allowed range, help line and marks, each in one place.
+"""Every setting of a training run: type, default, allowed range, help line and marks, each in one place.
 
 Flags, YAML keys and keyword arguments share one flat namespace of names.
 """
@@ -114,7 +114,7 @@ class OptimConfig:
     clip_grad: NonNegative | None = None
     """maximum gradient norm"""
     ema: Fraction | None = None
-    """evaluate and save an exponential moving average of the weights with this decay (0.999)"""
+    """evaluate and save an exponential moving average of the weights with this decay, such as 0.999"""
     grad_accum: Count = 1
     """number of micro-batches that each batch is split into"""
 

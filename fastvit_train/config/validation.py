@@ -20,10 +20,10 @@ OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_eq
 
 
 class Mark(Enum):
-    """What else holds of a setting, next to its type."""
+    """What is true of a setting, in addition to its type."""
 
     MAY_CHANGE = "a resumed run may have another value"
-    PATH = "a path on this machine; a pushed run keeps its last component only"
+    PATH = "a path on this machine; a pushed run keeps only its last component"
     RUN_NAME = "names the run and does not influence its training; reports leave it out"
     NOT_A_DEPARTURE = (
         "differs from run to run in any case; a model card does not list it as a departure from the recipe"
@@ -41,7 +41,7 @@ def _number(value: Any) -> Any:
 
 
 def _plain_text(text: str) -> str:
-    """Refuse what cannot stand in a path and in a terminal: control characters, undecodable bytes, long names."""
+    """Refuse text that does not fit in a path or on a terminal: control characters, undecodable bytes, long names."""
     printable = all(unicodedata.category(letter) not in ("Cc", "Cs", "Zl", "Zp") for letter in text)
     if (
         printable

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the device, with random numbers of its own for each sample.
+"""Augmentation of whole batches on the device, with separate random numbers for each sample.
 
 All random numbers of an epoch are drawn at once, from (seed, epoch); a batch picks its samples' rows. The augmentation
 of a sample therefore depends neither on its position in the batch nor on the world size.
@@ -25,7 +25,7 @@ def generator(seed: int, *purpose: int | str) -> torch.Generator:
 
 
 class Augment:
-    """The augmentation of one data set, as a configuration sets it.
+    """The augmentation of one data set, as its configuration describes it.
 
     Call `start_epoch` before the first batch of each epoch.
     """

@@ -113,7 +113,7 @@ def check_labels(labels: Tensor, num_classes: int, what: str) -> None:
 
 
 def _stratified(labels: Tensor, fraction: float, purpose: str) -> tuple[Tensor, Tensor]:
-    """Split sample indices into (rest, part), the same every time; part has `fraction` of each class, at least one."""
+    """Split sample indices into (rest, part), reproducibly; part has `fraction` of each class, at least one."""
     stream = generator(0, purpose)
     part = []
     for label in labels.unique():
@@ -134,7 +134,7 @@ def _hold_out(dataset: DatasetSpec, fraction: float) -> DatasetSpec:
 
 
 def _digits() -> DatasetSpec:
-    """Load scikit-learn's digits (UCI, Alpaydin & Kaynak 1998): 1,797 images, 8x8 made 3x32x32; a fifth is to test."""
+    """Load scikit-learn's digits (UCI, Alpaydin & Kaynak 1998): 1,797 images, 8x8 made 3x32x32; a fifth for test."""
     with (files("fastvit_train.data") / "digits.npz").open("rb") as file, np.load(file, allow_pickle=False) as archive:
         images = torch.from_numpy(archive["images"]).float().unsqueeze(1) * (255 / 16)
         labels = torch.from_numpy(archive["labels"]).long()

@@ -52,7 +52,7 @@ def download(url: str, target: Path, md5: str, wanted: str) -> None:
 
 
 def _fetch(url: str, target: Path) -> None:
-    """Write what is at `url` to `target`."""
+    """Write the content of `url` to `target`."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == "file":  # torchvision's progress bar can't be used with these
         source = Path(urllib.request.url2pathname(parts.path))

@@ -117,7 +117,8 @@ def load(listing: Listing, image_size: int, stream: str) -> tuple[LabelledImages
     needed = num_images * 3 * image_size**2
     too_large = stream == "auto" and needed > free_memory() / 2
     if too_large:
-        log.warning("%d images of %d pixels take %.1f GB: streaming from disk", num_images, image_size, needed / 1e9)
+        size = f"{image_size} x {image_size}"
+        log.warning("%d images of %s pixels take %.1f GB: streaming from disk", num_images, size, needed / 1e9)
     if too_large or stream == "always":
         return listing.train, listing.test
     if needed > (free := free_memory()):
@@ -145,8 +146,8 @@ def _decode(paths: Sequence[Path], image_size: int, title: str) -> Tensor:
     images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
     samples = torch.arange(len(paths)).split(DECODE_BATCH)
     batches = StreamedImages(paths, image_size, torch.device("cpu")).batches(samples)
-    visible = track(batches, title, total=len(samples), disable=not sys.stderr.isatty())
-    for samples_B, batch in zip(samples, visible, strict=True):
+    progress = track(batches, title, total=len(samples), disable=not sys.stderr.isatty())
+    for samples_B, batch in zip(samples, progress, strict=True):
         images[samples_B] = batch
     return images
 

@@ -66,7 +66,7 @@ class StreamedImages:
             num_workers=min(len(samples), max(1, (psutil.cpu_count(logical=False) or 1) // local_world_size())),
             collate_fn=_collate,
             worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # or the loader would draw from the global generator, which dropout uses
+            generator=torch.Generator(),  # otherwise it would draw from the global one, which dropout uses
             pin_memory=self._device.type == "cuda",
         )
         for batch in loader:

@@ -35,8 +35,8 @@ def build_train_loader(
     """Build the loader of the training set.
 
     Args:
-        config: the run.
-        dataset: its data set.
+        config: the run's configuration.
+        dataset: the run's data set.
         batch_size: images per optimizer step, over all ranks.
         rank_info: rank, world size and device of this process.
     """
@@ -64,7 +64,7 @@ def build_eval_loader(config: ResolvedConfig, dataset: DatasetSpec, rank_info: R
 
 
 def build_preprocess(config: ResolvedConfig, device: torch.device) -> Preprocess:
-    """Build what turns uint8 images into the model's input on `device`."""
+    """Build the preprocessing that turns uint8 images into the model's input on `device`."""
     return Preprocess(config.mean, config.std, config.image_size, device)
 
 

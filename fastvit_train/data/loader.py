@@ -51,7 +51,7 @@ def check_batch_size(batch_size: int, world_size: int, grad_accum: int) -> None:
 
 
 def fit_batch_size(batch_size: int, num_samples: int, world_size: int, grad_accum: int) -> int:
-    """Return `batch_size`, or the largest that divides evenly if the training set has fewer samples.
+    """Return `batch_size`, or the largest one that all ranks can share evenly if the training set has fewer samples.
 
     Raises:
         UserError: if the training set has fewer samples than one batch needs.
@@ -125,7 +125,7 @@ class EvalLoader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (images, labels, indices); all ranks get the same number of batches of the same size.
 
-        The indices are the samples' in the data set. Padding repeats the last sample, with indices from
+        An index is the sample's position in the data set. Padding repeats the last sample, with indices from
         `len(labels)` to `padded_size - 1`.
         """
         own = torch.arange(self.padded_size).view(-1, self._rank_info.world_size, self.batch_size)[

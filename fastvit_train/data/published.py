@@ -48,11 +48,12 @@ class PublishedSet:
 
 
 def load(name: str, data_dir: Path, url: str | None) -> Samples:
-    """Load a published data set from `data_dir`, or download it to there first.
+    """Load a published data set from `data_dir`; download it first if it is not there.
 
     Args:
         name: a key of PUBLISHED.
-        data_dir: has the files in torchvision's layout, unpacked or as downloaded, or directly; may be read-only.
+        data_dir: the folder with the files, unpacked or as downloaded, in torchvision's subfolders or directly; may be
+            read-only.
         url: a mirror: the URL of CIFAR's archive, or of the folder with Fashion-MNIST's four files.
 
     Raises:

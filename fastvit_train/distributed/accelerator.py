@@ -31,7 +31,7 @@ def start_accelerator(grad_accum: int, trackers: tuple[str, ...], run_dir: Path)
     check_precision()
     try:
         accelerator = Accelerator(
-            # Without this, each process on a machine without an accelerator would take itself for the only one.
+            # Without this, each process on a machine without an accelerator would act as if it were the only one.
             cpu=not torch.accelerator.is_available(),
             gradient_accumulation_steps=grad_accum,
             log_with=list(trackers) or None,
@@ -43,7 +43,7 @@ def start_accelerator(grad_accum: int, trackers: tuple[str, ...], run_dir: Path)
     check_joined(accelerator.num_processes)
     if accelerator.gradient_accumulation_steps != grad_accum:
         variable = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS"
-        raise UserError(f"{variable}={os.environ[variable]} is not --grad-accum {grad_accum}; unset it")
+        raise UserError(f"{variable}={os.environ[variable]} differs from --grad-accum {grad_accum}; unset it")
     missing = sorted(
         set(trackers) - {tracker if isinstance(tracker, str) else tracker.value for tracker in accelerator.log_with}
     )
@@ -53,7 +53,7 @@ def start_accelerator(grad_accum: int, trackers: tuple[str, ...], run_dir: Path)
 
 
 def _init_method() -> str | None:
-    """Return where the ranks exchange their addresses: torch's default, or after a restart a store of its own.
+    """Return the URL of the store in which ranks exchange addresses: None for torch's own; a new one after a restart.
 
     Accelerate's launcher keeps one store for all restarts, which still holds the addresses of the dead processes.
     """
@@ -65,19 +65,19 @@ def _init_method() -> str | None:
         for store, rank, world_size in rendezvous("env://", timeout=timeout):
             yield PrefixStore(f"restart_{restarts}", store), rank, world_size
 
-    with suppress(RuntimeError):  # an earlier run of this process has registered it
+    with suppress(RuntimeError):  # an earlier run in this process has registered it
         register_rendezvous_handler("restart", rendezvous_after_restart)
     return "restart://"
 
 
 def leave_process_group() -> None:
-    """Leave the process group of torch; a command does this last."""
+    """Leave torch's process group. A command does this last."""
     PartialState().destroy_process_group()
 
 
 @contextmanager
 def deterministic() -> Iterator[None]:
-    """Let every operator give the same bits on every run inside the context, and restore torch's switches after it.
+    """Make every operator compute the same bits on every run inside the context, and restore torch's switches after it.
 
     An operator without a deterministic implementation raises RuntimeError when it is called. Enter the context before
     the GPU is used: cuBLAS reads its environment variable once, when it starts.

@@ -31,7 +31,7 @@ def prepare(
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         check_shardable(plugin.transformer_cls_names_to_wrap, model, optimizer)
-        # Keep weights and their reductions in fp32 under autocast, as with one rank, not everything in low precision.
+        # As with one rank, keep weights and reductions in fp32 under autocast; do not cast everything to low precision.
         plugin.mixed_precision_policy = None
         model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
     accelerator.ddp_handler = ddp_settings(model, accelerator.gradient_accumulation_steps)
@@ -57,7 +57,7 @@ def check_shardable(blocks: list[str] | None, model: nn.Module, optimizer: torch
     missing = set(blocks or ()) - {type(module).__name__ for module in model.modules()}
     if missing:
         raise UserError(
-            f"the model has no {', '.join(sorted(missing))} to shard by; "
+            f"the model has no module of class {', '.join(sorted(missing))} to shard by; "
             "set fsdp_transformer_layer_cls_to_wrap to the class of its blocks, "
             "or use DDP: accelerate_configs/multi_gpu.yaml"
         )
@@ -69,9 +69,10 @@ def check_shardable(blocks: list[str] | None, model: nn.Module, optimizer: torch
 
 
 def check_checkpoint(path: Path, accelerator: Accelerator) -> None:
-    """Raise UserError unless the checkpoint in folder `path` was saved with FSDP if, and only if, this launch uses it.
+    """Raise UserError if the checkpoint in folder `path` was saved with FSDP and this launch is without, or vice versa.
 
-    An FSDP checkpoint is read here first: only rank 0 reads it, and the others would wait forever if it failed.
+    Rank 0 also tries to read an FSDP checkpoint. Only rank 0 loads it later, and if that failed, the other ranks would
+    wait forever.
     """
     files = [path / f"{FSDP_MODEL_NAME}.bin", path / f"{OPTIMIZER_NAME}.bin"]
     sharded = accelerator.distributed_type == DistributedType.FSDP

@@ -1,4 +1,4 @@
-"""Checks before training: a launch that Accelerate would silently run differently from its settings is refused."""
+"""Checks before training: they refuse a launch that Accelerate would silently run with other settings."""
 
 import os
 
@@ -48,7 +48,8 @@ def check_devices() -> None:
     if torch.accelerator.is_available() and processes > gpus:
         raise UserError(
             f"the launch starts {processes} processes on this machine, which has {gpus} "
-            f"GPU{'s' if gpus > 1 else ''}; allowed: up to {gpus} per machine (--num_processes counts all machines')",
+            f"GPU{'s' if gpus > 1 else ''}; allowed: up to {gpus} per machine "
+            "(--num_processes is the number on all machines)",
             on_all_ranks=processes == launched_world_size(),  # another machine may have enough
         )
 
@@ -71,25 +72,27 @@ def check_precision() -> None:
         raise UserError(f"mixed precision {asked} is not supported on {where}; allowed: {', '.join(allowed)}")
 
 
-def check_joined(seen: int) -> None:
-    """Raise UserError unless the world size, `seen`, is what the launcher started and what the user asked for."""
+def check_joined(world_size: int) -> None:
+    """Raise UserError unless `world_size` is what the launcher started and what the user asked for."""
     instead = "start them with `accelerate launch --multi_gpu --num_processes N`, on a CPU machine too"
-    if launched_world_size() != seen:
-        raise UserError(f"the launch started {launched_world_size()} processes, but this one sees {seen}; {instead}")
-    asked = _requested_world_size()
-    if asked not in (None, seen):
+    if launched_world_size() != world_size:
         raise UserError(
-            f"the launch asks for {asked} processes and accelerate started {seen}; it ignores the number with --cpu, "
-            f"MULTI_CPU and 'NO', and rounds it down to a multiple of the machines; {instead}"
+            f"the launch started {launched_world_size()} processes, but this one sees {world_size}; {instead}"
+        )
+    asked = _requested_world_size()
+    if asked not in (None, world_size):
+        raise UserError(
+            f"the launch asks for {asked} processes, but accelerate started {world_size}: it ignores the number with "
+            f"--cpu, MULTI_CPU and 'NO', and rounds it down to a multiple of the number of machines; {instead}"
         )
 
 
 def _requested_world_size() -> int | None:
     """Return the number of processes that the user asked Accelerate's launcher for; None if there was no such number.
 
-    The launcher hands on only what it started, not what it was asked for: no environment variable of Accelerate 1.10
-    to 1.15 holds that number. Its own parser reads the launcher's command line, so that abbreviated flags and the
-    user's default file count as they did there.
+    No environment variable of Accelerate 1.10 to 1.15 holds this number: the launcher sets only the number of processes
+    that it started. So the launcher's command line is read again, with Accelerate's own parser, which handles
+    abbreviated flags and the user's default configuration file as the launcher did.
     """
     words = launcher_command() or []
     if "launch" not in words:

@@ -31,7 +31,7 @@ from fastvit_train.utils.errors import UserError
 MAX_BATCH_SIZE = 10**6
 MAX_CLASSES_SHOWN = 20
 MAX_CONFUSION_CLASSES = 200
-"""with more classes, no confusion matrix is written and drawn"""
+"""with more classes, no confusion matrix is written or drawn"""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def _check_classes(loaded: TrainedModel, dataset: DatasetSpec) -> None:
 
 
 def _prepare_attention(loaded: TrainedModel, name: str, loader: EvalLoader, accelerator: Accelerator) -> str:
-    """Set the model's attention, after measuring for "auto", and compile it if it is compiled; returns its name."""
+    """Set the model's attention, the fastest one for "auto", and compile it now if need be; returns its name."""
     if name == AUTO:
         name, _ = choose_attention(loaded.model, loader.batch_size, loaded.image_size, accelerator)
     set_attention(loaded.model, name)

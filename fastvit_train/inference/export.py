@@ -129,7 +129,7 @@ def describe(run: TrainedModel) -> dict[str, str]:
 
 
 class _WithNormalization(nn.Module):
-    """The model after its normalization: uint8 RGB images (batch, 3, size, size) to logits (batch, classes)."""
+    """Normalization and model in one: from uint8 RGB images (batch, 3, size, size) to logits (batch, classes)."""
 
     def __init__(self, run: TrainedModel) -> None:
         super().__init__()
@@ -198,9 +198,8 @@ def _load_safetensors(path: Path) -> LogitsFunction:
 
 def _write_timm(run: TrainedModel, path: Path) -> None:
     path.mkdir()
-    _write_weights(
-        run, path / "model.safetensors", {}
-    )  # with more entries, safetensors' order of them changes from run to run
+    # No further metadata: safetensors writes several entries in an order that changes from run to run.
+    _write_weights(run, path / "model.safetensors", {})
     mean, std = run.normalisation
     preprocessing: dict[str, Any] = {"input_size": (3, run.image_size, run.image_size), "mean": mean, "std": std}
     entries: dict[str, Any] = {"label_names": list(run.classes)}
@@ -235,7 +234,7 @@ FORMATS = {
 def _comparison_images(run: TrainedModel) -> tuple[Tensor, str]:
     """Return images to compare logits on, uint8 (up to 256, 3, size, size), and the name of their data set.
 
-    They are spread over the run's test set; if that is not available here, they are digits.
+    They are spread evenly over the run's test set, or over that of the digits if the run's is not available here.
     """
     data = run.config.data if run.config is not None else DataConfig()
     try:

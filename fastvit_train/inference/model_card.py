@@ -22,7 +22,7 @@ HUB_DATASETS = {
     "cifar100": "uoft-cs/cifar100",
     "fashion-mnist": "zalando-datasets/fashion_mnist",
 }
-"""identifiers on the Hub of the data sets that are there, by our names"""
+"""the data sets that are on the Hub: our name, and the identifier there"""
 MAX_CLASSES_LISTED = 100
 TRAIN_COMMAND = "accelerate launch{flags} -m fastvit_train --config config.yaml --exp-name again"
 

@@ -114,9 +114,7 @@ def _send(folder: Path, repo: str, public: bool, token: str | None) -> tuple[str
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Push from fastvit-train")
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # the HTTP library, and with it the type of the exception, depends on the version of huggingface_hub
+    except Exception as error:  # the exception's type depends on the HTTP library that huggingface_hub uses
         raise UserError(f"{api.endpoint} did not accept {repo}: {_reason(error)}") from None
     return str(url), "private" if private else "public"
 

@@ -51,7 +51,7 @@ def set_attention(model: nn.Module, name: str) -> None:
     """Set the implementation of every attention of `model`; "auto" and "timm" change nothing.
 
     Raises:
-        UserError: if the operator does not support some of the model's attention modules, which it names.
+        UserError: if the operator does not support some of the model's attention modules; the message names them.
     """
     if name in (AUTO, TIMM):
         return
@@ -73,7 +73,7 @@ def alternatives(model: nn.Module, name: str) -> list[str]:
 
 
 def plain_attention(model: nn.Module) -> str:
-    """Return the attention of `model` if none is named and nothing is measured."""
+    """Return the attention that `model` uses if the user names none and nothing is measured."""
     return "fused" if fastvit_kernels.can_swap_attention(model) else TIMM
 
 

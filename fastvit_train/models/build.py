@@ -22,7 +22,7 @@ from fastvit_train.utils.safe_load import read_json
 
 log = logging.getLogger(__name__)
 NOT_SIZES = ("model", "attention", "weights", "num_classes", "image_size", "patch_init")
-UNFIT = (RuntimeError, ValueError, TypeError, LookupError)
+LOAD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError)
 
 
 def check_model(name: str) -> None:
@@ -43,7 +43,7 @@ def pretrained_cfg_of(name: str) -> PretrainedCfg:
     except RuntimeError as error:
         raise UserError(f"{name} cannot be built: {error}") from None
     if cfg is None:
-        raise UserError(f"timm knows no input size for {name!r}; choose another --model")
+        raise UserError(f"timm has no input size for {name!r}; choose another --model")
     return cfg
 
 
@@ -58,7 +58,7 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
     Args:
         config: settings of the model.
         image_size: side of the input in pixels.
-        num_classes: outputs.
+        num_classes: number of outputs.
 
     Raises:
         UserError: if sizes do not fit together, if the model does not have an option, if it does not support the
@@ -86,9 +86,10 @@ def _check_memory(name: str, options: dict[str, Any]) -> None:
     """Raise ValueError if the weights alone exceed the machine's memory, before any memory is allocated."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         needed = sum(parameter.nbytes for parameter in timm.create_model(name, **options).parameters())
-    if needed > (there := psutil.virtual_memory().total):
+    if needed > (total := psutil.virtual_memory().total):
         raise ValueError(
-            f"its weights take {needed / 1e9:,.0f} GB, this machine has {there / 1e9:,.0f}; make it smaller"
+            f"its weights take {needed / 1e9:,.0f} GB, but this machine has {total / 1e9:,.0f} GB; "
+            "make the model smaller"
         )
 
 
@@ -102,7 +103,7 @@ def check_timm_folder(folder: Path) -> None:
         _check_memory(name, described.get("model_args") or {})
     except Exception as error:  # the file may hold any arguments
         reason = str(error) or type(error).__name__
-        raise UserError(f"{folder} is neither a run nor a model folder of timm: config.json: {reason}") from None
+        raise UserError(f"{folder} is neither a run nor a model folder from timm: config.json: {reason}") from None
 
 
 def _check_patches(model: nn.Module, config: ModelConfig, image_size: int) -> None:
@@ -134,7 +135,9 @@ def _load_weights(model: nn.Module, path: Path) -> None:
             state_dict = checkpoint_filter_fn(state_dict, model)
         other_classes = reset_head_if_other_classes(state_dict, model)
         model.load_state_dict(state_dict)
-    except UNFIT as error:
+    except LOAD_ERRORS as error:
         raise UserError(f"{path} does not fit the model: {' '.join(str(error).split())[:400]}") from None
     if other_classes:
-        log.warning("%s has another number of classes: its classifier is not loaded and is initialized randomly", path)
+        log.warning(
+            "%s has another number of classes: its classifier is not loaded; the model's is initialized randomly", path
+        )

@@ -10,7 +10,7 @@ def compile_model(model: nn.Module, graphed: bool) -> None:
 
     Args:
         model: on any device.
-        graphed: launch its kernels as a CUDA graph. The next pass overwrites what a pass returns, including gradients:
-            use it only with one forward pass per optimizer step, in one process.
+        graphed: launch its kernels as a CUDA graph. Each pass then overwrites the outputs and gradients of the previous
+            pass, so use this only with one forward pass per optimizer step, in one process.
     """
     model.compile(dynamic=False, mode="reduce-overhead" if graphed else None)

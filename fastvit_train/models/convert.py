@@ -12,7 +12,7 @@ from fastvit_train.models.vit import ViT
 
 StateDict = dict[str, Tensor]
 
-# (pattern, ours), tried in order on the whole name.
+# (pattern of their name, our name), tried in order; a pattern must match the whole name.
 COMPACT_NAMES = [
     (r"tokenizer\.conv_layers\.(\d+)\.0\.(weight)", r"patch_embed.convs.\1.\2"),
     (r"classifier\.positional_emb", r"pos_embed"),
@@ -50,7 +50,7 @@ def checkpoint_filter_fn(state_dict: StateDict, model: ViT) -> StateDict:
     elif any(key.startswith("encoder.blocks.") for key in state_dict):
         state_dict = _name_by_shape(_rename(_merge_heads(state_dict), UPSTREAM_NAMES), model)
     if "head.weight" in state_dict:
-        # timm decides by this entry whether the classifier fits the model, and only the file has the number.
+        # From this entry, timm decides whether the classifier fits the model. Only the file has the right number.
         pretrained_cfg(model)["num_classes"] = len(state_dict["head.weight"])
     return _fit_positions(state_dict, model)
 
@@ -117,7 +117,7 @@ def _fit_positions(state_dict: StateDict, model: ViT) -> StateDict:
 
 
 def reset_head_if_other_classes(state_dict: StateDict, model: nn.Module) -> bool:
-    """Replace a classifier for another number of classes in `state_dict`, in place, by that of `model`.
+    """Replace the classifier in `state_dict`, in place, by that of `model` if their numbers of classes differ.
 
     Args:
         state_dict: weights to load.

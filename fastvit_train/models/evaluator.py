@@ -82,12 +82,12 @@ class Evaluation:
 def evaluate_model(
     model: nn.Module, loader: EvalLoader, accelerator: Accelerator, after_batch: Callable[[], object] = lambda: None
 ) -> Evaluation:
-    """Evaluate the prepared `model`; all ranks return the same. Leaves the model in evaluation mode.
+    """Evaluate the prepared `model`; all ranks return the same result. Leaves the model in evaluation mode.
 
     Args:
         model: as Accelerate prepared it.
         loader: this rank's batches.
-        accelerator: of this rank.
+        accelerator: this rank's.
         after_batch: called after every batch.
     """
     model.eval()
@@ -113,4 +113,4 @@ def _ahead(logits: Tensor, labels: Tensor) -> Tensor:
     true = logits.gather(1, labels[:, None])
     later = torch.arange(logits.shape[1], device=logits.device) >= labels[:, None]
     behind = (logits < true) | (logits == true) & later
-    return logits.shape[1] - behind.sum(1)  # NaN compares as ranked above
+    return logits.shape[1] - behind.sum(1)  # a NaN counts as ranked above

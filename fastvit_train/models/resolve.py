@@ -1,4 +1,4 @@
-"""From the settings that a user wrote to what will happen."""
+"""Resolve the settings that a user wrote: check them, and fill in what they leave open."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +28,7 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
 
 
 def resolve(config: TrainConfig, num_classes: int | None = None) -> ResolvedConfig:
-    """Resolve `config`: once per run, before anything else is done with it.
+    """Resolve `config`. Call this once per run, before anything else uses the settings.
 
     The attention is not resolved here: "auto" measures the model on its device, see `models.attention`.
 

@@ -20,7 +20,7 @@ class Stage:
 
 
 def stages(model: nn.Module, image_size: int) -> list[Stage]:
-    """Return the parts of `model` in the order in which the forward pass calls them; containers are expanded once.
+    """Return the parts of `model` in the order in which the forward pass calls them; containers are expanded one level.
 
     Args:
         model: on any device, including torch's meta device; it is not changed.

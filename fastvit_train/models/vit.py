@@ -22,7 +22,7 @@ Size = int | tuple[int, int]
 class DropPath(nn.Module):
     """Zero whole samples of a residual branch with probability `rate` (Huang et al. 2016), and scale the rest.
 
-    The probability is a tensor, so that blocks that differ in it alone share their compiled code.
+    The probability is a tensor, so that blocks that differ only in it share their compiled code.
     """
 
     keep_prob: Tensor

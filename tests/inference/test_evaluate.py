@@ -141,7 +141,7 @@ def test_other_classes_are_refused(trained: Path, tmp_path: Path) -> None:
         ("nowhere", "nowhere is not a run; allowed: the folder of a finished run, local-dir:FOLDER"),
         ("mc_vit_4_4_32", "mc_vit_4_4_32 cannot be loaded: .*pretrained weights"),
         ("hf-hub:", "hf-hub: cannot be loaded"),
-        (".", "is neither a run nor a model folder of timm: config.json"),
+        (".", "is neither a run nor a model folder from timm: config.json"),
     ],
 )
 def test_a_source_that_is_not_a_run_is_one_line(

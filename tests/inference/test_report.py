@@ -221,7 +221,7 @@ def test_a_model_without_a_run_has_a_page(runs: Path, tmp_path: Path) -> None:
         shutil.copy(runs / "mc" / name, folder)
     page = report(tmp_path, f"local-dir:{folder}")
     assert page.table("Properties of the models")["parameters"] == [f"{summary(runs / 'mc')['parameters']:,}"]
-    assert "has no config.yaml, metrics.jsonl and summary.json" in page.text
+    assert "has no config.yaml, metrics.jsonl or summary.json" in page.text
     assert "does not record a data set" in page.text
 
 

@@ -16,9 +16,9 @@ from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError
 
 MAX_ROWS = 20
-"""of a table of classes or of confusions"""
+"""maximum number of rows in a table of classes or of confusions"""
 PRECISIONS = {"no": "fp32"}
-"""names of accelerate's mixed precisions that do not name a dtype"""
+"""how to show those of accelerate's mixed precisions that are not the name of a dtype"""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class EvaluationView:
     classes: list[dict[str, Any]]
     """name, images, precision and recall of each class, or of those with the lowest recall if there are many"""
     num_classes: int
-    """of the data set"""
+    """number of classes of the data set"""
     names: tuple[str, ...]
-    """of the model's outputs"""
+    """names of the model's outputs"""
     confusion: list[list[int]]
     """rows are true, columns predicted classes; empty if there are too many classes for a table"""
     confused_pairs: list[tuple[str, str, int]]

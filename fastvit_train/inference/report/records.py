@@ -1,4 +1,4 @@
-"""The data of a report: for each run what it wrote, and a fresh evaluation of its model."""
+"""The data of a report: for each run, the files that it wrote and a fresh evaluation of its model."""
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,10 +19,10 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class RunRecord:
-    """The data of one run; what is not available is empty, and `missing` has the reason."""
+    """The data of one run. A field whose data are not available is empty, and `missing` gives the reason."""
 
     source: str
-    """what the user gave"""
+    """the run as the user named it"""
     name: str
     folder: Path | None
     summary: dict[str, Any]
@@ -92,8 +92,8 @@ def _load_record(run: str, data_dir: str | None) -> RunRecord:
 def _record_without_run(source: str, loaded: TrainedModel) -> RunRecord:
     return RunRecord(
         source, loaded.name, loaded.folder, _summarize_model(loaded), [], {}, None,
-        ("No results, curves, settings and commands: this is not the folder of a run, so it has no config.yaml, "
-         "metrics.jsonl and summary.json.",),
+        ("No results, curves, settings or commands: this is not the folder of a run, so it has no config.yaml, "
+         "metrics.jsonl or summary.json.",),
         "No evaluation: the model does not record a data set; evaluate it on one with python -m fastvit_train eval "
         f"{printable(source)} --dataset NAME.",
     )  # fmt: skip

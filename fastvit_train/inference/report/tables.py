@@ -20,7 +20,7 @@ RESULT_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "peak memory, MiB": lambda s: f"{s['peak_memory_mib']:,.0f}",
     ENERGY: lambda s: f"{s['energy_joules']:,.0f}",
 }
-"""rows of the table of results: a name, and the value in words by the summary"""
+"""rows of the table of results: a name, and a function that formats the value in a summary"""
 SUMMARY_KEYS = {
     "parameters": "parameters",
     "model size, MB": "model_size_mb",
@@ -33,7 +33,7 @@ SUMMARY_KEYS = {
     "peak memory, MiB": "peak_memory_mib",
     ENERGY: "energy_joules",
 }
-"""keys in summary.json of the values whose difference between two runs is shown"""
+"""rows that show the difference between two runs, with the keys of their values in summary.json"""
 ENVIRONMENT_KEYS = ("device", "world_size", "mixed_precision", "attention", "seed", "batch_size", "steps")
 INVALID = (KeyError, TypeError, ValueError, OverflowError)
 
