@@ -75,7 +75,9 @@ class StopSignalHandler:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._fd_before)
-        self._writer.close()  # this ends the thread
+        # This ends the thread. Closing would not: data loader workers that are still alive hold copies of the socket.
+        self._writer.shutdown(socket.SHUT_RDWR)
+        self._writer.close()
         self._thread.join()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
