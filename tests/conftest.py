@@ -3,7 +3,7 @@
 import os
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -62,6 +62,15 @@ def triton_device(request: pytest.FixtureRequest) -> str:
     if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("Triton's interpreter and a GPU don't go together in a process")
     return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Run torch with one thread: the models are tiny, and threads that spin cost ten times more on a busy machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # which train() and evaluate() respect; processes do not inherit it
+        torch.set_num_threads(1)
+        yield
 
 
 @pytest.fixture(autouse=True)
