@@ -64,11 +64,16 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     [
         "import fastvit_train; import timm",
         "import timm; import fastvit_train",
-        "import fastvit_train; from timm import create_model",
-        "import fastvit_train; import timm.models",
-        "import fastvit_train.models; import timm",
-        "import fastvit_train, importlib.util; importlib.util.find_spec('timm'); import timm",
-        "import fastvit_train; fastvit_train.models",
+        *(
+            pytest.param(code, marks=pytest.mark.slow)
+            for code in (
+                "import fastvit_train; from timm import create_model",
+                "import fastvit_train; import timm.models",
+                "import fastvit_train.models; import timm",
+                "import fastvit_train, importlib.util; importlib.util.find_spec('timm'); import timm",
+                "import fastvit_train; fastvit_train.models",
+            )
+        ),
     ],
 )
 def test_our_models_are_registered_in_either_order(code: str) -> None:
