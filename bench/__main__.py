@@ -72,7 +72,7 @@ def select(only: tuple[str, ...]) -> dict[str, list[BenchmarkCase]]:
         if selected and case.why_unavailable is None:
             groups[case.group].append(case)
     if not groups:
-        raise UserError(f"no row begins with {' or '.join(map(repr, only))}; --only '' --list prints them")
+        raise UserError(f"no row begins with {' or '.join(map(repr, only))}; --only '' --list prints all names")
     return groups
 
 

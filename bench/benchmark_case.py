@@ -62,7 +62,7 @@ class BenchmarkCase:
     Attributes:
         operation: what is timed, such as "training step".
         shape: its sizes, as text.
-        dtype: "fp32", "bf16", or as text.
+        dtype: "fp32" or "bf16", or in words if it mixes them.
         name: the name that distinguishes the case from the others of its group.
         batch: images per call when it is timed.
         build: makes the workload for a number of images per call.
@@ -108,7 +108,7 @@ def assert_close(result: Tensor, expected: Tensor, dtype: str, name: str) -> Non
 
 
 def prepare_process() -> None:
-    """Set the threads and the memory allocator as a training on this device does."""
+    """Set the threads and the memory allocator as training on this device does."""
     use_all_cores()
     if device().type == "cpu":
         memory.retain_freed_memory()

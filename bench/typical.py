@@ -94,7 +94,7 @@ class Script:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.01, weight_decay=0.01)
 
     def check(self) -> None:
-        """Raise AssertionError if one training step runs an operator of `fastvit_kernels`; the weights stay."""
+        """Raise AssertionError if a training step runs an operator of `fastvit_kernels`; the weights do not change."""
         images = torch.zeros(2, 3, 32, 32, device=self.device)
         with RefuseOurOperators():
             self.model.train()(images).sum().backward()

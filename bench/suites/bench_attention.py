@@ -58,9 +58,9 @@ class TorchAttention(nn.Module):
 
 def timm_attention(module: fastvit_kernels.SelfAttention) -> nn.Module:
     """timm's Attention with the weights of `module`."""
-    module_of_timm = timm.layers.Attention(module.proj.in_features, module.num_heads, qkv_bias=True)
-    module_of_timm.qkv, module_of_timm.proj = module.qkv, module.proj
-    return module_of_timm
+    timm_module = timm.layers.Attention(module.proj.in_features, module.num_heads, qkv_bias=True)
+    timm_module.qkv, timm_module.proj = module.qkv, module.proj
+    return timm_module
 
 
 ROWS: dict[str, dict[str, Callable[[fastvit_kernels.SelfAttention], nn.Module]]] = {

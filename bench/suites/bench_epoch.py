@@ -62,7 +62,7 @@ class Worker:
         return answer["images"]
 
     def close(self) -> None:
-        self._process.communicate(timeout=60)  # closes its input, upon which it exits
+        self._process.communicate(timeout=60)  # closes its input, so that it exits
 
 
 def build(row: str, images: int) -> Workload:

@@ -27,7 +27,7 @@ MODELS: dict[str, dict[str, tuple[int, ...]]] = {
 EAGER = ("naive", "fused", "sdpa", "compiled", "cpp", "triton")
 COMPILED = ("naive", "fused", "sdpa", "cpp", "triton")
 MAIN = {(name, False) for name in ("naive", "fused", "sdpa", "cpp", "triton")} | {("cpp", True), ("triton", True)}
-"""implementations, and whether the model is compiled, of the comparison that is timed by default"""
+"""implementation, and whether the model is compiled, for each row of the comparison that is timed by default"""
 OPERATION = "training step"
 
 

@@ -1,4 +1,4 @@
-"""`models` and `recipes`: tables of what a training can choose from."""
+"""`models` and `recipes`: tables of what a run can be configured with."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ BATCH_SIZES = {"cpu": 8}
 GPU_BATCH_SIZE = 256
 WARM_UP_ROUNDS, ROUNDS = 2, 3
 MAX_MEASURED = 12
-"""models that are measured at a time, so that it takes seconds"""
+"""limit on the models that are measured at a time, so that measuring takes only seconds"""
 UNKNOWN = "-"
 
 
@@ -61,7 +61,7 @@ def show_models(pattern: str | None, measure: bool) -> None:
     """Print a table of our models, or of all models whose names match `pattern`.
 
     Args:
-        pattern: of names, with the wildcards `*` and `?`; None for our models.
+        pattern: the names to list, with the wildcards `*` and `?`; None for our models.
         measure: whether to measure the throughput of training and inference on this machine.
 
     Raises:

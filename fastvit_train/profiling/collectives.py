@@ -1,7 +1,7 @@
-"""What one rank of many holds in memory and exchanges in a training step, counted in one process.
+"""Count in one process what each of many ranks holds in memory and exchanges in a training step.
 
 The process is rank 0 of torch's fake process group, which can have any size. The group's collectives move nothing, so
-the values that they return are useless, but each is called as in a training, with tensors of the same sizes.
+the values that they return are useless, but each is called as in real training, with tensors of the same sizes.
 """
 
 import warnings
@@ -27,7 +27,7 @@ from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.torch_private import TorchDispatchMode, fake_process_group
 
 NAMESPACES = ("c10d", "_c10d_functional")
-"""of torch's operators that communicate"""
+"""namespaces of torch's operators that communicate"""
 KINDS = {
     "allreduce_": "all-reduce",
     "all_reduce": "all-reduce",
@@ -68,7 +68,7 @@ class Collective:
         return RING_PASSES[self.kind] * (world_size - 1) / world_size * self.size
 
     def hops(self, world_size: int) -> int:
-        """Number of messages that wait for one another: 2 (n - 1) for an all-reduce, n - 1 for the others."""
+        """Number of messages that follow one another: 2 (n - 1) for an all-reduce, n - 1 for the others."""
         return RING_PASSES[self.kind] * (world_size - 1)
 
 
@@ -115,7 +115,7 @@ ModelWrapper = Callable[[nn.Module], nn.Module]
 
 
 def single_process_cost(session: TrainSession) -> RankCost:
-    """Count the cost of a training in one process."""
+    """Count the cost of training in one process."""
     return _count_cost(session, lambda model: model)
 
 
@@ -242,7 +242,7 @@ def _gradient_sync(wrapped: nn.Module, enabled: bool) -> AbstractContextManager[
 
 
 def _gathered_bytes(collectives: list[Collective], block_count: int) -> int:
-    """Bytes of the root's parameters, which are gathered first, and of the two largest blocks'."""
+    """Bytes of the root's parameters, which are gathered first, and of the parameters of the two largest blocks."""
     sizes = [collective.size for collective in collectives if collective.kind == "all-gather"]
     root, *blocks = sizes[: 1 + block_count]
     return root + sum(sorted(blocks)[-2:])

@@ -46,8 +46,8 @@ class RunEstimate:
 def dry_run(config: TrainConfig) -> RunEstimate:
     """Print the resolved settings, the model's shapes, and an estimate of the run from a few measured steps.
 
-    Nothing is written into the run's folder. A data set that is not on this machine is downloaded, as a training
-    would need it too.
+    Nothing is written into the run's folder. A data set that is not on this machine is downloaded, because
+    training needs it too.
 
     Raises:
         UserError: for anything wrong with the configuration, the data or the launch.
@@ -152,8 +152,8 @@ def format_estimate(session: TrainSession, estimate: RunEstimate) -> list[str]:
     )
     epoch, total = format_duration(estimate.epoch_seconds), format_duration(estimate.seconds)
     return [
-        f"estimated from {STEPS * ROUNDS} training steps of {session.batch_size} images and one evaluation batch, "
-        "measured:",
+        f"estimated from measurements of {STEPS * ROUNDS} training steps of {session.batch_size} images and of one "
+        "evaluation batch:",
         f"  memory  {estimate.memory_mib:,.0f} MiB per process",
         f"  speed   {estimate.images_per_second:,.0f} img/s in training, all processes together",
         f"  time    {epoch} per epoch with its evaluation, {total} in total ({estimate.epochs} epochs)",

@@ -1,4 +1,4 @@
-"""The FLOPs of a computation, and the FLOP/s that the device reaches at most (the ceiling of a roofline plot)."""
+"""The FLOPs of a computation, and the highest FLOP/s that the device reaches (the ceiling of a roofline plot)."""
 
 from collections.abc import Callable
 from functools import cache
@@ -27,7 +27,7 @@ def count_flops(run: Callable[[], object]) -> float:
 
 @cache
 def matmul_ceiling(dtype: torch.dtype, device: torch.device) -> float:
-    """Measure the FLOP/s of a large square matrix product, the best of several: the ceiling that MFU is relative to."""
+    """Measure the FLOP/s of a large square matrix product, the best of several: MFU is relative to this ceiling."""
     size = CEILING_SIZES.get(device.type, GPU_CEILING_SIZE)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     synchronize(device)

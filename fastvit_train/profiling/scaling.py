@@ -88,7 +88,12 @@ def check_options(options: PlanOptions) -> PlanOptions:
 
 
 def plan_model(config: TrainConfig, options: PlanOptions) -> Plan:
-    """Measure, count and estimate for the model of `config`, under options that `check_options` has returned."""
+    """Measure, count and estimate the rows of the plan for the model of `config`.
+
+    Args:
+        config: the run on one process.
+        options: as returned by `check_options`.
+    """
     with short_run(config, options.steps) as session:
         collectives.check_no_process_group()
         images, notes = _images_per_process(session, options)
@@ -108,7 +113,7 @@ def plan_model(config: TrainConfig, options: PlanOptions) -> Plan:
 
 
 def _images_per_process(session: TrainSession, options: PlanOptions) -> tuple[dict[int, int], list[str]]:
-    """Return the images of a process by world size, and notes about what is missing."""
+    """Return the number of images per process for each world size, and notes about what is missing."""
     notes = ["activations are counted without --compile"] if session.config.run.compile else []
     if options.scaling == "weak":
         return dict.fromkeys(options.world_sizes, session.batch_size), notes

@@ -48,7 +48,7 @@ class Row:
     images_per_second: float
     """of all processes together"""
     efficiency: float
-    """images_per_second relative to that many processes that need no communication"""
+    """images_per_second relative to the same number of processes without any communication"""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def estimate_row(
         cost: what one rank holds and exchanges.
         step: measured on one process, with the images that each process takes.
         options: bandwidth and latency of the network.
-        single_rate: images/s of a single process; None for this row's own rate, if it is that of a single process.
+        single_rate: images/s of a single process; None if this row is that of a single process.
     """
     sent = sum(collective.sent(processes) for collective in cost.collectives)
     hops = sum(collective.hops(processes) for collective in cost.collectives)

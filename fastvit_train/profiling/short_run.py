@@ -51,7 +51,7 @@ def make_progress_bar(session: TrainSession) -> ProgressBar:
 
 def time_epoch(session: TrainSession, bar: ProgressBar, phase: Phase) -> float:
     """Train for one epoch and return the seconds per step."""
-    seconds = time_call(lambda: train_epoch(session, bar, phase))  # it waits for the device at its end
+    seconds = time_call(lambda: train_epoch(session, bar, phase))  # train_epoch waits for the device at its end
     session.state.close_epoch()
     return seconds / session.train_loader.steps_per_epoch
 

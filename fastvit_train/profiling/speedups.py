@@ -19,7 +19,7 @@ from fastvit_train.utils.torch_private import recompile_limit
 WARM_UP_STEPS, ROUNDS = 3, 9
 STEPS = {"cpu": 1}
 GPU_STEPS = 20
-"""steps between two synchronisations, as one step of a small model takes hardly longer than a synchronisation"""
+"""steps between two synchronisations, as one step of a small model takes little longer than a synchronisation"""
 RECOMPILE_LIMIT = 64
 """enough for all candidates: they compile the same functions for other shapes and dtypes"""
 
@@ -34,9 +34,9 @@ class Candidate:
     gain: float
     """images/s relative to the present step"""
     sure: bool = True
-    """the interquartile ranges of its times and of the present step's do not overlap"""
+    """whether the interquartile ranges of its times and of the present step's times do not overlap"""
     same_training: bool = True
-    """the change affects the training by rounding only"""
+    """whether the change affects the training by rounding only"""
     failed: str | None = None
     """why it could not be measured"""
 
@@ -72,7 +72,7 @@ def measure_candidates(session: TrainSession) -> list[Candidate]:
         for what, how, variant in variants:
             try:
                 steps[variant] = build_step(session, variant)
-            except Exception as error:  # such as: out of memory, no compiler, a shape that an attention rejects
+            except Exception as error:  # such as too little memory, a missing compiler, or an unsupported shape
                 reason = next(iter(str(error).splitlines()), type(error).__name__)
                 failed.append(Candidate(what, how, gain=0.0, sure=False, failed=reason))
         calls = STEPS.get(device.type, GPU_STEPS)

@@ -35,19 +35,19 @@ HOST = "host"
 """the rest of a step: the training loop itself"""
 ROUNDS = 3
 MIN_GAIN = 1.05
-"""smaller gains are not recommended"""
+"""changes with smaller gains are not recommended"""
 LAUNCH_BOUND_BUSY = 0.7
-"""a run is launch-bound if its GPU computes for a smaller share of the time"""
+"""a run whose GPU computes for a smaller share of the time is launch-bound"""
 
 
 @dataclass
 class PhaseTimer:
-    """Measures seconds and peak memory of the phases of an epoch; `train_epoch` takes it as `phase`.
+    """Measures seconds and peak memory of the phases of an epoch; pass it to `train_epoch` as `phase`.
 
     Args:
         device: the device that trains.
         synchronized: True to wait for the device at the end of each phase, so that the device's time and memory are
-            attributed to the phase that launched the work; False to measure the host's time, as in a training.
+            attributed to the phase that launched the work; False to measure the host's time without extra waits.
     """
 
     device: torch.device
@@ -222,7 +222,11 @@ def flops_per_image(session: TrainSession) -> float:
 
 
 def input_share(step: float, host: dict[str, float], device: dict[str, float]) -> float:
-    """Return the share of a step that the input costs: of the device, or of the host beyond its wait for the device."""
+    """Return the share of a step that the input takes.
+
+    It is the larger of two shares: the time that the device spends on the input, and the time that the host spends on
+    it, less what the host waits for the device anyway.
+    """
     seconds = max(0.0, host["input"] - host["waiting"], device["input"] / sum(device.values()) * step)
     return min(seconds / step, 0.99)
 
@@ -237,9 +241,9 @@ def recommend(busy: float | None, input_share: float, streamed: bool, candidates
     gain_without_input = 1 / (1 - input_share)
     if gain_without_input >= max(MIN_GAIN, best.gain if best else 0.0):
         how = (
-            "--stream never keeps the decoded images in memory"
+            "with --stream never, the decoded images would stay in memory"
             if streamed
-            else "--crop and --cutout are what it spends its time on"
+            else "most of that time goes to --crop and --cutout"
         )
         return (
             f"input-bound: the input takes {input_share:.0%} of a step; without it training would be at most "

@@ -112,12 +112,14 @@ def load(
         The state of the run, and messages about newer checkpoints that are damaged.
 
     Raises:
-        UserError: on all ranks, if no checkpoint is undamaged, if the data or the mixed precision have changed, or if
+        UserError: on all ranks, if every checkpoint is damaged, if the data or the mixed precision have changed, or if
             the random state, the optimizer or the schedule differ from what was saved.
     """
     path, problems = sync.broadcast_from_rank0(accelerator, lambda: _newest_undamaged(folder))
     if path is None:
-        raise UserError(f"no checkpoint in {folder} is undamaged: {'; '.join(problems)}; start over with --overwrite")
+        raise UserError(
+            f"{folder} has no checkpoint that can be loaded: {'; '.join(problems)}; start over with --overwrite"
+        )
     sync.run_on_all_ranks(accelerator, lambda: check(path, accelerator))
     state = sync.run_on_all_ranks(accelerator, lambda: _restore(path, accelerator, scheduler, data))
     return state, [f"{problem}: continuing from {path.name}" for problem in problems]
@@ -140,7 +142,7 @@ def _restore(path: Path, accelerator: Accelerator, scheduler: Scheduler, data: d
 
 
 def _check_restored(saved: dict[str, Any], accelerator: Accelerator, scheduler: Scheduler) -> None:
-    """Raise ValueError unless the random state, the schedule and the optimizer are as they were saved."""
+    """Raise ValueError unless the random state, the schedule and the optimizer were restored as they were saved."""
     if len(saved["rng"]) == accelerator.num_processes and (
         int(_rng_fingerprint()) != saved["rng"][accelerator.process_index]
     ):

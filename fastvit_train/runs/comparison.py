@@ -59,7 +59,7 @@ SUMMARY_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "mixed precision": lambda s: s["mixed_precision"],
     "device": lambda s: s["device"],
 }
-"""rows of the comparison: a name, and the value in words by the summary"""
+"""rows of the comparison: the name of each, and a function that formats its value from a summary"""
 
 
 def comparison_rows(runs: list[Path]) -> list[list[str]]:

@@ -11,7 +11,7 @@ from fastvit_train.utils.console import Terminal
 
 
 class Journal:
-    """Buffer of JSON lines for files; lines that a full disk did not take are kept for the next `flush`."""
+    """Buffer of JSON lines for files; lines that could not be written to a full disk are kept for the next `flush`."""
 
     def __init__(self) -> None:
         self._lines: list[tuple[Path, str]] = []
@@ -30,9 +30,9 @@ class Journal:
 class Log:
     """Lines in the terminal and, after `attach`, in a file too; only rank 0 writes."""
 
-    def __init__(self, speaks: bool) -> None:
-        self.console = Terminal(quiet=not speaks, soft_wrap=True)
-        self.speaks = speaks
+    def __init__(self, enabled: bool) -> None:
+        self.console = Terminal(quiet=not enabled, soft_wrap=True)
+        self.enabled = enabled
         self._path: Path | None = None
 
     def attach(self, path: Path) -> None:
@@ -40,6 +40,6 @@ class Log:
 
     def line(self, text: str) -> None:
         self.console.print(text, markup=False)
-        if self.speaks and self._path is not None:
+        if self.enabled and self._path is not None:
             with suppress(OSError):  # a full disk is reported when a checkpoint cannot be written
                 atomic_io.append(self._path, text + "\n")

@@ -55,11 +55,12 @@ class RunFolder:
             UserError: if the folder's content does not allow what is asked for.
         """
         if overwrite and resume != "never":
-            raise UserError(f"--overwrite starts over and --resume {resume} continues; give one of them")
+            raise UserError(f"--overwrite starts over and --resume {resume} continues; give only one of them")
         holds_run = self.config.is_file()
         if not holds_run and self.root.exists() and not self._is_ours():
             raise UserError(
-                f"{self.root} exists and holds files that are not a run; choose another --exp-name or --runs-dir"
+                f"{self.root} exists and holds files that do not belong to a run; "
+                "choose another --exp-name or --runs-dir"
             )
         has_checkpoint = checkpoint.exists(self.checkpoints)
         if resume == "must" and not has_checkpoint:
@@ -76,13 +77,13 @@ class RunFolder:
             raise UserError(f"{self.root} holds a run without a checkpoint; start it over with --overwrite")
         if holds_run and not overwrite and resume == "never":
             raise UserError(
-                f"{self.root} holds a run already; give --resume auto to continue it, --overwrite to start it over, "
+                f"{self.root} already holds a run; give --resume auto to continue it, --overwrite to start it over, "
                 "or another --exp-name"
             )
         return False
 
     def _is_ours(self) -> bool:
-        """Return whether the folder holds only what a run leaves that was killed before it wrote config.yaml."""
+        """Return whether the folder holds at most the files of a run that was killed before it wrote config.yaml."""
         return self.root.is_dir() and all(
             path.name in lock.FILES or path.name.endswith(".partial") for path in self.root.iterdir()
         )
@@ -106,7 +107,7 @@ class RunFolder:
     def create(self, config: TrainConfig) -> None:
         """Remove an earlier run from the folder and write config.yaml; UserError if it cannot be written.
 
-        If it is killed at any moment, the folder still holds all checkpoints of the earlier run, or none.
+        Even if the process is killed in between, the folder holds all checkpoints of the earlier run, or none.
         """
         with self._writing():
             self.summary.unlink(missing_ok=True)

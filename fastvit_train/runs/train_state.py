@@ -47,7 +47,7 @@ class TrainState:
         counts = (self.epoch, self.step_in_epoch, self.step, self.skipped_steps)
         seconds = (self.train_seconds, self.eval_seconds, self.epoch_seconds, self.epoch_correct, self.best_accuracy)
         if not all(type(count) is int and count >= 0 for count in counts) or self.step < self.step_in_epoch:
-            raise ValueError(f"epoch, step in the epoch, steps and steps skipped are {counts}")
+            raise ValueError(f"epoch, step in the epoch, step and skipped steps cannot be {counts}")
         if not all(isinstance(value, int | float) for value in (*seconds, *self.epoch_losses, self.best_step)):
             raise ValueError("a value that must be a number is not one")
         if len(self.epoch_losses) != self.step_in_epoch:

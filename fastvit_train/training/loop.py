@@ -53,7 +53,7 @@ def fit(config: TrainConfig, *, resume: ResumeMode = "never", overwrite: bool = 
     with StopSignalHandler() as stop_signals:
         try:
             session = setup(config, resume, overwrite, stop_signals)
-        except Exception as error:  # such as that of a compiler process that the same signal ended
+        except Exception as error:  # such as the error of a compiler process that the same signal ended
             if stop_signals.received and not isinstance(error, UserError):
                 raise Preempted(f"stopped before the first step; the signal also caused {error!r}") from error
             raise
@@ -68,7 +68,7 @@ def fit(config: TrainConfig, *, resume: ResumeMode = "never", overwrite: bool = 
 
 
 def _train(session: TrainSession) -> dict[str, Any]:
-    """Train and evaluate epoch by epoch, and write what the run leaves; returns the summary."""
+    """Train and evaluate epoch by epoch, and write the results; returns the summary."""
     config, state, accelerator = session.config, session.state, session.accelerator
     total_steps = config.run.epochs * session.train_loader.steps_per_epoch
     metrics.start_trackers(session)

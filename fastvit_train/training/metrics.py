@@ -78,7 +78,7 @@ def log_target_reached(session: TrainSession) -> None:
         f"{session.config.run.target_accuracy:.2%} reached after {state.epochs_to_target} epochs and "
         f"{state.seconds_to_target:.1f} s of training and evaluating"
         + (
-            f", without the {compile_seconds:.1f} s of compilation and first passes"
+            f", not counting {compile_seconds:.1f} s of compilation and first passes"
             if compile_seconds is not None
             else ""
         )

@@ -58,9 +58,9 @@ class StopSignalHandler:
         reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
-        self._thread = threading.Thread(target=self._count, args=(reader,), name="signals", daemon=True)
+        self._thread = threading.Thread(target=self._exit_on_second_signal, args=(reader,), name="signals", daemon=True)
         self._thread.start()
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
         if self._launched:
             _signal_when_parent_dies(signal.SIGTERM)
         return self
@@ -80,10 +80,10 @@ class StopSignalHandler:
         self._writer.close()
         self._thread.join()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
 
-    def _count(self, reader: socket.socket) -> None:
+    def _exit_on_second_signal(self, reader: socket.socket) -> None:
         """End the process on the second signal; runs in a thread of its own, until the socket is closed."""
         first = None
         with reader:
@@ -98,7 +98,10 @@ class StopSignalHandler:
 
 
 def _signal_when_parent_dies(number: int) -> None:
-    """Let Linux send this process a signal when its launcher dies (0: none): Accelerate's does not pass signals on."""
+    """Make Linux send this process a signal when its launcher dies; 0 turns this off.
+
+    Accelerate's launcher of a single process dies on a signal without passing it on.
+    """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
@@ -107,8 +110,8 @@ def _signal_when_parent_dies(number: int) -> None:
 class StatusExchange:
     """Exchanges between all ranks, a few times a second, whether to stop; the batches in between cost nothing.
 
-    All ranks count the same batches and agree on when the next exchange is due, so that all of them act on what one of
-    them knows after the same batch.
+    All ranks count the same batches and agree on when the next exchange is due. So what one of them knows makes all of
+    them act after the same batch.
 
     Args:
         accelerator: gives the device and the world size.
@@ -171,7 +174,7 @@ class StatusExchange:
         return statuses.view(self._world_size, len(status))
 
     def _batches_until_next(self, now: float) -> int:
-        """Return how many batches this rank takes in INTERVAL, but at most twice as many as since the last exchange."""
+        """Return how many batches this rank takes in INTERVAL, but at most twice those since the last exchange."""
         batches = self._batches - self._last_exchange
         if batches == 0:
             return 1

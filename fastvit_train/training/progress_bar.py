@@ -14,7 +14,7 @@ REFRESH_SECONDS = 0.5
 
 
 class ProgressBar:
-    """Shows loss, accuracy, images/s and the time left in a terminal; does nothing if there is none.
+    """Shows loss, accuracy, images/s and the time left if the output is a terminal, and otherwise nothing.
 
     Reading the loss makes the host wait for the device, so the bar reads it every half second, not every step.
     """

@@ -52,42 +52,42 @@ def fit_seeds(
     for seed in range(config.run.seed, config.run.seed + repeat):
         run = replace(config.run, seed=seed, exp_name=f"{name}-seed{seed}")
         summaries.append(fit(replace(config, run=run), resume=resume, overwrite=overwrite))
-    found = {"runs": [f"{name}-seed{summary['seed']}" for summary in summaries], **spread(summaries)}
+    results = {"runs": [f"{name}-seed{summary['seed']}" for summary in summaries], **spread(summaries)}
     if env.is_rank0():
         path = Path(config.run.runs_dir) / f"{name}-{repeat}seeds.json"
-        write_atomically(path, json.dumps(found, indent=2) + "\n")
+        write_atomically(path, json.dumps(results, indent=2) + "\n")
         console = Terminal(soft_wrap=True)
-        console.print(table(found))
+        console.print(table(results))
         console.print(f"written to {path}", markup=False)
-    return found
+    return results
 
 
 def spread(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return mean and standard deviation over the runs of several seeds, and how many reached the target."""
-    found: dict[str, Any] = {"seeds": [summary["seed"] for summary in summaries]}
-    found["target_accuracy"] = summaries[0]["target_accuracy"]
-    found["reached_target"] = sum(summary["seconds_to_target"] is not None for summary in summaries)
+    results: dict[str, Any] = {"seeds": [summary["seed"] for summary in summaries]}
+    results["target_accuracy"] = summaries[0]["target_accuracy"]
+    results["reached_target"] = sum(summary["seconds_to_target"] is not None for summary in summaries)
     for key in SPREAD.values():
         values = [summary[key] for summary in summaries if summary[key] is not None]
-        found[key] = {
+        results[key] = {
             "values": values,
             "mean": statistics.mean(values) if values else None,
             "std": statistics.stdev(values) if len(values) > 1 else None,
         }
-    return found
+    return results
 
 
-def table(found: dict[str, Any]) -> Table:
+def table(results: dict[str, Any]) -> Table:
     """Return the result of `spread` as a table for the terminal."""
-    seeds, target = found["seeds"], found["target_accuracy"]
+    seeds, target = results["seeds"], results["target_accuracy"]
     title = f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}"
     if target is not None:
-        title += f"; {found['reached_target']} of them reached {target:.2%}"
+        title += f"; {results['reached_target']} of them reached {target:.2%}"
     result = Table("", "mean", "standard deviation", "lowest", "highest", title=title)
     for name, key in SPREAD.items():
-        figure = found[key]
-        if figure["values"]:
-            shown = (figure["mean"], figure["std"], min(figure["values"]), max(figure["values"]))
+        statistic = results[key]
+        if statistic["values"]:
+            shown = (statistic["mean"], statistic["std"], min(statistic["values"]), max(statistic["values"]))
             words = [("" if x is None else f"{x:.2%}" if key == "test_accuracy" else f"{x:,.1f}") for x in shown]
             result.add_row(name, *words)
     return result

@@ -39,7 +39,7 @@ from fastvit_train.utils.gpu_monitor import Meter
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among the others."""
+    """This process's place in the launch, and its log."""
 
     accelerator: Accelerator
     log: Log
@@ -132,7 +132,7 @@ def start_launch(config: ResolvedConfig, folder: RunFolder, stack: ExitStack) ->
         stack.enter_context(deterministic())
     accelerator = start_accelerator(config.optim.grad_accum, config.run.track, folder.root)
     if accelerator.device.type == "cpu":
-        memory.retain_freed_memory()  # malloc offers no way to read the old setting: it stays
+        memory.retain_freed_memory()  # this stays set: malloc offers no way to read the old setting
     return Launch(accelerator, Log(accelerator.is_main_process), threads)
 
 
@@ -160,7 +160,7 @@ def is_resuming(config: ResolvedConfig, folder: RunFolder, launch: Launch, resum
     """Return on all ranks whether the run in `folder` is resumed.
 
     Raises:
-        UserError: if what the folder holds forbids what is asked for.
+        UserError: if the folder's content does not allow what is asked for.
     """
     return sync.broadcast_from_rank0(
         launch.accelerator, lambda: folder.should_resume(config.settings, resume, overwrite)
@@ -194,7 +194,8 @@ def resolve_attention(
 ) -> tuple[ResolvedConfig, list[str]]:
     """Replace "auto" by the attention that is fastest here; returns the configuration and what was measured, in words.
 
-    A deterministic run does not measure: the fastest one differs from run to run, and each rounds differently.
+    A deterministic run does not measure: the fastest may differ from run to run, and the implementations round
+    differently.
     """
     if config.model.attention != AUTO:
         return config, []
@@ -213,7 +214,8 @@ def prepare(
     ema = build_ema(model, config, accelerator)
     model, prepared_optimizer = parallelize.prepare(accelerator, model, optimizer)
     if ema is not None:
-        accelerator.prepare_model(ema.module, evaluation_mode=True)  # after the model, which fixes their saved names
+        # after the model: the order determines their names in a checkpoint
+        accelerator.prepare_model(ema.module, evaluation_mode=True)
     compile_seconds = None
     if config.run.compile or config.model.attention in COMPILING:
         eval_batch, size, device = inputs.eval_loader.batch_size, config.image_size, accelerator.device
@@ -254,7 +256,7 @@ def lock_folder(folder: RunFolder, launch: Launch, stack: ExitStack) -> list[str
     """Lock the run's folder on rank 0 until `stack` closes; returns messages about a lock left by a dead process."""
 
     def lock() -> list[str]:
-        if not launch.log.speaks:
+        if not launch.log.enabled:
             return []
         held, messages = folder.acquire_lock()
         stack.callback(held.release)

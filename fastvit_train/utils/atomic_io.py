@@ -46,7 +46,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Append `text` to a file; if that fails, nothing of it remains."""
+    """Append `text` to a file; if that fails, the file is left as it was."""
     before = path.stat().st_size if path.exists() else 0
     try:
         with path.open("a") as file:
@@ -87,7 +87,7 @@ def find_damage(folder: Path) -> str | None:
             if not path.is_file():
                 return f"{name} is missing"
             if _checksum(path) != expected:
-                return f"{name} is not what was written"
+                return f"{name} does not match its checksum"
     except FileNotFoundError:
         return f"{CHECKSUMS} is missing"
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -96,7 +96,10 @@ def find_damage(folder: Path) -> str | None:
 
 
 def publish_folder(partial: Path, final: Path) -> None:
-    """Rename a folder whose files are synced to `final`; after a crash in between, call `recover_interrupted`."""
+    """Rename the folder `partial`, whose files must be synced, to `final`.
+
+    After a crash in between, call `recover_interrupted`.
+    """
     old = _old(final)
     shutil.rmtree(old, ignore_errors=True)
     if final.exists():

@@ -12,5 +12,5 @@ class Terminal(Console):
         super().__init__(highlight=False, **options)
 
     def on_broken_pipe(self) -> NoReturn:
-        """Raise again the BrokenPipeError that is being handled: the command line ends in order on it."""
+        """Raise again the BrokenPipeError that is being handled: the command line handles it and exits cleanly."""
         raise

@@ -1,4 +1,4 @@
-"""Errors that are the user's to correct, and text from outside the project made safe to print."""
+"""Errors that the user can correct, and text from outside the project made safe to print."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches

@@ -138,7 +138,7 @@ class Meter:
         self._counts.append(self._read("nvmlDeviceGetTotalEnergyConsumption") if self._has_counter else None)
 
     def _energy_joules(self, seconds: float) -> float | None:
-        """Joules since `start`: from the counter, or integrated from the power if `seconds` are few."""
+        """Joules since `start`: from the counter, or integrated from the power if the measurement was short."""
         counted, integrated = self._counted_joules(), self._integrated_joules()
         preferred = (counted, integrated) if seconds >= MIN_COUNTER_SECONDS else (integrated, counted)
         return next((joules for joules in preferred if joules is not None), None)
@@ -155,7 +155,7 @@ class Meter:
         return sum((t1 - t0) * (p0 + p1) / 2 for (t0, p0), (t1, p1) in pairwise(powers)) / 1e3
 
     def _read(self, name: str, *arguments: Any) -> Any:
-        """Call the NVML function `name` for the GPU; None if it fails, and the reason is kept."""
+        """Call the NVML function `name` for the GPU; if that fails, keep the reason and return None."""
         if self._nvml is None:
             return None
         try:
@@ -166,11 +166,11 @@ class Meter:
 
 
 def identify_gpu(device: torch.device, enabled: bool = True) -> GpuId:
-    """Return what NVML can find the GPU by; raises NotMeasurable if the device is not an NVIDIA GPU."""
+    """Return the names by which NVML finds the GPU; raises NotMeasurable if the device is not an NVIDIA GPU."""
     if not enabled:
         raise NotMeasurable("switched off with --no-telemetry")
     if device.type != "cuda" or torch.version.hip:
-        raise NotMeasurable("no NVIDIA GPU")
+        raise NotMeasurable("the device is not an NVIDIA GPU")
     properties = torch.cuda.get_device_properties(device)
     uuid = getattr(properties, "uuid", None)
     domain, bus, slot = (getattr(properties, f"pci_{part}_id", None) for part in ("domain", "bus", "device"))
@@ -219,7 +219,7 @@ def _mean(values: list[float | None]) -> float | None:
 
 
 def merge_usages(seconds: float, usages: list[Usage]) -> Usage:
-    """Merge the usages of several GPUs during the same `seconds`; the energy is None if that of one GPU is."""
+    """Merge the usages of several GPUs during the same `seconds`; the energy is None if it is None for one of them."""
     joules = [usage.energy_joules for usage in usages]
     measured = [value for value in joules if value is not None]
     return Usage(

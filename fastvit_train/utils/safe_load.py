@@ -36,7 +36,7 @@ class _SettingsLoader(yaml.SafeLoader):
         seen: set[str] = set()
         for name, _ in node.value:
             if not isinstance(name, yaml.ScalarNode) or name.value in seen:
-                raise ConstructorError(None, None, f"{name.value!r} is not a name, or is there twice", name.start_mark)
+                raise ConstructorError(None, None, f"{name.value!r} is not a name, or occurs twice", name.start_mark)
             seen.add(name.value)
         return super().construct_mapping(node, deep)
 

@@ -1,4 +1,4 @@
-"""Timing by the clock on the wall: calls in interleaved rounds, and the median and quartiles of their seconds."""
+"""Wall-clock timing: calls in interleaved rounds, and the median and quartiles of their seconds."""
 
 import statistics
 import time
@@ -17,7 +17,7 @@ class Quartiles(NamedTuple):
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:
-    """Compute the quartiles of one or more values; those of a single value are all that value.
+    """Compute the quartiles of one or more values; all three quartiles of a single value are that value.
 
     Between two values they are interpolated linearly, so they never lie outside the range of `values`.
     """

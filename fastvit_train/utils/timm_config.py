@@ -1,4 +1,4 @@
-"""The config.json that timm loads a model by. No other module imports a private name of timm."""
+"""The config.json that timm loads a model from. No other module imports a private name of timm."""
 
 from pathlib import Path
 from typing import Any

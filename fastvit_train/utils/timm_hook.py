@@ -23,7 +23,7 @@ def register_with_timm() -> None:
 
 
 class _TimmFinder(MetaPathFinder):
-    """Finds timm where the other finders find it, and adds our models to what its loader does."""
+    """Finds timm through the other finders, and makes its loader register our models too."""
 
     def find_spec(self, name: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         if name != "timm":

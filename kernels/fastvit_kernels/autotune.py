@@ -17,7 +17,7 @@ from fastvit_kernels.registry import AUTO, COMPILING, IMPLEMENTATIONS, implement
 
 REFERENCE = "fused"
 MAX_SECONDS = 0.5
-"""timing stops after this time, first calls excluded, but not before `MIN_ROUNDS` rounds"""
+"""timing stops after this time, not counting first calls, but not before `MIN_ROUNDS` rounds"""
 MIN_ROUNDS, MAX_ROUNDS = 4, 50
 MAX_SLOWDOWN = 3
 """an implementation whose first pass takes longer than this multiple of the fastest is not timed again"""
@@ -45,7 +45,7 @@ class Choice:
 
     def __str__(self) -> str:
         times = ", ".join(f"{name} {ms:.3g}" for name, ms in self.milliseconds.items())
-        left_out = "".join(f"; without {name}: {why}" for name, why in self.left_out.items())
+        left_out = "".join(f"; left out {name}: {why}" for name, why in self.left_out.items())
         return (
             f"attention auto: {self.name} is fastest; ms per forward and backward pass at {self.case}: {times} "
             f"(compilation took {self.compile_seconds:.1f} s){left_out}"

@@ -13,7 +13,7 @@ from fastvit_kernels.fused import fused_attention
 def compiled_attention(
     x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, num_heads: int, dropout_p: float
 ) -> Tensor:
-    """See `fastvit_kernels.attention`. The first call with a new shape, dtype or device compiles for seconds."""
+    """See `fastvit_kernels.attention`. Compiling for a new shape, dtype or device takes seconds."""
     if torch.compiler.is_compiling():  # the surrounding graph includes this function
         return fused_attention(x, qkv_weight, qkv_bias, num_heads, dropout_p)
     tensors = tuple(

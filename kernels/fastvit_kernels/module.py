@@ -68,7 +68,7 @@ def swap_attention(model: nn.Module, implementation: str) -> None:
 
     Raises:
         ValueError: if the implementation is unknown or cannot run here, if `model` has no attention module, or if one
-            of them computes something else than the operator. The model is then unchanged.
+            of them computes something other than the operator. The model is then unchanged.
     """
     check_implementation(implementation)
     unsupported = unsupported_attentions(model)
@@ -92,7 +92,7 @@ def can_swap_attention(model: nn.Module) -> bool:
 
 
 def unsupported_attentions(model: nn.Module) -> list[str]:
-    """List the attention modules of `model` that compute something else than the operator, each with the reason."""
+    """List the attention modules of `model` that compute something other than the operator, each with the reason."""
     names: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         reason = _why_unsupported(module)

@@ -42,7 +42,7 @@ def triton_interpreted() -> bool:
 
 def _why_triton_unavailable() -> str | None:
     if importlib.util.find_spec("triton") is None:
-        return "needs the package triton; it comes with torch for Linux, or pip install triton"
+        return "needs the package triton; it comes with torch on Linux; elsewhere, pip install triton"
     if triton_interpreted():
         return None
     if not torch.cuda.is_available():
@@ -96,7 +96,7 @@ def implementations() -> dict[str, str | None]:
 
 
 def why_unsupported(name: str, device: torch.device) -> str | None:
-    """Why an implementation is not meant for a device, or None if it is; Triton's interpreter does not count."""
+    """Why an implementation is not meant for a device, or None if it is; Triton's interpreter is for tests only."""
     if name == "triton" and (device.type != "cuda" or triton_interpreted()):
         return "triton needs a GPU"
     if name == "cpp" and device.type != "cpu":

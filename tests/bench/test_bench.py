@@ -102,7 +102,9 @@ def test_a_row_carries_its_facts(tmp_path: Path) -> None:
         t, scores = 256 * tokens * dim * 4 / 2**20, 256 * 4 * tokens**2 * 4 / 2**20
         # x; query, key and value as the batched products take them; the softmax's result
         assert facts["saved_for_backward_mib"] == pytest.approx(4 * t + scores)
-        assert facts["energy_joules_per_image"] is None and facts["energy_unmeasured"] == "no NVIDIA GPU"
+        assert (
+            facts["energy_joules_per_image"] is None and facts["energy_unmeasured"] == "the device is not an NVIDIA GPU"
+        )
     assert facts["environment"].keys() >= {"device", "driver", "torch", "triton", "threads", "commit"}
     assert facts["peak_rss_mib" if device().type == "cpu" else "peak_memory_mib"] > 0
 

@@ -142,7 +142,7 @@ def test_a_damaged_checkpoint_is_named(small_config: SmallConfig, tmp_path: Path
     last = tmp_path / "runs" / "run" / "checkpoints" / "last"
     (last / name).write_bytes(b"damaged")
     with pytest.raises(
-        UserError, match=f"no checkpoint .* is undamaged: checkpoint step_5 is damaged .{name} is not what"
+        UserError, match=f"has no checkpoint that can be loaded: checkpoint step_5 is damaged .{name} does not match"
     ):
         fit(small_config(), resume="must")
     atomic_io.write_checksums(last)
@@ -187,12 +187,12 @@ def test_resuming_on_other_data_is_refused(small_config: SmallConfig, tmp_path: 
 def test_a_folder_that_holds_a_run_is_not_touched_unasked(small_config: SmallConfig, tmp_path: Path) -> None:
     fit(small_config(epochs=1))
     run = tmp_path / "runs" / "run"
-    with pytest.raises(UserError, match="holds a run already; give --resume auto .* --overwrite"):
+    with pytest.raises(UserError, match="already holds a run; give --resume auto .* --overwrite"):
         fit(small_config(epochs=2))
     assert len(read_jsonl(run / "metrics.jsonl")) == 1
     fit(small_config(epochs=2), overwrite=True)
     assert len(read_jsonl(run / "metrics.jsonl")) == 2
-    with pytest.raises(UserError, match="give one of them"):
+    with pytest.raises(UserError, match="give only one of them"):
         fit(small_config(epochs=2), overwrite=True, resume="auto")
     with pytest.raises(UserError, match="no checkpoint to resume from"):
         fit(small_config(exp_name="other"), resume="must")
@@ -200,7 +200,7 @@ def test_a_folder_that_holds_a_run_is_not_touched_unasked(small_config: SmallCon
     foreign = tmp_path / "runs" / "thesis"
     foreign.mkdir()
     (foreign / "chapter.tex").write_text("years of work")
-    with pytest.raises(UserError, match="exists and holds files that are not a run"):
+    with pytest.raises(UserError, match="exists and holds files that do not belong to a run"):
         fit(small_config(exp_name="thesis"), overwrite=True)
     assert (foreign / "chapter.tex").read_text() == "years of work"
 

@@ -72,7 +72,7 @@ def test_a_failing_implementation_is_left_out_with_a_warning(
         choice = fastvit_kernels.choose((2, 5, 16), 2, **CASE)
     assert choice.name == "fused"
     assert set(choice.milliseconds) == {"fused"}
-    assert "without bad" in str(choice)
+    assert "left out bad" in str(choice)
 
 
 @pytest.mark.filterwarnings("error")
@@ -87,7 +87,7 @@ def test_an_implementation_that_does_not_support_the_shape_is_left_out_without_a
         monkeypatch.setattr(module, "IMPLEMENTATIONS", table)
     choice = fastvit_kernels.choose((2, 5, 16), 2, **CASE)
     assert choice.name == "fused"
-    assert str(choice).endswith("; without narrow: 5 is too long")
+    assert str(choice).endswith("; left out narrow: 5 is too long")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -127,7 +127,9 @@ def test_where_none_is_whole_nothing_is_touched(tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in victim.folder.rglob("*") if path.is_file()}
     resumed = Victim(tmp_path, "run", "--resume", "auto")
     assert resumed.wait() == [2]
-    assert "checkpoint step_11 is damaged (optimizer.bin is not what was written); checkpoint step_9" in said(resumed)
+    assert "checkpoint step_11 is damaged (optimizer.bin does not match its checksum); checkpoint step_9" in said(
+        resumed
+    )
     assert "start over with --overwrite" in said(resumed) and "Traceback" not in said(resumed)
     assert before == {path: path.read_bytes() for path in victim.folder.rglob("*") if path.is_file()}
 

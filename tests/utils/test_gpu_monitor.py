@@ -161,7 +161,7 @@ def test_no_driver_no_package_and_no_gpu_give_the_reason(nvml: FakeNvml, monkeyp
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert measured().unmeasured == "nvidia-ml-py is not installed"
     usage = measured(torch.device("cpu"))
-    assert usage.unmeasured == "no NVIDIA GPU" and usage.energy_joules is None and usage.seconds > 0
+    assert usage.unmeasured == "the device is not an NVIDIA GPU" and usage.energy_joules is None and usage.seconds > 0
 
 
 def test_the_real_package_without_a_driver_gives_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,5 +241,7 @@ def test_a_run_without_a_gpu_has_null_and_the_reason(
     summary = json.loads((tmp_path / "runs" / "run" / "summary.json").read_text())
     assert summary["energy_joules"] is None and summary["mean_power_watts"] is None
     if switched_off or not torch.cuda.is_available():
-        assert summary["energy_unmeasured"] == ("switched off with --no-telemetry" if switched_off else "no NVIDIA GPU")
+        assert summary["energy_unmeasured"] == (
+            "switched off with --no-telemetry" if switched_off else "the device is not an NVIDIA GPU"
+        )
         assert "MiB" not in (tmp_path / "runs" / "run" / "train.log").read_text()
