@@ -125,7 +125,7 @@ def setup(
 
 
 def start_launch(config: ResolvedConfig, folder: RunFolder, stack: ExitStack) -> Launch:
-    """Set threads, determinism and memory for this process until `stack` closes, and join the other ranks."""
+    """Set threads and determinism until `stack` closes, let malloc retain freed memory, and join the other ranks."""
     threads = stack.enter_context(all_cores())
     preflight.check_compiled_once(config.run.compile)
     if config.run.deterministic:

@@ -35,13 +35,3 @@ def reset_compiler() -> None:
     """Forget everything that torch.compile compiled, and its counters."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-
-
-def count_compiled_graphs() -> int:
-    """Return the number of graphs that torch.compile compiled since the last `reset_compiler`."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
-
-
-def limit_recompiles(limit: int) -> AbstractContextManager[None]:
-    """Within this context, torch.compile gives up on a function after `limit` recompilations."""
-    return torch._dynamo.config.patch(recompile_limit=limit)

@@ -5,6 +5,7 @@ import torch
 
 import fastvit_kernels
 from fastvit_kernels import torch_private
+from fastvit_train.utils.torch_private import count_compiled_graphs, recompile_limit
 from tests.kernels.accuracy import assert_accurate
 from tests.kernels.attention_cases import cast, chain, draw
 
@@ -19,13 +20,13 @@ def test_no_recompilation_from_step_to_step(seed: int) -> None:
     graphs = []
     for batch in (3, 3, 3, 4, 3, 4):
         step(batch)
-        graphs.append(torch_private.count_compiled_graphs())
+        graphs.append(count_compiled_graphs())
     first = graphs[0]
     assert graphs == [first, first, first, first + 1, first + 1, first + 1]
 
 
 def test_more_shapes_than_dynamo_recompiles_one_function_for(seed: int) -> None:
-    with torch_private.limit_recompiles(2), torch.no_grad():
+    with recompile_limit(2), torch.no_grad():
         for batch in range(1, 5):
             x, weight, bias = draw((batch, 2, 8, 2), False, torch.float32)
             fastvit_kernels.attention(x, weight, bias, 2, implementation="compiled")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fastvit_kernels import torch_private
+from fastvit_train.utils.torch_private import count_compiled_graphs, recompile_limit
 
 
 def test_a_cpp_library_is_compiled_and_loaded() -> None:
@@ -21,7 +22,7 @@ def count_graphs(sizes: range) -> int:
     function = torch.compile(lambda x: x.sin() + x.shape[0], backend="eager")
     for size in sizes:
         function(torch.zeros(size))
-    return torch_private.count_compiled_graphs()
+    return count_compiled_graphs()
 
 
 def test_each_shape_is_compiled_for_itself_only_within_the_context() -> None:
@@ -31,5 +32,5 @@ def test_each_shape_is_compiled_for_itself_only_within_the_context() -> None:
 
 
 def test_recompilations_are_limited() -> None:
-    with torch_private.specialize_each_shape(), torch_private.limit_recompiles(3):
+    with torch_private.specialize_each_shape(), recompile_limit(3):
         assert count_graphs(range(2, 14)) == 3
