@@ -1,5 +1,6 @@
-"""The pytest options of bench/, which pytest must know before it loads bench/conftest.py."""
+"""What pytest must know before it loads the conftest.py of a folder: bench/'s options, how many processes run tests."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,3 +22,13 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_disable = not config.getoption("benchmark_enable")
     elif config.args_source is pytest.Config.ArgsSource.TESTPATHS:
         config.args = [str(Path(__file__).parent / "bench")]
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process per CPU core runs the whole suite; one alone runs what is named, times benchmarks, or has a GPU."""
+    import torch  # not for `pytest --help`
+
+    times_benchmarks = config.getoption("benchmark_only") or config.getoption("benchmark_enable")
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or times_benchmarks or torch.cuda.is_available():
+        return 0
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

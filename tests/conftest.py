@@ -20,8 +20,6 @@ from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.training.loop import fit
 
-COUNTS: Counter[str] = Counter()
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
@@ -31,18 +29,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if COUNTS:
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.getreports(""):
+        if getattr(report, "when", None) == "call":
+            for name, value in report.user_properties:
+                if name == "count":
+                    counts.update(value)
+    if counts:
         terminalreporter.section("reliability")
-        for what, number in COUNTS.items():
+        for what, number in counts.items():
             terminalreporter.line(f"{what}: {number}")
 
 
-@pytest.fixture(scope="session")
-def count() -> Callable[..., None]:
-    """`count(what, number=1)` adds to a line at the end of pytest's output."""
+@pytest.fixture
+def count(record_property: Callable[[str, object], None]) -> Callable[..., None]:
+    """`count(what, number=1)` adds to a line at the end of pytest's output, whichever process runs the test."""
 
     def add(what: str, number: int = 1) -> None:
-        COUNTS[what] += number
+        record_property("count", {what: number})
 
     return add
 

@@ -52,6 +52,7 @@ def test_benchmark_only_selects_the_main_rows_or_all_rows_of_bench_and_nothing_e
     assert row_id in pytest_here("--benchmark-only", "--collect-only", "-q", row_id).stdout
 
 
+@pytest.mark.slow
 def test_the_main_rows_are_narrowed_by_keyword() -> None:
     collect = ["--benchmark-only", "--collect-only", "-q", "-p", "no:cacheprovider"]
     narrowed = pytest_here(*collect, "bench/suites/bench_step.py", "-k", "bf16 and naive").stdout.splitlines()

@@ -63,10 +63,10 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     "code",
     [
         "import fastvit_train; import timm",
-        "import timm; import fastvit_train",
         *(
             pytest.param(code, marks=pytest.mark.slow)
             for code in (
+                "import timm; import fastvit_train",
                 "import fastvit_train; from timm import create_model",
                 "import fastvit_train; import timm.models",
                 "import fastvit_train.models; import timm",

@@ -15,9 +15,11 @@ from tests.kernels.attention_cases import DTYPES, SHAPES, cast, chain, draw, pas
 
 NAMES = [name for name in fastvit_kernels.implementations() if name != fastvit_kernels.AUTO]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+QUICKLY = [pytest.param(name, marks=[pytest.mark.slow] * (name == "triton")) for name in NAMES]
+"""all implementations; the interpreted one is slow"""
 DRAWS = 4
 """number of draws whose errors are summed, because the errors of two draws can differ by a factor of two"""
-QUICK = [("compiled", (5, 7, 24, 3)), ("triton", (3, 64, 48, 4))]
+QUICK = {"compiled": ((5, 7, 24, 3), DTYPES), "triton": ((3, 64, 48, 4), [torch.float32])}
 
 
 def operator(name: str, heads: int, device: str = "cpu", **options: float) -> functools.partial[Tensor]:
@@ -30,8 +32,8 @@ def accuracy_cases() -> list[object]:
     """All combinations; those that compile for seconds, or are interpreted, are slow except for a few."""
     cases = []
     for name, shape, dtype in itertools.product(NAMES, SHAPES, DTYPES):
-        takes_long = name in ("compiled", "triton")
-        slow = takes_long and (name, shape) not in QUICK
+        quick_shape, quick_dtypes = QUICK.get(name, (shape, DTYPES))
+        slow = shape != quick_shape or dtype not in quick_dtypes
         cases.append(pytest.param(name, shape, dtype, marks=pytest.mark.slow if slow else []))
     return cases
 
@@ -59,7 +61,7 @@ def test_error_is_at_most_twice_that_of_torchs_own_chain(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICKLY)
 def test_without_bias_and_with_tensors_that_are_not_contiguous(name: str, device: str, seed: int) -> None:
     _, weight, bias = draw((1, 1, 24, 3), True, torch.float32, device)
     inputs = [
@@ -100,7 +102,7 @@ def test_every_element_is_written(name: str, shape: tuple[int, int, int, int], d
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", QUICKLY)
 def test_dropout_zeroes_weights_and_keeps_the_mean(name: str, device: str, seed: int) -> None:
     x, weight, bias = (t.detach() for t in draw((1, 16, 8, 2), True, torch.float32, device))
     many = x.expand(100 if name == "triton" else 4000, -1, -1)

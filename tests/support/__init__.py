@@ -39,14 +39,14 @@ def launch_command(*args: object, processes: int = 1, before: Sequence[object] =
 
 
 def run(command: list[str], cwd: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
-    """Run a command without the thread settings that pytest may have been started with, and the interpreter's."""
+    """Run a command in `environment`; fail after a quarter of an hour."""
     return subprocess.run(command, cwd=cwd, env=environment(**env), capture_output=True, text=True, timeout=900)
 
 
 def environment(**env: str) -> dict[str, str]:
     """This process's environment as a user's would be, and `env`."""
-    ours = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET")
-    return {**{key: value for key, value in os.environ.items() if key not in ours}, **env}
+    ours = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "TRITON_INTERPRET", "PYTEST_")
+    return {**{key: value for key, value in os.environ.items() if not key.startswith(ours)}, **env}
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
