@@ -107,8 +107,8 @@ def check_labels(labels: Tensor, num_classes: int, what: str) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise UserError(
-            f"{what} has labels from {low} to {high}, outside the {num_classes} classes; "
-            f"allowed: 0 to {num_classes - 1}"
+            f"{what} has labels from {low} to {high}, but the model has {num_classes} classes; "
+            f"allowed: labels from 0 to {num_classes - 1}"
         )
 
 

@@ -21,7 +21,7 @@ def load_data(config: ResolvedConfig, accelerator: Accelerator) -> DatasetSpec:
     def load() -> DatasetSpec:
         dataset = load_dataset(config.data, config.image_size)
         labels = torch.cat((dataset.train.labels, dataset.test.labels))
-        check_labels(labels, config.num_classes, f"{dataset.name}, for a model of this --num-classes,")
+        check_labels(labels, config.num_classes, dataset.name)
         return dataset
 
     is_first = accelerator.is_local_main_process

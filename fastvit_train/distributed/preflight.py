@@ -35,11 +35,10 @@ def check_kind() -> None:
             "FSDP needs a GPU, and this machine has none; launch with accelerate_configs/multi_cpu.yaml instead"
         )
     for variable, (key, needed) in FSDP_SETTINGS.items():
-        if os.environ.get(variable, "unset") != needed:
-            value = os.environ.get(variable)
-            raise UserError(
-                f"{key} {value} is not supported; set it to {needed}, as accelerate_configs/fsdp2.yaml does"
-            )
+        value = os.environ.get(variable)
+        if value != needed:
+            problem = f"{key} {value} is not supported" if value else f"{key} is not set"
+            raise UserError(f"{problem}; set it to {needed}, as accelerate_configs/fsdp2.yaml does")
 
 
 def check_devices() -> None:

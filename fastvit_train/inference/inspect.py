@@ -41,9 +41,9 @@ class InspectedImages:
 def inspect_run(run: str, images: Sequence[str], output: Path | None, data_dir: str | None = None) -> list[Path]:
     """Draw a trained model's attention maps, position embeddings and patch filters; returns the files' paths.
 
-    looks.png: each image with the last layer's attention map (the class token's attention or the pooling weights) and
-    with the attention rollout through all layers; NAME-attention.png: the attention of one image by layer and head;
-    positions.png: the similarity of the position embeddings; filters.png: the first layer's filters.
+    attention-maps.png: each image with the last layer's attention map (the class token's attention or the pooling
+    weights) and with the attention rollout through all layers; NAME-attention.png: the attention of one image by layer
+    and head; positions.png: the similarity of the position embeddings; filters.png: the first layer's filters.
 
     Args:
         run: as in `load_run`.
@@ -88,7 +88,7 @@ def _select_test_images(loaded: TrainedModel, data_dir: str | None) -> Inspected
 
 
 def _draw(loaded: TrainedModel, images: InspectedImages, maps: AttentionMaps, folder: Path, by_head: int) -> list[Path]:
-    written = [_draw_maps(loaded, images, maps, folder / "looks.png")]
+    written = [_draw_maps(loaded, images, maps, folder / "attention-maps.png")]
     for number in range(min(by_head, len(images.names))):
         path = folder / f"{images.names[number]}-attention.png"
         written.append(_draw_heads(images, maps, number, path))

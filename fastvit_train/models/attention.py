@@ -15,6 +15,7 @@ import fastvit_kernels
 from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models.registry import OUR_MODELS
 from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.timing import synchronize
 
 AUTO = fastvit_kernels.AUTO
 TIMM = "timm"
@@ -186,5 +187,4 @@ def _first_passes(model: nn.Module, train_batch: int, eval_batch: int, image_siz
             model.zero_grad()
         with torch.no_grad():
             model.eval()(torch.zeros(eval_batch, 3, image_size, image_size, device=device))
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    synchronize(device)

@@ -1,7 +1,7 @@
 """Everything that a training run needs, built stage by stage and checked before anything is written."""
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -118,10 +118,10 @@ def setup(
             inputs.dataset, inputs.train_loader, inputs.eval_loader, inputs.batch_size, state,
             trained.compile_seconds, Meter(launch.accelerator.device, resolved.run.telemetry),
             StatusExchange(launch.accelerator, stop_signals or StopSignalHandler()), Journal(), trained.ema,
-            stack.pop_all(),
+            stack,
         )  # fmt: skip
-    log_introduction(session, launch.threads, resuming, messages)
-    return session
+        log_introduction(session, launch.threads, resuming, messages)
+        return replace(session, resources=stack.pop_all())
 
 
 def start_launch(config: ResolvedConfig, folder: RunFolder, stack: ExitStack) -> Launch:

@@ -253,6 +253,7 @@ def _medians(passes: dict[str, Callable[[], list[Tensor]]], device: torch.device
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+# fastvit_train.utils.timing has this too; but the kernels work alone, and the import order forbids it here.
 def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
     calls = 1 if device.type == "cpu" else GPU_CALLS
     _synchronize(device)

@@ -59,7 +59,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("--patch-size 5", "image size 32x32 is not a multiple of patch size 5"),
         ("--num-heads 5", "num_heads 5 does not divide embed_dim 48"),
         ("--model resnet18 --embed-dim 8", "resnet18 cannot be built with .*embed_dim"),
-        ("--num-classes 4", "labels from 0 to 9, outside the 4 classes"),
+        ("--num-classes 4", "labels from 0 to 9, but the model has 4 classes"),
         ("--grad-accum 3", "--batch-size 64 is not a multiple of 1 processes x 3 micro-batches"),
         ("--weights missing.pth", "missing.pth is not a file"),
         ("--config missing.yaml", "--config missing.yaml can't be read"),

@@ -164,7 +164,7 @@ def test_damaged_cifar_batches_are_named(
 
 
 def test_labels_outside_the_classes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="labels from 0 to 11, outside the 10 classes"):
+    with pytest.raises(UserError, match="labels from 0 to 11, but the model has 10 classes"):
         load("cifar10", write_cifar10(tmp_path, monkeypatch, labels=12))
 
 

@@ -59,7 +59,7 @@ def test_a_bare_launch_uses_all_the_cores_unless_told_otherwise(tmp_path: Path) 
         "fused",
     )
     assert f"cpu, {CORES} threads" in launch(*small).stdout
-    assert "cpu, 1 threads" in launch(*small, OMP_NUM_THREADS="1").stdout
+    assert "cpu, 1 thread;" in launch(*small, OMP_NUM_THREADS="1").stdout
 
 
 def test_a_mistake_under_the_launcher_is_one_line_of_ours(tmp_path: Path) -> None:

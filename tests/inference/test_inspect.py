@@ -24,7 +24,8 @@ def pictures(folder: Path) -> set[str]:
 def test_a_run_is_inspected_on_its_test_set(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["inspect", str(trained), "--output", str(tmp_path / "looks")])
     names = pictures(tmp_path / "looks")
-    assert {"looks.png", "positions.png", "filters.png"} < names and len(names) == 3 + inspect.TEST_IMAGES_BY_HEAD
+    assert {"attention-maps.png", "positions.png", "filters.png"} < names
+    assert len(names) == 3 + inspect.TEST_IMAGES_BY_HEAD
     assert capsys.readouterr().out.count("written to ") == len(names)
     labels = load_run(trained).dataset().test.labels
     shown = sorted(int(name.removeprefix("test").partition("-")[0]) for name in names if name.startswith("test"))
@@ -39,14 +40,14 @@ def test_a_timm_folder_is_inspected_on_images(timms: Path, tmp_path: Path, capsy
         Image.effect_noise((side, 50), 80).convert("RGB").save(tmp_path / name)
     main(["inspect", str(timms), str(tmp_path / "a.png"), str(tmp_path / "b.jpg"), "--output", str(tmp_path / "out")])
     assert pictures(tmp_path / "out") == {
-        "looks.png", "positions.png", "filters.png", "a-attention.png", "b-attention.png",
+        "attention-maps.png", "positions.png", "filters.png", "a-attention.png", "b-attention.png",
     }  # fmt: skip
 
 
 def test_each_panel_shows_the_attention_map_of_its_image(
     trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Each panel of looks.png shows the weights of its own image."""
+    """Each panel of attention-maps.png shows the weights of its own image."""
     drawn: list[torch.Tensor] = []
     real = inspect._show_image
     monkeypatch.setattr(
