@@ -171,7 +171,7 @@ def _create_panels(rows: int, columns: int, title: str, side: float = 1.3) -> tu
     panels = figure.subplots(rows, columns, squeeze=False)
     for axes in panels.flat:
         axes.set(xticks=[], yticks=[])
-    figure.suptitle(escape_mathtext(title), fontsize=10)
+    figure.suptitle(escape_mathtext(title), fontsize=10, wrap=True)
     return figure, panels
 
 

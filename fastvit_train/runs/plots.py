@@ -15,6 +15,8 @@ from fastvit_train.utils.errors import UserError, printable
 PANELS = {"train loss": "train_loss", "test loss": "test_loss", "accuracy, %": "test_accuracy"}
 MAX_LABELED_CLASSES = 30
 """with more classes, names and counts in a confusion matrix are not legible"""
+MAX_NAME_LENGTH = 24
+"""characters of a class or a file that fit above an image or next to a confusion matrix"""
 MAX_PLOTTED = 1e40  # above the maximum of float32; matplotlib cannot draw axes for much larger values
 
 
@@ -44,7 +46,7 @@ def plot_curves(runs: list[Path], output: Path, title: str) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     panels[-1].legend(frameon=False)
-    figure.suptitle(escape_mathtext(title))
+    figure.suptitle(escape_mathtext(title), wrap=True)
     save_figure(figure, output)
 
 
@@ -94,9 +96,10 @@ def plot_confusion(confusion: Tensor, classes: Sequence[str], title: str, output
     shares = confusion / confusion.sum(1, keepdim=True).clamp(min=1)
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, ax=axes, label="share of the true class", shrink=0.8)
-    axes.set(title=escape_mathtext(title), xlabel="predicted", ylabel="true")
+    figure.suptitle(escape_mathtext(title), wrap=True)
+    axes.set(xlabel="predicted", ylabel="true")
     if count <= MAX_LABELED_CLASSES:
-        names = [escape_mathtext(name) for name in classes]
+        names = [_shorten(name) for name in classes]
         axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(names)), names)
         for row, values in enumerate(confusion.tolist()):
@@ -116,12 +119,12 @@ def plot_images(images: Tensor, captions: Sequence[str], output: Path) -> None:
     rows = -(-len(captions) // 6)
     figure = Figure(figsize=(1.9 * columns, 2.2 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels:
         axes.axis("off")
     for axes, image, caption in zip(panels, images, captions, strict=False):
         axes.imshow(image.permute(1, 2, 0).numpy())
-        axes.set_title(_escape_lines(caption), fontsize=8)
+        axes.set_title("\n".join(map(_shorten, caption.split("\n"))), fontsize=8)
     save_figure(figure, output)
 
 
@@ -155,8 +158,10 @@ def _read_columns(run: Path) -> dict[str, list[float]]:
     return columns
 
 
-def _escape_lines(text: str) -> str:
-    return "\n".join(map(escape_mathtext, text.split("\n")))
+def _shorten(name: str) -> str:
+    """Return a line of text for matplotlib, without the middle if it is long: many names differ at their end only."""
+    half = MAX_NAME_LENGTH // 2
+    return escape_mathtext(name if len(name) <= MAX_NAME_LENGTH else f"{name[:half]}…{name[-half:]}")
 
 
 def escape_mathtext(text: str) -> str:

@@ -24,6 +24,7 @@ from fastvit_train.data import loader
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.memory import saved_for_backward
 from tests.support import ROOT, run, write_folder
+from tests.support.pictures import record_pictures
 
 ATTENTION = "attention operator forward+backward, B256 N64 D48 H4, fp32, "
 SMALL = ["--benchmark-min-rounds", "3", "--benchmark-max-time", "0.05", "-p", "no:cacheprovider"]
@@ -302,7 +303,8 @@ def test_unknown_rows_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
-def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path) -> None:
+def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = record_pictures(monkeypatch)
     rows = [
         {"operation": case.operation, "shape": case.shape, "dtype": case.dtype, "name": case.name}
         | {"images_per_second": 100.0, "saved_for_backward_mib": 3.0}
@@ -311,7 +313,11 @@ def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path) -> None:
     ]
     written = plots.draw(rows, environment(), tmp_path)
     assert [path.name for path in written] == ["throughput.png", "memory.png", "scaling.png"]
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    shapes = list(dict.fromkeys(row["shape"] for row in rows if row["operation"] == bench_step.OPERATION))
+    for path, label in zip(written, ("images/s", "kept for the backward pass, MiB", "µs per image"), strict=True):
+        picture = pictures[path]
+        assert label in picture.texts and any(text.startswith(environment()["device"]) for text in picture.texts)
+        assert len(picture.panels) == (2 if path.stem == "scaling" else len(shapes))
     assert plots.draw([], environment(), tmp_path) == []
 
 

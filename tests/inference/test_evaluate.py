@@ -19,6 +19,7 @@ from fastvit_train.inference.trained_model import load_run
 from fastvit_train.models.evaluator import Evaluation, _ahead
 from fastvit_train.utils.errors import UserError
 from tests.support import launch, one_line_error, write_folder
+from tests.support.pictures import record_pictures
 
 
 def evaluation_of(logits: torch.Tensor, labels: torch.Tensor) -> Evaluation:
@@ -98,8 +99,9 @@ def test_a_run_with_a_holdout_is_evaluated_on_the_test_set_on_request(
 
 
 def test_a_run_and_its_timm_folder_are_evaluated_alike(
-    trained: Path, timms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trained: Path, timms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pictures = record_pictures(monkeypatch)
     summary = json.loads((trained / "summary.json").read_text())
     main(["eval", str(trained), "--output", str(tmp_path / "a"), "--attention", "naive"])
     line = capsys.readouterr().out
@@ -111,7 +113,9 @@ def test_a_run_and_its_timm_folder_are_evaluated_alike(
     assert first["confusion"] == second["confusion"]
     assert sum(map(sum, first["confusion"])) == first["images"] == 359
     assert [row["images"] for row in first["classes"]] == [sum(row) for row in first["confusion"]]
-    assert (tmp_path / "b" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    picture = pictures[tmp_path / "b" / "confusion.png"]
+    counts = {f"{count:,}" for row in first["confusion"] for count in row}
+    assert len(picture.panels) == 1 and {"predicted", "true", *map(str, range(10)), *counts} <= set(picture.texts)
 
 
 @pytest.mark.slow

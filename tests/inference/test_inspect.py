@@ -11,36 +11,52 @@ from fastvit_train.inference import inspect
 from fastvit_train.inference.trained_model import load_run
 from fastvit_train.models import attention_maps
 from tests.support import one_line_error
+from tests.support.pictures import Picture, record_pictures
 
 
-def pictures(folder: Path) -> set[str]:
-    for path in folder.iterdir():
-        with Image.open(path) as picture:
-            assert picture.size > (100, 100)
-            assert len(picture.convert("RGB").resize((64, 64)).getcolors(64**2)) > 20, f"{path} shows nothing"
-    return {path.name for path in folder.iterdir()}
-
-
-def test_a_run_is_inspected_on_its_test_set(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["inspect", str(trained), "--output", str(tmp_path / "looks")])
-    names = pictures(tmp_path / "looks")
-    assert {"attention-maps.png", "positions.png", "filters.png"} < names
-    assert len(names) == 3 + inspect.TEST_IMAGES_BY_HEAD
+def test_a_run_is_inspected_on_its_test_set(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model has 64 patches, 2 layers with 2 heads, and 24 filters; 10 test images are drawn by default."""
+    pictures = {path.name: picture for path, picture in _inspect(monkeypatch, trained, tmp_path / "looks").items()}
+    names = {path.name for path in (tmp_path / "looks").iterdir()}
+    assert names == pictures.keys() and len(names) == 3 + inspect.TEST_IMAGES_BY_HEAD
+    counts = {name: len(picture.panels) for name, picture in pictures.items()}
+    assert (counts.pop("attention-maps.png"), counts.pop("positions.png"), counts.pop("filters.png")) == (30, 64, 24)
+    assert list(counts.values()) == [2 * (1 + 2)] * inspect.TEST_IMAGES_BY_HEAD
+    maps = pictures["attention-maps.png"].texts
+    assert {"image", "rollout", "pooling weights", *map(str, range(10))} <= set(maps) and len(maps) == 23
+    heads = pictures[next(iter(counts))].texts
+    title = "0: attention by layer and head; each map is scaled to its own maximum"
+    assert {title, "head 1", "head 2", "layer 1", "layer 2"} <= set(heads)
+    title = "cosine similarity of the position embeddings, from -1 (blue) to 1 (red)"
+    assert list(pictures["positions.png"].texts) == [title]
+    assert list(pictures["filters.png"].texts) == ["the first layer's filters, by descending norm"]
     assert capsys.readouterr().out.count("written to ") == len(names)
     labels = load_run(trained).dataset().test.labels
     shown = sorted(int(name.removeprefix("test").partition("-")[0]) for name in names if name.startswith("test"))
     assert sorted(labels[shown].tolist()) == [0, 1, 2, 3], "the first image of each class"
 
 
-def test_a_timm_folder_is_inspected_on_images(timms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def _inspect(monkeypatch: pytest.MonkeyPatch, *args: object) -> dict[Path, Picture]:
+    """Run `inspect RUN [IMAGES] FOLDER`; returns the pictures that it wrote into FOLDER."""
+    pictures = record_pictures(monkeypatch)
+    *args, output = map(str, args)
+    main(["inspect", *args, "--output", output])
+    return pictures
+
+
+def test_a_timm_folder_is_inspected_on_images(
+    timms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(SystemExit):
         main(["inspect", str(timms)])
     assert "does not record a data set; name the images to draw" in one_line_error(capsys.readouterr().err)
     for side, name in ((40, "a.png"), (64, "b.jpg")):
         Image.effect_noise((side, 50), 80).convert("RGB").save(tmp_path / name)
-    main(["inspect", str(timms), str(tmp_path / "a.png"), str(tmp_path / "b.jpg"), "--output", str(tmp_path / "out")])
-    assert pictures(tmp_path / "out") == {
-        "attention-maps.png", "positions.png", "filters.png", "a-attention.png", "b-attention.png",
+    pictures = _inspect(monkeypatch, timms, tmp_path / "a.png", tmp_path / "b.jpg", tmp_path / "out")
+    assert {path.relative_to(tmp_path / "out").as_posix(): len(one.panels) for path, one in pictures.items()} == {
+        "attention-maps.png": 6, "positions.png": 64, "filters.png": 24, "a-attention.png": 6, "b-attention.png": 6,
     }  # fmt: skip
 
 

@@ -5,12 +5,15 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from fastvit_train.cli.main import main
+from fastvit_train.inference import predict
 from fastvit_train.inference.trained_model import load_run
 from tests.support import one_line_error
+from tests.support.pictures import record_pictures
 
 Capture = pytest.CaptureFixture[str]
 
@@ -72,8 +75,27 @@ def test_the_table_says_how_images_are_resized(
     text = capsys.readouterr().out
     assert "was resized to 32 pixels (bilinear), the center was cropped" in text
     assert "[red]large.png" in text
-    assert (tmp_path / "shown" / "1.png").read_bytes().startswith(b"\x89PNG")
     assert not (trained / "predictions").exists()
+
+
+def test_pictures_show_each_image_with_its_prediction(
+    trained: Path, digits: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pictures: a row and a seventh panel in the first, and the two images that remain in the second."""
+    monkeypatch.setattr(predict, "IMAGES_PER_FIGURE", 7)
+    pictures = record_pictures(monkeypatch)
+    files = sorted(digits.iterdir())[:9]
+    results = predicted(capsys, trained, *files, "--show", "--output", tmp_path / "shown")
+    assert {path.name: len(picture.panels) for path, picture in pictures.items()} == {"1.png": 7, "2.png": 2}
+    panels = [panel for picture in pictures.values() for panel in picture.panels]
+    captions = [axes.get_title() for picture in pictures.values() for axes in picture.axes]
+    for path, panel, caption, result in zip(files, panels, captions, results, strict=True):
+        shown = np.array(Image.fromarray(panel).resize((32, 32), Image.Resampling.BOX)).astype(float)
+        with Image.open(path) as image:
+            assert np.abs(shown - np.array(image.convert("RGB"))).mean() < 20, f"{path} is not shown in its place"
+        best = result["top"][0]
+        assert caption == f"{path.name}\n{best['class']} {best['probability']:.1%}"
+        assert any(caption in picture.texts for picture in pictures.values())
 
 
 @pytest.mark.parametrize("name", ["BMW.png", "P5_01.png"])

@@ -139,6 +139,13 @@ def test_the_evaluation_is_shown_with_its_images(runs: Path, tmp_path: Path) -> 
     assert page.table("By class")["3"][2] == f"{confusion[3][3] / sum(confusion[3]):.2%}"
     images = [attrs for tag, attrs in page.elements if tag == "img"]
     assert len(images) == 12 + 3 * 6
+    for image in images:
+        with Image.open(BytesIO(base64.b64decode(str(image["src"]).partition(",")[2]))) as picture:
+            assert len(picture.getcolors(2**16) or []) > 1, f"{image['alt']} is blank"
+    lines = [
+        attrs["d"] for tag, attrs in page.elements if tag == "path" and str(attrs.get("class")).startswith("line ")
+    ]
+    assert sum(str(line).count("L") for line in lines) >= 3 * 2, "three charts of three epochs each"
     assert all(attrs["alt"] and str(attrs["src"]).startswith("data:image/png;base64,") for attrs in images)
     assert "fp32" in page.text and "as in summary.json" in page.text and "pooling weights" in page.text
 

@@ -23,6 +23,7 @@ from fastvit_train.training.session import TrainSession
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.torch_private import fake_process_group
 from tests.support import launch, one_line_error, run
+from tests.support.pictures import record_pictures
 
 Config = Callable[..., TrainConfig]
 GIGABIT = PlanOptions(link_gbps=1.0, latency_us=100.0)
@@ -155,6 +156,7 @@ def test_the_command_prints_tables_and_writes_figures_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    pictures = record_pictures(monkeypatch)
     sizes = ["--depth", "1", "--attention", "fused", "--steps", "1", "--optimizer", "adamw"]
     main(["plan", *sizes, "--models", "c_vit_4_4_32", "mc_vit_4_4_32", "--world-sizes", "2", "1024"])
     output = capsys.readouterr().out
@@ -169,7 +171,9 @@ def test_the_command_prints_tables_and_writes_figures_and_a_picture(
             (SINGLE, 1), *((strategy, n) for strategy in (DDP, FSDP2) for n in (2, 1024))
         ]  # fmt: skip
         assert plan["rows"][0]["efficiency"] == 1 and plan["conclusion"] in output
-    assert (tmp_path / "plan" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    picture = pictures[Path("plan/plan.png")]
+    lines = {f"{model}_vit_4_4_32, {strategy}" for model in ("c", "mc") for strategy in (DDP, FSDP2)}
+    assert len(picture.panels) == 2 and {"processes", *lines} <= set(picture.texts)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan"]
 
 
