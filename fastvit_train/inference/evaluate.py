@@ -22,6 +22,7 @@ from fastvit_train.inference.trained_model import TrainedModel, load_run, non_fi
 from fastvit_train.models import check_attention, set_attention, warm_up
 from fastvit_train.models.attention import AUTO, COMPILING, choose_attention
 from fastvit_train.models.evaluator import Evaluation, evaluate_model
+from fastvit_train.runs import findings
 from fastvit_train.runs.log import Log
 from fastvit_train.runs.plots import plot_confusion
 from fastvit_train.runs.run_folder import RunFolder
@@ -185,6 +186,7 @@ def metrics(evaluated: EvaluatedRun) -> dict[str, Any]:
         "evaluated_on": dataset.evaluated_on,
         "images": result.samples,
         "accuracy": result.accuracy,
+        "majority_share": result.majority_share,
         "top5_accuracy": result.top5_accuracy,
         "loss": result.loss,
         "expected_calibration_error": result.calibration_error(),
@@ -227,6 +229,8 @@ def show(evaluated: EvaluatedRun, output: Path | None) -> None:
         f"calibration error {values['expected_calibration_error']:.2%}, attention {values['attention']}"
     )
     log.console.print(_table(values))
+    if warning := findings.constant_guess(values["accuracy"], values["majority_share"]):
+        log.line(f"warning: {warning}")
     log.line(
         f"{values['images_per_second']:,.0f} img/s, including the loading of the images, on {values['device']}; "
         f"world size {values['world_size']}; mixed precision {values['mixed_precision']}"

@@ -47,6 +47,11 @@ class Evaluation:
         return (self.predicted == self.labels).double().mean().item()
 
     @property
+    def majority_share(self) -> float:
+        """Fraction of images in the most frequent class: the accuracy of always guessing that class."""
+        return self.labels.bincount().max().item() / self.samples
+
+    @property
     def top5_accuracy(self) -> float:
         """Fraction of images whose true class is among the five most probable."""
         return (self.ahead < 5).double().mean().item()

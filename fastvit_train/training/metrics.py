@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shlex
 from typing import Any
 
 import accelerate
@@ -13,8 +14,10 @@ from fastvit_train.config.overrides import flatten
 from fastvit_train.distributed import sync
 from fastvit_train.distributed.accelerator import device_name
 from fastvit_train.models.evaluator import Evaluation
+from fastvit_train.runs import findings
 from fastvit_train.runs.comparison import table
 from fastvit_train.runs.plots import plot_curves
+from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import atomic_io, memory
 from fastvit_train.utils.timm_config import write_timm_config
@@ -154,7 +157,17 @@ def _write_summary(session: TrainSession, summary: dict[str, Any]) -> None:
     atomic_io.write_atomically(session.folder.summary, json.dumps(summary, indent=2) + "\n")
     plot_curves([session.folder.root], session.folder.root / "curves.png", session.dataset.name)
     session.log.console.print(table([session.folder.root]))
-    session.log.line(f"written to {session.folder.root}")
+    for warning in findings.warnings(summary, read_jsonl(session.folder.metrics)):
+        session.log.line(f"warning: {warning}")
+    session.log.line(f"written to {session.folder.root}; next: {_next_step(session)}")
+
+
+def _next_step(session: TrainSession) -> str:
+    """Return what to do next: train the remaining epochs, or look at the results."""
+    epochs = session.config.run.epochs
+    if session.state.epoch < epochs:
+        return f"repeat the command with --resume auto and without --stop-after to train up to epoch {epochs}"
+    return f"fastvit report {shlex.quote(str(session.folder.root))}"
 
 
 def _summary(session: TrainSession, evaluation: Evaluation) -> dict[str, Any]:
@@ -177,6 +190,7 @@ def _summary(session: TrainSession, evaluation: Evaluation) -> dict[str, Any]:
         "batch_size": session.batch_size,
         "test_accuracy": evaluation.accuracy,
         "best_test_accuracy": state.best_accuracy,
+        "majority_share": evaluation.majority_share,
         "test_loss": evaluation.loss,
         "skipped_steps": state.skipped_steps,
         "train_seconds": state.train_seconds,

@@ -1,6 +1,7 @@
 """Training of one configuration with several seeds, and the spread of the results."""
 
 import json
+import shlex
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -58,7 +59,8 @@ def fit_seeds(
         write_atomically(path, json.dumps(results, indent=2) + "\n")
         console = Terminal(soft_wrap=True)
         console.print(table(results))
-        console.print(f"written to {path}", markup=False)
+        runs = shlex.join(str(Path(config.run.runs_dir) / run) for run in results["runs"])
+        console.print(f"written to {path}; next: fastvit compare {runs}", markup=False)
     return results
 
 

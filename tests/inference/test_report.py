@@ -198,6 +198,14 @@ def test_the_commands_repeat_the_launch(runs: Path, tmp_path: Path) -> None:
     assert report(tmp_path, copy).text.count(start) == 2
 
 
+def test_findings_are_on_the_page(runs: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(runs / "c", tmp_path / "copy")
+    for accuracy, is_found in ((0.1, True), (0.9, False)):
+        (copy / "summary.json").write_text(json.dumps({**summary(copy), "test_accuracy": accuracy}))
+        text = report(tmp_path, copy).text
+        assert ("copy: the accuracy, 10.00%, is not above the 10.31% that always guessing" in text) == is_found
+
+
 def test_hostile_names_are_text(runs: Path, tmp_path: Path) -> None:
     page = report(tmp_path, runs / "<script>alert(1)", runs / "c")
     assert [tag for tag, _ in page.elements].count("script") == 1

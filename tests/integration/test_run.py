@@ -13,6 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from fastvit_train.cli.main import main
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.inference.evaluate import evaluate_run
 from fastvit_train.models.resolve import fill_defaults
@@ -314,6 +315,23 @@ def test_one_of_timms_own_models_trains(small_config: SmallConfig, tmp_path: Pat
     assert summary["attention"] == "timm" and summary["test_accuracy"] > 0.3
     exported = json.loads((tmp_path / "runs" / "run" / "config.json").read_text())
     assert exported["pretrained_cfg"]["input_size"] == [3, 32, 32]
+
+
+def test_a_run_ends_with_what_it_found_and_the_next_command(
+    small_config: SmallConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A learning rate of zero leaves the model at a constant guess, of a class that may not be the largest."""
+    summary = fit(small_config(lr=0, epochs=2, stop_after=1))
+    assert summary["majority_share"] == 37 / 359 >= summary["test_accuracy"]
+    *_, warning, last = capsys.readouterr().out.splitlines()
+    assert warning.startswith("warning: the accuracy, ") and "10.31% that always guessing the largest class" in warning
+    run = tmp_path / "runs" / "run"
+    assert last.startswith(f"written to {run}; next: repeat the command with --resume auto and without --stop-after")
+    fit(small_config(lr=0, epochs=2), resume="must")
+    log = (run / "train.log").read_text().splitlines()
+    assert log[-1] == f"written to {run}; next: fastvit report {run}" and log[-2] == warning
+    main(["eval", str(run)])
+    assert warning in capsys.readouterr().out
 
 
 def test_curves_and_tables_of_two_runs(small_config: SmallConfig, tmp_path: Path) -> None:

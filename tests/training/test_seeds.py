@@ -31,6 +31,8 @@ def test_seeds_are_the_runs_that_they_would_be_alone(
     said = capsys.readouterr().out
     assert f"{found['reached_target']} of them reached 11.00%" in said
     assert f"{found['test_accuracy']['mean']:.2%}" in said
+    runs = " ".join(str(tmp_path / "runs" / name) for name in found["runs"])
+    assert f"many-3seeds.json; next: fastvit compare {runs}\n" in said
 
 
 def test_the_clock_stops_at_the_first_evaluation_that_reaches_the_target(

@@ -11,6 +11,7 @@ from jinja2 import Environment, StrictUndefined
 from fastvit_train.inference.evaluate import EvaluatedRun, metrics
 from fastvit_train.inference.report import charts, images, tables
 from fastvit_train.inference.report.records import RunRecord, load_records, value_or_error
+from fastvit_train.runs import findings
 from fastvit_train.runs.plots import MAX_LABELED_CLASSES
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError
@@ -88,6 +89,7 @@ def _render(records: Sequence[RunRecord]) -> str:
         title=" and ".join(record.name for record in records[:2]) + (" and others" if len(records) > 2 else ""),
         runs=[(record, tables.headline(record), _view(record)) for record in records],
         verdict=tables.verdict(records),
+        warnings=lambda record: findings.warnings(record.summary, record.epochs),
         results=tables.results(records),
         charts=charts.charts(records),
         box=charts,
