@@ -1,7 +1,8 @@
 """Models built from their settings: ours (registry.py) and timm's own."""
 
+import functools
 import logging
-import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,15 @@ from typing import Any
 import psutil
 import timm
 import torch
-from timm.models import PretrainedCfg, clean_state_dict, load_state_dict
-from torch import Tensor, nn
+from timm.models import PretrainedCfg
+from torch import nn
 
 from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models.attention import set_attention
-from fastvit_train.models.convert import checkpoint_filter_fn, reset_head_if_other_classes
+from fastvit_train.models.convert import checkpoint_filter_fn, convert_by_timm, misfit, reset_heads_if_other_classes
 from fastvit_train.models.registry import OUR_MODELS
 from fastvit_train.models.vit import ConvTokenizer, ViT
+from fastvit_train.runs.weights_file import read_weights
 from fastvit_train.utils.errors import UserError, did_you_mean
 from fastvit_train.utils.safe_load import read_json
 
@@ -78,7 +80,7 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
     _check_patches(model, config, image_size)
     set_attention(model, config.attention)
     if config.weights is not None:
-        _load_weights(model, Path(config.weights))
+        _load_weights(model, Path(config.weights), functools.partial(timm.create_model, config.model, **options))
     return model
 
 
@@ -117,26 +119,28 @@ def _check_patches(model: nn.Module, config: ModelConfig, image_size: int) -> No
         raise UserError(f"image size {image_size}x{image_size} is not a multiple of patch size {max(sides)}")
 
 
-def _load_weights(model: nn.Module, path: Path) -> None:
+def _load_weights(model: nn.Module, path: Path, rebuild: Callable[..., nn.Module]) -> None:
+    """Load a file of weights; `rebuild` builds the model again with other options."""
     if not path.is_file():
-        raise UserError(f"{path} is not a file; --weights takes a .pth, .pt or .safetensors file")
+        raise UserError(f"{path} is not a file; --weights takes a .pth, .pt, .ckpt or .safetensors file")
     try:
-        with warnings.catch_warnings(action="ignore"):  # about the format of the file
-            state_dict = load_state_dict(str(path))
-        if "model_state_dict" in state_dict:  # the one common wrapper that timm does not handle
-            state_dict = clean_state_dict(state_dict["model_state_dict"])
-        if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in state_dict.items()):
-            raise ValueError("it is not a dict of tensors")
+        state_dict = read_weights(path, model.state_dict())
     except Exception as error:  # torch's reader can raise anything for a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip() or type(error).__name__
         raise UserError(f"{path} cannot be read as weights: {reason}") from None
     try:
         if isinstance(model, ViT):
             state_dict = checkpoint_filter_fn(state_dict, model)
-        other_classes = reset_head_if_other_classes(state_dict, model)
+        elif misfit(state_dict, model):
+            state_dict = convert_by_timm(state_dict, model, rebuild)
+        other_classes = reset_heads_if_other_classes(state_dict, model)
+        if problem := misfit(state_dict, model):
+            raise ValueError(problem)
         model.load_state_dict(state_dict)
     except LOAD_ERRORS as error:
-        raise UserError(f"{path} does not fit the model: {' '.join(str(error).split())[:400]}") from None
+        raise UserError(
+            f"{path} does not fit the model: {error}; give the --model and the sizes that it was trained with"
+        ) from None
     if other_classes:
         log.warning(
             "%s has another number of classes: its classifier is not loaded; the model's is initialized randomly", path

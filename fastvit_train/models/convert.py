@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from fastvit_train.models.vit import ViT
+from fastvit_train.runs.weights_file import shown
 
 StateDict = dict[str, Tensor]
 
@@ -105,30 +107,104 @@ def _name_by_shape(state_dict: StateDict, model: ViT) -> StateDict:
 
 
 def _fit_positions(state_dict: StateDict, model: ViT) -> StateDict:
-    positions = state_dict.get("pos_embed")
-    if positions is None or positions.ndim != 3 or positions.shape[1] == model.pos_embed.shape[1]:
+    """Resample the position embeddings if they are for another grid of patches than the model's."""
+    positions, grid = state_dict.get("pos_embed"), tuple(model.patch_embed.grid_size)
+    if positions is None or positions.ndim != 3:
         return state_dict
-    if math.isqrt(patches := positions.shape[1] - model.num_prefix_tokens) ** 2 != patches:
-        return state_dict  # the model has other prefix tokens, which the strict load reports
+    saved = _saved_grid(model, positions.shape[1] - model.num_prefix_tokens)
+    if saved is None or saved == grid:  # if the model has other prefix tokens, then the strict load reports it
+        return state_dict
     fitted = resample_abs_pos_embed(
-        positions, new_size=list(model.patch_embed.grid_size), num_prefix_tokens=model.num_prefix_tokens
+        positions, new_size=list(grid), old_size=list(saved), num_prefix_tokens=model.num_prefix_tokens
     )
     return {**state_dict, "pos_embed": fitted}
 
 
-def reset_head_if_other_classes(state_dict: StateDict, model: nn.Module) -> bool:
-    """Replace the classifier in `state_dict`, in place, by that of `model` if their numbers of classes differ.
+def _saved_grid(model: ViT, patches: int) -> tuple[int, int] | None:
+    """Return the rows and columns of patches in weights to load, as timm finds them; None if they are not known.
+
+    A state dict does not hold them. They follow from the image size that timm recorded with the weights, or from the
+    model's native size, if that gives the right number of patches; otherwise the images are taken to be square.
+    """
+    recorded = getattr(model, "pretrained_model_args", {}).get("img_size") or pretrained_cfg(model)["input_size"][-2:]
+    height, width = (recorded, recorded) if isinstance(recorded, int) else recorded
+    grid = model.patch_embed.grid((height, width))
+    if grid[0] * grid[1] == patches:
+        return grid
+    side = math.isqrt(max(0, patches))
+    return (side, side) if side**2 == patches else None
+
+
+def convert_by_timm(state_dict: StateDict, model: nn.Module, rebuild: Callable[..., nn.Module]) -> StateDict:
+    """Convert weights for one of timm's own models by timm's filter for it, which resamples position embeddings.
+
+    Args:
+        state_dict: the weights, with any number of classes.
+        model: the model to load them into.
+        rebuild: builds `model` again, with other options of `timm.create_model`.
+
+    Returns:
+        The converted weights, with the classifiers of `state_dict`.
+
+    Raises:
+        Exception: anything, if timm cannot load the weights into this model.
+    """
+    weights = [state_dict[key] for name in _classifiers(model) if (key := f"{name}.weight") in state_dict]
+    num_classes = len(weights[0]) if weights else 0
+    # Only the filter's own model calls it: timm has no function that returns it.
+    overlay = {"state_dict": state_dict, "source": "", "num_classes": num_classes, "label_offset": 0}
+    with torch.random.fork_rng(devices=[]):
+        return rebuild(pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay).state_dict()
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the model's classifiers; a distilled model has two."""
+    names = pretrained_cfg(model).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def reset_heads_if_other_classes(state_dict: StateDict, model: nn.Module) -> bool:
+    """Replace the classifiers in `state_dict`, in place, by those of `model` if their numbers of classes differ.
 
     Args:
         state_dict: weights to load.
-        model: any timm model, with a newly initialized classifier.
+        model: any timm model, with newly initialized classifiers.
 
     Returns:
-        True if the classifier was replaced.
+        True if the classifiers were replaced.
     """
-    name = pretrained_cfg(model)["classifier"]
-    weight = state_dict.get(f"{name}.weight")
-    if weight is None or weight.shape == model.state_dict()[f"{name}.weight"].shape:
+    names, own = _classifiers(model), model.state_dict()
+    weights = [f"{name}.weight" for name in names if f"{name}.weight" in own]
+    fits = all(key in state_dict and len(state_dict[key]) == len(own[key]) for key in weights)
+    if fits or not any(key in own for key in state_dict):
         return False
-    state_dict |= {key: value for key, value in model.state_dict().items() if key.rpartition(".")[0] == name}
+    for key in [key for key in (*state_dict, *own) if key.rpartition(".")[0] in names]:
+        state_dict.pop(key, None)
+        if key in own:
+            state_dict[key] = own[key]
     return True
+
+
+def misfit(state_dict: StateDict, model: nn.Module) -> str | None:
+    """Say how the names and shapes of weights differ from those of `model`; None if they are the same."""
+    own = model.state_dict()
+    missing, unknown = [key for key in own if key not in state_dict], [key for key in state_dict if key not in own]
+    if len(unknown) == len(state_dict):
+        return f"its names begin with {_beginnings(state_dict)}, and the model's with {_beginnings(own)}"
+    problems = [
+        f"{key} is {_format_shape(state_dict[key])} in the file and {_format_shape(value)} in the model"
+        for key, value in own.items()
+        if key in state_dict and state_dict[key].shape != value.shape
+    ]
+    problems = [shown(problems)] if problems else []
+    problems += [f"the file does not have {shown(missing)}"] if missing else []
+    problems += [f"the model does not have {shown(unknown)}"] if unknown else []
+    return "; ".join(problems) or None
+
+
+def _beginnings(names: Iterable[str]) -> str:
+    return shown(list(dict.fromkeys(name.partition(".")[0] for name in names)))
+
+
+def _format_shape(value: Tensor) -> str:
+    return "x".join(map(str, value.shape)) or "a number"

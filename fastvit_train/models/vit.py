@@ -47,8 +47,13 @@ class PatchTokenizer(nn.Module):
             raise ValueError(
                 f"image size {'x'.join(map(str, image_size))} is not a multiple of patch size {patch_size}"
             )
-        self.grid_size = (image_size[0] // patch_size, image_size[1] // patch_size)
+        self.patch_size = patch_size
+        self.grid_size = self.grid(image_size)
         self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns of patches of an image, (height, width) in pixels."""
+        return image_size[0] // self.patch_size, image_size[1] // self.patch_size
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         return self.proj(images_BCHW).flatten(2).transpose(1, 2)
@@ -66,8 +71,14 @@ class ConvTokenizer(nn.Module):
         self.convs = nn.ModuleList(
             nn.Conv2d(channels[i], channels[i + 1], kernel_size, stride, padding, bias=False) for i in range(num_layers)
         )
-        with torch.no_grad():
-            self.grid_size = tuple(self._maps(torch.zeros(1, in_chans, *image_size)).shape[-2:])
+        self.in_chans = in_chans
+        self.grid_size = self.grid(image_size)
+
+    @torch.no_grad()
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns of tokens of an image, (height, width) in pixels."""
+        rows, columns = self._maps(torch.zeros(1, self.in_chans, *image_size)).shape[-2:]
+        return rows, columns
 
     def _maps(self, x_BCHW: Tensor) -> Tensor:
         for conv in self.convs:
