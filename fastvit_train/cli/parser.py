@@ -13,12 +13,11 @@ from fastvit_train.cli.flags import given
 from fastvit_train.cli.messages import explain, missing_value
 from fastvit_train.cli.training_verbs import Settings
 from fastvit_train.config.overrides import override
-from fastvit_train.config.recipes import recipe
+from fastvit_train.config.recipes import DEFAULT_RECIPE, recipe
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.safe_load import read_settings
 
-DEFAULT_RECIPE = "quickstart"
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs)
 Command = TypeVar("Command")
 

@@ -76,6 +76,7 @@ def _compact(name: str, epochs: int, model: ModelConfig) -> TrainConfig:
     )
 
 
+DEFAULT_RECIPE = "quickstart"
 RECIPES: dict[str, Callable[[], TrainConfig]] = {
     "quickstart": quickstart,
     "upstream-cifar10": upstream_cifar10,

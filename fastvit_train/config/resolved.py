@@ -41,6 +41,11 @@ class ResolvedConfig:
     def optim(self) -> OptimConfig:
         return self.settings.optim
 
+    def with_name(self, exp_name: str) -> "ResolvedConfig":
+        """Return the same configuration for a run of another name."""
+        run = replace(self.run, exp_name=exp_name)
+        return replace(self, settings=replace(self.settings, run=run), run_dir=Path(run.runs_dir) / exp_name)
+
     def with_attention(self, attention: str) -> "ResolvedConfig":
         """Return the same configuration with another attention implementation."""
         model = replace(self.model, attention=attention)

@@ -17,6 +17,7 @@ from fastvit_train.config.validation import (
     NonNegative,
     NonNegativeInt,
     PositiveFraction,
+    Precision,
     Seed,
     Text,
     Width,
@@ -126,7 +127,7 @@ class RunConfig:
     recipe: Annotated[Text, Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = "quickstart"
     """named settings to start from; --config and flags override them"""
     exp_name: Annotated[FolderName | None, Mark.MAY_CHANGE, Mark.RUN_NAME, Mark.NOT_A_DEPARTURE] = None
-    """name of the run's folder; default: DATASET-MODEL-seedN"""
+    """name of the run's folder; default: RECIPE-DATA-MODEL-seedN, with -2 and so on if it is in use"""
     runs_dir: Annotated[Text, Mark.MAY_CHANGE, Mark.RUN_NAME, Mark.PATH, Mark.NOT_A_DEPARTURE] = "runs"
     """folder that holds the runs"""
     epochs: Count = 100
@@ -137,6 +138,8 @@ class RunConfig:
     """images per evaluation step and process"""
     seed: Seed = 0
     """seed of the initial weights, the sample order and the augmentation"""
+    precision: Annotated[Precision | None, Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = None
+    """mixed precision; default: that of `accelerate launch`, which is no mixed precision (fp32) unless asked for"""
     compile: Annotated[bool, Mark.MAY_CHANGE] = False
     """compile the model with torch.compile; the time that this takes is reported separately"""
     deterministic: Annotated[bool, Mark.MAY_CHANGE] = False

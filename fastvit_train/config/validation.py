@@ -4,7 +4,7 @@ import functools
 import unicodedata
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import AfterValidator, BeforeValidator, Field, StrictBool, StrictStr, TypeAdapter, ValidationError
@@ -75,6 +75,9 @@ Seed = Annotated[int, Number, Field(ge=0, le=2**31 - 1)]
 NonNegative = Annotated[float, Number, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Fraction = Annotated[float, Number, Field(ge=0, lt=1, allow_inf_nan=False)]
 PositiveFraction = Annotated[float, Number, Field(gt=0, le=1, allow_inf_nan=False, description="0.75 means 75%")]
+Precision = Annotated[
+    Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)  # `no` in YAML 1.1
+]
 MlpRatio = Annotated[float, Number, Field(gt=0, lt=1000, allow_inf_nan=False)]
 
 
@@ -105,7 +108,7 @@ def _message(key: str, error: ErrorDetails, hint: Any, source: str) -> str:
     value = error["input"]
     inner = _without_none(hint)
     if error["type"] == "literal_error":
-        options = get_args(inner) if get_origin(inner) is not tuple else get_args(get_args(inner)[0])
+        options = get_args(get_args(inner)[0] if get_origin(inner) in (tuple, Annotated) else inner)
         hint_text = did_you_mean(str(value), options)
         return f"{key}: {value!r} in {source} is not allowed{hint_text}; allowed: {', '.join(options)}"
     flag = f"--{key.replace('_', '-')}"

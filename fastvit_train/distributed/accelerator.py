@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
@@ -19,8 +20,16 @@ CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 COLLECTIVE_TIMEOUT = timedelta(hours=3)  # rank 0 may download and decode a data set while the others wait
 
 
-def start_accelerator(grad_accum: int, trackers: tuple[str, ...], run_dir: Path) -> Accelerator:
-    """Start the Accelerator of this process; mixed precision and world size come from the launch.
+def start_accelerator(
+    grad_accum: int, trackers: tuple[str, ...], run_dir: Path, precision: str | None = None
+) -> Accelerator:
+    """Start the Accelerator of this process; the world size comes from the launch.
+
+    Args:
+        grad_accum: micro-batches per optimizer step.
+        trackers: names of trackers to log to.
+        run_dir: the run's folder.
+        precision: mixed precision; None takes that of the launch. Otherwise call this inside of `own_precision`.
 
     Raises:
         UserError: if a tracker is not installed, if the launch asks for something that this machine or this trainer
@@ -28,11 +37,12 @@ def start_accelerator(grad_accum: int, trackers: tuple[str, ...], run_dir: Path)
     """
     check_kind()
     check_devices()
-    check_precision()
+    check_precision(precision)
     try:
         accelerator = Accelerator(
             # Without this, each process on a machine without an accelerator would act as if it were the only one.
             cpu=not torch.accelerator.is_available(),
+            mixed_precision=precision,
             gradient_accumulation_steps=grad_accum,
             log_with=list(trackers) or None,
             project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
@@ -68,6 +78,25 @@ def _init_method() -> str | None:
     with suppress(RuntimeError):  # an earlier run in this process has registered it
         register_rendezvous_handler("restart", rendezvous_after_restart)
     return "restart://"
+
+
+@contextmanager
+def own_precision(precision: str | None) -> Iterator[None]:
+    """Let the Accelerator that starts inside of the context have the mixed precision `precision`, if it is not None.
+
+    Accelerate keeps the precision of the first Accelerator for the whole process, and has no public way to change it.
+    After the context it is as before, so that a run in a notebook does not decide the precision of the next one.
+    """
+    state = AcceleratorState._shared_state
+    before = dict(state)
+    try:
+        if precision is not None:
+            state.clear()
+        yield
+    finally:
+        if precision is not None:
+            state.clear()
+            state.update(before)
 
 
 def leave_process_group() -> None:

@@ -1,6 +1,7 @@
 """Checks before training: they refuse a launch that Accelerate would silently run with other settings."""
 
 import os
+from typing import Any
 
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
@@ -53,12 +54,21 @@ def check_devices() -> None:
         )
 
 
-def check_precision() -> None:
-    """Raise UserError if the mixed precision of the launch is not supported here.
+def check_precision(precision: str | None) -> None:
+    """Raise UserError if the mixed precision is not supported here, or if --precision contradicts the launch.
 
     Accelerate would train in fp32 if fp16 is asked for on a CPU, and let a GPU without bf16 emulate it.
+
+    Args:
+        precision: the value of --precision; None for the launch's.
     """
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    launched = _launched_precision()
+    if precision is not None and launched not in (None, precision):
+        raise UserError(
+            f"--precision {precision} contradicts the launch, which asks for mixed precision {launched}; "
+            "give only one of them"
+        )
+    asked = precision or launched or "no"
     if is_true("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
         where, allowed = "a CPU", ["no", "bf16"]
     elif torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -78,7 +88,7 @@ def check_joined(world_size: int) -> None:
         raise UserError(
             f"the launch started {launched_world_size()} processes, but this one sees {world_size}; {instead}"
         )
-    asked = _requested_world_size()
+    asked = _requested("num_processes")
     if asked not in (None, world_size):
         raise UserError(
             f"the launch asks for {asked} processes, but accelerate started {world_size}: it ignores the number with "
@@ -86,21 +96,29 @@ def check_joined(world_size: int) -> None:
         )
 
 
-def _requested_world_size() -> int | None:
-    """Return the number of processes that the user asked Accelerate's launcher for; None if there was no such number.
+def _launched_precision() -> str | None:
+    """Return the mixed precision that the launch asks for; None if it leaves it open (Accelerate then sets "no")."""
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() or None
+    by_default = launched == "no" and launcher_command() is not None and _requested("mixed_precision") is None
+    return None if by_default else launched
 
-    No environment variable of Accelerate 1.10 to 1.15 holds this number: the launcher sets only the number of processes
-    that it started. So the launcher's command line is read again, with Accelerate's own parser, which handles
+
+def _requested(setting: str) -> Any:
+    """Return what the user asked Accelerate's launcher for; None if the user did not give this setting.
+
+    The environment variables of Accelerate 1.10 to 1.15 hold only what the launcher made of it, such as the number of
+    processes that it started. So the launcher's command line is read again, with Accelerate's own parser, which handles
     abbreviated flags and the user's default configuration file as the launcher did.
     """
     words = launcher_command() or []
     if "launch" not in words:
         return None
     launch_args, _ = launch_command_parser().parse_known_args(words[words.index("launch") + 1 :])
-    if launch_args.num_processes is not None or (launch_args.cpu and launch_args.config_file is None):
-        return launch_args.num_processes
+    given = getattr(launch_args, setting)
+    if given is not None or (launch_args.cpu and launch_args.config_file is None):
+        return given
     try:
-        return load_config_from_file(launch_args.config_file).num_processes
+        return getattr(load_config_from_file(launch_args.config_file), setting)
     except (OSError, ValueError):
         return None
 

@@ -8,6 +8,7 @@ from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.datasets import count_classes
 from fastvit_train.models.build import check_model, native_image_size, pretrained_cfg_of
+from fastvit_train.runs.run_names import default_name
 
 
 def fill_defaults(config: TrainConfig) -> TrainConfig:
@@ -19,10 +20,9 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
     validate(config)
     check_model(config.model.model)
     image_size = config.model.image_size or native_image_size(config.model.model)
-    exp_name = config.run.exp_name or f"{config.data.dataset}-{config.model.model}-seed{config.run.seed}"
     return replace(
         config,
-        run=replace(config.run, exp_name=exp_name),
+        run=replace(config.run, exp_name=config.run.exp_name or default_name(config)),
         model=replace(config.model, image_size=image_size),
     )
 

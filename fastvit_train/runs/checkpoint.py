@@ -191,8 +191,8 @@ def _check_same(path: Path, saved: dict[str, Any], accelerator: Accelerator, dat
     if saved["mixed_precision"] != accelerator.mixed_precision:
         before, now = saved["mixed_precision"], accelerator.mixed_precision
         raise UserError(
-            f"{path} was trained with mixed precision {before!r}, this launch has {now!r}; "
-            f"resume with accelerate launch --mixed_precision {before}"
+            f"{path} was trained with mixed precision {before!r}, and this run has {now!r}; "
+            f"resume with --precision {before}"
         )
 
 

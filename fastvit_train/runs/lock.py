@@ -21,6 +21,10 @@ WAIT_FOR_ORPHANS = 15.0
 """seconds to wait for the data-loading children of a killed process, which hold its lock until they end"""
 
 
+class LockedError(UserError):
+    """Another process trains into the folder."""
+
+
 class RunLock:
     """Lock of a run's folder; the operating system releases it when the process ends, even if it is killed.
 
@@ -72,7 +76,7 @@ class RunLock:
                 holder = self._holder()
                 max_wait = WAIT_FOR_ORPHANS if holder and _ended(holder) else WAIT_FOR_CHECKS
                 if time.monotonic() - started > max_wait:
-                    raise UserError(self._held_by(holder)) from None
+                    raise LockedError(self._held_by(holder)) from None
             time.sleep(0.2)
 
     def _held_by(self, holder: dict[str, object] | None) -> str:

@@ -57,7 +57,7 @@ class RunFolder:
         if overwrite and resume != "never":
             raise UserError(f"--overwrite starts over and --resume {resume} continues; give only one of them")
         holds_run = self.config.is_file()
-        if not holds_run and self.root.exists() and not self._is_ours():
+        if not holds_run and self.root.exists() and not self.is_unused():
             raise UserError(
                 f"{self.root} exists and holds files that do not belong to a run; "
                 "choose another --exp-name or --runs-dir"
@@ -82,11 +82,12 @@ class RunFolder:
             )
         return False
 
-    def _is_ours(self) -> bool:
+    def is_unused(self) -> bool:
         """Return whether the folder holds at most the files of a run that was killed before it wrote config.yaml."""
-        return self.root.is_dir() and all(
-            path.name in lock.FILES or path.name.endswith(".partial") for path in self.root.iterdir()
-        )
+        try:
+            return all(path.name in lock.FILES or path.name.endswith(".partial") for path in self.root.iterdir())
+        except OSError:  # it is not a folder, or cannot be read
+            return False
 
     def read_config(self) -> dict[str, Any]:
         """Read the run's settings, by name; UserError if config.yaml cannot be read or is empty."""

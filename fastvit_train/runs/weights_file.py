@@ -1,12 +1,12 @@
 """Weights from a file that another trainer may have written: found inside whatever wraps them."""
 
-import argparse
 import logging
 import pickle
 import warnings
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ WRAPPERS = (
 """names under which trainers save weights, as a nested dict or a prefix of names; a moving average comes first"""
 INSIDE = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """names that torch adds to a name, at any place, for a module that it wraps"""
+SETTINGS = (SimpleNamespace, "argparse.Namespace")
+"""the settings that timm's and many other trainers save with the weights"""
 NAMES_SHOWN = 4
 
 
@@ -60,8 +62,8 @@ def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
         return load_file(path)
     try:
-        # Namespace: the command line of timm's and many other trainers. The warnings are about the file's format.
-        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings(action="ignore"):
+        # The warnings are about the file's format.
+        with torch.serialization.safe_globals([SETTINGS]), warnings.catch_warnings(action="ignore"):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         objects = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []

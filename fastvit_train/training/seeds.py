@@ -13,6 +13,7 @@ from rich.table import Table
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed import env
 from fastvit_train.runs.run_folder import ResumeMode
+from fastvit_train.runs.run_names import default_group, find_group
 from fastvit_train.training.loop import fit
 from fastvit_train.utils.atomic_io import write_atomically
 from fastvit_train.utils.console import Terminal
@@ -48,9 +49,13 @@ def fit_seeds(
     """
     if repeat < 1:
         raise UserError(f"--repeat {repeat} is out of range; allowed: 1 or more")
-    name = config.run.exp_name or f"{config.data.dataset}-{config.model.model}"
+    seeds = range(config.run.seed, config.run.seed + repeat)
+    name = config.run.exp_name
+    if name is None:
+        newest, free = find_group(Path(config.run.runs_dir), default_group(config), seeds)
+        name = newest if overwrite or resume != "never" else free
     summaries = []
-    for seed in range(config.run.seed, config.run.seed + repeat):
+    for seed in seeds:
         run = replace(config.run, seed=seed, exp_name=f"{name}-seed{seed}")
         summaries.append(fit(replace(config, run=run), resume=resume, overwrite=overwrite))
     results = {"runs": [f"{name}-seed{summary['seed']}" for summary in summaries], **spread(summaries)}

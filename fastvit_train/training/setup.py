@@ -17,7 +17,7 @@ from fastvit_train.data.datasets import DatasetSpec
 from fastvit_train.data.inputs import build_eval_loader, build_train_loader, load_data
 from fastvit_train.data.loader import EvalLoader, RankInfo, TrainLoader, check_batch_size, fit_batch_size
 from fastvit_train.distributed import env, parallelize, preflight, sync
-from fastvit_train.distributed.accelerator import deterministic, device_name, start_accelerator
+from fastvit_train.distributed.accelerator import deterministic, device_name, own_precision, start_accelerator
 from fastvit_train.distributed.cpu_threads import all_cores
 from fastvit_train.models.attention import AUTO, COMPILING, check_attention, choose_attention, warm_up
 from fastvit_train.models.build import build_model
@@ -25,6 +25,7 @@ from fastvit_train.models.compiling import compile_model
 from fastvit_train.models.resolve import resolve
 from fastvit_train.models.whitening import whiten
 from fastvit_train.runs import checkpoint
+from fastvit_train.runs.claim import choose_name, lock_run
 from fastvit_train.runs.lock import RunLock
 from fastvit_train.runs.log import Journal, Log
 from fastvit_train.runs.run_folder import ResumeMode, RunFolder
@@ -87,8 +88,9 @@ def setup(
     """
     with ExitStack() as stack:
         resolved = resolve(config)
+        launch = start_launch(resolved, stack)
+        resolved = choose_name(config, resolved, launch.accelerator, find=overwrite or resume != "never")
         folder = RunFolder(resolved.run_dir)
-        launch = start_launch(resolved, folder, stack)
         resolved, resuming = check_folder(resolved, folder, launch, resume, overwrite)
         model, optimizer = build_trainable(resolved)  # before the data: a wrong size is reported before a download
         inputs = load_inputs(resolved, launch.accelerator)
@@ -97,7 +99,9 @@ def setup(
         set_seed(resolved.run.seed, device_specific=True)  # dropout must differ between ranks, weights must not
         resolved, messages = resolve_attention(resolved, model, inputs, launch.accelerator)
         trained = prepare(resolved, model, optimizer, inputs, launch.accelerator)
-        messages += lock_folder(folder, launch, stack)
+        may_rename = config.run.exp_name is None and not (resuming or overwrite)
+        resolved, lock_messages = lock_run(resolved, launch.accelerator, stack, may_rename)
+        folder, messages = RunFolder(resolved.run_dir), messages + lock_messages
         if resuming != is_resuming(resolved, folder, launch, resume, overwrite):
             raise UserError(f"{folder.root} has changed while this run was being set up; start it again")
         state = TrainState()
@@ -124,13 +128,14 @@ def setup(
         return replace(session, resources=stack.pop_all())
 
 
-def start_launch(config: ResolvedConfig, folder: RunFolder, stack: ExitStack) -> Launch:
-    """Set threads and determinism until `stack` closes, let malloc retain freed memory, and join the other ranks."""
+def start_launch(config: ResolvedConfig, stack: ExitStack) -> Launch:
+    """Set threads, determinism and precision until `stack` closes, let malloc keep freed memory, and join all ranks."""
     threads = stack.enter_context(all_cores())
     preflight.check_compiled_once(config.run.compile)
     if config.run.deterministic:
         stack.enter_context(deterministic())
-    accelerator = start_accelerator(config.optim.grad_accum, config.run.track, folder.root)
+    stack.enter_context(own_precision(config.run.precision))
+    accelerator = start_accelerator(config.optim.grad_accum, config.run.track, config.run_dir, config.run.precision)
     if accelerator.device.type == "cpu":
         memory.retain_freed_memory()  # this stays set: malloc offers no way to read the old setting
     return Launch(accelerator, Log(accelerator.is_main_process), threads)
@@ -250,19 +255,6 @@ def build_ema(model: nn.Module, config: ResolvedConfig, accelerator: Accelerator
     if config.run.compile:
         compile_model(ema.module, graphed=supports_cuda_graphs(config, accelerator))
     return ema
-
-
-def lock_folder(folder: RunFolder, launch: Launch, stack: ExitStack) -> list[str]:
-    """Lock the run's folder on rank 0 until `stack` closes; returns messages about a lock left by a dead process."""
-
-    def lock() -> list[str]:
-        if not launch.log.enabled:
-            return []
-        held, messages = folder.acquire_lock()
-        stack.callback(held.release)
-        return messages
-
-    return sync.run_on_all_ranks(launch.accelerator, lock)
 
 
 def open_folder(folder: RunFolder, config: ResolvedConfig, state: TrainState, resuming: bool, log: Log) -> None:

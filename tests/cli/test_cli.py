@@ -164,7 +164,8 @@ def test_cifar_and_folders_by_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     folder = write_folder(tmp_path / "shapes")
     main([*small, "--dataset", "folder", "--data-dir", str(folder), "--cutout", "8"])
     names = {path.name for path in (tmp_path / "runs").iterdir()}
-    assert names == {"cifar10-mc_vit_4_4_32-seed0", "cifar10-c_vit_4_4_32-seed0", "folder-mc_vit_4_4_32-seed0"}
+    recipes = {"fast-cifar10-mc_vit_4_4_32-seed0", "upstream-cifar10-c_vit_4_4_32-seed0"}
+    assert names == {*recipes, "shapes-mc_vit_4_4_32-seed0"}
 
 
 def test_help_names_every_verb_and_groups_the_flags(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,6 +17,7 @@ from accelerate.commands.launch import launch_command_parser
 
 from fastvit_train.cli.main import main
 from fastvit_train.cli.verbs import VERBS
+from fastvit_train.runs.run_names import default_group
 from tests.support import ROOT, write_cifar10, write_fashion_mnist, write_folder
 from tests.support.pages import (
     ALL_PAGES,
@@ -96,7 +97,7 @@ def test_no_page_trains_into_a_folder_that_another_command_has_used(
 
 def run_name(train: Any) -> str:
     """The name of the first folder that a training writes to."""
-    name = train.run.exp_name or f"{train.data.dataset}-{train.model.model}"
+    name = train.run.exp_name or default_group(train)
     return f"{name}-seed{train.run.seed}" if train.repeat > 1 or train.run.exp_name is None else name
 
 

@@ -1,6 +1,7 @@
 """Weights for --weights: files of other trainers, other grids of patches, other numbers of classes."""
 
 import logging
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ WRAPPINGS = {
     "compiled lightning": lambda state: {"state_dict": prefixed("model._orig_mod.", state)},
     "lightning with a loss": lambda state: {"state_dict": {**prefixed("net.", state), "loss.weight": torch.ones(3)}},
     "a field": lambda state: {"epoch": 1, "model_state_dict": prefixed("module.", state)},
+    "with settings": lambda state: {"state_dict": state, "args": Namespace(lr=0.1, model="x")},
     "two fields": lambda state: {"model": {"state_dict": state}},
     "ema of timm": lambda state: {"state_dict": zeros(state), "state_dict_ema": state},
     "ema": lambda state: {"model": zeros(state), "ema": {"decay": 0.9, "module": state}},
