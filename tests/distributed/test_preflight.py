@@ -188,7 +188,7 @@ def test_fsdp_without_a_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     [
         ({"fsdp_version": 1}, "fsdp_version 1 is not supported; set it to 2"),
         ({"fsdp_state_dict_type": "SHARDED_STATE_DICT"}, "fsdp_state_dict_type SHARDED_STATE_DICT is not supported"),
-        ({"fsdp_state_dict_type": None}, "fsdp_state_dict_type None is not supported; set it to FULL_STATE_DICT"),
+        ({"fsdp_state_dict_type": None}, "fsdp_state_dict_type is not set; set it to FULL_STATE_DICT"),
     ],
 )
 def test_other_kinds_of_fsdp_say_what_to_set(
