@@ -16,6 +16,7 @@ from fastvit_train.config.validation import (
     MlpRatio,
     NonNegative,
     NonNegativeInt,
+    Positive,
     PositiveFraction,
     Precision,
     Seed,
@@ -54,7 +55,7 @@ class ModelConfig:
     """add a bias to query, key and value"""
     pos_embed: Literal["learned", "sine"] | None = None
     """position embedding"""
-    initializer_range: NonNegative | None = None
+    initializer_range: Positive | None = None
     """standard deviation of the initial weights"""
     patch_init: Literal["random", "whiten"] = "random"
     """whiten: initialize the patch projection with the principal directions of the training images' patches"""

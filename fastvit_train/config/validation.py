@@ -74,6 +74,7 @@ NonNegativeInt = Annotated[int, Number, Field(ge=0, le=10**9)]
 Seed = Annotated[int, Number, Field(ge=0, le=2**31 - 1)]
 NonNegative = Annotated[float, Number, Field(ge=0, le=1e9, allow_inf_nan=False)]
 Fraction = Annotated[float, Number, Field(ge=0, lt=1, allow_inf_nan=False)]
+Positive = Annotated[float, Number, Field(gt=0, le=1e9, allow_inf_nan=False)]
 PositiveFraction = Annotated[float, Number, Field(gt=0, le=1, allow_inf_nan=False, description="0.75 means 75%")]
 Precision = Annotated[
     Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)  # `no` in YAML 1.1

@@ -168,8 +168,8 @@ def _newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
     return None, problems or ["there is no checkpoint"]
 
 
-def drop_after(folder: Path, state: TrainState) -> None:
-    """Remove the checkpoints after `state`, which the resumed run writes again, and correct the links."""
+def drop_after(folder: Path, state: TrainState, keep: int) -> None:
+    """Remove the checkpoints after `state`, which the resumed run writes again, and finish what `save` may not have."""
     for path in _newest_first(folder):
         if int(path.name[5:]) > state.step:
             shutil.rmtree(path)
@@ -179,6 +179,7 @@ def drop_after(folder: Path, state: TrainState) -> None:
         atomic_io.link(folder / "best", best)
     elif not (folder / "best").exists():  # otherwise it links to the best one that could be written
         (folder / "best").unlink(missing_ok=True)
+    _prune(folder, keep)
 
 
 def _check_same(path: Path, saved: dict[str, Any], accelerator: Accelerator, data: dict[str, object]) -> None:

@@ -136,14 +136,14 @@ class RunFolder:
         if not checkpoint.exists(self.checkpoints):
             shutil.rmtree(self.root.resolve(), ignore_errors=True)
 
-    def drop_after(self, state: TrainState) -> None:
+    def drop_after(self, state: TrainState, keep: int) -> None:
         """Remove the metrics and checkpoints after `state`: the resumed run writes them again."""
         first_step = state.step - state.step_in_epoch
         with self._writing():
             for path, key, last in ((self.metrics, "epoch", state.epoch), (self.steps, "step", first_step)):
                 kept = [row for row in read_jsonl(path) if isinstance(row.get(key), int) and row[key] <= last]
                 atomic_io.write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-            checkpoint.drop_after(self.checkpoints, state)
+            checkpoint.drop_after(self.checkpoints, state, keep)
             for leftover in self.root.glob(".*.partial"):
                 leftover.unlink()
 

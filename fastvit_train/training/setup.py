@@ -260,7 +260,7 @@ def build_ema(model: nn.Module, config: ResolvedConfig, accelerator: Accelerator
 def open_folder(folder: RunFolder, config: ResolvedConfig, state: TrainState, resuming: bool, log: Log) -> None:
     """Bring the folder into the state that the run continues from, or create it."""
     if resuming:
-        folder.drop_after(state)
+        folder.drop_after(state, config.run.keep)
     else:
         folder.create(config.settings)
     log.attach(folder.root / "train.log")

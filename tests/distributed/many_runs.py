@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import recipe
-from fastvit_train.distributed import accelerator, env, parallelize, preflight
+from fastvit_train.distributed import accelerator, env, parallelize
 from fastvit_train.distributed.cpu_threads import use_all_cores
 from fastvit_train.training.loop import fit
 
@@ -43,7 +43,7 @@ def prepare_counted(
 def shard_on_a_cpu() -> None:
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU  # what accelerate makes FSDP of
-    preflight.check_kind = lambda: None
+    accelerator.check_kind = lambda: None
 
 
 if __name__ == "__main__":

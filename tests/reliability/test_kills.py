@@ -74,6 +74,14 @@ def test_without_the_samplers_position_the_kills_are_seen(tmp_path: Path) -> Non
     assert victim.wait() != [0] or differences(outcome(victim.folder), undisturbed(1))
 
 
+def test_a_run_killed_before_it_removes_an_old_checkpoint_keeps_no_more_than_another(tmp_path: Path) -> None:
+    last = 13
+    die = DieAt("runs.checkpoint._prune", last, signal.SIGKILL)
+    assert Victim(tmp_path, "killed", trick=die).wait() == [KILLED]
+    victim = Victim(tmp_path, "killed", "--resume", "must")
+    assert victim.wait() == [0] and differences(outcome(victim.folder), undisturbed(1)) == []
+
+
 def test_a_run_goes_on_with_other_processes(tmp_path: Path) -> None:
     """Without dropout, whose draws are each process's own."""
     same = ("--drop-rate", "0", "--ema", "0.99")
