@@ -79,7 +79,7 @@ def plain_attention(model: nn.Module) -> str:
 
 
 def pick_attention(model: nn.Module, batch_size: int, image_size: int, device: torch.device) -> tuple[str, list[str]]:
-    """Measure which attention trains `model` fastest.
+    """Return the attention to train `model` with: the preferred one, unless another is measured to be clearly faster.
 
     Args:
         model: on any device; it is not changed.
@@ -92,20 +92,24 @@ def pick_attention(model: nn.Module, batch_size: int, image_size: int, device: t
     """
     if plain_attention(model) == TIMM:
         return TIMM, [f"attention {TIMM}: the model's own; the others do not support this model"]
-    totals: Counter[str] = Counter()
-    choices = []
-    for case, calls in _cases(model, batch_size, image_size, device).items():
-        choice = fastvit_kernels.choose(**dict(case), device=device)
-        choices.append(choice)
-        totals.update({name: calls * ms for name, ms in choice.milliseconds.items()})
-    fits_all = set.intersection(*(set(choice.milliseconds) for choice in choices))
-    return min(fits_all, key=totals.__getitem__), [str(choice) for choice in choices]
+    cases = _cases(model, batch_size, image_size, device)
+    choices = [fastvit_kernels.choose(**dict(case), device=device) for case in cases]
+    fits_all = [name for name in choices[0].samples if all(name in choice.samples for choice in choices)]
+    calls = list(cases.values())
+    totals = {name: _add_up([choice.samples[name] for choice in choices], calls) for name in fits_all}
+    return fastvit_kernels.preferred(totals), [str(choice) for choice in choices]
+
+
+def _add_up(samples: list[tuple[float, ...]], calls: list[int]) -> tuple[float, ...]:
+    """Return the milliseconds of all attention calls of the model, for each part of the rounds."""
+    parts = zip(*samples, strict=True)
+    return tuple(sum(ms * number for ms, number in zip(part, calls, strict=True)) for part in parts)
 
 
 def choose_attention(
     model: nn.Module, batch_size: int, image_size: int, accelerator: Accelerator, measure: bool = True
 ) -> tuple[str, list[str]]:
-    """Make `model` compute with the attention that is fastest here, the same one on all ranks.
+    """Make `model` compute with the attention that suits this machine best, the same one on all ranks.
 
     Args:
         model: on any device.

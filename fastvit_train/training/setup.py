@@ -197,9 +197,9 @@ def load_inputs(config: ResolvedConfig, accelerator: Accelerator) -> Inputs:
 def resolve_attention(
     config: ResolvedConfig, model: nn.Module, inputs: Inputs, accelerator: Accelerator
 ) -> tuple[ResolvedConfig, list[str]]:
-    """Replace "auto" by the attention that is fastest here; returns the configuration and what was measured, in words.
+    """Replace "auto" by the attention that suits this machine best; returns the configuration and the measurements.
 
-    A deterministic run does not measure: the fastest may differ from run to run, and the implementations round
+    A deterministic run does not measure: the result may differ from machine to machine, and the implementations round
     differently.
     """
     if config.model.attention != AUTO:

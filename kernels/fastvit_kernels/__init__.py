@@ -4,7 +4,7 @@ Every implementation computes the same function of the same, merged parameters (
 per head), so every checkpoint works with every implementation.
 """
 
-from fastvit_kernels.autotune import Choice, choose
+from fastvit_kernels.autotune import Choice, choose, preferred
 from fastvit_kernels.cpp.gelu import GELULinear
 from fastvit_kernels.module import SelfAttention, can_swap_attention, swap_attention
 from fastvit_kernels.operator import attention, attention_weights
@@ -22,6 +22,7 @@ __all__ = [
     "check_implementation",
     "choose",
     "implementations",
+    "preferred",
     "swap_attention",
     "why_unsupported",
 ]

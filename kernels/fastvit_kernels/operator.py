@@ -26,7 +26,8 @@ def attention(
         num_heads: number of heads; must divide dim. Scores are scaled by 1/sqrt(dim / num_heads).
         dropout_p: probability with which an attention weight is zeroed; 0 outside training.
         implementation: a name from `implementations()`; "auto" times them on the first call with a new shape,
-            prints the result in one line to standard error, and uses the fastest from then on.
+            unless they were timed on this machine before, and prints the result in one line to standard error (see
+            `choose`).
 
     Returns:
         (batch, tokens, dim), the heads' outputs concatenated, in x's dtype (under autocast, in autocast's).

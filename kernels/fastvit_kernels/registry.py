@@ -17,7 +17,7 @@ from fastvit_kernels.naive import naive_attention
 from fastvit_kernels.sdpa import sdpa_attention
 
 AUTO = "auto"
-"""the name that selects the fastest implementation by measurement"""
+"""the name that selects an implementation by measurement"""
 COMPILING = ("compiled", "cpp", "triton")
 """implementations whose first call with a new shape takes a second or more"""
 MIN_CAPABILITY = (8, 0)
@@ -80,6 +80,7 @@ def _triton_attention(
     return triton_attention(x, qkv_weight, qkv_bias, num_heads, dropout_p)
 
 
+# `auto` prefers the later of two that are equally fast.
 IMPLEMENTATIONS = {
     "naive": Implementation(naive_attention),
     "fused": Implementation(fused_attention),
@@ -102,6 +103,12 @@ def why_unsupported(name: str, device: torch.device) -> str | None:
     if name == "cpp" and device.type != "cpu":
         return "cpp needs a CPU"
     return None
+
+
+def candidates(device: torch.device) -> list[str]:
+    """Return the names of the implementations that can run here and are meant for `device`."""
+    names = [name for name, reason in implementations().items() if reason is None and name != AUTO]
+    return [name for name in names if why_unsupported(name, device) is None]
 
 
 def check_implementation(name: str) -> None:

@@ -1,14 +1,20 @@
 """`auto` checks and times the implementations, reports its choice once, and has no side effects."""
 
+import functools
+import os
+import random
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastvit_kernels
-from fastvit_kernels import autotune, registry
+from fastvit_kernels import registry
+from fastvit_kernels.autotune import cache, chooser, measurement
+from fastvit_kernels.autotune import choice as choice_module
 from fastvit_kernels.fused import fused_attention
 from fastvit_kernels.registry import Implementation
 from tests.kernels.accuracy import assert_accurate
@@ -18,10 +24,10 @@ CASE = {"dtype": torch.float32, "device": torch.device("cpu")}
 
 
 @pytest.fixture(autouse=True)
-def _empty_cache() -> Iterator[None]:
-    autotune._choices.clear()
+def _empty_memory() -> Iterator[None]:
+    chooser._choices.clear()
     yield
-    autotune._choices.clear()
+    chooser._choices.clear()
 
 
 def slow(*arguments: object) -> Tensor:
@@ -43,9 +49,15 @@ def broken(*arguments: object) -> Tensor:
 
 
 def only(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Tensor]) -> None:
-    """Replace the implementations."""
-    table = {"fused": Implementation(fused_attention)} | {name: Implementation(f) for name, f in functions.items()}
-    for module in (registry, autotune):
+    """Replace the implementations, and time them for a short while."""
+    monkeypatch.setattr(measurement, "MAX_SECONDS", 0.1)
+    replace_table(
+        monkeypatch, {"fused": Implementation(fused_attention)} | {n: Implementation(f) for n, f in functions.items()}
+    )
+
+
+def replace_table(monkeypatch: pytest.MonkeyPatch, table: dict[str, Implementation]) -> None:
+    for module in (registry, choice_module, measurement):
         monkeypatch.setattr(module, "IMPLEMENTATIONS", table)
 
 
@@ -80,11 +92,8 @@ def test_an_implementation_that_does_not_support_the_shape_is_left_out_without_a
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     only(monkeypatch)
-    table = registry.IMPLEMENTATIONS | {
-        "narrow": Implementation(broken, why_unsupported=lambda x, heads: "5 is too long")
-    }
-    for module in (registry, autotune):
-        monkeypatch.setattr(module, "IMPLEMENTATIONS", table)
+    narrow = Implementation(broken, why_unsupported=lambda x, heads: "5 is too long")
+    replace_table(monkeypatch, registry.IMPLEMENTATIONS | {"narrow": narrow})
     choice = fastvit_kernels.choose((2, 5, 16), 2, **CASE)
     assert choice.name == "fused"
     assert str(choice).endswith("; left out narrow: 5 is too long")
@@ -92,10 +101,13 @@ def test_an_implementation_that_does_not_support_the_shape_is_left_out_without_a
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.filterwarnings("error:attention auto")
-def test_ours_pass_the_check_and_large_batches_stay_within_float16(dtype: torch.dtype, seed: int) -> None:
+def test_ours_pass_the_check_and_large_batches_stay_within_float16(
+    dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurement, "MAX_SECONDS", 0.1)
     choice = fastvit_kernels.choose((1024, 16, 16), 2, dtype=dtype, device="cpu")
     assert set(choice.milliseconds) == {"naive", "fused", "sdpa", "compiled", "cpp"}
-    assert choice.name == min(choice.milliseconds, key=choice.milliseconds.__getitem__)
+    assert choice.milliseconds[choice.name] <= 1.5 * min(choice.milliseconds.values())
 
 
 def test_one_line_for_each_new_shape_and_the_random_state_stays(
@@ -110,7 +122,7 @@ def test_one_line_for_each_new_shape_and_the_random_state_stays(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
     assert lines[0].startswith(
-        "attention auto: fused is fastest; ms per forward and backward pass at 2x5x16, 2 heads, float32, cpu: "
+        "attention auto: fused; ms per forward and backward pass at 2x5x16, 2 heads, float32, cpu: "
     )
     assert torch.equal(state, torch.get_rng_state())
 
@@ -124,7 +136,7 @@ def test_a_much_slower_implementation_is_not_timed_again(monkeypatch: pytest.Mon
 
     only(monkeypatch, much_slower=much_slower)
     assert fastvit_kernels.choose((2, 5, 16), 2, **CASE).name == "fused"
-    assert len(calls) <= 4
+    assert len(calls) <= 2 + measurement.MIN_ROUNDS
 
 
 def test_an_empty_batch_is_not_timed() -> None:
@@ -137,3 +149,150 @@ def test_inside_a_compiled_graph(seed: int) -> None:
     x, weight = torch.randn(2, 5, 16), torch.randn(48, 16)
     function = torch.compile(lambda x: fastvit_kernels.attention(x, weight, None, 2), fullgraph=True, dynamic=False)
     assert_accurate([function(x)], [chain(x, weight, None, 2)], [chain(x.double(), weight.double(), None, 2)])
+
+
+def test_noise_does_not_decide_between_implementations_of_equal_speed(
+    monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """A busy neighbour makes half of the passes up to four times as slow: a hundred starts make the same choice."""
+    table = {name: Implementation(fused_attention) for name in ("naive", "fused", "sdpa", "compiled", "cpp")}
+    replace_table(monkeypatch, table)
+    draw = random.Random(seed)
+    factors = {"naive": 1.4, "fused": 1.05, "sdpa": 1.0, "compiled": 0.97, "cpp": 1.02}
+
+    def time_pass(run: Callable[[], object], device: torch.device) -> float:
+        name = run.args[0]  # type: ignore[attr-defined]
+        disturbed = draw.uniform(1, 4) if draw.random() < 0.5 else 1.0
+        return 5 * factors[name] * draw.gauss(1, 0.01) * disturbed
+
+    monkeypatch.setattr(measurement, "_milliseconds", time_pass)
+    passes = {name: functools.partial(fused_attention, name) for name in table}
+    device = torch.device("cpu")
+    assert {fastvit_kernels.preferred(measurement._time(passes, device)) for _ in range(100)} == {"cpp"}
+    factors["compiled"] = 0.6  # a real difference decides, in spite of the noise
+    assert {fastvit_kernels.preferred(measurement._time(passes, device)) for _ in range(100)} == {"compiled"}
+
+
+@pytest.mark.parametrize(
+    ("samples", "name"),
+    [
+        ({"naive": (1.0, 1.0, 1.0), "cpp": (1.05, 1.05, 1.05)}, "cpp"),
+        ({"naive": (1.0, 1.0, 1.0), "cpp": (1.2, 1.2, 1.2)}, "naive"),
+        ({"naive": (1.0, 1.0, 1.0), "cpp": (2.0, 2.0, 1.05)}, "cpp"),
+        ({"naive": (1.0, 1.0, 1.0), "fused": (1.05, 1.05, 1.05), "cpp": (1.2, 1.2, 1.2)}, "fused"),
+        ({"naive": (2.0, 2.0, 2.0)}, "naive"),
+    ],
+)
+def test_the_preferred_one_is_replaced_only_by_one_that_is_faster_in_every_part(
+    samples: dict[str, tuple[float, ...]], name: str
+) -> None:
+    assert fastvit_kernels.preferred(samples) == name
+    assert fastvit_kernels.preferred(dict(reversed(samples.items()))) == name
+
+
+def cache_files() -> list[Path]:
+    folder = Path(os.environ["XDG_CACHE_HOME"])
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_second_start_reads_what_the_first_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    only(monkeypatch, other=slow)
+    first = fastvit_kernels.choose((2, 5, 16), 2, **CASE)
+    (path,) = cache_files()
+    chooser._choices.clear()
+    monkeypatch.setattr(chooser, "measure", None)
+    second = fastvit_kernels.choose((2, 5, 16), 2, **CASE)
+    assert (second.name, second.samples, second.unsupported) == (first.name, first.samples, first.unsupported)
+    assert str(second).endswith(f" (measured before, in {path})")
+
+
+@pytest.mark.parametrize(
+    "what", ["shape", "heads", "dtype", "bias", "dropout", "autocast", "threads", "version", "available", "processor"]
+)
+def test_what_the_times_depend_on_is_measured_again(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch)
+    first = fastvit_kernels.choose((2, 5, 16), 2, **CASE)
+    assert first.file is None
+    chooser._choices.clear()
+    if what == "threads":
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 96)
+    elif what == "version":
+        monkeypatch.setattr(torch, "__version__", "99.0")
+    elif what == "available":
+        only(monkeypatch, other=fused_attention)
+    elif what == "processor":
+        monkeypatch.setattr(cache, "_processor", lambda: "another")
+    shape = (2, 6, 16) if what == "shape" else (2, 5, 16)
+    dtype = torch.float64 if what == "dtype" else torch.float32
+    options = {"has_bias": what != "bias", "dropout_p": 0.1 * (what == "dropout"), "dtype": dtype, "device": "cpu"}
+    with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
+        again = fastvit_kernels.choose(shape, 4 if what == "heads" else 2, **options)
+    assert again.file is None
+    assert len(cache_files()) == 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        "[" * 10**5,
+        '{"samples": {}, "unsupported": {}, "compile_seconds": 0}',
+        '{"samples": {"fused": [1, 2]}, "unsupported": {}, "compile_seconds": 0}',
+        '{"samples": {"fused": [1, 2, NaN]}, "unsupported": {}, "compile_seconds": 0}',
+        '{"samples": {"fused": [1, 2, 1e999]}, "unsupported": {}, "compile_seconds": 0}',
+        '{"samples": {"fused": "123x"}, "unsupported": {}, "compile_seconds": 0}',
+        '{"samples": {"gone": [1, 2, 3]}, "unsupported": {}, "compile_seconds": 0}',
+        '{"samples": {"fused": [1, 2, 3]}, "unsupported": [], "compile_seconds": 0}',
+        b"\xff\xfe",
+    ],
+)
+def test_a_damaged_cache_file_is_measured_again_and_replaced(
+    content: str | bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch)
+    fastvit_kernels.choose((2, 5, 16), 2, **CASE)
+    (path,) = cache_files()
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    chooser._choices.clear()
+    assert fastvit_kernels.choose((2, 5, 16), 2, **CASE).file is None
+    chooser._choices.clear()
+    assert fastvit_kernels.choose((2, 5, 16), 2, **CASE).file == path
+    assert cache_files() == [path]
+
+
+@pytest.mark.parametrize("place", ["/dev/null/cache", "relative"])
+def test_a_cache_that_cannot_be_written_is_not_needed(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", place)
+    monkeypatch.setenv("HOME", "/dev/null")
+    assert fastvit_kernels.choose((2, 5, 16), 2, **CASE).name == "fused"
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, bad=broken)
+    with pytest.warns(UserWarning, match="leaves out bad"):
+        fastvit_kernels.choose((2, 5, 16), 2, **CASE)
+    assert not cache_files()
+
+
+def test_processes_that_start_together_agree_with_the_first_to_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, other=fused_attention)
+    case = choice_module.Case((2, 5, 16), 2, torch.float32, torch.float32, True, 0.0, torch.device("cpu"), None)
+    theirs = choice_module.Choice("case", {"fused": (1.0, 1.0, 1.0), "other": (2.0, 2.0, 2.0)}, 0.0)
+
+    def measure_while_another_process_finishes(case: choice_module.Case) -> choice_module.Choice:
+        cache.write(case, theirs)
+        return choice_module.Choice("case", {"fused": (2.0, 2.0, 2.0), "other": (1.0, 1.0, 1.0)}, 0.0)
+
+    monkeypatch.setattr(chooser, "measure", measure_while_another_process_finishes)
+    assert cache.read(case) is None
+    assert fastvit_kernels.choose((2, 5, 16), 2, **CASE).name == "fused"

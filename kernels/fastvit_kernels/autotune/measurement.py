@@ -1,0 +1,160 @@
+"""Check and time the implementations for one case, in interleaved rounds."""
+
+import functools
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastvit_kernels.autotune.choice import PARTS, Case, Choice
+from fastvit_kernels.registry import COMPILING, IMPLEMENTATIONS, candidates
+
+REFERENCE = "fused"
+MAX_SECONDS = 1.0
+"""timing stops after this time, not counting first calls, but not before `MIN_ROUNDS` rounds"""
+MIN_ROUNDS, MAX_ROUNDS = 6, 48
+MAX_SLOWDOWN = 3
+"""an implementation is not timed again if its first `MIN_ROUNDS` all took longer than this multiple of the fastest"""
+CHECKED_SAMPLES = 8
+"""samples of the batch whose results are compared with the reference"""
+TF32_EPS = 2**-10
+"""relative precision of TF32, in which a GPU may multiply float32 matrices"""
+GPU_CALLS = 10
+"""calls between two synchronisations; a synchronisation takes longer than a call of a few microseconds"""
+
+
+class Data(NamedTuple):
+    """Random arguments, and an output gradient that is zero except for the first `CHECKED_SAMPLES` samples."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    grad_output: Tensor
+
+    def first(self, samples: int) -> "Data":
+        """Return the data of the first samples only.
+
+        The other samples have a zero output gradient, so the gradients of the parameters are those of the whole batch.
+        """
+        return Data(self.x.detach()[:samples].requires_grad_(), self.weight, self.bias, self.grad_output[:samples])
+
+
+def measure(case: Case) -> Choice:
+    """Compare each implementation that can run here with the reference, and time those that pass.
+
+    Raises:
+        RuntimeError: if no implementation supports the case.
+    """
+    passes: dict[str, Callable[[], list[Tensor]]] = {}
+    unsupported: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    compile_seconds = 0.0
+    with _isolated(case):
+        data = _random_data(case)
+        expected = _forward_backward(REFERENCE, data.first(CHECKED_SAMPLES), case.num_heads, 0.0)
+        for name in candidates(case.device):
+            started = time.perf_counter()
+            if (reason := IMPLEMENTATIONS[name].why_unsupported(data.x, case.num_heads)) is not None:
+                unsupported[name] = reason
+            elif (problem := _check(name, case, data, expected)) is not None:
+                failed[name] = problem
+            else:
+                passes[name] = functools.partial(_forward_backward, name, data, case.num_heads, case.dropout_p)
+            compile_seconds += time.perf_counter() - started if name in COMPILING else 0.0
+        if not passes:
+            raise RuntimeError(f"no attention implementation supports {case}: {unsupported | failed}")
+        samples = _time(passes, case.device)
+    return Choice(str(case), samples, compile_seconds, unsupported, failed)
+
+
+@contextmanager
+def _isolated(case: Case) -> Iterator[None]:
+    """Enable gradients, and restore torch's random state afterwards.
+
+    Autocast does not cache the cast weights here, because each training step casts them again.
+    """
+    gpus = [case.device] if case.device.type == "cuda" else []
+    autocast = torch.autocast(case.device.type, case.autocast, enabled=case.autocast is not None, cache_enabled=False)
+    with torch.random.fork_rng(gpus), torch.inference_mode(False), torch.enable_grad(), autocast:
+        yield
+
+
+def _random_data(case: Case) -> Data:
+    """Draw tokens of variance 1, and weights that keep the variance near 1."""
+    dim = case.shape[-1]
+    x_options: dict[str, Any] = {"dtype": case.dtype, "device": case.device}
+    weight_options: dict[str, Any] = {"dtype": case.weight_dtype, "device": case.device}
+    x = torch.randn(case.shape, **x_options)
+    weight = torch.randn(3 * dim, dim, **weight_options) * dim**-0.5
+    bias = torch.randn(3 * dim, **weight_options).requires_grad_() if case.has_bias else None
+    grad_output = torch.zeros(case.shape, dtype=case.autocast or case.dtype, device=case.device)
+    grad_output[:CHECKED_SAMPLES].normal_()
+    return Data(x.requires_grad_(), weight.requires_grad_(), bias, grad_output)
+
+
+def _forward_backward(name: str, data: Data, num_heads: int, dropout_p: float) -> list[Tensor]:
+    """Return the output and the gradients of x, weight and bias."""
+    output = IMPLEMENTATIONS[name].function(data.x, data.weight, data.bias, num_heads, dropout_p)
+    inputs = [t for t in (data.x, data.weight, data.bias) if t is not None]
+    return [output.detach(), *torch.autograd.grad(output, inputs, data.grad_output)]
+
+
+def _check(name: str, case: Case, data: Data, expected: list[Tensor]) -> str | None:
+    """Warn and return why `name` is left out: it raises, or differs from the reference by more than rounding."""
+    try:
+        if case.dropout_p:
+            _forward_backward(name, data, case.num_heads, case.dropout_p)
+        results = _forward_backward(name, data, case.num_heads, 0.0)
+        problem = _difference(results, expected)
+    except Exception as error:
+        problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    if problem is not None:
+        warnings.warn(f"attention auto leaves out {name}: {problem}", stacklevel=5)
+    return problem
+
+
+def _difference(results: list[Tensor], expected: list[Tensor]) -> str | None:
+    allowed = max(torch.finfo(expected[0].dtype).eps, TF32_EPS if expected[0].is_cuda else 0.0) ** 0.5
+    names = ("output", "gradient of x", "gradient of the weight", "gradient of the bias")
+    for name, result, right in zip(names, results, expected, strict=False):
+        difference = float((result[: len(right)] - right).abs().max() / right.abs().max())
+        if not difference <= allowed:  # so that NaN fails
+            return f"its {name} differs from that of {REFERENCE} by {difference:.1e} of the largest value"
+    return None
+
+
+def _time(passes: dict[str, Callable[[], list[Tensor]]], device: torch.device) -> dict[str, tuple[float, ...]]:
+    """Return the milliseconds of the fastest round of each part of the rounds, for each pass.
+
+    The rounds are interleaved, and each part takes rounds from all of the time, so that other load affects all alike.
+    """
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    started = time.perf_counter()
+    for turn in range(MAX_ROUNDS):
+        if turn >= MIN_ROUNDS and time.perf_counter() - started > MAX_SECONDS:
+            break
+        limit = MAX_SLOWDOWN * min((min(values) for values in times.values() if values), default=0.0)
+        for name, values in times.items():
+            if turn < MIN_ROUNDS or min(values) <= limit:
+                values.append(_milliseconds(passes[name], device))
+    return {name: tuple(min(values[part::PARTS]) for part in range(PARTS)) for name, values in times.items()}
+
+
+# fastvit_train.utils.timing has this too; but the kernels work alone, and the import order forbids it here.
+def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
+    calls = 1 if device.type == "cpu" else GPU_CALLS
+    _synchronize(device)
+    before = time.perf_counter()
+    for _ in range(calls):
+        run()
+    _synchronize(device)
+    return (time.perf_counter() - before) / calls * 1e3
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
