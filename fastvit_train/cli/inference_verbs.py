@@ -19,6 +19,8 @@ class Eval:
 
     run: str
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
+    checkpoint: str | None = None
+    """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
     dataset: DatasetName | None = None
     """evaluate on the test set of this data set; default: the data that the run was evaluated on"""
     data_dir: str | None = None
@@ -43,6 +45,7 @@ def evaluate(command: Eval) -> None:
         data_dir=command.data_dir,
         attention=command.attention,
         batch_size=command.batch_size,
+        checkpoint=command.checkpoint,
     )
     show(evaluated, command.output)
     leave_process_group()
@@ -56,6 +59,8 @@ class Predict:
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
     images: tuple[str, ...]
     """files, folders or patterns; - reads an image, or a list of file names, from standard input"""
+    checkpoint: str | None = None
+    """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
     top: int = 3
     """number of classes to print for each image"""
     json: bool = False
@@ -81,6 +86,7 @@ def predict(command: Predict) -> int:
         as_json=command.json,
         show=command.show,
         output=command.output,
+        checkpoint=command.checkpoint,
     )
     return 1 if broken else 0
 
@@ -93,6 +99,8 @@ class Inspect:
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
     images: tuple[str, ...]
     """files, folders or patterns; default: one image of each class of the test set"""
+    checkpoint: str | None = None
+    """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
     data_dir: str | None = None
     """folder of the data sets, if they have moved since the training"""
     output: Path | None = None
@@ -104,7 +112,8 @@ def inspect(command: Inspect) -> None:
     from fastvit_train.inference.inspect import inspect_run
 
     preflight.check_single_process("inspect")
-    for path in inspect_run(command.run, command.images, command.output, command.data_dir):
+    paths = inspect_run(command.run, command.images, command.output, command.data_dir, command.checkpoint)
+    for path in paths:
         print(f"written to {path}")
 
 
@@ -134,6 +143,8 @@ class Export:
 
     run: str
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
+    checkpoint: str | None = None
+    """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
     to: Literal["onnx", "torch-export", "safetensors", "timm"] = "onnx"
     """onnx and torch-export write a program that takes uint8 images; safetensors and timm write weights and a config"""
     output: Path | None = None
@@ -145,7 +156,7 @@ def export(command: Export) -> None:
     from fastvit_train.inference.export import export_run
 
     preflight.check_single_process("export")
-    export_run(command.run, command.to, command.output)
+    export_run(command.run, command.to, command.output, command.checkpoint)
 
 
 @dataclass(frozen=True)
@@ -156,6 +167,8 @@ class Push:
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
     repo: str
     """USER/NAME on the Hub"""
+    checkpoint: str | None = None
+    """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
     public: bool = False
     """make a new repository public (default: private); also needed to push to an existing public repository"""
     dry_run: bool = False
@@ -169,7 +182,14 @@ def push(command: Push) -> None:
     from fastvit_train.inference.push import push_run
 
     preflight.check_single_process("push")
-    push_run(command.run, command.repo, public=command.public, dry_run=command.dry_run, license=command.license)
+    push_run(
+        command.run,
+        command.repo,
+        public=command.public,
+        dry_run=command.dry_run,
+        license=command.license,
+        checkpoint=command.checkpoint,
+    )
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ def evaluate_run(
     data_dir: str | None = None,
     attention: str | None = None,
     batch_size: int = RunConfig.eval_batch_size,
+    checkpoint: str | int | None = None,
 ) -> EvaluatedRun:
     """Evaluate a trained model, on all ranks of the launch together.
 
@@ -68,12 +69,13 @@ def evaluate_run(
         attention: the attention implementation; by default the run's own, or a plain one for a model without a run.
             "auto" measures and takes the fastest.
         batch_size: images per step and rank.
+        checkpoint: as in `load_run`.
 
     Raises:
         UserError: if the model, the attention or the data set is not available, if the data set has other classes than
             the model, or if the model's outputs are NaN or inf.
     """
-    loaded = load_run(run, device="cpu")
+    loaded = load_run(run, device="cpu", checkpoint=checkpoint)
     config = _configure(loaded, dataset, data_dir, attention, batch_size)
     recorded = loaded.config is not None and attention is None
     check_attention(config.model, recorded_in=RunFolder(Path(loaded.folder or "")).config if recorded else None)
@@ -96,7 +98,11 @@ def evaluate_run(
 
 
 def evaluate(
-    run: str | Path, dataset: DatasetName | None = None, data_dir: str | None = None, attention: str | None = None
+    run: str | Path,
+    dataset: DatasetName | None = None,
+    data_dir: str | None = None,
+    attention: str | None = None,
+    checkpoint: str | int | None = None,
 ) -> Evaluation:
     """Evaluate a trained model; all ranks of the launch share the work and return the same result.
 
@@ -105,12 +111,13 @@ def evaluate(
         dataset: evaluate on the test set of this data set; by default on the images that the run was evaluated on.
         data_dir: the folder that holds the data; by default the folder that the run used.
         attention: the attention implementation; by default the run's own, or a plain one for a model without a run.
+        checkpoint: as in `load_run`.
 
     Raises:
         UserError: if the model, the attention or the data set is not available, if the data set has other classes than
             the model, or if the model's outputs are NaN or inf.
     """
-    return evaluate_run(run, dataset=dataset, data_dir=data_dir, attention=attention).evaluation
+    return evaluate_run(run, dataset=dataset, data_dir=data_dir, attention=attention, checkpoint=checkpoint).evaluation
 
 
 def _configure(
@@ -171,7 +178,7 @@ def metrics(evaluated: EvaluatedRun) -> dict[str, Any]:
 
     Accuracies, precision and recall are fractions, the loss is in nats; a class without images has recall None.
     """
-    result, dataset = evaluated.evaluation, evaluated.dataset
+    result, dataset, chosen = evaluated.evaluation, evaluated.dataset, evaluated.run.checkpoint
     per_class = zip(
         dataset.classes,
         result.labels.bincount(minlength=len(dataset.classes)).tolist(),
@@ -182,6 +189,7 @@ def metrics(evaluated: EvaluatedRun) -> dict[str, Any]:
     return {
         "model": evaluated.run.architecture,
         "source": evaluated.run.source,
+        "checkpoint": None if chosen is None else {"name": chosen.name, "epoch": chosen.epoch, "step": chosen.step},
         "dataset": dataset.name,
         "evaluated_on": dataset.evaluated_on,
         "images": result.samples,
@@ -220,9 +228,11 @@ def show(evaluated: EvaluatedRun, output: Path | None) -> None:
     """
     accelerator = evaluated.accelerator
     values = metrics(evaluated)
-    folder = output or (evaluated.run.folder or Path()) / "eval"
+    folder = output or evaluated.run.output_folder("eval")
     written = sync.broadcast_from_rank0(accelerator, lambda: _write(evaluated, values, folder))
     log = Log(accelerator.is_main_process)
+    if evaluated.run.checkpoint is not None:
+        log.line(str(evaluated.run.checkpoint))
     log.line(
         f"{values['source']}: {values['dataset']} ({values['evaluated_on']}, {values['images']:,} images) "
         f"accuracy {values['accuracy']:.2%}, top-5 {values['top5_accuracy']:.2%}, loss {values['loss']:.6f}, "

@@ -51,7 +51,7 @@ class Format:
     """packages that it needs, from the extra `export`"""
 
 
-def export_run(run: str, to: str, output: Path | None) -> Path:
+def export_run(run: str, to: str, output: Path | None, checkpoint: str | None = None) -> Path:
     """Export a trained model and print how far the exported model's logits are from the model's.
 
     Args:
@@ -59,6 +59,7 @@ def export_run(run: str, to: str, output: Path | None) -> Path:
         to: one of `FORMATS`. onnx and torch-export contain the normalization and take uint8 images; safetensors and
             timm contain the weights, the architecture and the preprocessing.
         output: the file or folder to write; by default in export/ in the run's folder.
+        checkpoint: as in `load_run`.
 
     Returns:
         The file or folder.
@@ -76,8 +77,9 @@ def export_run(run: str, to: str, output: Path | None) -> Path:
     suffix = Path(export_format.name).suffix
     if output is not None and output.suffix != suffix and suffix:
         raise UserError(f"--output {output} does not fit --to {to}; allowed: a name that ends in {suffix}")
-    loaded = load_run(run, device="cpu")
-    final = output or (loaded.folder or Path()) / "export" / export_format.name
+    loaded = load_run(run, device="cpu", checkpoint=checkpoint)
+    loaded.print_checkpoint()
+    final = output or loaded.output_folder("export") / export_format.name
     with (
         atomic_io.as_save_error(f"{final} cannot be written; choose another --output"),
         atomic_io.staged(final) as partial,

@@ -38,7 +38,13 @@ class InspectedImages:
     """uint8 (images, 3, size, size)"""
 
 
-def inspect_run(run: str, images: Sequence[str], output: Path | None, data_dir: str | None = None) -> list[Path]:
+def inspect_run(
+    run: str,
+    images: Sequence[str],
+    output: Path | None,
+    data_dir: str | None = None,
+    checkpoint: str | None = None,
+) -> list[Path]:
     """Draw a trained model's attention maps, position embeddings and patch filters; returns the files' paths.
 
     attention-maps.png: each image with the last layer's attention map (the class token's attention or the pooling
@@ -50,14 +56,16 @@ def inspect_run(run: str, images: Sequence[str], output: Path | None, data_dir: 
         images: as in `predict_images`, up to 32; by default the first test image of each of the first ten classes.
         output: folder for the figures; by default inspect/ in the run's folder.
         data_dir: the folder that holds the data; by default the folder that the run used.
+        checkpoint: as in `load_run`.
 
     Raises:
         UserError: if the model, an image or the data set is not available, or if the model has no attention maps.
     """
-    loaded = load_run(run)
+    loaded = load_run(run, checkpoint=checkpoint)
+    loaded.print_checkpoint()
     inspected = _read_images(images, loaded.image_size) if images else _select_test_images(loaded, data_dir)
     maps = attention_maps(loaded.model, loaded.preprocess(inspected.pixels))
-    folder = output or (loaded.folder or Path()) / "inspect"
+    folder = output or loaded.output_folder("inspect")
     with atomic_io.as_save_error(f"{folder} cannot be written; choose another --output"):
         folder.mkdir(parents=True, exist_ok=True)
     return _draw(loaded, inspected, maps, folder, by_head=len(inspected.names) if images else TEST_IMAGES_BY_HEAD)

@@ -38,7 +38,7 @@ def model_card(run: TrainedModel, repo: str, license: str | None) -> str:
     header = _header(run, repo, license, summary).to_yaml()
     parts = [f"---\n{header}\n---", f"# {text(repo.rpartition('/')[2])}", _description(run)]
     if run.folder is not None and run.config is not None:
-        parts += [_training_data(run, summary), _recipe(run.config.settings), _results(run.folder, summary)]
+        parts += [_training_data(run, summary), _recipe(run.config.settings), _results(run, run.folder, summary)]
     else:
         parts.append(
             "## Training\n\nThe training of this model is not documented here: it was not pushed from a run of "
@@ -56,17 +56,19 @@ def _header(run: TrainedModel, repo: str, license: str | None, summary: dict[str
         dataset = run.config.data.dataset
         metadata["datasets"] = HUB_DATASETS.get(dataset)
         metadata["metrics"] = ["accuracy"]
-        metadata["eval_results"] = [
-            EvalResult(
-                task_type=TASK,
-                dataset_type=HUB_DATASETS.get(dataset, dataset),
-                dataset_name=summary["dataset"],
-                dataset_split=summary["evaluated_on"],
-                metric_type="accuracy",
-                metric_name="accuracy of the last epoch",
-                metric_value=_number(summary, "test_accuracy"),
-            )
-        ]
+        name, accuracy = _accuracy(run, summary)
+        if accuracy is not None:
+            metadata["eval_results"] = [
+                EvalResult(
+                    task_type=TASK,
+                    dataset_type=HUB_DATASETS.get(dataset, dataset),
+                    dataset_name=summary["dataset"],
+                    dataset_split=summary["evaluated_on"],
+                    metric_type="accuracy",
+                    metric_name=name,
+                    metric_value=accuracy,
+                )
+            ]
     return ModelCardData(
         library_name="timm",
         pipeline_tag=TASK,
@@ -75,6 +77,14 @@ def _header(run: TrainedModel, repo: str, license: str | None, summary: dict[str
         model_name=repo.rpartition("/")[2],
         **{key: value for key, value in metadata.items() if value is not None},
     )
+
+
+def _accuracy(run: TrainedModel, summary: dict[str, Any]) -> tuple[str, float | None]:
+    """Return the name and the value of the weights' accuracy, a fraction; None if they were not evaluated."""
+    if run.checkpoint is None:
+        return "accuracy of the last epoch", _number(summary, "test_accuracy")
+    accuracy = run.checkpoint.accuracy
+    return f"accuracy of epoch {run.checkpoint.epoch}", None if accuracy is None else round(accuracy, 6)
 
 
 def _number(summary: dict[str, Any], key: str) -> float:
@@ -127,16 +137,23 @@ def _recipe(config: TrainConfig) -> str:
     return f"## Recipe\n\n`{code(config.run.recipe)}`{changes}\n\nAll settings are in `config.yaml`."
 
 
-def _results(folder: Path, summary: dict[str, Any]) -> str:
+def _results(run: TrainedModel, folder: Path, summary: dict[str, Any]) -> str:
     _, *rows = comparison.comparison_rows([folder])
     split = summary["evaluated_on"]
     images = "the held-out images" if split == "holdout" else f"the {text(split)} set"
     results = table([["", "value"], *([name, text(value)] for name, value in rows)])
     return (
-        f"## Results\n\n{results}\n\nThe accuracy is that of the last epoch, on {images}. The best epoch was chosen on "
+        f"## Results\n\n{_which_weights(run)}{results}\n\n"
+        f"The accuracy is that of the last epoch, on {images}. The best epoch was chosen on "
         "the same images, so its accuracy is biased upwards: do not compare it with the test accuracy of other models. "
         "`metrics.jsonl` has the metrics of every epoch."
     )
+
+
+def _which_weights(run: TrainedModel) -> str:
+    if run.checkpoint is None:
+        return ""
+    return f"The weights are those of {run.checkpoint}. The table describes the whole run and its last epoch.\n\n"
 
 
 def _limitations(run: TrainedModel, summary: dict[str, Any]) -> str:

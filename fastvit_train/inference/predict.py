@@ -44,7 +44,15 @@ class Prediction:
 
 
 def predict_images(
-    run: str, images: Sequence[str], *, top: int, batch_size: int, as_json: bool, show: bool, output: Path | None
+    run: str,
+    images: Sequence[str],
+    *,
+    top: int,
+    batch_size: int,
+    as_json: bool,
+    show: bool,
+    output: Path | None,
+    checkpoint: str | None = None,
 ) -> int:
     """Print the predictions of a trained model for images; returns the number of images that could not be read.
 
@@ -57,6 +65,7 @@ def predict_images(
         as_json: print a line of JSON per image instead of a table.
         show: also draw the images with their predictions.
         output: folder for these figures; by default predictions/ in the run's folder.
+        checkpoint: as in `load_run`.
 
     Raises:
         UserError: if the model is not available, if there are no images, or if the model's outputs are NaN or inf.
@@ -64,7 +73,8 @@ def predict_images(
     for flag, number in (("--top", top), ("--batch-size", batch_size)):
         if number < 1:
             raise UserError(f"{flag} {number} is out of range; allowed: 1 or more")
-    loaded = load_run(run)
+    loaded = load_run(run, checkpoint=checkpoint)
+    loaded.print_checkpoint()
     predictions: list[Prediction] = []
     shown: list[Tensor] = []
     with expand_paths(images, "predict") as files:
@@ -79,7 +89,7 @@ def predict_images(
         if prediction.error is not None:
             print(prediction.error, file=sys.stderr)
     if show and any(prediction.top for prediction in predictions):
-        folder = output or (loaded.folder or Path()) / "predictions"
+        folder = output or loaded.output_folder("predictions")
         _draw([prediction for prediction in predictions if prediction.error is None], torch.cat(shown), folder)
         print(f"written to {folder}", file=sys.stderr if as_json else sys.stdout)
     return sum(prediction.error is not None for prediction in predictions)

@@ -33,7 +33,15 @@ HINTS = {
 }
 
 
-def push_run(run: str, repo: str, *, public: bool = False, dry_run: bool = False, license: str | None = None) -> str:
+def push_run(
+    run: str,
+    repo: str,
+    *,
+    public: bool = False,
+    dry_run: bool = False,
+    license: str | None = None,
+    checkpoint: str | None = None,
+) -> str:
     """Push a trained model to the Hub, in timm's format, with a model card and its run's files.
 
     Args:
@@ -42,6 +50,7 @@ def push_run(run: str, repo: str, *, public: bool = False, dry_run: bool = False
         public: make a new repository public. An existing public repository is pushed to only if this is set.
         dry_run: write the files to hub/ in the run's folder, and send nothing.
         license: the Hub's identifier of a license, such as apache-2.0, for the model card; by default it has none.
+        checkpoint: as in `load_run`.
 
     Returns:
         The URL of the model, or the folder of a dry run.
@@ -53,9 +62,10 @@ def push_run(run: str, repo: str, *, public: bool = False, dry_run: bool = False
     token = None if dry_run else get_token()
     if not dry_run and token is None:
         raise UserError(f"the Hugging Face Hub needs a token: {LOGIN}")
-    loaded = load_run(run, device="cpu")
+    loaded = load_run(run, device="cpu", checkpoint=checkpoint)
+    loaded.print_checkpoint()
     if dry_run:
-        folder = (loaded.folder or Path()) / "hub"
+        folder = loaded.output_folder("hub")
         with atomic_io.as_save_error(f"{folder} cannot be written"), atomic_io.staged(folder) as partial:
             _write(loaded, repo, license, partial)
         print(f"written to {printable(str(folder))}; nothing was sent")

@@ -1,5 +1,6 @@
 """Load trained models from a run's folder, a folder that timm wrote, the Hugging Face Hub, or timm."""
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.config.schema import ModelConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
 from fastvit_train.data.loader import Preprocess
+from fastvit_train.inference.checkpoints import FINAL, Checkpoint, find_checkpoint
 from fastvit_train.models import (
     build_model,
     check_attention,
@@ -51,11 +53,22 @@ class TrainedModel:
     """the names of the outputs, if known"""
     image_size: int
     """side of the square input, in pixels"""
+    checkpoint: Checkpoint | None = None
+    """the checkpoint that was asked for; None for the final weights"""
 
     @property
     def name(self) -> str:
         """A short name for tables and titles."""
         return printable(self.folder.resolve().name if self.folder else self.source.rpartition("/")[2])
+
+    def output_folder(self, verb: str) -> Path:
+        """Return where a verb writes by default: a folder in that of the run, of its own for each checkpoint."""
+        return (self.folder or Path()) / (verb if self.checkpoint is None else f"{verb}-{self.checkpoint.name}")
+
+    def print_checkpoint(self) -> None:
+        """Print which checkpoint was asked for, if any, to standard error."""
+        if self.checkpoint is not None:
+            print(self.checkpoint, file=sys.stderr)
 
     @property
     def num_classes(self) -> int:
@@ -104,7 +117,12 @@ class TrainedModel:
         return self.model(self.preprocess(images_BCHW)).float().softmax(1)
 
 
-def load_run(run: str | Path, attention: str | None = None, device: torch.device | str | None = None) -> TrainedModel:
+def load_run(
+    run: str | Path,
+    attention: str | None = None,
+    device: torch.device | str | None = None,
+    checkpoint: str | int | None = None,
+) -> TrainedModel:
     """Load a trained model, ready for inference.
 
     Args:
@@ -113,9 +131,12 @@ def load_run(run: str | Path, attention: str | None = None, device: torch.device
         attention: the attention implementation; by default a plain one that runs on every machine. The weights are
             the same for all of them.
         device: by default torch's current accelerator, or the CPU if there is none.
+        checkpoint: the weights of a run to load: "best" (of the epoch with the highest accuracy), "last", or the step
+            of one in its folder checkpoints/; by default the weights after the last epoch of a finished run. With a
+            checkpoint, the run need not be finished.
 
     Raises:
-        UserError: if the model does not exist or is damaged, or if the attention is not available.
+        UserError: if the model or the checkpoint does not exist or is damaged, or if the attention is not available.
     """
     source = str(run)
     folder = Path(source.removeprefix(FOLDER))
@@ -123,12 +144,18 @@ def load_run(run: str | Path, attention: str | None = None, device: torch.device
         is_run = (folder / "config.yaml").is_file()
     except OSError as error:  # such as a name that is too long
         raise UserError(f"{source} is not a run ({error.strerror}); allowed: {ALLOWED}") from None
+    chosen = None
     if is_run:
-        config = _read_config(folder)
-        weights = replace(config.model, weights=str(folder / "model.safetensors"), attention=AUTO, patch_init="random")
+        config = _read_config(folder, finished=checkpoint is None)
+        if checkpoint is not None:
+            chosen = find_checkpoint(folder, str(checkpoint), ema=config.optim.ema is not None)
+        path = folder / FINAL if chosen is None else chosen.path
+        weights = replace(config.model, weights=str(path), attention=AUTO, patch_init="random")
         model = build_model(weights, config.image_size, config.num_classes)
         size = config.image_size
         architecture = config.model.model
+    elif checkpoint is not None:
+        raise UserError(f"{source} has no checkpoints, so leave --checkpoint {checkpoint} out; only a run's folder has")
     else:
         config = None
         model, architecture = _load_from_timm(source, folder)
@@ -146,6 +173,7 @@ def load_run(run: str | Path, attention: str | None = None, device: torch.device
         attention,
         _class_names(model, folder if config else None),
         size,
+        chosen,
     )
 
 
@@ -155,12 +183,15 @@ def non_finite_error(run: TrainedModel, which: str = "") -> UserError:
     return UserError(f"the outputs of {run.source} are NaN or inf{which}: {hint}")
 
 
-def _read_config(folder: Path) -> ResolvedConfig:
+def _read_config(folder: Path, finished: bool) -> ResolvedConfig:
     """Return the run's configuration; the attention stays as recorded, even if it is not available here."""
     run = RunFolder(folder)
     recorded = override(TrainConfig(), run.read_config(), str(run.config))
-    if not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder} has no model.safetensors: the run is not finished; continue it with --resume must")
+    if finished and not (folder / FINAL).is_file():
+        raise UserError(
+            f"{folder} has no {FINAL}: the run is not finished; continue it with --resume must, or use the weights so "
+            "far with --checkpoint best or last"
+        )
     num_classes = recorded.model.num_classes or _read_timm_config(folder).get("num_classes")
     if not isinstance(num_classes, int) or not 0 < num_classes <= MAX_CLASSES:
         raise UserError(f"{folder} is not a finished run: its config.json has num_classes {num_classes!r}")

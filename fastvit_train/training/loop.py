@@ -169,6 +169,9 @@ def _evaluate_epoch(session: TrainSession) -> Evaluation:
     if state.add_evaluation(evaluation.accuracy, eval_seconds, run.target_accuracy):
         metrics.log_target_reached(session)
     save_checkpoint(session)
+    if state.best_step == state.step:
+        with apply_save_error_policy(session):
+            metrics.write_weights(session, "best.safetensors", {"step": str(state.step)})
     if run.save_model_every and state.epoch % run.save_model_every == 0:
         with apply_save_error_policy(session):
             metrics.write_weights(session, f"model_epoch_{state.epoch}.safetensors")

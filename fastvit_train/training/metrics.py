@@ -109,8 +109,13 @@ def _gpu_words(metrics: dict[str, Any]) -> str:
     return "".join(f"  {word}" for word in [*shown, f"{metrics['peak_memory_mib']:,.0f} MiB"] if shown)
 
 
-def write_weights(session: TrainSession, name: str) -> None:
-    """Write the weights as safetensors into the run's folder; call it on all ranks, as each may hold a shard.
+def write_weights(session: TrainSession, name: str, metadata: dict[str, str] | None = None) -> None:
+    """Write the weights as safetensors, and timm's config.json, into the run's folder; call it on all ranks.
+
+    Args:
+        session: the run; each rank may hold a shard of its weights.
+        name: the name of the file.
+        metadata: one entry to write into the file: safetensors writes several in an order that changes.
 
     Raises:
         SaveError: on all ranks, if they could not be written.
@@ -122,12 +127,20 @@ def write_weights(session: TrainSession, name: str) -> None:
         partial = session.folder.root / f".{name}.partial"
         with atomic_io.as_save_error(f"{session.folder.root / name} could not be written"):
             try:
-                save_file(weights, partial, {"format": "pt"})
+                save_file(weights, partial, metadata or {"format": "pt"})
                 atomic_io.publish(partial, session.folder.root / name)
             finally:
                 partial.unlink(missing_ok=True)
+            _write_model_config(session)
 
     sync.broadcast_from_rank0(session.accelerator, write)
+
+
+def _write_model_config(session: TrainSession) -> None:
+    """Write the config.json that timm needs next to the weights."""
+    classes, size = session.dataset.classes, session.config.image_size
+    names = {"label_names": list(classes)} if len(classes) == session.bare_model.num_classes else {}
+    write_timm_config(session.bare_model, session.folder.root / "config.json", names, {"input_size": (3, size, size)})
 
 
 def finish(session: TrainSession, evaluation: Evaluation) -> dict[str, Any]:
@@ -149,11 +162,6 @@ def finish(session: TrainSession, evaluation: Evaluation) -> dict[str, Any]:
 
 def _write_summary(session: TrainSession, summary: dict[str, Any]) -> None:
     session.journal.flush()
-    names = (
-        {"label_names": list(session.dataset.classes)} if len(session.dataset.classes) == summary["num_classes"] else {}
-    )
-    input_size = {"input_size": (3, session.config.image_size, session.config.image_size)}
-    write_timm_config(session.bare_model, session.folder.root / "config.json", names, input_size)
     atomic_io.write_atomically(session.folder.summary, json.dumps(summary, indent=2) + "\n")
     plot_curves([session.folder.root], session.folder.root / "curves.png", session.dataset.name)
     session.log.console.print(table([session.folder.root]))

@@ -1,0 +1,127 @@
+"""The checkpoints of a run whose weights can be used: by name, with the epoch that each is from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from fastvit_train.runs.comparison import read_summary
+from fastvit_train.runs.run_folder import RunFolder, read_jsonl
+from fastvit_train.utils import atomic_io
+from fastvit_train.utils.errors import UserError
+
+FINAL = "model.safetensors"
+BEST, LAST = "best", "last"
+BEST_FILE = "best.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Weights that a run saved, and when."""
+
+    name: str
+    """best, last, or the step"""
+    path: Path
+    """the file with the weights"""
+    step: int
+    """optimizer steps taken before it was saved"""
+    epoch: int | None
+    """epochs completed; None for a checkpoint within an epoch"""
+    accuracy: float | None
+    """on the run's evaluation images, a fraction; None if it was not evaluated"""
+
+    def __str__(self) -> str:
+        when = f"step {self.step}" if self.epoch is None else f"epoch {self.epoch} (step {self.step})"
+        accuracy = "" if self.accuracy is None else f", accuracy {self.accuracy:.2%} during training"
+        return f"checkpoint {self.name}: {when}{accuracy}"
+
+
+def find_checkpoint(folder: Path, name: str, ema: bool) -> Checkpoint:
+    """Return a checkpoint of a run.
+
+    Args:
+        folder: the run's folder.
+        name: `best`, the epoch with the highest accuracy (the earliest of these if there are several); `last`; or a
+            step, as in checkpoints/step_N.
+        ema: whether the run evaluates a moving average of the weights.
+
+    Raises:
+        UserError: if there is no such checkpoint, listing those that exist, or if it is damaged.
+    """
+    found = {checkpoint.name: checkpoint for checkpoint in _list(folder, ema)}
+    if name not in found:
+        listed = ", ".join(
+            name + (f" (step {c.step})" if c.epoch is None else f" (epoch {c.epoch})") for name, c in found.items()
+        )
+        raise UserError(f"{folder} has no checkpoint {name!r}; it has: {listed or 'none'}")
+    checkpoint = found[name]
+    if checkpoint.path.parent.name.startswith("step_"):
+        damage = atomic_io.find_damage(checkpoint.path.parent)
+        if damage is not None:
+            raise UserError(f"{checkpoint.path.parent} is damaged ({damage}); choose another --checkpoint")
+    return checkpoint
+
+
+def _list(folder: Path, ema: bool) -> list[Checkpoint]:
+    """Return the best and the last checkpoint, if there are any, and all checkpoints by step."""
+    rows = [row for row in read_jsonl(RunFolder(folder).metrics) if _is_epoch(row)]
+    by_step = {row["step"]: row for row in rows}
+
+    def describe(name: str, path: Path, step: int) -> Checkpoint:
+        row = by_step.get(step, {})
+        return Checkpoint(name, path, step, row.get("epoch"), row.get("test_accuracy"))
+
+    steps = _saved_steps(folder, ema, rows)
+    result = []
+    best = _read_step(folder / BEST_FILE)
+    if best is not None:
+        result.append(describe(BEST, folder / BEST_FILE, best))
+    elif rows and (step := max(rows, key=lambda row: row["test_accuracy"])["step"]) in steps:  # of an earlier version
+        result.append(describe(BEST, steps[step], step))
+    final = _final_step(folder)
+    if final is not None and final >= max(steps, default=0):
+        result.append(describe(LAST, folder / FINAL, final))
+    elif steps:
+        result.append(describe(LAST, steps[max(steps)], max(steps)))
+    return result + [describe(str(step), steps[step], step) for step in sorted(steps)]
+
+
+def _saved_steps(folder: Path, ema: bool, rows: list[dict[str, Any]]) -> dict[int, Path]:
+    """Return the files with weights by step: of the checkpoints, and those of --save-model-every."""
+    saved = {row["step"]: folder / f"model_epoch_{row['epoch']}.safetensors" for row in rows}
+    name = "model_1.safetensors" if ema else "model.safetensors"
+    for path in RunFolder(folder).checkpoints.glob(f"step_*/{name}"):  # sharded ones have no such file
+        if (step := path.parent.name.removeprefix("step_")).isdecimal():
+            saved[int(step)] = path
+    return {step: path for step, path in saved.items() if path.is_file()}
+
+
+def _is_epoch(row: dict[str, Any]) -> bool:
+    numbers: dict[str, Callable[[Any], bool]] = {
+        "epoch": lambda value: type(value) is int,
+        "step": lambda value: type(value) is int,
+        "test_accuracy": lambda value: isinstance(value, float | int),
+    }
+    return all(is_number(row.get(key)) for key, is_number in numbers.items())
+
+
+def _read_step(path: Path) -> int | None:
+    """Return the step that the metadata of weights names; None if there is no such file, or if it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return int((file.metadata() or {})["step"])
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def _final_step(folder: Path) -> int | None:
+    """Return the step of the final weights; None if the run is not finished."""
+    if not (folder / FINAL).is_file():
+        return None
+    try:
+        steps = read_summary(folder).get("steps")
+    except UserError:
+        return None
+    return steps if type(steps) is int else None
