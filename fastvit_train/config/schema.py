@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fastvit_train.config.validation import (
+    Color,
     Count,
     FolderName,
     Fraction,
@@ -78,7 +79,12 @@ class DataConfig:
     data_url: Annotated[Text | None, Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = None
     """download from this mirror instead of the data set's own host"""
     holdout: Fraction = 0.0
-    """evaluate on this fraction of the training set, held out from training, instead of on the test set (for tuning)"""
+    """evaluate on this fraction of the training set, held out from training, instead of on the test set; images in
+    DATA_DIR/CLASS then do, without train and test"""
+    holdout_seed: Seed = 0
+    """seed that decides which images are held out; --seed does not change them"""
+    background: Color = "white"
+    """color that transparent parts of images are composed on: white, black, gray, or one such as #ffcc00"""
     stream: Annotated[Literal["auto", "always", "never"], Mark.MAY_CHANGE] = "auto"
     """decode the images of a folder again in every epoch; auto does so only if they do not fit in memory"""
     crop: Literal["none", "shift", "resized"] = "none"

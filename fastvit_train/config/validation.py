@@ -1,6 +1,7 @@
 """How settings are checked: types with their bounds (pydantic), marks, and errors in one line."""
 
 import functools
+import re
 import unicodedata
 from enum import Enum
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastvit_train.utils.errors import UserError, did_you_mean
 MAX_TEXT_BYTES = 1000
 MAX_NAME_BYTES = 250
 MAX_FOLDER_NAME_BYTES = 200
+COLORS = ("white", "black", "gray")
 OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 
 
@@ -63,8 +65,15 @@ def _folder_name(name: str) -> str:
     return name
 
 
+def _color(name: str) -> str:
+    if name in COLORS or re.fullmatch("#[0-9a-fA-F]{6}", name):
+        return name
+    raise PydanticCustomError("text", f"{', '.join(COLORS)}, or a color such as #ffcc00")
+
+
 Number = BeforeValidator(_number)
 Text = Annotated[StrictStr, AfterValidator(_plain_text)]
+Color = Annotated[Text, AfterValidator(_color)]
 FolderName = Annotated[Text, AfterValidator(_folder_name)]
 Count = Annotated[int, Number, Field(ge=1, le=10**6)]
 ImageSide = Annotated[int, Number, Field(ge=1, le=2**12)]

@@ -1,7 +1,7 @@
 """Data sets by name: their classes, and their training and test splits."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -14,39 +14,46 @@ from torch import Tensor
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data import folder, published
 from fastvit_train.data.augment import generator
-from fastvit_train.data.images import decode
+from fastvit_train.data.decode import ImageFiles, decode_all
 from fastvit_train.utils.errors import UserError, printable
+
+MAX_CLASSES_SHOWN = 10
 
 
 @dataclass(frozen=True)
 class Split:
-    """Images, as one uint8 tensor (samples, 3, height, width) or as paths of files, and labels, int64 (samples,)."""
+    """Images, as one uint8 tensor (samples, 3, height, width) or as files, and labels, int64 (samples,)."""
 
-    images: Tensor | Sequence[Path]
+    images: Tensor | ImageFiles
     labels: Tensor
 
     def take(self, samples: Tensor) -> "Split":
         """Return a split with these samples only."""
         if isinstance(self.images, Tensor):
             return Split(self.images[samples], self.labels[samples])
-        return Split([self.images[i] for i in samples.tolist()], self.labels[samples])
+        return Split(self.images.take(samples.tolist()), self.labels[samples])
 
     def first_of_each_class(self, max_classes: int) -> Tensor:
         """Return the index of the first sample of each class, for the first `max_classes` classes that have samples."""
         return torch.stack([(self.labels == label).nonzero()[0, 0] for label in self.labels.unique()[:max_classes]])
 
     def pixels(self, samples: Tensor, image_size: int) -> Tensor:
-        """Return these samples' images, uint8 (samples, 3, height, width); files are decoded at `image_size`."""
+        """Return these samples' images, uint8 (samples, 3, height, width); files are decoded at `image_size`.
+
+        Raises:
+            UserError: with the name of the first file that can't be decoded.
+        """
         if isinstance(self.images, Tensor):
             return self.images[samples]
-        return torch.stack([decode(self.images[i], image_size) for i in samples.tolist()])
+        return decode_all(self.images.take(samples.tolist()), image_size)
 
 
 @dataclass(frozen=True)
 class DatasetSpec:
     """A data set: the name that is printed with every accuracy, its classes, and its splits.
 
-    `evaluated_on` is the name of the split in `test`, such as "test", "val" or "holdout".
+    `evaluated_on` is the name of the split in `test`, such as "test", "val" or "holdout". `notes` are lines to print,
+    about images that were passed over or changed.
     """
 
     name: str
@@ -54,6 +61,7 @@ class DatasetSpec:
     train: Split
     test: Split
     evaluated_on: str = "test"
+    notes: tuple[str, ...] = ()
 
     def identity(self) -> dict[str, object]:
         """Describe what a resumed run must find unchanged: the classes, and the label of each sample."""
@@ -66,25 +74,30 @@ class DatasetSpec:
         }
 
 
-def load_dataset(config: DataConfig, image_size: int) -> DatasetSpec:
+def load_dataset(config: DataConfig, image_size: int, examine_streamed: bool = False) -> DatasetSpec:
     """Load the data set that `config` names; download it if it is not in `config.data_dir`.
 
     Args:
+        config: names the data set and what is held out.
         image_size: side in pixels of decoded folder images and synthetic images; other data sets keep their own size.
+        examine_streamed: look at the header of every image that is streamed, so that damaged ones are reported now.
 
     Raises:
-        UserError: if the data set is not available or is damaged, or if a label is outside its classes.
+        UserError: if the data set is not available or is damaged, if a label is outside its classes, or if no training
+            images of a class are left.
     """
     loaders: dict[str, Callable[[], DatasetSpec]] = {
         "digits": _digits,
-        "folder": lambda: _folder(config, image_size),
+        "folder": lambda: _folder(config, image_size, examine_streamed),
         "synthetic": lambda: _synthetic(image_size),
         **dict.fromkeys(published.PUBLISHED, lambda: _published(config)),
     }
     dataset = loaders[config.dataset]()
+    if config.holdout:
+        dataset = _hold_out(dataset, config)
     for split_name, split in (("training", dataset.train), ("test", dataset.test)):
         check_labels(split.labels, len(dataset.classes), f"{dataset.name}'s {split_name} set")
-    return _hold_out(dataset, config.holdout) if config.holdout else dataset
+    return dataset
 
 
 def count_classes(config: DataConfig) -> int:
@@ -94,7 +107,7 @@ def count_classes(config: DataConfig) -> int:
         UserError: if it is a folder of images that is missing or incomplete.
     """
     if config.dataset == "folder":
-        return len(folder.find_classes(Path(config.data_dir))[0])
+        return len(folder.find_layout(Path(config.data_dir), config.holdout > 0).train)
     if config.dataset in published.PUBLISHED:
         return published.PUBLISHED[config.dataset].num_classes
     return {"digits": 10, "synthetic": 10}[config.dataset]
@@ -112,9 +125,9 @@ def check_labels(labels: Tensor, num_classes: int, what: str) -> None:
         )
 
 
-def _stratified(labels: Tensor, fraction: float, purpose: str) -> tuple[Tensor, Tensor]:
+def _stratified(labels: Tensor, fraction: float, purpose: str, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Split sample indices into (rest, part), reproducibly; part has `fraction` of each class, at least one."""
-    stream = generator(0, purpose)
+    stream = generator(seed, purpose)
     part = []
     for label in labels.unique():
         samples = (labels == label).nonzero()[:, 0]
@@ -125,10 +138,18 @@ def _stratified(labels: Tensor, fraction: float, purpose: str) -> tuple[Tensor, 
     return (~chosen).nonzero()[:, 0], chosen.nonzero()[:, 0]
 
 
-def _hold_out(dataset: DatasetSpec, fraction: float) -> DatasetSpec:
-    rest, held_out = _stratified(dataset.train.labels, fraction, "holdout")
-    if not len(rest):
-        raise UserError(f"--holdout {fraction} holds out all {len(held_out)} training images; lower it")
+def _hold_out(dataset: DatasetSpec, config: DataConfig) -> DatasetSpec:
+    """Replace the test set by a part of the training set."""
+    labels = dataset.train.labels
+    rest, held_out = _stratified(labels, config.holdout, "holdout", config.holdout_seed)
+    if emptied := sorted(set(labels.tolist()) - set(labels[rest].tolist())):
+        count = labels.bincount()
+        names = ", ".join(f"{dataset.classes[label]} ({count[label]})" for label in emptied[:MAX_CLASSES_SHOWN])
+        raise UserError(
+            f"--holdout {config.holdout} holds out all training images of {len(emptied):,} of {len(dataset.classes):,} "
+            f"classes: {names}{', ...' if len(emptied) > MAX_CLASSES_SHOWN else ''}; lower it, or add images: each "
+            "class needs two at least"
+        )
     train, test = dataset.train.take(rest), dataset.train.take(held_out)
     return replace(dataset, train=train, test=test, evaluated_on="holdout")
 
@@ -150,12 +171,18 @@ def _published(config: DataConfig) -> DatasetSpec:
     return DatasetSpec(title, data.classes, Split(*data.train), Split(*data.test))
 
 
-def _folder(config: DataConfig, image_size: int) -> DatasetSpec:
+def _folder(config: DataConfig, image_size: int, examine_streamed: bool) -> DatasetSpec:
     root = Path(config.data_dir)
-    listing = folder.list_images(root)
-    splits = folder.load(listing, image_size, config.stream)
-    train, test = (Split(images, labels) for images, labels in splits)
-    return DatasetSpec(printable(root.resolve().name), listing.classes, train, test, listing.test_name)
+    listing = folder.list_images(root, config.holdout > 0)
+    loaded = folder.load(listing, image_size, config.stream, config.background, examine_streamed)
+    return DatasetSpec(
+        printable(root.resolve().name),
+        listing.classes,
+        Split(loaded.train, listing.train[1]),
+        Split(loaded.test, listing.test[1]),
+        listing.test_name,
+        loaded.notes,
+    )
 
 
 def _synthetic(image_size: int) -> DatasetSpec:

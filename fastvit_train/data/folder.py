@@ -1,11 +1,10 @@
-"""Folders of images, with train/ and test/ (or val/) and a folder per class in each; decoded once, then cached."""
+"""Folders of images: a folder per class, in train/ and test/ (or val/) or in neither; decoded once, then cached."""
 
-import contextlib
 import hashlib
-import json
 import logging
-import os
 import sys
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,21 +12,32 @@ from pathlib import Path
 import psutil
 import torch
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fastvit_train.data.images import StreamedImages
+from fastvit_train.data.decode import ImageFiles, Unreadable, describe_transparency, examine
+from fastvit_train.data.image_paths import PassedOver, describe, find_folders, find_images, no_images_error
+from fastvit_train.data.images import StreamedImages, cache_path, read_cache, write_cache, write_list
 from fastvit_train.distributed.env import local_world_size
 from fastvit_train.utils.errors import UserError
 
 log = logging.getLogger(__name__)
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"))
-TEST_NAMES = ("test", "val")
+TRAIN_NAME, TEST_NAMES = "train", ("test", "val")
 DECODE_BATCH = 256
-CACHE_FORMAT = 1
+EXAMINE_BATCH = 1024
+MAX_DAMAGED_SHOWN = 10
 
-LabelledImages = tuple[Tensor | Sequence[Path], Tensor]
+ClassFolders = dict[str, list[Path]]
+"""the folders of each class, by its name"""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the images of a data set are. There is no test split if part of the training set is held out for it."""
+
+    train: ClassFolders
+    test: ClassFolders
+    test_name: str
+    passed_over: PassedOver
 
 
 @dataclass(frozen=True)
@@ -39,101 +49,145 @@ class Listing:
     test_name: str
     train: tuple[list[Path], Tensor]
     test: tuple[list[Path], Tensor]
+    passed_over: PassedOver
 
 
-def list_images(root: Path) -> Listing:
+@dataclass(frozen=True)
+class Loaded:
+    """The images of both splits: uint8 (samples, 3, size, size), or files if they are streamed; lines to print."""
+
+    train: Tensor | ImageFiles
+    test: Tensor | ImageFiles
+    notes: tuple[str, ...]
+
+
+def list_images(root: Path, holdout: bool = False) -> Listing:
     """Find the images below `root`.
 
-    Raises:
-        UserError: if a folder is missing or empty, or if train and test have different classes.
-    """
-    classes, test_name = find_classes(root)
-    return Listing(
-        root, classes, test_name, _class_files(root / "train", classes), _class_files(root / test_name, classes)
-    )
-
-
-def find_classes(root: Path) -> tuple[tuple[str, ...], str]:
-    """Return the names of the classes below `root`, sorted, and the name of the test split's folder.
+    Args:
+        root: the folder of the data set.
+        holdout: part of the training set is held out, so that no test split is needed or read.
 
     Raises:
         UserError: if a folder is missing or empty, or if train and test have different classes.
     """
+    layout = find_layout(root, holdout)
+    train, in_train = _list_split(layout.train)
+    test, in_test = _list_split(layout.test)
+    passed_over = layout.passed_over + in_train + in_test
+    return Listing(root, tuple(layout.train), layout.test_name, train, test, passed_over)
+
+
+def find_layout(root: Path, holdout: bool) -> Layout:
+    """Find the class folders below `root`; arguments and errors are those of `list_images`."""
     expected = f"expected {root}/train/CLASS/IMAGE and {root}/test/CLASS/IMAGE (or val/)"
     if not root.is_dir():
         raise UserError(f"--data-dir {root} is not a folder; {expected}")
     test_name = next((name for name in TEST_NAMES if (root / name).is_dir()), None)
-    missing = [name for name, exists in (("train", (root / "train").is_dir()), ("test", test_name)) if not exists]
+    if holdout:
+        train, passed_over = _find_classes(root if _holds_classes(root) else root / TRAIN_NAME)
+        return Layout(train, {}, "holdout", passed_over)
+    missing = [name for name, there in ((TRAIN_NAME, (root / TRAIN_NAME).is_dir()), ("test", test_name)) if not there]
     if missing or test_name is None:
         reason = "is empty" if not any(root.iterdir()) else f"has no {'/ and no '.join(missing)}/"
-        raise UserError(f"--data-dir {root} {reason}; {expected}")
-    classes, test_classes = _class_names(root / "train"), _class_names(root / test_name)
-    if classes != test_classes:
-        only_train = sorted(set(classes) - set(test_classes)) or "nothing"
-        only_test = sorted(set(test_classes) - set(classes)) or "nothing"
+        raise UserError(
+            f"--data-dir {root} {reason}; {expected}, or {root}/CLASS/IMAGE with --holdout 0.2, which evaluates on a "
+            "fifth of each class"
+        )
+    (train, in_train), (test, in_test) = _find_classes(root / TRAIN_NAME), _find_classes(root / test_name)
+    if list(train) != list(test):
+        only_train = [name for name in train if name not in test] or "nothing"
+        only_test = [name for name in test if name not in train] or "nothing"
         raise UserError(
             f"train/ and {test_name}/ in {root} have different classes: only in train/ {only_train}, "
             f"only in {test_name}/ {only_test}; both must have the same folders"
         )
-    return classes, test_name
+    return Layout(train, test, test_name, in_train + in_test)
 
 
-def _class_names(split: Path) -> tuple[str, ...]:
-    names = tuple(sorted(p.name for p in split.iterdir() if p.is_dir() and not p.name.startswith(".")))
-    if not names:
+def _holds_classes(root: Path) -> bool:
+    """Return whether the folders in `root` are those of the classes; one of them may be named train."""
+    folders, _ = find_folders(root)
+    splits = [path for path in folders if path.name in (TRAIN_NAME, *TEST_NAMES)]
+    return len(splits) < len(folders) and not any(find_folders(path)[0] for path in splits)
+
+
+def _find_classes(split: Path) -> tuple[ClassFolders, PassedOver]:
+    """Return the class folders in a split, sorted by name, and what is passed over.
+
+    Names that look the same are the same class: macOS writes an accent as a character of its own, others do not.
+    """
+    if not split.is_dir():
+        raise UserError(f"{split.parent} has no {split.name}/ and no class folders; expected {split}/CLASS/IMAGE")
+    folders, passed_over = find_folders(split)
+    if not folders:
         raise UserError(f"{split} has no class folders; expected {split}/CLASS/IMAGE")
-    return names
+    classes: ClassFolders = defaultdict(list)
+    for path in folders:
+        classes[unicodedata.normalize("NFC", path.name)].append(path)
+    return dict(sorted(classes.items())), passed_over
 
 
-def _class_files(split: Path, classes: Sequence[str]) -> tuple[list[Path], Tensor]:
+def _list_split(classes: ClassFolders) -> tuple[tuple[list[Path], Tensor], PassedOver]:
+    """Return the images of a split with their labels, and what is passed over."""
     paths: list[Path] = []
     labels: list[int] = []
-    for label, name in enumerate(classes):
-        files = sorted(
-            Path(parent) / file
-            for parent, _, names in os.walk(split / name)
-            for file in names
-            if Path(file).suffix.lower() in EXTENSIONS and not file.startswith(".")
-        )
+    passed_over: PassedOver = Counter()
+    for label, folders in enumerate(classes.values()):
+        files: list[Path] = []
+        others: PassedOver = Counter()
+        for folder in folders:
+            found, beside = find_images(folder)
+            files, others = files + found, others + beside
         if not files:
-            raise UserError(
-                f"class folder {split / name} holds no images; allowed extensions: {' '.join(sorted(EXTENSIONS))}"
-            )
+            raise no_images_error(f"class folder {folders[0]} holds", others)
         paths += files
         labels += [label] * len(files)
-    return paths, torch.tensor(labels)
+        passed_over += others
+    return (paths, torch.tensor(labels, dtype=torch.int64)), passed_over
 
 
-def load(listing: Listing, image_size: int, stream: str) -> tuple[LabelledImages, LabelledImages]:
-    """Load both splits: images, uint8 (samples, 3, image_size, image_size), or the files' paths if they are streamed.
+def load(listing: Listing, image_size: int, stream: str, background: str, examine_streamed: bool) -> Loaded:
+    """Load the images of both splits.
 
     Args:
+        listing: the files.
+        image_size: side of decoded images in pixels.
         stream: "always", "never", or "auto": stream if the images would take more than half of the free memory.
+        background: the color that transparent parts are composed on.
+        examine_streamed: look at the header of each image that is streamed, before it is decoded.
 
     Raises:
-        UserError: if a file can't be decoded (the message names the first), or if the images don't fit in memory.
+        UserError: if files can't be decoded (the message lists them), or if the images don't fit in memory.
     """
-    num_images = len(listing.train[0]) + len(listing.test[0])
+    train, test = ImageFiles(listing.train[0], background), ImageFiles(listing.test[0], background)
+    if _streams(len(train) + len(test), image_size, stream):
+        transparent = _examine(listing) if examine_streamed else 0
+        return Loaded(train, test, _notes(listing, transparent, background))
+    cache = cache_path(listing.root, (*train.paths, *test.paths), len(train), image_size, background)
+    tensors = read_cache(cache) if cache is not None else None
+    if tensors is None:
+        transparent = _examine(listing)
+        tensors = {**_decode(listing, train, test, image_size), "transparent": torch.tensor(transparent)}
+        if cache is not None:
+            write_cache(cache, tensors, listing.root)
+    return Loaded(tensors["train"], tensors["test"], _notes(listing, int(tensors["transparent"]), background))
+
+
+def _streams(num_images: int, image_size: int, stream: str) -> bool:
+    """Return whether so many images are decoded in each epoch, instead of once; `stream` is as in `load`."""
     needed = num_images * 3 * image_size**2
     too_large = stream == "auto" and needed > free_memory() / 2
     if too_large:
         size = f"{image_size} x {image_size}"
         log.warning("%d images of %s pixels take %.1f GB: streaming from disk", num_images, size, needed / 1e9)
     if too_large or stream == "always":
-        return listing.train, listing.test
+        return True
     if needed > (free := free_memory()):
         raise UserError(
             f"{num_images} images take {needed / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free; give --stream always"
         )
-    cache = _cache_path(listing, image_size)
-    tensors = _read_cache(cache)
-    if tensors is None:
-        tensors = {
-            "train": _decode(listing.train[0], image_size, f"decoding {listing.root.name}/train"),
-            "test": _decode(listing.test[0], image_size, f"decoding {listing.root.name}/{listing.test_name}"),
-        }
-        _write_cache(cache, tensors, listing)
-    return (tensors["train"], listing.train[1]), (tensors["test"], listing.test[1])
+    return False
 
 
 def free_memory() -> int:
@@ -142,49 +196,57 @@ def free_memory() -> int:
     return min(host, torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else host
 
 
-def _decode(paths: Sequence[Path], image_size: int, title: str) -> Tensor:
-    images = torch.empty(len(paths), 3, image_size, image_size, dtype=torch.uint8)
-    samples = torch.arange(len(paths)).split(DECODE_BATCH)
-    batches = StreamedImages(paths, image_size, torch.device("cpu")).batches(samples)
-    progress = track(batches, title, total=len(samples), disable=not sys.stderr.isatty())
-    for samples_B, batch in zip(samples, progress, strict=True):
-        images[samples_B] = batch
-    return images
+def _notes(listing: Listing, transparent: int, background: str) -> tuple[str, ...]:
+    """Return the lines to print about the images, in the order in which they were found."""
+    lines = (describe(listing.passed_over), describe_transparency(transparent, background))
+    return tuple(line for line in lines if line)
 
 
-def _cache_path(listing: Listing, image_size: int) -> Path:
-    """Name the cache after the files' paths, sizes and modification times, so that any change makes a new one."""
-    digest = hashlib.sha256(repr((CACHE_FORMAT, image_size, str(listing.root.resolve()))).encode())
-    for path in (*listing.train[0], *listing.test[0]):
-        try:
-            stat = path.stat()
-        except OSError as error:
-            raise UserError(f"{path} can't be read ({error.strerror}); replace or remove the file") from None
-        digest.update(os.fsencode(path) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    base = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
-    return base / "fastvit_train" / f"{digest.hexdigest()[:32]}.safetensors"
+def _examine(listing: Listing) -> int:
+    """Return the number of images that may have transparent parts; UserError if there are damaged files."""
+    paths = listing.train[0] + listing.test[0]
+    damaged: list[Unreadable] = []
+    transparent = 0
+    starts = range(0, len(paths), EXAMINE_BATCH)
+    for start in track(starts, f"reading headers in {listing.root.name}", disable=not sys.stderr.isatty()):
+        unreadable, count = examine(paths[start : start + EXAMINE_BATCH])
+        damaged += unreadable
+        transparent += count
+    if damaged:
+        raise _damaged_error(listing, damaged)
+    return transparent
 
 
-def _read_cache(path: Path) -> dict[str, Tensor] | None:
-    try:
-        if not path.is_file():
-            return None
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in ("train", "test")}
-    except (SafetensorError, OSError) as error:
-        log.warning("the cache %s is damaged (%s): decoding the images again", path, error)
-        return None
+def _decode(listing: Listing, train: ImageFiles, test: ImageFiles, image_size: int) -> dict[str, Tensor]:
+    """Decode both splits; UserError if there are damaged files."""
+    damaged: list[Unreadable] = []
+    tensors = {}
+    for name, files in (("train", train), ("test", test)):
+        images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
+        samples = torch.arange(len(files)).split(DECODE_BATCH) if len(files) else ()
+        batches = StreamedImages(files, image_size, torch.device("cpu")).try_batches(samples)
+        title = f"decoding {listing.root.name}, {name}"
+        progress = track(batches, title, total=len(samples), disable=not sys.stderr.isatty())
+        for samples_B, batch in zip(samples, progress, strict=True):
+            if isinstance(batch, list):
+                damaged += batch
+            else:
+                images[samples_B] = batch
+        tensors[name] = images
+    if damaged:
+        raise _damaged_error(listing, damaged)
+    return tensors
 
 
-def _write_cache(path: Path, tensors: dict[str, Tensor], listing: Listing) -> None:
-    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, partial, {"root": json.dumps(str(listing.root.resolve()))})
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        log.warning(
-            "the decoded images can't be cached in %s (%s): training continues without a cache", path.parent, error
-        )
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+def _damaged_error(listing: Listing, damaged: Sequence[Unreadable]) -> UserError:
+    """Return an error that lists the files; a long list is written to a file."""
+    if len(damaged) == 1:
+        return UserError(str(damaged[0]))
+    shown = "; ".join(f"{file.path} ({file.reason})" for file in damaged[:MAX_DAMAGED_SHOWN])
+    total = len(listing.train[0]) + len(listing.test[0])
+    rest = ""
+    if len(damaged) > MAX_DAMAGED_SHOWN:
+        digest = hashlib.blake2b(str(listing.root.resolve()).encode(errors="surrogateescape"), digest_size=4)
+        whole = write_list(f"damaged-{digest.hexdigest()}.txt", [str(file.path) for file in damaged])
+        rest = f"; all of them are listed in {whole}" if whole else "; ..."
+    return UserError(f"{len(damaged):,} of {total:,} images can't be decoded; replace or remove them: {shown}{rest}")

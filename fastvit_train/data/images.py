@@ -1,26 +1,30 @@
-"""Images in batches: from a tensor on the device, or from files that worker processes decode."""
+"""Images in batches, from a tensor on the device or from files that worker processes decode; and their cache."""
 
+import contextlib
+import hashlib
+import json
+import logging
+import os
 import signal
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from stat import S_ISREG
 from typing import Protocol
 
-import numpy as np
 import psutil
 import torch
-from PIL import Image, ImageOps
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from fastvit_train.data.decode import ImageFiles, Unreadable, try_decode
 from fastvit_train.distributed.env import local_world_size
 from fastvit_train.utils.errors import UserError
 
-# Pillow would try every format that it knows, and start another program to read PostScript.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MAX_FILE_BYTES = 1 << 29
-MAX_PIXELS = 89_478_485  # Pillow's own limit, above which it warns: 256 MiB as RGB
+log = logging.getLogger(__name__)
+CACHE_FORMAT = 2
+CACHED = ("train", "test", "transparent")
+"""names of the tensors in a cache of decoded images"""
 
 
 class Images(Protocol):
@@ -54,12 +58,19 @@ def to_device(samples: Sequence[Tensor], device: torch.device) -> Sequence[Tenso
 class StreamedImages:
     """Image files that worker processes decode while the device computes."""
 
-    def __init__(self, paths: Sequence[Path], image_size: int, device: torch.device) -> None:
-        self._files = _Files(paths, image_size)
+    def __init__(self, files: ImageFiles, image_size: int, device: torch.device) -> None:
+        self._files = _Files(files, image_size)
         self._device = device
 
     def batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield as `Images.batches` does; raises UserError with the name of the first file that can't be decoded."""
+        for batch in self.try_batches(samples):
+            if isinstance(batch, list):
+                raise UserError(str(batch[0]), on_all_ranks=False)
+            yield batch
+
+    def try_batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor | list[Unreadable]]:
+        """Yield as `Images.batches` does, or, instead of a batch, its files that can't be decoded."""
         loader = DataLoader(
             self._files,
             batch_sampler=[samples_B.tolist() for samples_B in samples],
@@ -70,9 +81,7 @@ class StreamedImages:
             pin_memory=self._device.type == "cuda",
         )
         for batch in loader:
-            if isinstance(batch, _Unreadable):
-                raise UserError(batch.message, on_all_ranks=False)
-            yield batch.to(self._device, non_blocking=True)
+            yield batch if isinstance(batch, list) else batch.to(self._device, non_blocking=True)
 
 
 def _ignore_signals(worker: int) -> None:
@@ -82,62 +91,82 @@ def _ignore_signals(worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-class _Unreadable:
-    """Carries the message of a decoding error out of a worker; a raised error would arrive with a traceback."""
-
-    def __init__(self, message: str) -> None:
-        self.message = message
-
-
 class _Files(Dataset):
-    def __init__(self, paths: Sequence[Path], image_size: int) -> None:
-        self._paths = paths
+    def __init__(self, files: ImageFiles, image_size: int) -> None:
+        self._files = files
         self._image_size = image_size
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self._files)
 
-    def __getitem__(self, index: int) -> Tensor | _Unreadable:
-        try:
-            return decode(self._paths[index], self._image_size)
-        except UserError as error:
-            return _Unreadable(str(error))
+    def __getitem__(self, index: int) -> Tensor | Unreadable:
+        """Decode an image; an error is returned, because a raised one would leave the worker with a traceback."""
+        return try_decode(self._files.paths[index], self._image_size, self._files.background)
 
 
-def _collate(items: list[Tensor | _Unreadable]) -> Tensor | _Unreadable:
-    for item in items:
-        if isinstance(item, _Unreadable):
-            return item
-    return default_collate(items)
+def _collate(items: list[Tensor | Unreadable]) -> Tensor | list[Unreadable]:
+    return [item for item in items if isinstance(item, Unreadable)] or default_collate(items)
 
 
-def decode(path: Path, image_size: int) -> Tensor:
-    """Decode an image file to uint8 (3, image_size, image_size): resize the shorter side, crop the centre.
+def cache_folder() -> Path:
+    """Return the folder for what this package keeps on the user's account; it may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "fastvit_train"
 
-    Raises:
-        UserError: if the file is missing, truncated, too large or not an image; the message names it.
+
+def cache_path(root: Path, paths: Iterable[Path], *settings: object) -> Path | None:
+    """Name the cache of images after the files' paths, sizes and times, so that any change makes a new one.
+
+    Args:
+        root: the folder of the data set.
+        paths: the files.
+        settings: what else the decoded images depend on.
+
+    Returns:
+        The path, or None if a file is not there.
     """
+    digest = hashlib.sha256(repr((CACHE_FORMAT, str(root.resolve()), *settings)).encode())
+    for path in paths:
+        try:
+            stat = path.stat()
+        except OSError:
+            return None
+        digest.update(os.fsencode(path) + f"\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return cache_folder() / f"{digest.hexdigest()[:32]}.safetensors"
+
+
+def read_cache(path: Path) -> dict[str, Tensor] | None:
+    """Return the tensors that `write_cache` was given; None if there is no cache, or a damaged one."""
     try:
-        image = _open(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check its spelling") from None
-    except Exception as error:  # Pillow raises errors of any kind for damaged files, MemoryError among them
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{path} can't be decoded ({reason}); replace or remove the file") from None
-    if image.size != (image_size, image_size):
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if not path.is_file():
+            return None
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in CACHED}
+    except (SafetensorError, OSError) as error:
+        log.warning("the cache %s is damaged (%s): decoding the images again", path, error)
+        return None
 
 
-def _open(path: Path) -> Image.Image:
-    """Return the file's first image as RGB, upright. The size in its header is checked before it is decoded."""
-    stat = path.stat()
-    if not S_ISREG(stat.st_mode) or stat.st_size > MAX_FILE_BYTES:
-        raise ValueError(f"not a regular file of at most {MAX_FILE_BYTES:,} bytes")
-    with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as file:
-        if file.width * file.height > MAX_PIXELS:
-            raise ValueError(f"{file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are allowed")
-        image = ImageOps.exif_transpose(file)
-    if image.mode.startswith("I"):  # convert() would clip 16 bits instead of scaling them
-        image = Image.fromarray((np.asarray(image).clip(0, 2**16 - 1) >> 8).astype(np.uint8))
-    return image.convert("RGB")
+def write_cache(path: Path, tensors: dict[str, Tensor], root: Path) -> None:
+    """Write the tensors that CACHED names, and which folder they are from; if that fails, only say so."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, partial, {"root": json.dumps(str(root.resolve()))})
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        log.warning(
+            "the decoded images can't be cached in %s (%s): training continues without a cache", path.parent, error
+        )
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def write_list(name: str, lines: Sequence[str]) -> Path | None:
+    """Write a text file next to the caches; returns its path, or None if it can't be written."""
+    path = cache_folder() / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return None
+    return path

@@ -12,21 +12,21 @@ from fastvit_train.distributed import sync
 
 
 def load_data(config: ResolvedConfig, accelerator: Accelerator) -> DatasetSpec:
-    """Load the data set on all ranks; the first rank of each machine downloads and decodes it for the others.
+    """Load the data set on all ranks; the first rank of each machine downloads, examines and decodes it.
 
     Raises:
         UserError: if the data set is not available, or if a label is outside the model's classes.
     """
 
-    def load() -> DatasetSpec:
-        dataset = load_dataset(config.data, config.image_size)
+    def load(examine_streamed: bool) -> DatasetSpec:
+        dataset = load_dataset(config.data, config.image_size, examine_streamed)
         labels = torch.cat((dataset.train.labels, dataset.test.labels))
         check_labels(labels, config.num_classes, dataset.name)
         return dataset
 
     is_first = accelerator.is_local_main_process
-    first = sync.run_on_all_ranks(accelerator, lambda: load() if is_first else None)
-    return first or load()
+    first = sync.run_on_all_ranks(accelerator, lambda: load(True) if is_first else None)
+    return first or load(False)
 
 
 def build_train_loader(

@@ -233,6 +233,8 @@ def show(evaluated: EvaluatedRun, output: Path | None) -> None:
     log = Log(accelerator.is_main_process)
     if evaluated.run.checkpoint is not None:
         log.line(str(evaluated.run.checkpoint))
+    for line in evaluated.dataset.notes:
+        log.line(line)
     log.line(
         f"{values['source']}: {values['dataset']} ({values['evaluated_on']}, {values['images']:,} images) "
         f"accuracy {values['accuracy']:.2%}, top-5 {values['top5_accuracy']:.2%}, loss {values['loss']:.6f}, "

@@ -1,24 +1,25 @@
 """Draw a trained model's attention maps, position embeddings and patch filters: the verb `inspect`."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from fastvit_train.data.decode import ImageFiles, count_transparent, decode_all, describe_transparency
 from fastvit_train.data.image_paths import expand_paths
-from fastvit_train.data.images import decode
 from fastvit_train.inference.trained_model import TrainedModel, load_run
 from fastvit_train.models import AttentionMaps, attention_maps, patch_filters, position_similarity
 from fastvit_train.runs.plots import escape_mathtext, save_figure
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError, printable
 
+log = logging.getLogger(__name__)
 MAX_IMAGES = 32
 TEST_IMAGES, TEST_IMAGES_BY_HEAD = 10, 4
 """test images that are drawn by default, and how many of them also by layer and head"""
@@ -63,7 +64,7 @@ def inspect_run(
     """
     loaded = load_run(run, checkpoint=checkpoint)
     loaded.print_checkpoint()
-    inspected = _read_images(images, loaded.image_size) if images else _select_test_images(loaded, data_dir)
+    inspected = _read_images(images, loaded) if images else _select_test_images(loaded, data_dir)
     maps = attention_maps(loaded.model, loaded.preprocess(inspected.pixels))
     folder = output or loaded.output_folder("inspect")
     with atomic_io.as_save_error(f"{folder} cannot be written; choose another --output"):
@@ -71,11 +72,14 @@ def inspect_run(
     return _draw(loaded, inspected, maps, folder, by_head=len(inspected.names) if images else TEST_IMAGES_BY_HEAD)
 
 
-def _read_images(images: Sequence[str], image_size: int) -> InspectedImages:
+def _read_images(images: Sequence[str], loaded: TrainedModel) -> InspectedImages:
     with expand_paths(images, "inspect") as files:
         if len(files) > MAX_IMAGES:
             raise UserError(f"inspect draws up to {MAX_IMAGES} images, got {len(files):,}; give fewer")
-        pixels = torch.stack([decode(path, image_size) for _, path in files])
+        chosen = ImageFiles([path for _, path in files], loaded.background)
+        pixels = decode_all(chosen, loaded.image_size)
+        if line := describe_transparency(count_transparent(chosen.paths), chosen.background):
+            log.warning("%s", line)
     names = tuple(printable(Path(name).stem) for name, _ in files)
     if len(set(names)) < len(names):
         names = tuple(f"{number}-{name}" for number, name in enumerate(names, start=1))

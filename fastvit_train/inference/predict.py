@@ -3,7 +3,6 @@
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from fastvit_train.data.image_paths import STANDARD_INPUT, expand_paths
-from fastvit_train.data.images import decode
+from fastvit_train.data.decode import (
+    ImageFiles,
+    Unreadable,
+    count_transparent,
+    describe_transparency,
+    try_decode_all,
+)
+from fastvit_train.data.image_paths import expand_paths
 from fastvit_train.inference.trained_model import TrainedModel, load_run, non_finite_error
 from fastvit_train.runs.plots import plot_images
 from fastvit_train.utils import atomic_io
@@ -83,11 +88,14 @@ def predict_images(
             shown += [pixels] if show else []
             if as_json:
                 print("\n".join(prediction.as_json() for prediction in batch), flush=True)
+        transparent = count_transparent([path for _, path in files])
     if not as_json and any(prediction.top for prediction in predictions):
         _print_table(loaded, predictions)
     for prediction in predictions:
         if prediction.error is not None:
             print(prediction.error, file=sys.stderr)
+    if line := describe_transparency(transparent, loaded.background):
+        print(line, file=sys.stderr)
     if show and any(prediction.top for prediction in predictions):
         folder = output or loaded.output_folder("predictions")
         _draw([prediction for prediction in predictions if prediction.error is None], torch.cat(shown), folder)
@@ -99,24 +107,24 @@ def _predict_batches(
     loaded: TrainedModel, files: Sequence[tuple[str, Path]], top: int, batch_size: int
 ) -> Iterator[tuple[list[Prediction], Tensor]]:
     """Yield per batch the predictions and the images that could be read, uint8 (images, 3, size, size)."""
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(files), batch_size):
-            batch = files[start : start + batch_size]
-            images = list(pool.map(lambda file: _read(file, loaded.image_size), batch))
-            readable = [pixels for pixels in images if isinstance(pixels, Tensor)]
-            pixels = torch.stack(readable) if readable else torch.empty(0, 3, loaded.image_size, loaded.image_size)
-            ranked = _probabilities(loaded, pixels).topk(top) if readable else None
-            rows = iter(zip(ranked.values.tolist(), ranked.indices.tolist(), strict=True)) if ranked else iter(())
-            predictions = []
-            for (name, _), result in zip(batch, images, strict=True):
-                if isinstance(result, str):
-                    predictions.append(Prediction(name, error=result))
-                else:
-                    values, classes = next(rows)
-                    predictions.append(
-                        Prediction(name, tuple(zip((loaded.classes[i] for i in classes), values, strict=True)))
-                    )
-            yield predictions, pixels
+    for start in range(0, len(files), batch_size):
+        batch = files[start : start + batch_size]
+        images = try_decode_all(ImageFiles([path for _, path in batch], loaded.background), loaded.image_size)
+        readable = [pixels for pixels in images if isinstance(pixels, Tensor)]
+        pixels = torch.stack(readable) if readable else torch.empty(0, 3, loaded.image_size, loaded.image_size)
+        ranked = _probabilities(loaded, pixels).topk(top) if readable else None
+        rows = iter(zip(ranked.values.tolist(), ranked.indices.tolist(), strict=True)) if ranked else iter(())
+        predictions = []
+        for (name, _), image in zip(batch, images, strict=True):
+            if isinstance(image, Unreadable):
+                error = str(UserError(str(Unreadable(Path(name), image.reason))))
+                predictions.append(Prediction(name, error=error))
+            else:
+                values, classes = next(rows)
+                predictions.append(
+                    Prediction(name, tuple(zip((loaded.classes[i] for i in classes), values, strict=True)))
+                )
+        yield predictions, pixels
 
 
 def _probabilities(loaded: TrainedModel, pixels: Tensor) -> Tensor:
@@ -124,14 +132,6 @@ def _probabilities(loaded: TrainedModel, pixels: Tensor) -> Tensor:
     if not probabilities.isfinite().all():
         raise non_finite_error(loaded)
     return probabilities
-
-
-def _read(file: tuple[str, Path], image_size: int) -> Tensor | str:
-    name, path = file
-    try:
-        return decode(path, image_size)
-    except UserError as error:
-        return str(error).replace(str(path), name) if name == STANDARD_INPUT else str(error)
 
 
 def _print_table(loaded: TrainedModel, predictions: Sequence[Prediction]) -> None:

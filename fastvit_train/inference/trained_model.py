@@ -1,6 +1,7 @@
 """Load trained models from a run's folder, a folder that timm wrote, the Hugging Face Hub, or timm."""
 
 import sys
+import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from fastvit_train.config.overrides import override
 from fastvit_train.config.resolved import ResolvedConfig
-from fastvit_train.config.schema import ModelConfig, TrainConfig
+from fastvit_train.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
 from fastvit_train.data.loader import Preprocess
 from fastvit_train.inference.checkpoints import FINAL, Checkpoint, find_checkpoint
@@ -92,6 +93,11 @@ class TrainedModel:
         """Mean and standard deviation per channel, for pixels from 0 to 1."""
         cfg = pretrained_cfg(self.model)
         return tuple(cfg["mean"]), tuple(cfg["std"])
+
+    @property
+    def background(self) -> str:
+        """The color that transparent parts of images are composed on, as in training."""
+        return self.config.data.background if self.config is not None else DataConfig.background
 
     def dataset(self, data_dir: str | None = None) -> DatasetSpec:
         """Load the data set that the run was trained and evaluated on.
@@ -226,5 +232,5 @@ def _load_from_timm(source: str, folder: Path) -> tuple[nn.Module, str]:
 def _class_names(model: nn.Module, run: Path | None) -> tuple[str, ...] | None:
     names = _read_timm_config(run).get("label_names") if run else pretrained_cfg(model).get("label_names")
     if isinstance(names, list | tuple) and len(names) == model.num_classes:
-        return tuple(printable(str(name)) for name in names)
+        return tuple(printable(unicodedata.normalize("NFC", str(name))) for name in names)
     return None

@@ -59,8 +59,9 @@ def fit(config: TrainConfig, *, resume: ResumeMode = "never", overwrite: bool = 
             raise
         try:
             return _train(session)
-        except UserError:
-            if session.accelerator.is_main_process:
+        except UserError as error:
+            # An error of one rank alone reaches rank 0 as the loss of that rank, if at all.
+            if session.accelerator.is_main_process or not error.on_all_ranks:
                 session.folder.remove_unless_resumable()
             raise
         finally:

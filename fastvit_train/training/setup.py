@@ -280,6 +280,8 @@ def log_introduction(session: TrainSession, threads: str, resuming: bool, messag
         f"{dataset.name}: {len(dataset.train.labels):,} training images, "
         f"{len(dataset.test.labels):,} evaluation images ({dataset.evaluated_on}), {len(dataset.classes)} classes"
     )
+    for line in dataset.notes:
+        log.line(line)
     log.line(
         f"{device_name(accelerator.device)}; world size {accelerator.num_processes}; "
         f"mixed precision {accelerator.mixed_precision}; {threads}"

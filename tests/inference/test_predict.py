@@ -143,7 +143,7 @@ def test_standard_input(
     [
         ((), "predict takes images after the run"),
         (("*.nothing",), "no file matches '*.nothing'"),
-        ((".",), "folder . holds no images; allowed extensions: .bmp"),
+        ((".",), "folder . holds no images; allowed extensions: .apng"),
     ],
 )
 def test_nothing_to_predict(
