@@ -21,8 +21,8 @@ from fastvit_train.utils.errors import UserError
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_FILE_BYTES = 1 << 29
 MAX_PIXELS = 89_478_485  # Pillow's own limit, above which it warns: 256 MiB as RGB
-ENDINGS = {"GIF": b";", "JPEG": b"\xff\xd9", "PNG": b"IEND"}
-"""by format, bytes near the end of a complete file"""
+ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
+"""by format, bytes near the end of a complete file and nowhere else in its pixels"""
 TAIL_BYTES = 1024
 WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 PHOTOMETRIC, BITS_PER_SAMPLE, MIN_SAMPLE, MAX_SAMPLE = 262, 258, 340, 341
@@ -100,7 +100,7 @@ def decode_all(files: ImageFiles, image_size: int) -> Tensor:
 
 
 def examine(paths: Sequence[Path]) -> tuple[list[Unreadable], int]:
-    """Look at the headers and the ends of image files; files that look incomplete are decoded to find out.
+    """Look at the headers and the ends of image files. Files that may be incomplete are decoded to find out.
 
     Returns:
         The files that can't be decoded, and the number of images that may have transparent parts.

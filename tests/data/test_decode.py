@@ -115,8 +115,10 @@ def test_predict_and_inspect_compose_drawings_and_say_so_once(
 
     for number in range(300):
         drawing("P and bytes", ".png", tmp_path / f"{number}")
+    filters = list(warnings.filters)
     main(["predict", str(trained), str(tmp_path), "--json"])
     printed = capsys.readouterr()
+    assert warnings.filters == filters, "threads must not leave warnings switched off"
     assert printed.err == "300 images have an alpha channel or a transparent color: composed on white (--background)\n"
     assert printed.out.count("\n") == 300
     monkeypatch.setattr("fastvit_train.inference.inspect.decode_all", see)
