@@ -12,6 +12,7 @@ from fastvit_train.cli.overview import overview
 from fastvit_train.cli.parser import parse
 from fastvit_train.cli.verbs import DEFAULT_VERB, SCRIPT, VERBS, verb_types
 from fastvit_train.distributed import env
+from fastvit_train.distributed.openmp import limit_spinning
 from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import Preempted, UserError, did_you_mean
 
@@ -35,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         SystemExit: with status 2 and one line on stderr for a user's mistake, 75 for a run that a signal stopped,
             130 after Ctrl-C, 141 if the program that reads the output has exited.
     """
+    limit_spinning()
     _configure_logging()
     _open_streams()
     args = list(sys.argv[1:] if argv is None else argv)

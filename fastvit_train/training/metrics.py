@@ -70,6 +70,12 @@ def record_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: fl
         f"{metrics['images_per_second']:,.0f} img/s  {seconds + eval_seconds:.1f} s{_gpu_words(metrics)}"
         + (f"  {state.skipped_steps} steps skipped by fp16's scaler so far" if state.skipped_steps else "")
     )
+    slowdown = session.slowdown.factor(seconds, loader.steps_per_epoch)
+    if slowdown is not None:
+        session.log.line(
+            f"warning: steps take {slowdown:.1f} times as long as in the fastest epoch: "
+            "other processes seem to be using this machine"
+        )
     known = {k: v for k, v in metrics.items() if k not in ("epoch", "step") and v is not None}
     session.accelerator.log(known, step=state.step)
 

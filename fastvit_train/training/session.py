@@ -17,6 +17,7 @@ from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.runs.train_state import TrainState
 from fastvit_train.training.preemption import StatusExchange
 from fastvit_train.utils.gpu_monitor import Meter
+from fastvit_train.utils.timing import SlowdownDetector
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class TrainSession:
     status_exchange: StatusExchange
     journal: Journal
     ema: ModelEmaV3 | None
+    slowdown: SlowdownDetector
     resources: ExitStack
     """the lock of the run's folder, threads and switches to restore"""
 

@@ -36,6 +36,7 @@ from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.gpu_monitor import Meter
+from fastvit_train.utils.timing import SlowdownDetector
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,7 @@ def setup(
             inputs.dataset, inputs.train_loader, inputs.eval_loader, inputs.batch_size, state,
             trained.compile_seconds, Meter(launch.accelerator.device, resolved.run.telemetry),
             StatusExchange(launch.accelerator, stop_signals or StopSignalHandler()), Journal(), trained.ema,
+            SlowdownDetector(),
             stack,
         )  # fmt: skip
         log_introduction(session, launch.threads, resuming, messages)

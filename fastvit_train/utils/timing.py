@@ -26,6 +26,29 @@ def quartiles(values: Sequence[float]) -> Quartiles:
     return Quartiles(*statistics.quantiles(values, method="inclusive"))
 
 
+class SlowdownDetector:
+    """Detects, once, that steps take several times as long as in the fastest epoch so far."""
+
+    FACTOR = 3
+    MIN_SECONDS = 2.0
+    """Shorter epochs say too little."""
+
+    def __init__(self) -> None:
+        self._fastest = float("inf")
+        self._reported = False
+
+    def factor(self, seconds: float, steps: int) -> float | None:
+        """Return how many times slower an epoch is than the fastest one, the first time that it is `FACTOR` or more."""
+        if seconds < self.MIN_SECONDS:
+            return None
+        self._fastest = min(self._fastest, seconds / steps)
+        factor = seconds / steps / self._fastest
+        if self._reported or factor < self.FACTOR:
+            return None
+        self._reported = True
+        return factor
+
+
 def synchronize(device: torch.device) -> None:
     """Wait until the device has finished its work; on a CPU there is nothing to wait for."""
     if device.type != "cpu":

@@ -1,8 +1,10 @@
 """A training step asks the device for nothing: the host would wait for the answer."""
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.training.loop import train_epoch
+from fastvit_train.training import loop
+from fastvit_train.training.loop import fit, train_epoch
 from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import setup
+from fastvit_train.utils.timing import SlowdownDetector
 from fastvit_train.utils.torch_private import TorchDispatchMode
 
 Config = Callable[..., TrainConfig]
@@ -92,3 +96,17 @@ def test_on_a_gpu_torch_sees_no_synchronisation_either(small_config: Config, com
         return phase("waiting" if next(first, False) else name)  # the epoch's draws are moved in its first input
 
     train_epoch(session, bar, after_the_first)
+
+
+def test_a_busy_machine_is_reported_once(small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_step = loop._train_step
+
+    def slow_from_epoch_two_on(session: TrainSession, *arguments: Any) -> None:
+        time.sleep(0.02 if session.state.epoch == 0 else 0.2)
+        train_step(session, *arguments)
+
+    monkeypatch.setattr(loop, "_train_step", slow_from_epoch_two_on)
+    monkeypatch.setattr(SlowdownDetector, "MIN_SECONDS", 0)
+    fit(small_config())
+    log = (tmp_path / "runs" / "run" / "train.log").read_text()
+    assert log.count("times as long as in the fastest epoch: other processes seem to be using this machine") == 1

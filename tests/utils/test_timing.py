@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastvit_train.utils import timing
-from fastvit_train.utils.timing import quartiles, time_call, time_in_rounds
+from fastvit_train.utils.timing import SlowdownDetector, quartiles, time_call, time_in_rounds
 
 
 def test_quartiles_by_hand() -> None:
@@ -46,3 +46,11 @@ def test_the_clock_stops_after_all_calls_and_after_the_device(monkeypatch: pytes
 def test_a_cpu_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: pytest.fail("nothing to wait for"))
     timing.synchronize(torch.device("cpu"))
+
+
+def test_a_slowdown_is_detected_once_and_against_the_fastest_epoch() -> None:
+    detector = SlowdownDetector()
+    assert [detector.factor(seconds, 10) for seconds in (30.0, 10.0, 29.0)] == [None] * 3, "the first is the slowest"
+    assert detector.factor(1.0, 1) is None, "too short"
+    assert detector.factor(35.0, 10) == pytest.approx(3.5)
+    assert detector.factor(90.0, 10) is None, "it is reported once"
