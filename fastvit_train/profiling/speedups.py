@@ -40,8 +40,16 @@ class Candidate:
     failed: str | None = None
     """why it could not be measured"""
 
+    @property
+    def measured(self) -> str:
+        """The change and its gain, as every line about it has them."""
+        return f"{self.what} {self.gain:.2f}x"
+
     def __str__(self) -> str:
-        return f"{self.what} {self.gain:.2f}x" if self.failed is None else f"{self.what} failed ({self.failed})"
+        if self.failed is not None:
+            return f"{self.what} failed ({self.failed})"
+        remarks = [*([] if self.sure else ["uncertain"]), *([] if self.same_training else ["a different training"])]
+        return f"{self.measured} ({', '.join(remarks)})" if remarks else self.measured
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ def list_variants(session: TrainSession) -> list[tuple[str, str, Variant]]:
         )
     double = 2 * config.run.batch_size
     if double <= len(session.dataset.train.labels):
-        how = "a different training: tune the learning rate again"
+        how = "tune the learning rate again"
         variants.append((f"--batch-size {double}", how, Variant(batch_factor=2)))
     return variants
 

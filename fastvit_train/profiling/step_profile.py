@@ -234,9 +234,11 @@ def input_share(step: float, host: dict[str, float], device: dict[str, float]) -
 def recommend(busy: float | None, input_share: float, streamed: bool, candidates: list[Candidate]) -> str:
     """Say in one line what to change first: the change with the largest measured gain.
 
-    Gains within the noise do not count. A change that affects the training is only recommended if no other helps.
+    A change whose gain is uncertain is not recommended, but if no other helps, the line names it. A change that affects
+    the training is only recommended if no other helps.
     """
-    helpful = [candidate for candidate in candidates if candidate.sure and candidate.gain >= MIN_GAIN]
+    faster = [candidate for candidate in candidates if round(candidate.gain, 2) >= MIN_GAIN]
+    helpful = [candidate for candidate in faster if candidate.sure]
     best = max(helpful, key=lambda candidate: (candidate.same_training, candidate.gain), default=None)
     gain_without_input = 1 / (1 - input_share)
     if gain_without_input >= max(MIN_GAIN, best.gain if best else 0.0):
@@ -247,12 +249,17 @@ def recommend(busy: float | None, input_share: float, streamed: bool, candidates
         )
         return (
             f"input-bound: the input takes {input_share:.0%} of a step; without it training would be at most "
-            f"{gain_without_input:.1f}x as fast ({how})"
+            f"{gain_without_input:.2f}x as fast ({how})"
+        )
+    if best is None and faster:
+        return (
+            f"uncertain: {', '.join(candidate.measured for candidate in faster)} may help, but the times varied more "
+            "than they differ; profile again when the machine has nothing else to do"
         )
     if best is None:
-        return f"none of the measured changes makes training more than {MIN_GAIN - 1:.0%} faster beyond the noise"
+        return f"none of the measured changes makes training at least {MIN_GAIN - 1:.0%} faster"
     bound = f"launch-bound, the GPU computes {busy:.0%} of the time: " if busy and busy < LAUNCH_BOUND_BUSY else ""
-    return f"{bound}{best.what} would help: measured {best.gain:.1f}x ({best.how})"
+    return f"{bound}{best.what} would help: measured {best.gain:.2f}x ({best.how})"
 
 
 def include_input(candidate: Candidate, input_share: float) -> Candidate:

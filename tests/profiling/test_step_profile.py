@@ -88,19 +88,38 @@ def test_flops_are_those_of_the_definition(small_config: Config) -> None:
 
 def test_the_verdict_goes_by_what_was_measured() -> None:
     bf16, compiled = Candidate("bf16", "so", 1.9), Candidate("--compile", "thus", 1.4)
-    assert recommend(None, 0.01, False, [compiled, bf16]) == "bf16 would help: measured 1.9x (so)"
+    assert recommend(None, 0.01, False, [compiled, bf16]) == "bf16 would help: measured 1.90x (so)"
     assert recommend(0.35, 0.0, False, [compiled]).startswith(
-        "launch-bound, the GPU computes 35% of the time: --compile would help: measured 1.4x"
+        "launch-bound, the GPU computes 35% of the time: --compile would help: measured 1.40x"
     )
     assert recommend(0.35, 0.6, True, [compiled]).startswith(
-        "input-bound: the input takes 60% of a step; without it training would be at most 2.5x as fast"
+        "input-bound: the input takes 60% of a step; without it training would be at most 2.50x as fast"
     )
     assert "--stream never" in recommend(None, 0.6, True, [compiled])
-    nothing = [Candidate("x", "y", 1.04), Candidate("x", "y", 3.0, sure=False), Candidate("x", "y", 0.0, failed="why")]
+    nothing = [Candidate("x", "y", 1.04), Candidate("x", "y", 1.0, sure=False), Candidate("x", "y", 0.0, failed="why")]
     assert recommend(0.9, 0.0, False, nothing).startswith("none of the measured changes")
     larger = Candidate("--batch-size 512", "another training", 3.0, same_training=False)
     assert recommend(None, 0.0, False, [larger, compiled]).startswith("--compile")
-    assert recommend(None, 0.0, False, [larger]).startswith("--batch-size 512 would help: measured 3.0x")
+    assert recommend(None, 0.0, False, [larger]).startswith("--batch-size 512 would help: measured 3.00x")
+
+
+def test_the_verdict_agrees_with_the_list_above_it() -> None:
+    """Whatever the list shows as faster, the last line names, or the list says why it does not count."""
+    sdpa = Candidate("--attention sdpa", "how", 2.26, sure=False)
+    bf16 = Candidate("bf16", "how", 2.24, sure=False)
+    failed = Candidate("--compile", "how", 0.0, sure=False, failed="no compiler")
+    assert recommend(None, 0.0, False, [sdpa, bf16, failed]).startswith(
+        "uncertain: --attention sdpa 2.26x, bf16 2.24x may help, but the times varied more than they differ"
+    )
+    assert [str(each) for each in (sdpa, bf16)] == ["--attention sdpa 2.26x (uncertain)", "bf16 2.24x (uncertain)"]
+    compiled = Candidate("--compile", "how", 1.3)
+    assert recommend(None, 0.0, False, [sdpa, compiled]) == "--compile would help: measured 1.30x (how)"
+    larger = Candidate("--batch-size 512", "how", 3.0, sure=False, same_training=False)
+    assert str(larger) == "--batch-size 512 3.00x (uncertain, a different training)"
+    for gain, shown in ((1.0451, "1.05x"), (1.0449, "1.04x")):  # what is shown decides, and not what is rounded away
+        almost = Candidate("bf16", "how", gain)
+        assert shown in str(almost)
+        assert recommend(None, 0.0, False, [almost]).startswith("none of") == (shown == "1.04x")
 
 
 def test_input_that_hides_behind_the_device_costs_nothing() -> None:
