@@ -1,5 +1,7 @@
 """The verbs that take a trained model; each imports what it needs when it runs."""
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -7,7 +9,10 @@ from typing import Literal
 from fastvit_train.config.names import check_attention_name
 from fastvit_train.config.schema import DatasetName, RunConfig
 from fastvit_train.utils.console import Terminal
-from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.errors import UserError, printable
+
+MAX_NAMED = 10
+"""arguments that one line names"""
 
 
 @dataclass(frozen=True)
@@ -132,9 +137,12 @@ class Report:
 def report(command: Report) -> None:
     from fastvit_train.distributed import preflight
     from fastvit_train.inference.report.page import write_report
+    from fastvit_train.runs.results import RUN_FILES, split_off_others
 
     preflight.check_single_process("report")
-    print(f"written to {write_report(command.runs, command.output, command.data_dir)}")
+    named, others = split_off_others(command.runs, (*RUN_FILES, "config.json"))
+    _print_passed_over(others if named else ())
+    print(f"written to {write_report(named or command.runs, command.output, command.data_dir)}")
 
 
 @dataclass(frozen=True)
@@ -194,25 +202,51 @@ def push(command: Push) -> None:
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare runs: print a table, and draw their curves in one picture."""
+    """Compare runs: print a table, and draw their curves in one picture.
+
+    Runs that are still in training are compared by their results so far.
+    """
 
     runs: tuple[Path, ...]
-    """folders of finished runs"""
+    """folders of runs; in runs/*, what is not a run is passed over"""
     output: Path = Path("curves.png")
     """file for the picture"""
     markdown: bool = False
     """print the table as Markdown"""
+    json: bool = False
+    """print the results as a JSON list with an object per run, and nothing else"""
+    csv: bool = False
+    """print the results as CSV with a line per run, and nothing else"""
 
 
 def compare(command: Compare) -> None:
-    runs = list(command.runs)
-    if not runs:
+    if not command.runs:
         raise UserError("compare takes the folders of one or more runs, as in: compare runs/a runs/b")
-    from fastvit_train.runs import comparison, plots
+    formats = [name for name in ("markdown", "json", "csv") if getattr(command, name)]
+    if len(formats) > 1:
+        raise UserError(f"compare prints one format; give only one of {', '.join(f'--{name}' for name in formats)}")
+    from fastvit_train.runs import comparison, plots, results
 
-    plots.plot_curves(runs, command.output, comparison.dataset_names(runs))
-    if command.markdown:
-        print(comparison.markdown_table(runs))
+    named, others = results.split_off_others([str(run) for run in command.runs], results.RUN_FILES)
+    if not named:
+        raise UserError(f"{others[0]} is not a run: it has no config.yaml; give the folders of runs, as in: runs/*")
+    _print_passed_over(others)
+    runs = results.read_runs([Path(name) for name in named])
+    shown = comparison.FORMATS[formats[0]](runs) if formats else comparison.table(runs)
+    started = [run.folder for run in runs if run.results.get("epochs")]
+    if started:
+        plots.plot_curves(started, command.output, comparison.dataset_names(runs))
+    if formats:
+        print(shown)
     else:
-        Terminal().print(comparison.table(runs))
-    print(f"written to {command.output}")
+        Terminal().print(shown)
+    written = f"written to {command.output}" if started else "no epoch has ended yet, so no curves were drawn"
+    print(written, file=sys.stderr if command.json or command.csv else sys.stdout)
+
+
+def _print_passed_over(others: Sequence[str]) -> None:
+    """Print a line about arguments that are not runs: runs/* names reports and results of several seeds too."""
+    if others:
+        names = ", ".join(map(printable, others[:MAX_NAMED]))
+        more = f" and {len(others) - MAX_NAMED:,} more" if len(others) > MAX_NAMED else ""
+        print(f"passed over, because there is no run in it: {names}{more}", file=sys.stderr)

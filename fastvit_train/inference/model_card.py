@@ -13,6 +13,7 @@ from fastvit_train.config.validation import Mark
 from fastvit_train.inference.trained_model import TrainedModel
 from fastvit_train.models import OUR_MODELS
 from fastvit_train.runs import comparison
+from fastvit_train.runs.results import read_runs, read_summary
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.markdown import code, table, text
 
@@ -34,7 +35,7 @@ def model_card(run: TrainedModel, repo: str, license: str | None) -> str:
         UserError: if the run's summary or metrics cannot be read.
     """
     from_run = run.folder is not None and run.config is not None
-    summary = comparison.read_summary(run.folder) if run.folder is not None and from_run else {}
+    summary = read_summary(run.folder) if run.folder is not None and from_run else {}
     header = _header(run, repo, license, summary).to_yaml()
     parts = [f"---\n{header}\n---", f"# {text(repo.rpartition('/')[2])}", _description(run)]
     if run.folder is not None and run.config is not None:
@@ -138,7 +139,7 @@ def _recipe(config: TrainConfig) -> str:
 
 
 def _results(run: TrainedModel, folder: Path, summary: dict[str, Any]) -> str:
-    _, *rows = comparison.comparison_rows([folder])
+    _, *rows = comparison.comparison_rows(read_runs([folder]))
     split = summary["evaluated_on"]
     images = "the held-out images" if split == "holdout" else f"the {text(split)} set"
     results = table([["", "value"], *([name, text(value)] for name, value in rows)])

@@ -1,46 +1,26 @@
-"""Compare the results of finished runs."""
+"""Compare runs: a row per result, and a row per setting that differs."""
 
-from collections.abc import Callable
-from pathlib import Path
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from fastvit_train.runs.run_folder import RunFolder, read_jsonl
+from fastvit_train.config.overrides import marked
+from fastvit_train.config.validation import Mark
+from fastvit_train.runs.results import INVALID, MAX_TEXT_LENGTH, RunResults, is_finished
 from fastvit_train.utils import markdown
 from fastvit_train.utils.errors import UserError, printable
-from fastvit_train.utils.safe_load import read_json
 
-TEXT_KEYS = ("model", "dataset", "evaluated_on", "recipe", "mixed_precision", "device")
-MAX_TEXT_LENGTH = 200
+MISSING = "—"
 
 
-def read_summary(run: Path) -> dict[str, Any]:
-    """Return a finished run's summary.json with the train loss of its last epoch.
-
-    Raises:
-        UserError: if `run` is not the folder of a finished run.
-    """
-    try:
-        summary = read_json(run / "summary.json")
-        last_epoch = read_jsonl(RunFolder(run).metrics)[-1]
-        return {
-            "train_loss": last_epoch["train_loss"],
-            **summary,
-            **{key: _checked_text(summary[key]) for key in TEXT_KEYS},
-        }
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(
-            f"{run} is not a finished run: its summary.json and metrics.jsonl cannot be read ({error!r}); "
-            "give the folder of a finished run"
-        ) from None
-
-
-def _checked_text(text: str) -> str:
-    if not isinstance(text, str):
-        raise TypeError(f"{text!r:.100} is not a string")
-    return printable(text[:MAX_TEXT_LENGTH])
+def _format_epochs(results: dict[str, Any]) -> str:
+    done = str(results["epochs"])
+    return done if is_finished(results) else f"{done} of {results['planned_epochs']}"
 
 
 SUMMARY_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -49,7 +29,7 @@ SUMMARY_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "recipe": lambda s: s["recipe"],
     "parameters": lambda s: f"{s['parameters']:,}",
     "model size, MB": lambda s: f"{s['model_size_mb']:.2f}",
-    "epochs": lambda s: str(s["epochs"]),
+    "epochs": _format_epochs,
     "train loss": lambda s: f"{s['train_loss']:.4f}",
     "test loss": lambda s: f"{s['test_loss']:.4f}",
     "accuracy": lambda s: f"{s['test_accuracy']:.2%}",
@@ -59,40 +39,118 @@ SUMMARY_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "mixed precision": lambda s: s["mixed_precision"],
     "device": lambda s: s["device"],
 }
-"""rows of the comparison: the name of each, and a function that formats its value from a summary"""
+"""rows of the comparison: the name of each, and a function that formats its value from a run's results"""
+SHOWN_SETTINGS = ("model", "dataset", "recipe")
+"""settings that have a row among the results"""
 
 
-def comparison_rows(runs: list[Path]) -> list[list[str]]:
-    """Return a header with the runs' names, then a row per value of `SUMMARY_ROWS`.
+def differing_settings(columns: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """Return the settings that are not the same in all `columns`: by name, the value in each column."""
+    keys = dict.fromkeys(key for own in columns for key in own if key not in marked(Mark.RUN_NAME))
+    values = {key: [own.get(key) for own in columns] for key in keys}
+    return {key: own for key, own in values.items() if any(value != own[0] for value in own)}
+
+
+def format_setting(value: Any) -> str:
+    """Return a value of config.yaml as text."""
+    return "not set" if value is None else printable(str(value))[:MAX_TEXT_LENGTH]
+
+
+def _flag(setting: str) -> str:
+    return f"--{printable(setting).replace('_', '-')}"
+
+
+def comparison_rows(runs: Sequence[RunResults]) -> list[list[str]]:
+    """Return a header with the runs' names, a row per value of `SUMMARY_ROWS`, and a row per setting that differs.
 
     Raises:
-        UserError: if one of `runs` is not the folder of a finished run.
+        UserError: if a value in a summary.json is missing or damaged.
     """
-    summaries = [read_summary(run) for run in runs]
-    head = ["", *(printable(run.resolve().name) for run in runs)]
+    head = ["", *(run.name for run in runs)]
+    results = [[name, *(_format_result(show, run) for run in runs)] for name, show in SUMMARY_ROWS.items()]
+    return [head, *results, *_setting_rows(runs)]
+
+
+def _format_result(show: Callable[[dict[str, Any]], str], run: RunResults) -> str:
     try:
-        return [head, *([name, *(show(s) for s in summaries)] for name, show in SUMMARY_ROWS.items())]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        return show(run.results)
+    except INVALID as error:
+        if not run.finished:
+            return MISSING
         raise UserError(
-            f"a value is missing or damaged in the summary.json of one of {', '.join(map(str, runs))} ({error!r}); "
-            "train that run again"
+            f"a value is missing or damaged in the summary.json of {run.folder} ({error!r}); train that run again"
         ) from None
 
 
-def dataset_names(runs: list[Path]) -> str:
+def _setting_rows(runs: Sequence[RunResults]) -> list[list[str]]:
+    keys = differing_settings([run.settings for run in runs if run.settings])
+    return [
+        [
+            _flag(key),
+            *(format_setting(run.settings.get(key)) if run.settings else MISSING for run in runs),
+        ]
+        for key in keys
+        if key not in SHOWN_SETTINGS
+    ]
+
+
+def dataset_names(runs: Sequence[RunResults]) -> str:
     """Return the names of the data sets that the runs were trained on, separated by commas."""
-    return ", ".join(dict.fromkeys(read_summary(run)["dataset"] for run in runs))
+    return ", ".join(dict.fromkeys(run.results["dataset"] for run in runs))
 
 
-def table(runs: list[Path]) -> Table:
+def table(runs: Sequence[RunResults]) -> Table:
     """Return the comparison as a table for the terminal."""
     head, *rows = comparison_rows(runs)
     result = Table(*map(escape, head))
-    for row in rows:
-        result.add_row(*map(escape, row))
+    for number, row in enumerate(rows, start=1):
+        result.add_row(*map(escape, row), end_section=number == len(SUMMARY_ROWS))
     return result
 
 
-def markdown_table(runs: list[Path]) -> str:
+def markdown_table(runs: Sequence[RunResults]) -> str:
     """Return the comparison as a Markdown table."""
     return markdown.table([[markdown.text(cell) for cell in row] for row in comparison_rows(runs)])
+
+
+def json_records(runs: Sequence[RunResults]) -> str:
+    """Return a JSON list with an object per run: its name, results in full, and settings that differ.
+
+    Values have the units of summary.json; one that is NaN, inf or not available is null.
+    """
+    keys = differing_settings([run.settings for run in runs if run.settings])
+    records = [
+        {
+            "run": run.name,
+            "folder": str(run.folder),
+            "finished": run.finished,
+            "results": run.results,
+            "settings": {key: run.settings.get(key) for key in keys},
+        }
+        for run in runs
+    ]
+    finite = json.loads(json.dumps(records), parse_constant=lambda name: None)
+    return json.dumps(finite, indent=2)
+
+
+def csv_records(runs: Sequence[RunResults]) -> str:
+    """Return CSV with a line per run: its name, the single values of its results, and settings that differ as --NAME.
+
+    Values have the units of summary.json; one that is not available is empty.
+    """
+    records = []
+    for record in json.loads(json_records(runs)):
+        results, settings = record.pop("results"), record.pop("settings")
+        single = {key: value for key, value in results.items() if not isinstance(value, dict | list)}
+        records.append({**record, **single, **{f"--{key.replace('_', '-')}": value for key, value in settings.items()}})
+    output = io.StringIO()
+    writer = csv.DictWriter(
+        output, list(dict.fromkeys(key for record in records for key in record)), lineterminator="\n"
+    )
+    writer.writeheader()
+    writer.writerows(records)
+    return output.getvalue().rstrip("\n")
+
+
+FORMATS = {"markdown": markdown_table, "json": json_records, "csv": csv_records}
+"""how to print a comparison for other programs, by the name of the flag"""

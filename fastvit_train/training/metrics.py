@@ -17,6 +17,7 @@ from fastvit_train.models.evaluator import Evaluation
 from fastvit_train.runs import findings
 from fastvit_train.runs.comparison import table
 from fastvit_train.runs.plots import plot_curves
+from fastvit_train.runs.results import read_runs
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import atomic_io, memory
@@ -170,7 +171,7 @@ def _write_summary(session: TrainSession, summary: dict[str, Any]) -> None:
     session.journal.flush()
     atomic_io.write_atomically(session.folder.summary, json.dumps(summary, indent=2) + "\n")
     plot_curves([session.folder.root], session.folder.root / "curves.png", session.dataset.name)
-    session.log.console.print(table([session.folder.root]))
+    session.log.console.print(table(read_runs([session.folder.root])))
     for warning in findings.warnings(summary, read_jsonl(session.folder.metrics)):
         session.log.line(f"warning: {warning}")
     session.log.line(f"written to {session.folder.root}; next: {_next_step(session)}")

@@ -1,31 +1,13 @@
 """The pictures of runs show what they are given: curves, confusion matrices, plans."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from fastvit_train.runs.plots import plot_confusion, plot_curves, plot_images, plot_scaling
+from tests.runs.folders import write_run
 from tests.support.pictures import record_pictures
-
-
-def write_run(folder: Path, epochs: int = 4, **columns: list[float]) -> Path:
-    """Write the metrics of a run of ten steps per epoch; `columns` replaces some of the values."""
-    values: dict[str, Any] = {
-        "epoch": range(1, epochs + 1),
-        "step": range(10, 10 * epochs + 1, 10),
-        "train_loss": [2 / (1 + epoch) for epoch in range(epochs)],
-        "test_loss": [2.5 / (1 + epoch) for epoch in range(epochs)],
-        "test_accuracy": [1 - 0.9 / (1 + epoch) for epoch in range(epochs)],
-        "seconds": [2.0] * epochs,
-        **columns,
-    }
-    folder.mkdir(parents=True)
-    rows = [dict(zip(values, row, strict=True)) for row in zip(*values.values(), strict=True)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def test_curves_have_a_line_per_run_in_each_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.ticker import MaxNLocator
 
 from fastvit_train.inference.report.records import RunRecord
-from fastvit_train.inference.report.tables import MISSING
+from fastvit_train.runs.comparison import MISSING
 from fastvit_train.runs.plots import MAX_PLOTTED, PANELS
 
 WIDTH, HEIGHT = 360, 240

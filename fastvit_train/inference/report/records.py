@@ -6,11 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fastvit_train.config.overrides import to_plain
-from fastvit_train.config.schema import TrainConfig
 from fastvit_train.inference.evaluate import EvaluatedRun, evaluate_run
 from fastvit_train.inference.trained_model import FOLDER, TrainedModel, load_run
-from fastvit_train.runs.comparison import read_summary
+from fastvit_train.runs.results import is_finished, read_results, read_run_settings
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.utils.errors import UserError, printable
 
@@ -26,7 +24,7 @@ class RunRecord:
     name: str
     folder: Path | None
     summary: dict[str, Any]
-    """summary.json, or a few entries of it that are computed from the model"""
+    """summary.json, the results so far, or a few entries that are computed from the model"""
     epochs: list[dict[str, Any]]
     """the lines of metrics.jsonl"""
     settings: dict[str, Any]
@@ -62,8 +60,8 @@ def _load_record(run: str, data_dir: str | None) -> RunRecord:
     folder = RunFolder(path)
     if not folder.config.is_file():
         return _record_without_run(run, load_run(run))
-    summary, summary_error = value_or_error(lambda: read_summary(path))
-    settings, settings_error = value_or_error(lambda: {**to_plain(TrainConfig()), **folder.read_config()})
+    summary, summary_error = value_or_error(lambda: read_results(path))
+    settings, settings_error = value_or_error(lambda: read_run_settings(path))
     epochs: list[dict[str, Any]] = []
     with suppress(OSError):  # without the file, the page has no curves
         epochs = read_jsonl(folder.metrics)
@@ -75,7 +73,7 @@ def _load_record(run: str, data_dir: str | None) -> RunRecord:
         evaluated, evaluation_error = value_or_error(lambda: evaluate_run(run, data_dir=data_dir, attention=attention))
     if not (summary or epochs):
         raise UserError(f"{run} has nothing to report: {summary_error}; {evaluation_error}")
-    errors = {"No results": summary_error, "No settings": settings_error}
+    errors = {"No results": summary_error, "No settings": settings_error, "Not finished": _describe_progress(summary)}
     return RunRecord(
         run,
         printable(path.resolve().name),
@@ -86,6 +84,15 @@ def _load_record(run: str, data_dir: str | None) -> RunRecord:
         evaluated,
         tuple(f"{what}: {error}" for what, error in errors.items() if error),
         f"No evaluation: {evaluation_error}" if evaluation_error else "",
+    )
+
+
+def _describe_progress(summary: dict[str, Any] | None) -> str:
+    if summary is None or is_finished(summary):
+        return ""
+    return (
+        f"the page shows the results after {summary['epochs']} of {summary['planned_epochs']} epochs; write it again "
+        "when the training has gone on"
     )
 
 

@@ -10,10 +10,10 @@ from fastvit_train.config.recipes import recipe
 from fastvit_train.config.validation import Mark
 from fastvit_train.inference.report.records import RunRecord
 from fastvit_train.models.resolve import fill_defaults
-from fastvit_train.runs.comparison import MAX_TEXT_LENGTH, SUMMARY_ROWS
+from fastvit_train.runs.comparison import MISSING, SUMMARY_ROWS, differing_settings, format_setting
+from fastvit_train.runs.results import INVALID, MAX_TEXT_LENGTH
 from fastvit_train.utils.errors import UserError, printable
 
-MISSING = "—"
 ENERGY = "energy, J"
 RESULT_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     **SUMMARY_ROWS,
@@ -35,7 +35,6 @@ SUMMARY_KEYS = {
 }
 """rows that show the difference between two runs, with the keys of their values in summary.json"""
 ENVIRONMENT_KEYS = ("device", "world_size", "mixed_precision", "attention", "seed", "batch_size", "steps")
-INVALID = (KeyError, TypeError, ValueError, OverflowError)
 
 
 @dataclass(frozen=True)
@@ -129,17 +128,13 @@ def settings(records: Sequence[RunRecord]) -> Table:
     columns = [(record.name, record.settings) for record in records if record.settings]
     if len(columns) == 1:
         columns.insert(0, (f"recipe {printable(str(columns[0][1].get('recipe')))}", recipe_settings(columns[0][1])))
-    keys = dict.fromkeys(key for _, own in columns for key in own if key not in marked(Mark.RUN_NAME))
-    rows = []
-    for key in keys:
-        first, *others = [own.get(key) for _, own in columns]
-        if any(value != first for value in others):
-            rows.append(
-                (
-                    printable(key),
-                    [Cell(_format_setting(first)), *(Cell(_format_setting(v), differs=v != first) for v in others)],
-                )
-            )
+    rows = [
+        (
+            printable(key),
+            [Cell(format_setting(first)), *(Cell(format_setting(v), differs=v != first) for v in others)],
+        )
+        for key, (first, *others) in differing_settings([own for _, own in columns]).items()
+    ]
     return Table(tuple(name for name, _ in columns), rows)
 
 
@@ -155,10 +150,6 @@ def recipe_settings(own: dict[str, Any]) -> dict[str, Any]:
     base = recipe(str(own.get("recipe")))
     for_model = fill_defaults(override(base, {"model": own.get("model", base.model.model)}, "config.yaml"))
     return {**to_plain(for_model), "model": base.model.model}
-
-
-def _format_setting(value: Any) -> str:
-    return "not set" if value is None else printable(str(value))[:MAX_TEXT_LENGTH]
 
 
 def commands(record: RunRecord) -> list[tuple[str, str]]:
