@@ -225,7 +225,8 @@ def compare(command: Compare) -> None:
     formats = [name for name in ("markdown", "json", "csv") if getattr(command, name)]
     if len(formats) > 1:
         raise UserError(f"compare prints one format; give only one of {', '.join(f'--{name}' for name in formats)}")
-    from fastvit_train.runs import comparison, plots, results
+    from fastvit_train.runs import comparison, results
+    from fastvit_train.runs.plots.curves import plot_curves
 
     named, others = results.split_off_others([str(run) for run in command.runs], results.RUN_FILES)
     if not named:
@@ -235,7 +236,7 @@ def compare(command: Compare) -> None:
     shown = comparison.FORMATS[formats[0]](runs) if formats else comparison.table(runs)
     started = [run.folder for run in runs if run.results.get("epochs")]
     if started:
-        plots.plot_curves(started, command.output, comparison.dataset_names(runs))
+        plot_curves(started, command.output, comparison.dataset_names(runs))
     if formats:
         print(shown)
     else:

@@ -7,7 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from fastvit_train.runs.comparison import read_summary
+from fastvit_train.runs.results import read_summary
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError

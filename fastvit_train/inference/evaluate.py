@@ -24,7 +24,7 @@ from fastvit_train.models.attention import AUTO, COMPILING, choose_attention
 from fastvit_train.models.evaluator import Evaluation, evaluate_model
 from fastvit_train.runs import findings
 from fastvit_train.runs.log import Log
-from fastvit_train.runs.plots import plot_confusion
+from fastvit_train.runs.plots.figures import plot_confusion
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.utils import atomic_io, memory
 from fastvit_train.utils.errors import UserError

@@ -15,7 +15,7 @@ from fastvit_train.data.decode import ImageFiles, count_transparent, decode_all,
 from fastvit_train.data.image_paths import expand_paths
 from fastvit_train.inference.trained_model import TrainedModel, load_run
 from fastvit_train.models import AttentionMaps, attention_maps, patch_filters, position_similarity
-from fastvit_train.runs.plots import escape_mathtext, save_figure
+from fastvit_train.runs.plots.drawing import escape_mathtext, save_figure
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError, printable
 

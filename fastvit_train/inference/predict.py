@@ -20,7 +20,7 @@ from fastvit_train.data.decode import (
 )
 from fastvit_train.data.image_paths import expand_paths
 from fastvit_train.inference.trained_model import TrainedModel, load_run, non_finite_error
-from fastvit_train.runs.plots import plot_images
+from fastvit_train.runs.plots.figures import plot_images
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import UserError, printable

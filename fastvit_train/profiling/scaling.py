@@ -20,7 +20,7 @@ from fastvit_train.profiling.scaling_estimate import DDP, FSDP2, SINGLE, Measure
 from fastvit_train.profiling.scaling_options import PlanOptions
 from fastvit_train.profiling.scaling_table import format_sources, plan_curves, plan_table
 from fastvit_train.profiling.short_run import create_output_folder, make_progress_bar, short_run, time_epoch
-from fastvit_train.runs import plots
+from fastvit_train.runs.plots.figures import plot_scaling
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
 from fastvit_train.utils.atomic_io import write_atomically
@@ -61,7 +61,7 @@ def plan_run(config: TrainConfig, options: PlanOptions) -> list[Plan]:
     assumptions = {"scaling": options.scaling, "link_gbps": options.link_gbps, "latency_us": options.latency_us}
     text = json.dumps({**assumptions, "plans": [asdict(plan) for plan in plans]}, indent=1)
     write_atomically(options.output / "plan.json", text + "\n")
-    plots.plot_scaling({plan.model: plan_curves(plan) for plan in plans}, options.output / "plan.png")
+    plot_scaling({plan.model: plan_curves(plan) for plan in plans}, options.output / "plan.png")
     print(f"written to {options.output}: plan.json, plan.png")
     return plans
 

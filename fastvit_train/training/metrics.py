@@ -16,7 +16,7 @@ from fastvit_train.distributed.accelerator import device_name
 from fastvit_train.models.evaluator import Evaluation
 from fastvit_train.runs import findings
 from fastvit_train.runs.comparison import table
-from fastvit_train.runs.plots import plot_curves
+from fastvit_train.runs.plots.curves import plot_curves
 from fastvit_train.runs.results import read_runs
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.session import TrainSession

@@ -18,7 +18,7 @@ from fastvit_train.config.schema import TrainConfig
 from fastvit_train.inference.evaluate import evaluate_run
 from fastvit_train.models.resolve import fill_defaults
 from fastvit_train.runs import checkpoint, comparison
-from fastvit_train.runs.plots import plot_curves
+from fastvit_train.runs.plots.curves import plot_curves
 from fastvit_train.runs.results import read_runs
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.training.loop import fit

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvit_train.runs.plots import plot_confusion, plot_curves, plot_images, plot_scaling
+from fastvit_train.runs.plots.curves import plot_curves
+from fastvit_train.runs.plots.figures import plot_confusion, plot_images, plot_scaling
 from tests.runs.folders import write_run
 from tests.support.pictures import record_pictures
 

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fastvit_train.inference.report.records import RunRecord
 from fastvit_train.runs.comparison import MISSING
-from fastvit_train.runs.plots import MAX_PLOTTED, PANELS
+from fastvit_train.runs.plots.curves import MAX_PLOTTED, PANELS
 
 WIDTH, HEIGHT = 360, 240
 LEFT, RIGHT, TOP, BOTTOM = 48, 350, 12, 204

@@ -12,7 +12,7 @@ from fastvit_train.inference.evaluate import EvaluatedRun, metrics
 from fastvit_train.inference.report import charts, images, tables
 from fastvit_train.inference.report.records import RunRecord, load_records, value_or_error
 from fastvit_train.runs import findings
-from fastvit_train.runs.plots import MAX_LABELED_CLASSES
+from fastvit_train.runs.plots.figures import MAX_LABELED_CLASSES
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError
 
