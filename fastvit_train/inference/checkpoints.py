@@ -13,6 +13,8 @@ from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError
 
 FINAL = "model.safetensors"
+SHARDED = "pytorch_model_fsdp.bin"
+"""the weights in a checkpoint of a launch with FSDP"""
 BEST, LAST = "best", "last"
 BEST_FILE = "best.safetensors"
 
@@ -91,10 +93,10 @@ def _list(folder: Path, ema: bool) -> list[Checkpoint]:
 def _saved_steps(folder: Path, ema: bool, rows: list[dict[str, Any]]) -> dict[int, Path]:
     """Return the files with weights by step: of the checkpoints, and those of --save-model-every."""
     saved = {row["step"]: folder / f"model_epoch_{row['epoch']}.safetensors" for row in rows}
-    name = "model_1.safetensors" if ema else "model.safetensors"
-    for path in RunFolder(folder).checkpoints.glob(f"step_*/{name}"):  # sharded ones have no such file
-        if (step := path.parent.name.removeprefix("step_")).isdecimal():
-            saved[int(step)] = path
+    for name in ("model_1.safetensors" if ema else "model.safetensors", SHARDED):
+        for path in RunFolder(folder).checkpoints.glob(f"step_*/{name}"):
+            if (step := path.parent.name.removeprefix("step_")).isdecimal():
+                saved[int(step)] = path
     return {step: path for step, path in saved.items() if path.is_file()}
 
 

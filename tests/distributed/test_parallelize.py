@@ -17,6 +17,7 @@ from torch import nn
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed.parallelize import check_checkpoint, ddp_settings
+from fastvit_train.inference.trained_model import load_run
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.loop import fit
 from fastvit_train.utils.errors import UserError
@@ -130,6 +131,10 @@ def test_sharded_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(
     for name in ("pytorch_model_fsdp.bin", "optimizer.bin"):
         torch.load(last / name, weights_only=True)
     assert not list(last.rglob(".metadata")), "torch unpickles it, whatever is in it"
+    best = load_file(sharded / "best.safetensors")
+    for checkpoint, expected in (("best", best), ("last", gathered), ("10", gathered)):
+        loaded = load_run(sharded, device="cpu", checkpoint=checkpoint).model.state_dict()
+        assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
 @pytest.mark.slow
