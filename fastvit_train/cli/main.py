@@ -14,7 +14,7 @@ from fastvit_train.cli.verbs import DEFAULT_VERB, SCRIPT, VERBS, verb_types
 from fastvit_train.distributed import env
 from fastvit_train.distributed.openmp import limit_spinning
 from fastvit_train.utils.console import Terminal
-from fastvit_train.utils.errors import Preempted, UserError, did_you_mean
+from fastvit_train.utils.errors import Interrupted, Preempted, UserError, did_you_mean
 
 PACKAGE = "fastvit_train"
 ABOUT = ("-h", "--help", "help", "--version")
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     Raises:
         SystemExit: with status 2 and one line on stderr for a user's mistake, 75 for a run that a signal stopped,
-            130 after Ctrl-C, 141 if the program that reads the output has exited.
+            Ctrl-C too, 130 for Ctrl-C in any other verb, 141 if the program that reads the output has exited.
     """
     limit_spinning()
     _configure_logging()
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not error.on_all_ranks or env.is_rank0():
             _print_error(str(error))
         status = USER_ERROR_STATUS
-    except Preempted as stopped:
+    except (Preempted, Interrupted) as stopped:
         if env.is_rank0():
             _print_error(str(stopped), "stopped")
         status = stopped.exit_status
@@ -57,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         status = BROKEN_PIPE_STATUS
     except KeyboardInterrupt:
         if env.is_rank0():
-            hint = "; --resume auto continues from the last checkpoint" if verb == "train" else ""
-            _print_error(f"interrupted{hint}")
+            _print_error("interrupted")
         status = INTERRUPTED_STATUS
     if status:
         sys.exit(status)

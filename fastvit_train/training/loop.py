@@ -17,11 +17,11 @@ from fastvit_train.runs.run_folder import ResumeMode
 from fastvit_train.training import metrics
 from fastvit_train.training.checkpointing import apply_save_error_policy, name_last_checkpoint, save_checkpoint
 from fastvit_train.training.epoch_totals import EpochTotals, collect_totals, restore_totals
-from fastvit_train.training.preemption import StopSignalHandler, StopTraining
+from fastvit_train.training.preemption import StopSignalHandler, StopTraining, stopped
 from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import setup
-from fastvit_train.utils.errors import Preempted, UserError
+from fastvit_train.utils.errors import UserError
 
 Phase = Callable[[str], AbstractContextManager[Any]]
 Batch = tuple[Tensor, Tensor]
@@ -43,6 +43,7 @@ def train(
     Raises:
         UserError: if something is wrong with the settings, the data, the launch or the run's folder.
         Preempted: if SIGTERM or SIGUSR1 stopped the run; its checkpoint is written.
+        KeyboardInterrupt: if SIGINT (Ctrl-C) stopped it; its checkpoint is written too.
     """
     config = override(recipes.recipe(recipe), settings, "train()")
     return fit(config, resume=resume, overwrite=overwrite)
@@ -55,7 +56,8 @@ def fit(config: TrainConfig, *, resume: ResumeMode = "never", overwrite: bool = 
             session = setup(config, resume, overwrite, stop_signals)
         except Exception as error:  # such as the error of a compiler process that the same signal ended
             if stop_signals.received and not isinstance(error, UserError):
-                raise Preempted(f"stopped before the first step; the signal also caused {error!r}") from error
+                message = f"stopped before the first step; the signal also caused {error!r}"
+                raise stopped(stop_signals.received, message) from None
             raise
         try:
             return _train(session)
@@ -84,7 +86,7 @@ def _train(session: TrainSession) -> dict[str, Any]:
     except StopTraining as stop:
         save_checkpoint(session)
         message = f"{stop} at step {state.step}; {name_last_checkpoint(session)}, --resume auto continues from it"
-        raise Preempted(message) from None
+        raise stopped(stop.signal_number, message) from None
     if evaluation is None:  # the run was resumed after its last epoch
         evaluation = evaluate_model(session.eval_model, session.eval_loader, accelerator)
     summary = metrics.finish(session, evaluation)

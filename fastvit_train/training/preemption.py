@@ -1,7 +1,7 @@
 """Stopping on a signal: a handler notes it, and the ranks agree on the batch after which all of them stop.
 
-Schedulers, containers and torch's launcher send SIGTERM; SLURM sends SIGUSR1 ahead of a time limit if the job asks for
-it (`--signal=USR1@60`, or `TERM@60`, which Accelerate's launcher passes on).
+Ctrl-C sends SIGINT; schedulers, containers and torch's launcher send SIGTERM; SLURM sends SIGUSR1 ahead of a time limit
+if the job asks for it (`--signal=USR1@60`, or `TERM@60`, which Accelerate's launcher passes on).
 """
 
 import contextlib
@@ -21,12 +21,15 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fastvit_train.distributed import env
+from fastvit_train.utils.errors import Interrupted, Preempted
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 INTERVAL = 0.25
 """seconds between two exchanges of the ranks, roughly"""
 ECHO = 2.0
 """seconds within which a launcher may pass on a signal that its whole process group has received already"""
+NOTICE = 1.0
+"""seconds after a signal until a run that has not stopped yet says that it is about to"""
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
@@ -35,10 +38,16 @@ class StopTraining(Exception):
 
     def __init__(self, signal_number: int) -> None:
         super().__init__(signal.Signals(signal_number).name)
+        self.signal_number = signal_number
+
+
+def stopped(signal_number: int, message: str) -> Preempted | Interrupted:
+    """Return the error that a run ends with after this signal."""
+    return (Interrupted if signal_number == signal.SIGINT else Preempted)(message)
 
 
 class StopSignalHandler:
-    """Context that notes the first SIGTERM or SIGUSR1; a second one ends the process at once.
+    """Context that notes the first of SIGNALS; a second one ends the process at once.
 
     Under a launcher the second one must come at least two seconds later: the first may arrive twice there, from the
     sender, if it signals the whole process group, and from the launcher, which passes it on.
@@ -54,6 +63,7 @@ class StopSignalHandler:
         if threading.current_thread() is not threading.main_thread():  # Python allows handlers only there
             return self
         self._launched = env.launcher_command() is not None
+        self._parent = os.getppid()
         # Python runs its handlers only after the current operator, but writes to this socket immediately.
         reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
@@ -87,14 +97,33 @@ class StopSignalHandler:
         """End the process on the second signal; runs in a thread of its own, until the socket is closed."""
         first = None
         with reader:
-            while received := reader.recv(1):
-                now, number = time.monotonic(), received[0]
+            while received := self._receive(reader):
+                number = received[0]
                 if number not in SIGNALS:
                     continue
                 if first is None:
-                    first = now
-                elif not self._launched or now - first > ECHO:
+                    first = time.monotonic()
+                    reader.settimeout(NOTICE)
+                elif not self._is_echo(first):
                     os._exit(128 + number)
+
+    def _receive(self, reader: socket.socket) -> bytes:
+        """Return the next signal's number as a byte; until then, say once that the run will stop, if it has not."""
+        try:
+            return reader.recv(1)
+        except TimeoutError:
+            reader.settimeout(None)
+            if env.is_rank0():
+                name = signal.Signals(self.received).name if self.received else "a signal"
+                print(f"{name}: the run saves a checkpoint and stops; repeat it to end at once", file=sys.stderr)
+            return reader.recv(1)
+
+    def _is_echo(self, first: float) -> bool:
+        """Whether a signal follows from the one at the time `first`: the launcher passed it on, or died of it."""
+        if not self._launched:
+            return False
+        parent, self._parent = self._parent, os.getppid()
+        return parent != self._parent or time.monotonic() - first <= ECHO
 
 
 def _signal_when_parent_dies(number: int) -> None:

@@ -53,3 +53,9 @@ class Preempted(Exception):
 
     exit_status = 75
     """EX_TEMPFAIL of sysexits.h: the run is not finished and has not failed; --resume auto continues it"""
+
+
+class Interrupted(KeyboardInterrupt):
+    """As `Preempted`, for SIGINT (Ctrl-C): what Python code around a run expects of Ctrl-C is KeyboardInterrupt."""
+
+    exit_status = Preempted.exit_status

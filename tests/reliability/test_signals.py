@@ -1,6 +1,7 @@
 """Told to stop, a run leaves a whole checkpoint within seconds, says so, and goes on from there as if never stopped."""
 
 import json
+import os
 import random
 import signal
 import subprocess
@@ -27,7 +28,7 @@ from tests.reliability.victims import (
 )
 from tests.support import environment, launch_command
 
-STOPS = (signal.SIGTERM, signal.SIGUSR1)
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 HANG = 120
 """Seconds that a checkpoint which hangs takes."""
 Count = Callable[..., None]
@@ -61,7 +62,7 @@ def stop_and_resume(runs: Path, stream: random.Random, processes: int, stops: in
         check_stopped(victim, statuses)
         victim.log.unlink()
         stops -= 1
-        count("SIGTERM and SIGUSR1 at random, a whole checkpoint and nothing lost")
+        count("SIGINT, SIGTERM and SIGUSR1 at random, a whole checkpoint and nothing lost")
     victim = Victim(runs, name, "--resume", "auto", processes=processes)
     assert victim.wait() == [0] * processes, victim.log.read_text()
     found, expected = outcome(victim.folder), undisturbed(processes)
@@ -88,15 +89,19 @@ def test_a_run_told_to_stop_goes_on_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize(
-    "where",
+    ("where", "number"),
     [
-        "training.setup.build_model",
-        pytest.param("training.loop.evaluate_model", marks=pytest.mark.slow),
-        "utils.atomic_io.write_checksums",
+        ("training.setup.build_model", signal.SIGTERM),
+        ("training.loop._train_step", signal.SIGINT),
+        pytest.param("training.setup.build_model", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("training.loop.evaluate_model", signal.SIGTERM, marks=pytest.mark.slow),
+        ("utils.atomic_io.write_checksums", signal.SIGTERM),
     ],
 )
-def test_setting_up_evaluating_and_saving_are_no_bad_moments(where: str, tmp_path: Path) -> None:
-    victim = Victim(tmp_path, "run", trick=DieAt(where, 1, signal.SIGTERM))
+def test_setting_up_evaluating_and_saving_are_no_bad_moments(
+    where: str, number: signal.Signals, tmp_path: Path
+) -> None:
+    victim = Victim(tmp_path, "run", trick=DieAt(where, 1, number))
     check_stopped(victim, victim.wait())
 
 
@@ -116,14 +121,15 @@ def test_a_signal_stops_all_ranks_within_a_few_epochs(tmp_path: Path) -> None:
     assert len(read_jsonl(victim.folder / "metrics.jsonl")) < 30
 
 
-def test_a_second_signal_ends_it_at_once(tmp_path: Path) -> None:
-    victim = Victim(
-        tmp_path, "run", trick=DieAt("training.loop.collect_totals", 1, signal.SIGTERM, trick=hang_when_saving)
-    )
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_second_signal_ends_it_at_once(number: signal.Signals, tmp_path: Path) -> None:
+    trick = DieAt("training.loop.collect_totals", 1, number, trick=hang_when_saving)
+    victim = Victim(tmp_path, "run", trick=trick)
     victim.wait_for("hanging")
-    victim.signal(signal.SIGTERM)
-    assert victim.wait(seconds=HANG / 2) == [128 + signal.SIGTERM]
-    assert checkpoint.newest(victim.folder / "checkpoints") is None
+    victim.wait_for(f"{number.name}: the run saves a checkpoint and stops; repeat it to end at once")
+    victim.signal(number)
+    assert victim.wait(seconds=HANG / 2) == [128 + number]
+    assert checkpoint.newest(victim.folder / "checkpoints") is None and not victim.has("Traceback")
 
 
 def hang_when_saving() -> None:
@@ -152,7 +158,8 @@ def start(folder: Path, *args: object, processes: int = 1, before: tuple[str, ..
     where = ("--runs-dir", folder.parent, "--exp-name", folder.name)
     command = launch_command(*where, *SETTINGS, *args, processes=processes, before=before)
     with folder.with_suffix(".out").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env=environment(OMP_NUM_THREADS="1"))
+        env = environment(OMP_NUM_THREADS="1")
+        return subprocess.Popen(command, stdout=log, stderr=log, env=env, process_group=0)
 
 
 def holder(folder: Path, text: str) -> int:
@@ -184,6 +191,20 @@ def test_a_launcher_of_two_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Pa
     launcher.terminate()
     launcher.wait(LIMIT)
     check_checkpoint_left(folder, folder.with_suffix(".out"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_ctrl_c_under_a_launcher_leaves_a_checkpoint(processes: int, tmp_path: Path) -> None:
+    """A terminal sends SIGINT to the launcher and to what it has started. Accelerate's launcher of one process dies."""
+    folder = tmp_path / "run"
+    launcher = start(folder, "--epochs", 1000, processes=processes)
+    trainer = psutil.Process(holder(folder, "epoch   2/"))
+    os.killpg(launcher.pid, signal.SIGINT)
+    launcher.wait(LIMIT)
+    trainer.wait(LIMIT)
+    check_checkpoint_left(folder, folder.with_suffix(".out"))
+    assert "stopped: SIGINT at step" in folder.with_suffix(".out").read_text()
 
 
 @pytest.mark.slow

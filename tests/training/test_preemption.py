@@ -108,6 +108,38 @@ def test_signals_are_taken_while_a_run_lasts_and_given_back() -> None:
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
+def test_ctrl_c_raises_keyboard_interrupt_in_python_once_the_checkpoint_is_written(
+    small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = AcceleratedOptimizer.step, 0
+
+    def interrupt(*args: object) -> None:
+        nonlocal calls
+        calls += 1
+        step(*args)  # type: ignore[arg-type]
+        if calls == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", interrupt)
+    with pytest.raises(KeyboardInterrupt, match=r"SIGINT at step 3; the last good checkpoint is \S+step_3, ") as caught:
+        fit(small_config())
+    assert len(caught.traceback) <= 3 and caught.value.__suppress_context__
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.undo()
+    assert fit(small_config(), resume="must")["epochs"] == 3
+
+
+def test_the_death_of_the_launcher_is_no_second_signal(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents = iter([10, 1, 1, 1])
+    monkeypatch.setattr(preemption.env, "launcher_command", lambda: ["accelerate"])
+    monkeypatch.setattr(preemption.os, "getppid", lambda: next(parents))
+    monkeypatch.setattr(preemption, "_signal_when_parent_dies", lambda number: None)
+    with StopSignalHandler() as request:
+        long_ago = -1000.0
+        assert request._is_echo(long_ago) and not request._is_echo(long_ago)
+        assert request._is_echo(time.monotonic())
+
+
 def test_a_run_in_another_thread_leaves_signals_alone(small_config: SmallConfig) -> None:
     summaries = []
     thread = threading.Thread(target=lambda: summaries.append(fit(small_config(epochs=1))))
