@@ -1,6 +1,5 @@
 """The hardware and software that the measurements depend on."""
 
-import os
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 
 from bench.benchmark_case import device_name
+from fastvit_train.utils import machine
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,7 +26,7 @@ def environment() -> dict[str, Any]:
         "timm": installed("timm"),
         "accelerate": installed("accelerate"),
         "threads": torch.get_num_threads(),
-        "cores": os.cpu_count(),
+        "cores": machine.usable_cores(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "commit": commit(),
     }

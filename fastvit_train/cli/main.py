@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastvit_train import __version__
+from fastvit_train.cli import crash
 from fastvit_train.cli.overview import overview
 from fastvit_train.cli.parser import parse
 from fastvit_train.cli.verbs import DEFAULT_VERB, SCRIPT, VERBS, verb_types
@@ -19,6 +20,7 @@ from fastvit_train.utils.errors import Interrupted, Preempted, UserError, did_yo
 PACKAGE = "fastvit_train"
 ABOUT = ("-h", "--help", "help", "--version")
 """arguments that print the help or the version instead of running a verb"""
+UNEXPECTED_ERROR_STATUS = 1
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
 """128 + SIGINT, as shells report it"""
@@ -33,12 +35,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: the arguments after the program's name; `sys.argv[1:]` by default.
 
     Raises:
-        SystemExit: with status 2 and one line on stderr for a user's mistake, 75 for a run that a signal stopped,
-            Ctrl-C too, 130 for Ctrl-C in any other verb, 141 if the program that reads the output has exited.
+        SystemExit: with one line on stderr and status 2 for a user's mistake, 1 for any other error, 75 for a run that
+            a signal or Ctrl-C stopped, 130 for Ctrl-C in any other verb, 141 if the reader of the output has exited.
     """
     limit_spinning()
     _configure_logging()
     _open_streams()
+    crash.stop_on_thread_errors(_print_error)
     args = list(sys.argv[1:] if argv is None else argv)
     verb = args.pop(0) if args and (not args[0].startswith("-") or args[0] in ABOUT) else DEFAULT_VERB
     try:
@@ -55,6 +58,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the program that reads the output, such as head, has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports the pipe again when it exits
         status = BROKEN_PIPE_STATUS
+    except Exception as error:
+        if crash.lost_another_rank(error):
+            _print_error("another process of this run has ended; its own message says why", "stopped")
+        else:
+            _print_error(crash.describe(error))
+        status = UNEXPECTED_ERROR_STATUS
     except KeyboardInterrupt:
         if env.is_rank0():
             _print_error("interrupted")

@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
+from fastvit_train.utils import machine
 from fastvit_train.utils.errors import UserError
 
 # Pillow would try every format that it knows, and start another program to read PostScript.
@@ -86,7 +87,7 @@ def try_decode(path: Path, image_size: int, background: str) -> Tensor | Unreada
 def try_decode_all(files: ImageFiles, image_size: int) -> list[Tensor | Unreadable]:
     """Decode image files in threads, as `try_decode` does."""
     # Python's catch_warnings is not made for threads, so it is entered once for all of them.
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(machine.usable_cores()) as pool:
         return list(pool.map(_try_decode, files.paths, repeat(image_size), repeat(files.background)))
 
 
@@ -105,14 +106,14 @@ def examine(paths: Sequence[Path]) -> tuple[list[Unreadable], int]:
     Returns:
         The files that can't be decoded, and the number of images that may have transparent parts.
     """
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(machine.usable_cores()) as pool:
         results = list(pool.map(_examine, paths))
     return [result for result in results if isinstance(result, Unreadable)], results.count(True)
 
 
 def count_transparent(paths: Sequence[Path]) -> int:
     """Return the number of images that may have transparent parts; files that can't be read don't count."""
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor() as pool:
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(machine.usable_cores()) as pool:
         return sum(pool.map(_is_transparent, paths))
 
 

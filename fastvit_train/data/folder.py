@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from rich.progress import track
 from torch import Tensor
@@ -18,6 +17,7 @@ from fastvit_train.data.decode import ImageFiles, Unreadable, describe_transpare
 from fastvit_train.data.image_paths import PassedOver, describe, find_folders, find_images, no_images_error
 from fastvit_train.data.images import StreamedImages, cache_path, read_cache, write_cache, write_list
 from fastvit_train.distributed.env import local_world_size
+from fastvit_train.utils import machine
 from fastvit_train.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -191,8 +191,8 @@ def _streams(num_images: int, image_size: int, stream: str) -> bool:
 
 
 def free_memory() -> int:
-    """Return the free bytes for this process: its share of the host's memory, or its GPU's memory if that is less."""
-    host = psutil.virtual_memory().available // local_world_size()
+    """Return the free bytes for this process: its share of what the machine or container has, or its GPU's if less."""
+    host = machine.available_memory() // local_world_size()
     return min(host, torch.cuda.mem_get_info()[0]) if torch.cuda.is_available() else host
 
 

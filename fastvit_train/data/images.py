@@ -1,27 +1,29 @@
 """Images in batches, from a tensor on the device or from files that worker processes decode; and their cache."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
 import os
-import signal
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import Dataset, default_collate
 
-from fastvit_train.data.decode import ImageFiles, Unreadable, try_decode
-from fastvit_train.distributed.env import local_world_size
+from fastvit_train.data.decode import ImageFiles, Unreadable, try_decode, try_decode_all
+from fastvit_train.distributed import worker_processes
+from fastvit_train.distributed.env import is_rank0
 from fastvit_train.utils.errors import UserError
 
 log = logging.getLogger(__name__)
+MAX_WITHOUT_WORKERS = 512
+"""images that are decoded by threads of this process, because starting worker processes would take as long"""
 CACHE_FORMAT = 2
 CACHED = ("train", "test", "transparent")
 """names of the tensors in a cache of decoded images"""
@@ -56,7 +58,13 @@ def to_device(samples: Sequence[Tensor], device: torch.device) -> Sequence[Tenso
 
 
 class StreamedImages:
-    """Image files that worker processes decode while the device computes."""
+    """Image files that are decoded by worker processes while the device computes, or by threads where those can't be.
+
+    Args:
+        files: the files.
+        image_size: side in pixels.
+        device: the device that the batches are copied to.
+    """
 
     def __init__(self, files: ImageFiles, image_size: int, device: torch.device) -> None:
         self._files = _Files(files, image_size)
@@ -71,37 +79,45 @@ class StreamedImages:
 
     def try_batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor | list[Unreadable]]:
         """Yield as `Images.batches` does, or, instead of a batch, its files that can't be decoded."""
-        loader = DataLoader(
-            self._files,
-            batch_sampler=[samples_B.tolist() for samples_B in samples],
-            num_workers=min(len(samples), max(1, (psutil.cpu_count(logical=False) or 1) // local_world_size())),
-            collate_fn=_collate,
-            worker_init_fn=_ignore_signals,
-            generator=torch.Generator(),  # otherwise it would draw from the global one, which dropout uses
-            pin_memory=self._device.type == "cuda",
-        )
-        for batch in loader:
+        for batch in self._load([samples_B.tolist() for samples_B in samples]):
             yield batch if isinstance(batch, list) else batch.to(self._device, non_blocking=True)
 
+    def _load(self, batches: Sequence[list[int]]) -> Iterator[Tensor | list[Unreadable]]:
+        if sum(map(len, batches)) <= MAX_WITHOUT_WORKERS:
+            return map(self._files.load_in_threads, batches)
+        batch_bytes = 3 * self._files.image_size**2 * max(map(len, batches))
+        reason = worker_processes.why_unavailable(batch_bytes, worker_processes.num_workers())
+        if reason is None:
+            try:
+                pin_memory = self._device.type == "cuda"
+                return worker_processes.load_in_workers(self._files, batches, _collate, pin_memory)
+            except OSError as error:  # such as a limit on the number of processes
+                reason = f"processes that load images can't be started ({error.strerror or error})"
+        _log_once(f"{reason}; this process decodes them itself, which is slower")
+        return map(self._files.load_in_threads, batches)
 
-def _ignore_signals(worker: int) -> None:
-    """Ignore the signals that ask a run to stop: it needs its batches until the end of the step."""
-    for name in ("SIGTERM", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+@functools.cache
+def _log_once(message: str) -> None:
+    if is_rank0():
+        log.warning(message)
 
 
 class _Files(Dataset):
     def __init__(self, files: ImageFiles, image_size: int) -> None:
         self._files = files
-        self._image_size = image_size
+        self.image_size = image_size
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Tensor | Unreadable:
         """Decode an image; an error is returned, because a raised one would leave the worker with a traceback."""
-        return try_decode(self._files.paths[index], self._image_size, self._files.background)
+        return try_decode(self._files.paths[index], self.image_size, self._files.background)
+
+    def load_in_threads(self, indices: Sequence[int]) -> Tensor | list[Unreadable]:
+        """Load a batch without other processes."""
+        return _collate(try_decode_all(self._files.take(indices), self.image_size))
 
 
 def _collate(items: list[Tensor | Unreadable]) -> Tensor | list[Unreadable]:

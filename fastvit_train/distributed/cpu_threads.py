@@ -8,6 +8,7 @@ import psutil
 import torch
 
 from fastvit_train.distributed import env
+from fastvit_train.utils import machine
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -27,17 +28,14 @@ def all_cores() -> Iterator[str]:
 
 
 def use_all_cores() -> str:
-    """Set torch's CPU threads to the physical cores divided by the local world size; returns what was set, in words.
+    """Set torch's CPU threads to the usable cores divided by the local world size; returns what was set, in words.
 
     Accelerate's launcher and torch's agent set OMP_NUM_THREADS=1 if the user set nothing, which halves a laptop's
     speed or worse. A number that the user set is kept.
     """
     if _user_set_threads():
         return f"{torch.get_num_threads()} CPU threads per process (as set by the environment)"
-    cores = psutil.cpu_count(logical=False) or os.cpu_count() or 1
-    if hasattr(os, "sched_getaffinity"):
-        cores = min(cores, len(os.sched_getaffinity(0)))
-    processes = env.local_world_size()
+    cores, processes = machine.usable_cores(), env.local_world_size()
     threads = max(1, cores // processes)
     torch.set_num_threads(threads)
     return f"{threads} CPU threads per process ({cores} cores, {processes} local processes)"

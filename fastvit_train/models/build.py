@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import timm
 import torch
 from timm.models import PretrainedCfg
@@ -19,6 +18,7 @@ from fastvit_train.models.convert import checkpoint_filter_fn, convert_by_timm, 
 from fastvit_train.models.registry import OUR_MODELS
 from fastvit_train.models.vit import ConvTokenizer, ViT
 from fastvit_train.runs.weights_file import read_weights
+from fastvit_train.utils import machine
 from fastvit_train.utils.errors import UserError, did_you_mean
 from fastvit_train.utils.safe_load import read_json
 
@@ -88,7 +88,7 @@ def _check_memory(name: str, options: dict[str, Any]) -> None:
     """Raise ValueError if the weights alone exceed the machine's memory, before any memory is allocated."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         needed = sum(parameter.nbytes for parameter in timm.create_model(name, **options).parameters())
-    if needed > (total := psutil.virtual_memory().total):
+    if needed > (total := machine.total_memory()):
         raise ValueError(
             f"its weights take {needed / 1e9:,.0f} GB, but this machine has {total / 1e9:,.0f} GB; "
             "make the model smaller"

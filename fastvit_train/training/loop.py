@@ -61,9 +61,9 @@ def fit(config: TrainConfig, *, resume: ResumeMode = "never", overwrite: bool = 
             raise
         try:
             return _train(session)
-        except UserError as error:
+        except Exception as error:
             # An error of one rank alone reaches rank 0 as the loss of that rank, if at all.
-            if session.accelerator.is_main_process or not error.on_all_ranks:
+            if session.accelerator.is_main_process or not getattr(error, "on_all_ranks", False):
                 session.folder.remove_unless_resumable()
             raise
         finally:

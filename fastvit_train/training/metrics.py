@@ -19,9 +19,9 @@ from fastvit_train.runs.comparison import table
 from fastvit_train.runs.plots.curves import plot_curves
 from fastvit_train.runs.results import read_runs
 from fastvit_train.runs.run_folder import read_jsonl
+from fastvit_train.runs.timm_config import write_timm_config
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import atomic_io, memory
-from fastvit_train.utils.timm_config import write_timm_config
 
 TRACKER_PROJECT = "fastvit_train"
 

@@ -4,8 +4,6 @@ Ctrl-C sends SIGINT; schedulers, containers and torch's launcher send SIGTERM; S
 if the job asks for it (`--signal=USR1@60`, or `TERM@60`, which Accelerate's launcher passes on).
 """
 
-import contextlib
-import ctypes
 import os
 import signal
 import socket
@@ -21,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from fastvit_train.distributed import env
+from fastvit_train.distributed.worker_processes import signal_when_parent_dies
 from fastvit_train.utils.errors import Interrupted, Preempted
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
@@ -30,7 +29,6 @@ ECHO = 2.0
 """seconds within which a launcher may pass on a signal that its whole process group has received already"""
 NOTICE = 1.0
 """seconds after a signal until a run that has not stopped yet says that it is about to"""
-PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
 class StopTraining(Exception):
@@ -71,8 +69,8 @@ class StopSignalHandler:
         self._thread = threading.Thread(target=self._exit_on_second_signal, args=(reader,), name="signals", daemon=True)
         self._thread.start()
         self._before = {number: signal.signal(number, self._record) for number in SIGNALS}
-        if self._launched:
-            _signal_when_parent_dies(signal.SIGTERM)
+        if self._launched:  # Accelerate's launcher of a single process dies on a signal without passing it on
+            signal_when_parent_dies(signal.SIGTERM)
         return self
 
     def __exit__(
@@ -81,7 +79,7 @@ class StopSignalHandler:
         if not self._before:
             return
         if self._launched:
-            _signal_when_parent_dies(0)
+            signal_when_parent_dies(0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._fd_before)
@@ -124,16 +122,6 @@ class StopSignalHandler:
             return False
         parent, self._parent = self._parent, os.getppid()
         return parent != self._parent or time.monotonic() - first <= ECHO
-
-
-def _signal_when_parent_dies(number: int) -> None:
-    """Make Linux send this process a signal when its launcher dies; 0 turns this off.
-
-    Accelerate's launcher of a single process dies on a signal without passing it on.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 class StatusExchange:

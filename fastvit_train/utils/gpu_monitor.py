@@ -160,7 +160,7 @@ class Meter:
             return None
         try:
             return getattr(self._nvml, name)(self._handle, *arguments)
-        except self._nvml.NVMLError as error:
+        except Exception as error:  # NVMLError, or what a broken driver causes: measuring must not end a run
             self._errors.setdefault(name, f"{name}: {error}")
             return None
 

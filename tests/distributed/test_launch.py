@@ -4,16 +4,16 @@ import json
 import shlex
 from pathlib import Path
 
-import psutil
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 
 from fastvit_train.runs.run_folder import read_jsonl
+from fastvit_train.utils import machine
 from tests.support import ON_CPUS, ROOT, launch, one_line_error, write_folder
 from tests.support.pages import commands
 
 MODULE = "fastvit_train"
-CORES = psutil.cpu_count(logical=False)
+CORES = machine.usable_cores()
 
 
 def losses(folder: Path) -> list[float]:

@@ -133,7 +133,7 @@ def test_the_death_of_the_launcher_is_no_second_signal(monkeypatch: pytest.Monke
     parents = iter([10, 1, 1, 1])
     monkeypatch.setattr(preemption.env, "launcher_command", lambda: ["accelerate"])
     monkeypatch.setattr(preemption.os, "getppid", lambda: next(parents))
-    monkeypatch.setattr(preemption, "_signal_when_parent_dies", lambda number: None)
+    monkeypatch.setattr(preemption, "signal_when_parent_dies", lambda number: None)
     with StopSignalHandler() as request:
         long_ago = -1000.0
         assert request._is_echo(long_ago) and not request._is_echo(long_ago)

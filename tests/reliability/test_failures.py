@@ -1,0 +1,115 @@
+"""An error anywhere in a run, on any rank, ends all of its processes within seconds, with one line that says why."""
+
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from torch.nn.modules.module import register_module_forward_pre_hook
+
+from fastvit_train.data import images
+from fastvit_train.distributed import env
+from fastvit_train.training import loop
+from tests.reliability.victims import Victim
+from tests.support import write_folder
+
+
+@dataclass(frozen=True)
+class OnRank:
+    """A trick on one rank only."""
+
+    trick: Callable[[], None]
+    rank: int
+
+    def __call__(self) -> None:
+        if env.is_rank0() == (self.rank == 0):
+            self.trick()
+
+
+def break_decoding() -> None:
+    """Let an image fail in a way that nobody expects, where worker processes decode."""
+    decode = images.try_decode
+
+    def fail(path: Path, *args: object) -> object:
+        if path.parts[-3:] == ("train", "square", "1.png"):
+            raise RuntimeError("the decoder\nis broken")
+        return decode(path, *args)
+
+    images.try_decode = fail
+    images.MAX_WITHOUT_WORKERS = 0
+
+
+def break_a_hook() -> None:
+    def fail(module: object, arguments: object) -> None:
+        raise ZeroDivisionError("the hook\nis broken")
+
+    step, calls = loop._train_step, 0
+
+    def train_step(*args: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            register_module_forward_pre_hook(fail)
+        step(*args)
+
+    loop._train_step = train_step
+
+
+def break_a_thread() -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("the thread\nis broken")
+
+    step, calls = loop._train_step, 0
+
+    def train_step(*args: object) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 5:
+            threading.Thread(target=fail, name="breaking").start()
+        step(*args)
+
+    loop._train_step = train_step
+
+
+def errors(victim: Victim) -> list[str]:
+    """The lines that say what went wrong; fails on a traceback."""
+    said = victim.log.read_text()
+    assert "Traceback" not in said, said
+    return re.findall(r"^fastvit_train: error: (.*)$", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("processes", "rank"), [(1, 0), (2, 1), pytest.param(2, 0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("trick", "status", "message"),
+    [
+        (break_decoding, {2}, r"a process that loads images failed \(RuntimeError: the decoder is broken\)"),
+        (
+            break_a_hook,
+            {1},
+            r"ZeroDivisionError in test_failures\.py, line \d+: the hook; the traceback is in \S+\.txt",
+        ),
+        (break_a_thread, {75}, r"thread breaking: ZeroDivisionError in test_failures\.py, line \d+: the thread; "),
+    ],
+    ids=["worker", "hook", "thread"],
+)
+def test_an_error_anywhere_ends_the_run_with_one_line(
+    processes: int, rank: int, trick: Callable[[], None], status: int, message: str, tmp_path: Path
+) -> None:
+    data = (
+        "--dataset",
+        "folder",
+        "--data-dir",
+        write_folder(tmp_path / "data"),
+        "--stream",
+        "always",
+        "--image-size",
+        32,
+    )
+    sizes = ("--batch-size", 4, "--save-every", 0, "--epochs", 1000)
+    victim = Victim(tmp_path, "run", *data, *sizes, processes=processes, trick=OnRank(trick, rank))
+    ends = victim.wait()
+    said = errors(victim)
+    assert len(said) == 1 and re.match(message, said[0]), victim.log.read_text()
+    assert ends[rank] == status and all(end is not None and end > 0 for end in ends), ends
