@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from fastvit_train import __version__
 from fastvit_train.config.schema import DataConfig
+from fastvit_train.config.timm_config import write_timm_config
 from fastvit_train.data.datasets import load_dataset
 from fastvit_train.data.loader import Preprocess
 from fastvit_train.inference.trained_model import FOLDER, TrainedModel, load_run, non_finite_error
 from fastvit_train.models import pretrained_cfg
-from fastvit_train.runs.timm_config import write_timm_config
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError, printable
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from fastvit_train.config.overrides import flatten
+from fastvit_train.config.timm_config import write_timm_config
 from fastvit_train.distributed import sync
 from fastvit_train.distributed.accelerator import device_name
 from fastvit_train.models.evaluator import Evaluation
@@ -19,7 +20,6 @@ from fastvit_train.runs.comparison import table
 from fastvit_train.runs.plots.curves import plot_curves
 from fastvit_train.runs.results import read_runs
 from fastvit_train.runs.run_folder import read_jsonl
-from fastvit_train.runs.timm_config import write_timm_config
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import atomic_io, memory
 

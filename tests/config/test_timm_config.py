@@ -6,7 +6,7 @@ from pathlib import Path
 import timm
 from timm.models import save_for_hf
 
-from fastvit_train.runs.timm_config import write_timm_config
+from fastvit_train.config.timm_config import write_timm_config
 from tests.support import ROOT
 
 
@@ -22,4 +22,4 @@ def test_only_one_module_imports_private_names_of_timm() -> None:
     files = [path for folder in ("fastvit_train", "tests", "bench") for path in (ROOT / folder).rglob("*.py")]
     private = re.compile(r"(?:from|import) timm(?:\.\w+)*\._|from timm\S* import (?:.*, )?_", re.MULTILINE)
     importing = [path.relative_to(ROOT).as_posix() for path in files if private.search(path.read_text())]
-    assert importing == ["fastvit_train/runs/timm_config.py"]
+    assert importing == ["fastvit_train/config/timm_config.py"]
