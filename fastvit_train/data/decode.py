@@ -11,7 +11,7 @@ from stat import S_ISREG
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
@@ -119,8 +119,10 @@ def count_transparent(paths: Sequence[Path]) -> int:
 
 def describe_transparency(count: int, background: str) -> str:
     """Return a line about images that may have transparent parts; empty if there are none."""
-    what = "1 image has" if count == 1 else f"{count:,} images have"
-    return f"{what} an alpha channel or a transparent color: composed on {background} (--background)" if count else ""
+    if not count:
+        return ""
+    subject, object_ = ("1 image has", "it is") if count == 1 else (f"{count:,} images have", "they are")
+    return f"{subject} an alpha channel or a transparent color; {object_} composed on {background}"
 
 
 def _try_decode(path: Path, image_size: int, background: str) -> Tensor | Unreadable:
@@ -154,6 +156,10 @@ def _is_transparent(path: Path) -> bool:
 def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "it links to a file that does not exist" if path.is_symlink() else MISSING
+    if isinstance(error, UnidentifiedImageError):
+        return f"it is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return str(error) or type(error).__name__
 
 
@@ -205,13 +211,13 @@ def _black_and_white(file: Image.Image) -> tuple[float, float] | None:
     if not file.mode.startswith(("I", "F")):
         return None
     tags = getattr(file, "tag_v2", {})
-    if file.mode.startswith("I;16"):
+    if MIN_SAMPLE in tags and MAX_SAMPLE in tags:
+        black, white = float(np.min(tags[MIN_SAMPLE])), float(np.max(tags[MAX_SAMPLE]))
+    elif file.mode.startswith("I;16"):
         bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
         black, white = 0.0, 2.0**bits - 1
     elif file.format in ("PNG", "PPM"):  # 16 bits, as integers of 32 bits
         black, white = 0.0, 2.0**16 - 1
-    elif MIN_SAMPLE in tags and MAX_SAMPLE in tags:
-        black, white = float(np.min(tags[MIN_SAMPLE])), float(np.max(tags[MAX_SAMPLE]))
     else:
         kind = "floats" if file.mode == "F" else "signed or 32-bit integers"
         raise ValueError(f"its pixels are {kind}, and nothing says which values are black and white; use 8 or 16 bits")

@@ -91,8 +91,8 @@ def find_layout(root: Path, holdout: bool) -> Layout:
     if missing or test_name is None:
         reason = "is empty" if not any(root.iterdir()) else f"has no {'/ and no '.join(missing)}/"
         raise UserError(
-            f"--data-dir {root} {reason}; {expected}, or {root}/CLASS/IMAGE with --holdout 0.2, which evaluates on a "
-            "fifth of each class"
+            f"--data-dir {root} {reason}; {expected}, or {root}/CLASS/IMAGE and a training with --holdout 0.2, which "
+            "evaluates on a fifth of each class"
         )
     (train, in_train), (test, in_test) = _find_classes(root / TRAIN_NAME), _find_classes(root / test_name)
     if list(train) != list(test):
@@ -198,7 +198,8 @@ def free_memory() -> int:
 
 def _notes(listing: Listing, transparent: int, background: str) -> tuple[str, ...]:
     """Return the lines to print about the images, in the order in which they were found."""
-    lines = (describe(listing.passed_over), describe_transparency(transparent, background))
+    composed = describe_transparency(transparent, background)
+    lines = (describe(listing.passed_over), composed and f"{composed} (--background)")
     return tuple(line for line in lines if line)
 
 

@@ -93,7 +93,7 @@ def test_training_composes_drawings_and_says_so_once(
     root = write_folder(tmp_path / "photos", per_class=2)
     for number in range(2):
         drawing("RGBA", ".png", root / "train" / "circle" / f"z{number}")
-    line = "2 images have an alpha channel or a transparent color: composed on gray (--background)"
+    line = "2 images have an alpha channel or a transparent color; they are composed on gray (--background)"
     for _ in range(2):  # the second time from the cache
         dataset = load(root, stream=stream, background="gray")
         assert dataset.notes == (line,)
@@ -119,7 +119,7 @@ def test_predict_and_inspect_compose_drawings_and_say_so_once(
     main(["predict", str(trained), str(tmp_path), "--json"])
     printed = capsys.readouterr()
     assert warnings.filters == filters, "threads must not leave warnings switched off"
-    assert printed.err == "300 images have an alpha channel or a transparent color: composed on white (--background)\n"
+    assert printed.err == "300 images have an alpha channel or a transparent color; they are composed on white\n"
     assert printed.out.count("\n") == 300
     monkeypatch.setattr("fastvit_train.inference.inspect.decode_all", see)
     with pytest.raises(SystemExit):
@@ -149,7 +149,14 @@ EXPECTED = np.rint(RAMP * 255)
 
 @pytest.mark.parametrize(
     ("dtype", "black", "white"),
-    [(np.uint16, None, None), (np.float32, 0, 1), (np.float32, -3, 7), (np.int32, 0, 255), (np.int32, -1000, 3000)],
+    [
+        (np.uint16, None, None),
+        (np.uint16, 0, 4095),
+        (np.float32, 0, 1),
+        (np.float32, -3, 7),
+        (np.int32, 0, 255),
+        (np.int32, -1000, 3000),
+    ],
 )
 def test_tiffs_are_scaled_by_the_range_that_the_file_states(
     tmp_path: Path, dtype: type, black: float | None, white: float | None
@@ -219,6 +226,16 @@ def test_all_damaged_images_are_listed_before_training(
     whole = Path(message.rpartition("all of them are listed in ")[2])
     assert set(whole.read_text().splitlines()) == {str(damaged / "test/square" / f"{n}.png") for n in range(15)}
     assert not (tmp_path / "runs" / "run").exists()
+
+
+def test_damage_that_only_decoding_shows_is_listed_as_a_whole_too(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "photos", per_class=3)
+    for path in ("train/circle/1.png", "test/square/2.png"):
+        _damage_in_the_middle(root / path)
+    with pytest.raises(
+        UserError, match=r"2 of 12 images can't be decoded.*train/circle/1.png \(.*test/square/2.png \("
+    ):
+        load(root)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])

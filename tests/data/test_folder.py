@@ -122,7 +122,7 @@ def test_the_seed_of_the_run_does_not_move_the_holdout(small_config: Callable[..
 
 def test_folders_of_classes_alone_need_a_holdout(tmp_path: Path) -> None:
     root = write_flat(tmp_path / "photos", per_class=2)
-    message = "has no train/ and no test/; expected .* or .*/photos/CLASS/IMAGE with --holdout 0.2"
+    message = "has no train/ and no test/; expected .* or .*/photos/CLASS/IMAGE and a training with --holdout 0.2"
     with pytest.raises(UserError, match=message):
         load(root)
 

@@ -1,6 +1,7 @@
 """Whatever a data set, a checkpoint, a configuration or a flag holds: one line and status 2, or it is well-formed."""
 
 import io
+import math
 import os
 import random
 import struct
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import yaml
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 import fastvit_train.models  # noqa: F401 before a test's clock starts
 from fastvit_train.config.overrides import flatten
@@ -157,6 +158,18 @@ def _encoded(kind: str, mode: str = "RGB") -> bytes:
     return file.getvalue()
 
 
+def _tiff(dtype: type, low: float | None = None, high: float | None = None) -> bytes:
+    """A TIFF file whose pixels have more than 16 bits, and the range that it states."""
+    file = io.BytesIO()
+    tags = TiffImagePlugin.ImageFileDirectory_v2()
+    if low is not None:
+        for tag, value in ((340, low), (341, high)):
+            tags.tagtype[tag] = 12
+            tags[tag] = value
+    Image.fromarray(np.ones((9, 12), dtype)).save(file, "TIFF", tiffinfo=tags)
+    return file.getvalue()
+
+
 BOMB = zlib.compress(bytes(1 << 27), 9)
 POSTSCRIPT = (
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(ran) (w) file closefile\nshowpage\n%%EOF\n"
@@ -187,6 +200,11 @@ IMAGES = {
     "no size.ppm": b"P6 x y z\n",
     "65535 x 65535.gif": b"GIF89a\xff\xff\xff\xff\x80\0\0" + bytes(6) + b",\0\0\0\0\xff\xff\xff\xff\0\2\2D\1\0;",
     "lying.bmp": _encoded("BMP")[:18] + struct.pack("<ii", 2**31 - 1, 2**31 - 1) + _encoded("BMP")[26:],
+    "floats without a range.tiff": _tiff(np.float32),
+    "32 bits without a range.tiff": _tiff(np.int32),
+    "an empty range.tiff": _tiff(np.float32, 1, 1),
+    "a range that is NaN.tiff": _tiff(np.float32, math.nan, 1),
+    "an infinite range.tiff": _tiff(np.int32, -math.inf, math.inf),
     "lying.tiff": _encoded("TIFF").replace(struct.pack("<HHII", 256, 4, 1, 12)[:8], struct.pack("<HHI", 256, 4, 1)[:8]),
 }
 
