@@ -6,6 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from fastvit_train.cli.arguments import (
+    AttentionName,
+    Checkpoint,
+    DataDir,
+    Images,
+    License,
+    OutputFolder,
+    OutputPath,
+    Repository,
+    Run,
+    RunFolders,
+    Runs,
+)
 from fastvit_train.config.names import check_attention_name
 from fastvit_train.config.schema import DatasetName, RunConfig
 from fastvit_train.utils.console import Terminal
@@ -22,19 +35,19 @@ class Eval:
     Also computes top-5 accuracy, loss, and the precision and recall of each class.
     """
 
-    run: str
+    run: Run
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
-    checkpoint: str | None = None
+    checkpoint: Checkpoint = None
     """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
     dataset: DatasetName | None = None
     """evaluate on the test set of this data set; default: the data that the run was evaluated on"""
-    data_dir: str | None = None
+    data_dir: DataDir = None
     """folder of the data sets, if they have moved since the training"""
-    attention: str | None = None
+    attention: AttentionName = None
     """implementation of attention; default: the run's own"""
     batch_size: int = RunConfig.eval_batch_size
     """images per evaluation step and process"""
-    output: Path | None = None
+    output: OutputFolder = None
     """folder for evaluation.json and confusion.png; default: eval/ in the run's folder"""
 
 
@@ -60,11 +73,11 @@ def evaluate(command: Eval) -> None:
 class Predict:
     """Classify images: print the most probable classes of each."""
 
-    run: str
+    run: Run
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
-    images: tuple[str, ...]
+    images: Images
     """files, folders or patterns; - reads an image, or a list of file names, from standard input"""
-    checkpoint: str | None = None
+    checkpoint: Checkpoint = None
     """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
     top: int = 3
     """number of classes to print for each image"""
@@ -74,7 +87,7 @@ class Predict:
     """draw the images with their predictions"""
     batch_size: int = 256
     """images per forward pass"""
-    output: Path | None = None
+    output: OutputFolder = None
     """folder for the pictures of --show; default: predictions/ in the run's folder"""
 
 
@@ -100,15 +113,15 @@ def predict(command: Predict) -> int:
 class Inspect:
     """Draw a trained model's attention maps and learned filters."""
 
-    run: str
+    run: Run
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
-    images: tuple[str, ...]
+    images: Images
     """files, folders or patterns; default: one image of each class of the test set"""
-    checkpoint: str | None = None
+    checkpoint: Checkpoint = None
     """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
-    data_dir: str | None = None
+    data_dir: DataDir = None
     """folder of the data sets, if they have moved since the training"""
-    output: Path | None = None
+    output: OutputFolder = None
     """folder for the pictures; default: inspect/ in the run's folder"""
 
 
@@ -126,11 +139,11 @@ def inspect(command: Inspect) -> None:
 class Report:
     """Write an HTML report about one or more runs."""
 
-    runs: tuple[str, ...]
+    runs: Runs
     """runs' folders, local-dir:FOLDER, hf-hub:USER/MODEL, or timm model names"""
-    output: Path | None = None
+    output: OutputPath = None
     """file to write; default: report.html in the first run's folder"""
-    data_dir: str | None = None
+    data_dir: DataDir = None
     """folder of the data sets, if they have moved since the training"""
 
 
@@ -149,13 +162,13 @@ def report(command: Report) -> None:
 class Export:
     """Export a trained model to another format, and check the result."""
 
-    run: str
+    run: Run
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
-    checkpoint: str | None = None
+    checkpoint: Checkpoint = None
     """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
     to: Literal["onnx", "torch-export", "safetensors", "timm"] = "onnx"
     """onnx and torch-export write a program that takes uint8 images; safetensors and timm write weights and a config"""
-    output: Path | None = None
+    output: OutputPath = None
     """file, or folder for timm; default: a name in export/ in the run's folder"""
 
 
@@ -171,17 +184,17 @@ def export(command: Export) -> None:
 class Push:
     """Upload a trained model with a model card to the Hugging Face Hub."""
 
-    run: str
+    run: Run
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
-    repo: str
+    repo: Repository
     """USER/NAME on the Hub"""
-    checkpoint: str | None = None
+    checkpoint: Checkpoint = None
     """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
     public: bool = False
     """make a new repository public (default: private); also needed to push to an existing public repository"""
     dry_run: bool = False
     """write the files to hub/ in the run's folder, and upload nothing"""
-    license: str | None = None
+    license: License = None
     """license for the model card, by its name on the Hub, such as apache-2.0"""
 
 
@@ -207,7 +220,7 @@ class Compare:
     Runs that are still in training are compared by their results so far.
     """
 
-    runs: tuple[Path, ...]
+    runs: RunFolders
     """folders of runs; in runs/*, what is not a run is passed over"""
     output: Path = Path("curves.png")
     """file for the picture"""

@@ -12,10 +12,11 @@ from fastvit_train.cli import crash
 from fastvit_train.cli.overview import overview
 from fastvit_train.cli.parser import parse
 from fastvit_train.cli.verbs import DEFAULT_VERB, SCRIPT, VERBS, verb_types
+from fastvit_train.config.synonyms import suggestion
 from fastvit_train.distributed import env
 from fastvit_train.distributed.openmp import limit_spinning
 from fastvit_train.utils.console import Terminal
-from fastvit_train.utils.errors import Interrupted, Preempted, UserError, did_you_mean
+from fastvit_train.utils.errors import Interrupted, Preempted, UserError
 
 PACKAGE = "fastvit_train"
 ABOUT = ("-h", "--help", "help", "--version")
@@ -83,7 +84,8 @@ def _run(verb: str, args: list[str]) -> int:
     if "" in args:
         raise UserError("an argument is empty; leave it out, or check that a variable in it is set")
     if verb not in VERBS:
-        raise UserError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; allowed: {', '.join(VERBS)}")
+        hint = suggestion(verb, VERBS, verbs=True)
+        raise UserError(f"unknown verb {verb!r}{f' ({hint})' if hint else ''}; allowed: {', '.join(VERBS)}")
     takes, run_verb = VERBS[verb]
     command = parse(verb, takes, args, program=_program(), verbs=list(VERBS), console_outputs=env.is_rank0())
     return run_verb(command) or 0

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from fastvit_train.cli.flags import HELP, Flag, find_flag, flags_of, given, is_flag, option_names
-from fastvit_train.utils.errors import did_you_mean, nearest
+from fastvit_train.config.synonyms import suggestion
+from fastvit_train.utils.errors import did_you_mean
 
 EXAMPLES = {"run": "runs/NAME", "repo": "USER/NAME"}
 """example values of positional arguments; for any other, the example is its name in capitals"""
@@ -57,7 +58,7 @@ def _unknown_flag(args: Sequence[str], verb: str, takes: type[Any]) -> str | Non
         if is_flag(arg) and name.replace("_", "-") not in (*known, "-h", "--"):
             if Path(arg).exists():
                 return f"{arg} is read as a flag; for the file of that name write ./{arg}"
-            return f"unknown flag {name}; {_hint(nearest(name.replace('_', '-'), known), verb)}"
+            return f"unknown flag {name}; {suggestion(name.replace('_', '-'), known) or _see_help(verb)}"
     return None
 
 
@@ -68,11 +69,11 @@ def _unknown_argument(arg: str, args: Sequence[str], verb: str, takes: type[Any]
         return _switch_with_value(before, arg)
     if arg in verbs:
         return f"unknown argument {arg}; a verb comes first: {arg} {' '.join(a for a in args if a != arg)}"
-    return f"unknown argument {arg}; {_hint(nearest(f'--{arg}', option_names(takes), most=1), verb)}"
+    return f"unknown argument {arg}; {suggestion(f'--{arg}', option_names(takes), most=1) or _see_help(verb)}"
 
 
-def _hint(close: list[str], verb: str) -> str:
-    return f"did you mean {' or '.join(close)}?" if close else f"{verb} {HELP} lists the flags"
+def _see_help(verb: str) -> str:
+    return f"{verb} {HELP} lists the flags"
 
 
 def _switch_with_value(flag: Flag, value: str) -> str:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from fastvit_train.cli.arguments import ConfigFile, Pattern, RecipeName
 from fastvit_train.config.names import check_attention_name
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -15,7 +16,7 @@ from fastvit_train.utils.errors import UserError
 class Settings:
     """The settings of a training run; flags override --config, which overrides the recipe."""
 
-    config: str | None = None
+    config: ConfigFile = None
     """YAML file of settings with the names of the flags"""
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -107,7 +108,7 @@ class Models:
     Lists our models unless a pattern is given.
     """
 
-    pattern: str | None = None
+    pattern: Pattern = None
     """list all models, ours and timm's, whose name matches, as in vit_tiny*"""
     measure: bool = True
     """time training steps and inference; this takes a few seconds"""
@@ -123,7 +124,7 @@ def models(command: Models) -> None:
 class Recipes:
     """List the recipes, or show one as the YAML that --config takes."""
 
-    recipe: tuple[str, ...]
+    recipe: RecipeName
     """recipe to show; default: list all"""
 
 

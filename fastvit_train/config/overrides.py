@@ -6,8 +6,9 @@ from dataclasses import asdict, fields, replace
 from typing import Any, get_type_hints
 
 from fastvit_train.config.schema import TrainConfig
+from fastvit_train.config.synonyms import suggestion
 from fastvit_train.config.validation import Mark, checked
-from fastvit_train.utils.errors import UserError, nearest
+from fastvit_train.utils.errors import UserError
 
 
 def flatten(config: TrainConfig) -> dict[str, Any]:
@@ -37,8 +38,7 @@ def override(config: TrainConfig, settings: dict[str, Any], source: str) -> Trai
     names = list(flatten(config))
     for key in settings:
         if key not in names:
-            close = nearest(key, names)
-            hint = f"did you mean {' or '.join(close)}?" if close else f"allowed: {', '.join(names)}"
+            hint = suggestion(key, names) or f"allowed: {', '.join(names)}"
             raise UserError(f"unknown key {key!r} in {source}; {hint}")
     return _converted(config, settings, source)
 

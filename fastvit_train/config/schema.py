@@ -79,8 +79,7 @@ class DataConfig:
     data_url: Annotated[Text | None, Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = None
     """download from this mirror instead of the data set's own host"""
     holdout: Fraction = 0.0
-    """evaluate on this fraction of the training set, held out from training, instead of on the test set; images in
-    DATA_DIR/CLASS then do, without train and test"""
+    """evaluate on this fraction of the training images instead of on a test set; also reads DATA_DIR/CLASS/ alone"""
     holdout_seed: Seed = 0
     """seed that decides which images are held out; --seed does not change them"""
     background: Color = "white"

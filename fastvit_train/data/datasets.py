@@ -15,7 +15,7 @@ from fastvit_train.config.schema import DataConfig
 from fastvit_train.data import folder, published
 from fastvit_train.data.augment import generator
 from fastvit_train.data.decode import ImageFiles, decode_all
-from fastvit_train.utils.errors import UserError, printable
+from fastvit_train.utils.errors import UserError, counted, printable
 
 MAX_CLASSES_SHOWN = 10
 
@@ -74,13 +74,16 @@ class DatasetSpec:
         }
 
 
-def load_dataset(config: DataConfig, image_size: int, examine_streamed: bool = False) -> DatasetSpec:
+def load_dataset(
+    config: DataConfig, image_size: int, examine_streamed: bool = False, imitate: bool = False
+) -> DatasetSpec:
     """Load the data set that `config` names; download it if it is not in `config.data_dir`.
 
     Args:
         config: names the data set and what is held out.
         image_size: side in pixels of decoded folder images and synthetic images; other data sets keep their own size.
         examine_streamed: look at the header of every image that is streamed, so that damaged ones are reported now.
+        imitate: return synthetic images of the same shape and number instead of downloading a data set.
 
     Raises:
         UserError: if the data set is not available or is damaged, if a label is outside its classes, or if no training
@@ -92,7 +95,11 @@ def load_dataset(config: DataConfig, image_size: int, examine_streamed: bool = F
         "synthetic": lambda: _synthetic(image_size),
         **dict.fromkeys(published.PUBLISHED, lambda: _published(config)),
     }
-    dataset = loaders[config.dataset]()
+    imitate = imitate and config.dataset in published.PUBLISHED
+    if imitate and not published.is_available(config.dataset, Path(config.data_dir)):
+        dataset = _imitation(config)
+    else:
+        dataset = loaders[config.dataset]()
     if config.holdout:
         dataset = _hold_out(dataset, config)
     for split_name, split in (("training", dataset.train), ("test", dataset.test)):
@@ -120,7 +127,7 @@ def check_labels(labels: Tensor, num_classes: int, what: str) -> None:
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= num_classes:
         raise UserError(
-            f"{what} has labels from {low} to {high}, but the model has {num_classes} classes; "
+            f"{what} has labels from {low} to {high}, but the model has {counted(num_classes, 'class')}; "
             f"allowed: labels from 0 to {num_classes - 1}"
         )
 
@@ -185,20 +192,32 @@ def _folder(config: DataConfig, image_size: int, examine_streamed: bool) -> Data
     )
 
 
-def _synthetic(image_size: int) -> DatasetSpec:
-    """Make 4,096 training and 1,024 test images of any size: noise around one random pattern per class."""
-    needed = (4096 + 1024) * 3 * image_size**2
+def _imitation(config: DataConfig) -> DatasetSpec:
+    """Make synthetic images with the shape, the number and the classes of a published data set."""
+    original = published.PUBLISHED[config.dataset]
+    note = (
+        f"{original.title} is not in {config.data_dir}: synthetic images of its shape and number are used instead; "
+        "training downloads it"
+    )
+    synthetic = _synthetic(32, original.num_classes, original.num_images)
+    return replace(synthetic, name=f"synthetic {original.title}", notes=(note,))
+
+
+def _synthetic(image_size: int, num_classes: int = 10, num_images: tuple[int, int] = (4096, 1024)) -> DatasetSpec:
+    """Make training and test images of any size: noise around one random pattern per class."""
+    needed = sum(num_images) * 3 * image_size**2
     if needed > (free := folder.free_memory()):
         raise UserError(
             f"synthetic images of {image_size} x {image_size} pixels take {needed / 1e9:.1f} GB, but "
             f"{free / 1e9:.1f} GB are free; lower --image-size"
         )
     stream = generator(0, "synthetic")
-    patterns = F.interpolate(torch.rand(10, 3, 4, 4, generator=stream), image_size, mode="bilinear")
+    patterns = F.interpolate(torch.rand(num_classes, 3, 4, 4, generator=stream), image_size, mode="bilinear")
 
     def make_split(count: int) -> Split:
-        labels = torch.arange(count) % 10
+        labels = torch.arange(count) % num_classes
         noise = torch.randint(0, 128, (count, 3, image_size, image_size), dtype=torch.uint8, generator=stream)
         return Split(noise + (patterns * 127).to(torch.uint8)[labels], labels)
 
-    return DatasetSpec("synthetic", tuple("0123456789"), make_split(4096), make_split(1024))
+    train, test = map(make_split, num_images)
+    return DatasetSpec("synthetic", tuple(map(str, range(num_classes))), train, test)

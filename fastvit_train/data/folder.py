@@ -18,7 +18,7 @@ from fastvit_train.data.image_paths import PassedOver, describe, find_folders, f
 from fastvit_train.data.images import StreamedImages, cache_path, read_cache, write_cache, write_list
 from fastvit_train.distributed.env import local_world_size
 from fastvit_train.utils import machine
-from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.errors import UserError, counted
 
 log = logging.getLogger(__name__)
 TRAIN_NAME, TEST_NAMES = "train", ("test", "val")
@@ -250,4 +250,5 @@ def _damaged_error(listing: Listing, damaged: Sequence[Unreadable]) -> UserError
         digest = hashlib.blake2b(str(listing.root.resolve()).encode(errors="surrogateescape"), digest_size=4)
         whole = write_list(f"damaged-{digest.hexdigest()}.txt", [str(file.path) for file in damaged])
         rest = f"; all of them are listed in {whole}" if whole else "; ..."
-    return UserError(f"{len(damaged):,} of {total:,} images can't be decoded; replace or remove them: {shown}{rest}")
+    count = f"{len(damaged):,} of {counted(total, 'image')}"
+    return UserError(f"{count} can't be decoded; replace or remove them: {shown}{rest}")

@@ -11,15 +11,20 @@ from fastvit_train.data.loader import EvalLoader, Preprocess, RankInfo, TrainLoa
 from fastvit_train.distributed import sync
 
 
-def load_data(config: ResolvedConfig, accelerator: Accelerator) -> DatasetSpec:
+def load_data(config: ResolvedConfig, accelerator: Accelerator, imitate: bool = False) -> DatasetSpec:
     """Load the data set on all ranks; the first rank of each machine downloads, examines and decodes it.
+
+    Args:
+        config: the run's configuration.
+        accelerator: the ranks.
+        imitate: as in `load_dataset`.
 
     Raises:
         UserError: if the data set is not available, or if a label is outside the model's classes.
     """
 
     def load(examine_streamed: bool) -> DatasetSpec:
-        dataset = load_dataset(config.data, config.image_size, examine_streamed)
+        dataset = load_dataset(config.data, config.image_size, examine_streamed, imitate)
         labels = torch.cat((dataset.train.labels, dataset.test.labels))
         check_labels(labels, config.num_classes, dataset.name)
         return dataset

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.augment import Augment, generator
 from fastvit_train.data.images import Images, to_device
-from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.errors import UserError, counted
 
 MAX_WORLD_SIZE_LISTED = 1024
 
@@ -45,7 +45,8 @@ def check_batch_size(batch_size: int, world_size: int, grad_accum: int) -> None:
         largest = min(batch_size, MAX_WORLD_SIZE_LISTED)
         allowed = [n for n in range(1, largest + 1) if batch_size % (n * grad_accum) == 0]
         raise UserError(
-            f"--batch-size {batch_size} is not a multiple of {world_size} processes x {grad_accum} micro-batches; "
+            f"--batch-size {batch_size} is not a multiple of {counted(world_size, 'process')} x "
+            f"{counted(grad_accum, 'micro-batch')}; "
             f"world sizes allowed with --grad-accum {grad_accum}: {', '.join(map(str, allowed)) or 'none'}"
         )
 
@@ -59,7 +60,8 @@ def fit_batch_size(batch_size: int, num_samples: int, world_size: int, grad_accu
     divisor = world_size * grad_accum
     if num_samples < divisor:
         raise UserError(
-            f"{num_samples} training images are too few for {world_size} processes x {grad_accum} micro-batches; "
+            f"too few training images ({num_samples:,}) for {counted(world_size, 'process')} x "
+            f"{counted(grad_accum, 'micro-batch')}; "
             "lower --grad-accum, or start fewer processes"
         )
     return min(batch_size, num_samples - num_samples % divisor)

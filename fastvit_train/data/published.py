@@ -37,14 +37,16 @@ class Samples:
 
 @dataclass(frozen=True)
 class PublishedSet:
-    """A published data set: its title, its number of classes, and a function that reads it.
-
-    The function takes the data folder, the URL of a mirror or None, and a scratch folder to unpack to.
-    """
+    """A published data set of 32x32 images."""
 
     title: str
     num_classes: int
+    num_images: tuple[int, int]
+    """for training and for testing"""
+    find: Callable[[Path], object]
+    """returns what is to be read in a data folder; None if a part is missing"""
     read: Callable[[Path, str | None, Path], Samples]
+    """takes the data folder, the URL of a mirror or None, and a scratch folder to unpack to"""
 
 
 def load(name: str, data_dir: Path, url: str | None) -> Samples:
@@ -68,6 +70,11 @@ def load(name: str, data_dir: Path, url: str | None) -> Samples:
             f"{published.title} can't be unpacked to the temporary folder {gettempdir()} ({error.strerror or error}); "
             "make room there, or name another folder in the environment variable TMPDIR"
         ) from None
+
+
+def is_available(name: str, data_dir: Path) -> bool:
+    """Whether the files of a published data set are in `data_dir`, so that none is downloaded."""
+    return PUBLISHED[name].find(data_dir) is not None
 
 
 class CIFAR10(datasets.CIFAR10):
@@ -104,11 +111,10 @@ def _read_cifar(cls: CIFARClass, data_dir: Path, url: str | None, scratch: Path)
 
 def _find_batches(cls: CIFARClass, data_dir: Path, url: str | None, scratch: Path) -> Path:
     """Return the folder of the unpacked batches: in `data_dir`, or in `scratch` if there is only the archive."""
-    for folder in (data_dir / cls.unpacked_name, data_dir):
-        if (folder / cls.test_list[0][0]).is_file():
-            return folder
-    archive = data_dir / cls.filename
-    if not archive.is_file():
+    found, archive = _find_cifar(cls, data_dir), data_dir / cls.filename
+    if found is not None and found != archive:
+        return found
+    if found is None:
         wanted = f"{cls.filename} or its unpacked folder {cls.unpacked_name}/"
         download(url or cls.url, archive, cls.tgz_md5, wanted)
     check_md5(archive, cls.tgz_md5, "delete it and try again")
@@ -116,9 +122,17 @@ def _find_batches(cls: CIFARClass, data_dir: Path, url: str | None, scratch: Pat
     return scratch / cls.unpacked_name
 
 
+def _find_cifar(cls: CIFARClass, data_dir: Path) -> Path | None:
+    """Return the folder of the unpacked batches, or the archive."""
+    folders = (data_dir / cls.unpacked_name, data_dir)
+    unpacked = next((folder for folder in folders if (folder / cls.test_list[0][0]).is_file()), None)
+    archive = data_dir / cls.filename
+    return unpacked or (archive if archive.is_file() else None)
+
+
 def _read_fashion_mnist(data_dir: Path, url: str | None, scratch: Path) -> Samples:
     """Read 28x28 grey images; a border of zeros and three equal channels make them 3x32x32."""
-    files = [_find_idx(name, md5, data_dir, url) for name, md5 in FashionMNIST.resources]
+    files = [_fetch_idx(name, md5, data_dir, url) for name, md5 in FashionMNIST.resources]
     raw_folder = scratch / RAW_FOLDER
     raw_folder.mkdir(parents=True)
     for (name, _), file in zip(FashionMNIST.resources, files, strict=True):
@@ -140,16 +154,25 @@ def _read_fashion_mnist(data_dir: Path, url: str | None, scratch: Path) -> Sampl
     return Samples(tuple(FashionMNIST.classes), tensors(True, *files[:2]), tensors(False, *files[2:]))
 
 
-def _find_idx(name: str, md5: str, data_dir: Path, url: str | None) -> Path:
+def _find_fashion_mnist(data_dir: Path) -> list[Path] | None:
+    files = [file for name, _ in FashionMNIST.resources if (file := _find_idx(name, data_dir)) is not None]
+    return files if len(files) == len(FashionMNIST.resources) else None
+
+
+def _find_idx(name: str, data_dir: Path) -> Path | None:
     """Return an idx file, gzipped or not, from `data_dir` or from one of torchvision's folders below it."""
-    raw_name, raw_folder = name.removesuffix(".gz"), data_dir / RAW_FOLDER
-    for folder in (data_dir, raw_folder, data_dir / "raw"):
-        for file in (folder / raw_name, folder / name):
-            if file.is_file():
-                return file
-    mirror = (url or FashionMNIST.mirrors[0]).rstrip("/")
-    download(f"{mirror}/{name}", raw_folder / name, md5, f"{raw_name} or {name}")
-    return raw_folder / name
+    folders = (data_dir, data_dir / RAW_FOLDER, data_dir / "raw")
+    files = [folder / version for folder in folders for version in (name.removesuffix(".gz"), name)]
+    return next((file for file in files if file.is_file()), None)
+
+
+def _fetch_idx(name: str, md5: str, data_dir: Path, url: str | None) -> Path:
+    """Return an idx file, which is downloaded if it is not there."""
+    if (found := _find_idx(name, data_dir)) is not None:
+        return found
+    mirror, target = (url or FashionMNIST.mirrors[0]).rstrip("/"), data_dir / RAW_FOLDER / name
+    download(f"{mirror}/{name}", target, md5, f"{name.removesuffix('.gz')} or {name}")
+    return target
 
 
 def _unpacked(file: Path) -> bytes:
@@ -165,7 +188,11 @@ def _unpacked(file: Path) -> bytes:
 
 
 PUBLISHED = {
-    "cifar10": PublishedSet("CIFAR-10", 10, partial(_read_cifar, CIFAR10)),
-    "cifar100": PublishedSet("CIFAR-100", 100, partial(_read_cifar, CIFAR100)),
-    "fashion-mnist": PublishedSet("Fashion-MNIST", 10, _read_fashion_mnist),
+    "cifar10": PublishedSet(
+        "CIFAR-10", 10, (50_000, 10_000), partial(_find_cifar, CIFAR10), partial(_read_cifar, CIFAR10)
+    ),
+    "cifar100": PublishedSet(
+        "CIFAR-100", 100, (50_000, 10_000), partial(_find_cifar, CIFAR100), partial(_read_cifar, CIFAR100)
+    ),
+    "fashion-mnist": PublishedSet("Fashion-MNIST", 10, (60_000, 10_000), _find_fashion_mnist, _read_fashion_mnist),
 }

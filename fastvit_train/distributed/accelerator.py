@@ -14,7 +14,7 @@ from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
 from fastvit_train.distributed.preflight import check_devices, check_joined, check_kind, check_precision
-from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.errors import UserError, counted
 
 CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 COLLECTIVE_TIMEOUT = timedelta(hours=3)  # rank 0 may download and decode a data set while the others wait
@@ -132,6 +132,5 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        threads = torch.get_num_threads()
-        return f"cpu, {threads} thread{'s' if threads > 1 else ''}"
+        return f"cpu, {counted(torch.get_num_threads(), 'thread')}"
     return device.type

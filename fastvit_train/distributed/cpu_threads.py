@@ -9,6 +9,7 @@ import torch
 
 from fastvit_train.distributed import env
 from fastvit_train.utils import machine
+from fastvit_train.utils.errors import counted
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
@@ -34,11 +35,12 @@ def use_all_cores() -> str:
     speed or worse. A number that the user set is kept.
     """
     if _user_set_threads():
-        return f"{torch.get_num_threads()} CPU threads per process (as set by the environment)"
+        return f"{counted(torch.get_num_threads(), 'CPU thread')} per process (as set by the environment)"
     cores, processes = machine.usable_cores(), env.local_world_size()
     threads = max(1, cores // processes)
     torch.set_num_threads(threads)
-    return f"{threads} CPU threads per process ({cores} cores, {processes} local processes)"
+    where = f"{counted(cores, 'core')}, {counted(processes, 'local process')}"
+    return f"{counted(threads, 'CPU thread')} per process ({where})"
 
 
 def _user_set_threads() -> bool:

@@ -8,7 +8,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from fastvit_train.distributed.env import is_true, launched_world_size, launcher_command, local_world_size, uses_fsdp
-from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.errors import UserError, counted
 
 UNSUPPORTED_KINDS = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
@@ -47,8 +47,8 @@ def check_devices() -> None:
     processes, gpus = local_world_size(), torch.accelerator.device_count()
     if torch.accelerator.is_available() and processes > gpus:
         raise UserError(
-            f"the launch starts {processes} processes on this machine, which has {gpus} "
-            f"GPU{'s' if gpus > 1 else ''}; allowed: up to {gpus} per machine "
+            f"the launch starts {counted(processes, 'process')} on this machine, which has "
+            f"{counted(gpus, 'GPU')}; allowed: up to {gpus} per machine "
             "(--num_processes is the number on all machines)",
             on_all_ranks=processes == launched_world_size(),  # another machine may have enough
         )
@@ -86,13 +86,14 @@ def check_joined(world_size: int) -> None:
     instead = "start them with `accelerate launch --multi_gpu --num_processes N`, on a CPU machine too"
     if launched_world_size() != world_size:
         raise UserError(
-            f"the launch started {launched_world_size()} processes, but this one sees {world_size}; {instead}"
+            f"the launch started {counted(launched_world_size(), 'process')}, but this one sees {world_size}; {instead}"
         )
     asked = _requested("num_processes")
     if asked not in (None, world_size):
         raise UserError(
-            f"the launch asks for {asked} processes, but accelerate started {world_size}: it ignores the number with "
-            f"--cpu, MULTI_CPU and 'NO', and rounds it down to a multiple of the number of machines; {instead}"
+            f"the launch asks for {counted(asked, 'process')}, but accelerate started {world_size}: it ignores the "
+            f"number with --cpu, MULTI_CPU and 'NO', and rounds it down to a multiple of the number of machines; "
+            f"{instead}"
         )
 
 

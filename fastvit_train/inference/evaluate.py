@@ -27,7 +27,7 @@ from fastvit_train.runs.log import Log
 from fastvit_train.runs.plots.figures import plot_confusion
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.utils import atomic_io, memory
-from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.errors import UserError, counted
 
 MAX_BATCH_SIZE = 10**6
 MAX_CLASSES_SHOWN = 20
@@ -93,7 +93,7 @@ def evaluate_run(
     result = evaluate_model(model, loader, accelerator)
     seconds = time.perf_counter() - started
     if damaged := int((~result.losses.isfinite()).sum()):
-        raise non_finite_error(loaded, f" for {damaged:,} of {result.samples:,} images")
+        raise non_finite_error(loaded, f" for {damaged:,} of {counted(result.samples, 'image')}")
     return EvaluatedRun(loaded, data, result, result.samples / seconds, name, accelerator)
 
 
@@ -235,9 +235,10 @@ def show(evaluated: EvaluatedRun, output: Path | None) -> None:
         log.line(str(evaluated.run.checkpoint))
     for line in evaluated.dataset.notes:
         log.line(line)
+    top5 = f", top-5 {values['top5_accuracy']:.2%}" if len(values["classes"]) > 5 else ""  # otherwise always 100%
     log.line(
-        f"{values['source']}: {values['dataset']} ({values['evaluated_on']}, {values['images']:,} images) "
-        f"accuracy {values['accuracy']:.2%}, top-5 {values['top5_accuracy']:.2%}, loss {values['loss']:.6f}, "
+        f"{values['source']}: {values['dataset']} ({values['evaluated_on']}, {counted(values['images'], 'image')}) "
+        f"accuracy {values['accuracy']:.2%}{top5}, loss {values['loss']:.6f}, "
         f"calibration error {values['expected_calibration_error']:.2%}, attention {values['attention']}"
     )
     log.console.print(_table(values))

@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from fastvit_train import __version__
 from fastvit_train.config.schema import DataConfig
-from fastvit_train.config.timm_config import write_timm_config
+from fastvit_train.config.timm_config import imports, write_timm_config
 from fastvit_train.data.datasets import load_dataset
 from fastvit_train.data.loader import Preprocess
 from fastvit_train.inference.trained_model import FOLDER, TrainedModel, load_run, non_finite_error
 from fastvit_train.models import pretrained_cfg
 from fastvit_train.utils import atomic_io
-from fastvit_train.utils.errors import UserError, printable
+from fastvit_train.utils.errors import UserError, counted, printable
 
 TOLERANCE = 1e-4
 """maximum absolute difference of a logit"""
@@ -86,6 +86,8 @@ def export_run(run: str, to: str, output: Path | None, checkpoint: str | None = 
     ):
         comparison = write_verified(loaded, to, partial)
     print(f"written to {printable(str(final))}: {comparison}")
+    if to == "timm":
+        print(f"to open it: {imports(loaded.model)}; timm.create_model({f'{FOLDER}{final}'!r}, pretrained=True)")
     return final
 
 
@@ -112,7 +114,7 @@ def write_verified(run: TrainedModel, to: str, path: Path) -> str:
             f"the logits of {run.source} exported to {to} differ by up to {difference:.1e}; allowed: {TOLERANCE:.0e}; "
             "try another --to"
         )
-    return f"the logits differ by at most {difference:.1e} on {len(images)} images of {printable(dataset)}"
+    return f"the logits differ by at most {difference:.1e} on {counted(len(images), 'image')} of {printable(dataset)}"
 
 
 def describe(run: TrainedModel) -> dict[str, str]:

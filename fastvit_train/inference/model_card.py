@@ -9,12 +9,13 @@ from huggingface_hub import EvalResult, ModelCardData
 from fastvit_train.config.overrides import flatten, marked
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import TrainConfig
+from fastvit_train.config.timm_config import imports, needs_import
 from fastvit_train.config.validation import Mark
 from fastvit_train.inference.trained_model import TrainedModel
 from fastvit_train.models import OUR_MODELS
 from fastvit_train.runs import comparison
 from fastvit_train.runs.results import read_runs, read_summary
-from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.errors import UserError, counted
 from fastvit_train.utils.markdown import code, table, text
 
 TASK = "image-classification"
@@ -110,7 +111,7 @@ def _description(run: TrainedModel) -> str:
         f"- parameters: {run.parameters:,}\n"
         f"- input: RGB images of {run.image_size} x {run.image_size} pixels, {resize}; "
         f"pixels from 0 to 1, normalized with mean ({mean}) and standard deviation ({std})\n"
-        f"- output: logits for {len(run.classes):,} classes: {names}{more}"
+        f"- output: logits for {counted(len(run.classes), 'class')}: {names}{more}"
     )
 
 
@@ -171,10 +172,12 @@ def _limitations(run: TrainedModel, summary: dict[str, Any]) -> str:
 
 
 def _usage(run: TrainedModel, repo: str) -> str:
+    ours = "  # install fastvit_train from its repository; it registers its models with timm"
+    note = ours if needs_import(run.model) else ""
     return f"""## Usage
 
 ```python
-import timm, fastvit_train  # install fastvit_train from its repository; it registers its models with timm
+{imports(run.model)}{note}
 from PIL import Image
 model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))

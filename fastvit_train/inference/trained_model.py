@@ -2,6 +2,7 @@
 
 import sys
 import unicodedata
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fastvit_train.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
 from fastvit_train.data.loader import Preprocess
 from fastvit_train.inference.checkpoints import FINAL, Checkpoint, find_checkpoint
+from fastvit_train.inference.hub import HUB, needs_hub, offline_if_unreachable, unreachable_reason
 from fastvit_train.models import (
     build_model,
     check_attention,
@@ -31,7 +33,7 @@ from fastvit_train.utils.errors import UserError, printable
 from fastvit_train.utils.safe_load import read_json
 
 MAX_CLASSES = 10**6
-FOLDER, HUB = "local-dir:", "hf-hub:"
+FOLDER = "local-dir:"
 ALLOWED = f"the folder of a finished run, {FOLDER}FOLDER as written by timm, {HUB}USER/MODEL, or a timm model name"
 
 
@@ -220,12 +222,15 @@ def _load_from_timm(source: str, folder: Path) -> tuple[nn.Module, str]:
         source = f"{FOLDER}{folder}"
     elif not source.startswith(HUB) and not timm.is_model(source):
         raise UserError(f"{source} is not a run; allowed: {ALLOWED}")
-    try:
-        model = timm.create_model(source, pretrained=True)
-        architecture = pretrained_cfg(model)["architecture"]
-    except Exception as error:  # a damaged folder or an unreachable host can raise any exception
-        reason = str(error) or type(error).__name__
-        raise UserError(f"{source} cannot be loaded: {reason}; allowed: {ALLOWED}") from None
+    with offline_if_unreachable() if needs_hub(source) else nullcontext(True) as reachable:
+        try:
+            model = timm.create_model(source, pretrained=True)
+            architecture = pretrained_cfg(model)["architecture"]
+        except Exception as error:  # a damaged folder or an unreachable host can raise any exception
+            if not reachable:
+                raise UserError(f"{source} cannot be loaded: {unreachable_reason(source)}") from None
+            reason = str(error) or type(error).__name__
+            raise UserError(f"{source} cannot be loaded: {reason}; allowed: {ALLOWED}") from None
     return model, str(architecture)
 
 

@@ -99,7 +99,7 @@ def check_timm_folder(folder: Path) -> None:
     """Raise UserError unless `folder` has timm's description of a known model that fits in memory."""
     try:
         described = read_json(folder / "config.json")
-        name = described["architecture"]
+        name = str(described["architecture"]).partition(".")[0]  # without timm's tag for the weights
         if not timm.is_model(name):
             raise ValueError(f"{name!r:.100} is not the name of a model")
         _check_memory(name, described.get("model_args") or {})

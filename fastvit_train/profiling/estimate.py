@@ -18,6 +18,7 @@ from fastvit_train.profiling.short_run import eager_copy, make_progress_bar, sho
 from fastvit_train.runs.run_folder import config_to_yaml
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
+from fastvit_train.utils.errors import counted
 from fastvit_train.utils.timing import quartiles, time_call
 
 STEPS, ROUNDS = 3, 3
@@ -46,8 +47,8 @@ class RunEstimate:
 def dry_run(config: TrainConfig) -> RunEstimate:
     """Print the resolved settings, the model's shapes, and an estimate of the run from a few measured steps.
 
-    Nothing is written into the run's folder. A data set that is not on this machine is downloaded, because
-    training needs it too.
+    Nothing is written into the run's folder. If the data set is not on this machine, synthetic images of its shape and
+    number are used, and a line says so.
 
     Raises:
         UserError: for anything wrong with the configuration, the data or the launch.
@@ -152,11 +153,11 @@ def format_estimate(session: TrainSession, estimate: RunEstimate) -> list[str]:
     )
     epoch, total = format_duration(estimate.epoch_seconds), format_duration(estimate.seconds)
     return [
-        f"estimated from measurements of {STEPS * ROUNDS} training steps of {session.batch_size} images and of one "
-        "evaluation batch:",
+        f"estimated from measurements of {STEPS * ROUNDS} training steps of {counted(session.batch_size, 'image')} and "
+        "of one evaluation batch:",
         f"  memory  {estimate.memory_mib:,.0f} MiB per process",
         f"  speed   {estimate.images_per_second:,.0f} img/s in training, all processes together",
-        f"  time    {epoch} per epoch with its evaluation, {total} in total ({estimate.epochs} epochs)",
+        f"  time    {epoch} per epoch with its evaluation, {total} in total ({counted(estimate.epochs, 'epoch')})",
         f"  disk    {disk} at most: checkpoints of {checkpoint} (the newest {session.config.run.keep}, the best and "
         f"the one being written) and weights of {weights}",
         "this was a dry run and nothing was saved; to train, run the same command without --dry-run",

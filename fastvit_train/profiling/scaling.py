@@ -25,7 +25,7 @@ from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
 from fastvit_train.utils.atomic_io import write_atomically
 from fastvit_train.utils.console import Terminal
-from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.errors import UserError, counted
 from fastvit_train.utils.timing import quartiles
 
 OURS = "ours"
@@ -120,7 +120,7 @@ def _images_per_process(session: TrainSession, options: PlanOptions) -> tuple[di
     accum, total = session.config.optim.grad_accum, session.batch_size
     images = {n: total // n for n in options.world_sizes if total % (n * accum) == 0}
     if missing := [f"{n:,}" for n in options.world_sizes if n not in images]:
-        notes.append(f"left out: {', '.join(missing)} processes, as they can't share {total} images equally")
+        notes.append(f"left out: {', '.join(missing)} processes, as they can't share {counted(total, 'image')} equally")
     return images, notes
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fastvit_train.profiling.collectives import RankCost
 from fastvit_train.profiling.scaling_options import PlanOptions
+from fastvit_train.utils.errors import counted
 
 SINGLE, DDP, FSDP2 = "single", "DDP", "FSDP2"
 MIN_EFFICIENCY = 0.5
@@ -118,14 +119,16 @@ def conclude(rows: list[Row]) -> str:
             statements.append(_judge_strategy(strategy, own))
     if len(last_rows) == 2:
         ratio = last_rows[FSDP2].memory_mib / last_rows[DDP].memory_mib
-        statements.append(f"at {last_rows[FSDP2].processes:,} processes FSDP2 needs {ratio:.0%} of DDP's memory")
+        statements.append(
+            f"at {counted(last_rows[FSDP2].processes, 'process')} FSDP2 needs {ratio:.0%} of DDP's memory"
+        )
     return "; ".join(statements) or "only a single process was planned"
 
 
 def _judge_strategy(strategy: str, rows: list[Row]) -> str:
     worthwhile = [row.processes for row in rows if row.efficiency >= MIN_EFFICIENCY]
     if len(worthwhile) == len(rows):
-        return f"{strategy} has an efficiency of {rows[-1].efficiency:.0%} at {rows[-1].processes:,} processes"
+        return f"{strategy} has an efficiency of {rows[-1].efficiency:.0%} at {counted(rows[-1].processes, 'process')}"
     if worthwhile:
-        return f"{strategy} has an efficiency below {MIN_EFFICIENCY:.0%} beyond {max(worthwhile):,} processes"
-    return f"{strategy} has an efficiency below {MIN_EFFICIENCY:.0%} already at {rows[0].processes:,} processes"
+        return f"{strategy} has an efficiency below {MIN_EFFICIENCY:.0%} beyond {counted(max(worthwhile), 'process')}"
+    return f"{strategy} has an efficiency below {MIN_EFFICIENCY:.0%} already at {counted(rows[0].processes, 'process')}"

@@ -5,6 +5,7 @@ from rich.table import Table
 
 from fastvit_train.profiling.scaling_estimate import SINGLE, Plan
 from fastvit_train.profiling.scaling_options import PlanOptions
+from fastvit_train.utils.errors import counted
 
 COLUMNS = (
     *("processes", "weights", "gradients", "optimizer", "activations", "gathered", "memory"),
@@ -15,11 +16,12 @@ COLUMNS = (
 def plan_table(plan: Plan, options: PlanOptions) -> Table:
     """Build a table with a row for each strategy and number of processes."""
     first, last = plan.rows[0], max(plan.rows, key=lambda row: row.processes)
-    size = f"{first.images} images over all processes"
+    size = f"{counted(first.images, 'image')} over all processes"
     if options.scaling == "weak":
-        size = f"{first.images} images per process, so that the batch grows to {last.images * last.processes:,}"
+        largest = f"{last.images * last.processes:,}"
+        size = f"{counted(first.images, 'image')} per process, so that the batch grows to {largest}"
     table = Table(
-        title=f"{plan.model}, {plan.parameters:,} parameters; {options.scaling} scaling: {size}",
+        title=f"{plan.model}, {counted(plan.parameters, 'parameter')}; {options.scaling} scaling: {size}",
         caption="memory and sent: MiB per process and step; img/s: all processes together",
         box=box.SIMPLE_HEAD,
         padding=0,

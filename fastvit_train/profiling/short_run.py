@@ -32,12 +32,14 @@ def create_output_folder(folder: Path) -> None:
 def short_run(config: TrainConfig, steps: int) -> Iterator[TrainSession]:
     """Set up the run that `config` describes in a temporary folder, with at most `steps` steps per epoch.
 
+    A data set that is not on this machine is not downloaded: synthetic images of its shape take its place.
+
     Raises:
         UserError: for anything wrong with the configuration, the data or the launch.
     """
     with tempfile.TemporaryDirectory() as folder:
         run = replace(config.run, runs_dir=folder, exp_name="short-run", track=(), save_every=0)
-        session = setup(replace(config, run=run), "never", overwrite=False)
+        session = setup(replace(config, run=run), "never", overwrite=False, imitate_data=True)
         session.train_loader.steps_per_epoch = min(steps, session.train_loader.steps_per_epoch)
         with closing(session):
             yield session

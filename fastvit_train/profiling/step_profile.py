@@ -26,7 +26,7 @@ from fastvit_train.training.loop import train_epoch
 from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
-from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.errors import UserError, counted
 from fastvit_train.utils.timing import quartiles, synchronize
 from fastvit_train.utils.torch_private import count_compiled_graphs, count_graph_breaks
 
@@ -291,8 +291,8 @@ def format_summary(result: Profile) -> list[str]:
     candidates = ", ".join(str(candidate) for candidate in result.candidates)
     return [
         f"step {result.step * 1e3:,.2f} ms ({low:,.2f} to {high:,.2f}), {result.images_per_second:,.0f} img/s{busy}",
-        f"{result.kernels:,.0f} kernels per step, {result.graph_breaks} graph breaks, "
-        f"{result.recompilations} recompilations",
+        f"{counted(round(result.kernels), 'kernel')} per step, {counted(result.graph_breaks, 'graph break')}, "
+        f"{counted(result.recompilations, 'recompilation')}",
         f"{result.flops_per_image / 1e6:,.1f} MFLOP per image; MFU {result.mfu:.1%}, relative to a matrix product",
         f"changes, measured against the present step: {candidates}",
     ]

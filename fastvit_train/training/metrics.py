@@ -22,6 +22,7 @@ from fastvit_train.runs.results import read_runs
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import atomic_io, memory
+from fastvit_train.utils.errors import counted
 
 TRACKER_PROJECT = "fastvit_train"
 
@@ -69,7 +70,7 @@ def record_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: fl
         f"{session.dataset.evaluated_on} loss {evaluation.loss:.4f}  "
         f"{session.dataset.name} accuracy {evaluation.accuracy:.2%}  "
         f"{metrics['images_per_second']:,.0f} img/s  {seconds + eval_seconds:.1f} s{_gpu_words(metrics)}"
-        + (f"  {state.skipped_steps} steps skipped by fp16's scaler so far" if state.skipped_steps else "")
+        + (f"  {counted(state.skipped_steps, 'step')} skipped by fp16's scaler so far" if state.skipped_steps else "")
     )
     slowdown = session.slowdown.factor(seconds, loader.steps_per_epoch)
     if slowdown is not None:
@@ -85,7 +86,7 @@ def log_target_reached(session: TrainSession) -> None:
     """Log that the target accuracy was reached, and after how many seconds."""
     state, compile_seconds = session.state, session.compile_seconds
     session.log.line(
-        f"{session.config.run.target_accuracy:.2%} reached after {state.epochs_to_target} epochs and "
+        f"{session.config.run.target_accuracy:.2%} reached after {counted(state.epochs_to_target or 0, 'epoch')} and "
         f"{state.seconds_to_target:.1f} s of training and evaluating"
         + (
             f", not counting {compile_seconds:.1f} s of compilation and first passes"

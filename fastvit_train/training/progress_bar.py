@@ -28,6 +28,7 @@ class ProgressBar:
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
+            TextColumn("ETA"),
             TimeRemainingColumn(),
             console=console,
             transient=True,

@@ -17,7 +17,7 @@ from fastvit_train.runs.run_names import default_group, find_group
 from fastvit_train.training.loop import fit
 from fastvit_train.utils.atomic_io import write_atomically
 from fastvit_train.utils.console import Terminal
-from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.errors import UserError, counted
 
 SPREAD = {
     "accuracy": "test_accuracy",
@@ -87,7 +87,7 @@ def spread(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> Table:
     """Return the result of `spread` as a table for the terminal."""
     seeds, target = results["seeds"], results["target_accuracy"]
-    title = f"{len(seeds)} seeds, {seeds[0]} to {seeds[-1]}"
+    title = f"{counted(len(seeds), 'seed')}, {seeds[0]} to {seeds[-1]}"
     if target is not None:
         title += f"; {results['reached_target']} of them reached {target:.2%}"
     result = Table("", "mean", "standard deviation", "lowest", "highest", title=title)

@@ -34,7 +34,7 @@ from fastvit_train.training.optimizer import build_optimizer, build_schedule
 from fastvit_train.training.preemption import StatusExchange, StopSignalHandler
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
-from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.errors import UserError, counted
 from fastvit_train.utils.gpu_monitor import Meter
 from fastvit_train.utils.timing import SlowdownDetector
 
@@ -73,13 +73,18 @@ class Trained:
 
 
 def setup(
-    config: TrainConfig, resume: ResumeMode, overwrite: bool, stop_signals: StopSignalHandler | None = None
+    config: TrainConfig,
+    resume: ResumeMode,
+    overwrite: bool,
+    stop_signals: StopSignalHandler | None = None,
+    imitate_data: bool = False,
 ) -> TrainSession:
     """Build the run that `config` describes, or restore it if it is to be resumed.
 
     Args:
         config, resume, overwrite: as in `fit`.
         stop_signals: notes signals that ask the run to stop; by default nothing does.
+        imitate_data: use synthetic images of the same shape and number if the data set would have to be downloaded.
 
     Returns:
         The session; the caller closes it.
@@ -94,7 +99,7 @@ def setup(
         folder = RunFolder(resolved.run_dir)
         resolved, resuming = check_folder(resolved, folder, launch, resume, overwrite)
         model, optimizer = build_trainable(resolved)  # before the data: a wrong size is reported before a download
-        inputs = load_inputs(resolved, launch.accelerator)
+        inputs = load_inputs(resolved, launch.accelerator, imitate_data)
         if resolved.model.patch_init == "whiten":
             whiten(model, resolved, inputs.dataset)
         set_seed(resolved.run.seed, device_specific=True)  # dropout must differ between ranks, weights must not
@@ -181,10 +186,10 @@ def build_trainable(config: ResolvedConfig) -> tuple[nn.Module, Optimizer]:
     return model, build_optimizer(model, config.optim)
 
 
-def load_inputs(config: ResolvedConfig, accelerator: Accelerator) -> Inputs:
+def load_inputs(config: ResolvedConfig, accelerator: Accelerator, imitate_data: bool = False) -> Inputs:
     """Load the data set and fit the batch size to it."""
     ranks, grad_accum = accelerator.num_processes, config.optim.grad_accum
-    dataset = load_data(config, accelerator)
+    dataset = load_data(config, accelerator, imitate_data)
     batch_size = fit_batch_size(config.run.batch_size, len(dataset.train.labels), ranks, grad_accum)
     rank_info = RankInfo(accelerator.device, accelerator.process_index, ranks)
     return Inputs(
@@ -272,15 +277,16 @@ def log_introduction(session: TrainSession, threads: str, resuming: bool, messag
     """Log what is about to be trained, on what, and how."""
     config, accelerator, dataset, log = session.config, session.accelerator, session.dataset, session.log
     parameters = sum(p.numel() for p in session.bare_model.parameters())
-    log.line(f"{config.model.model}: {parameters:,} parameters, attention {config.model.attention}")
+    log.line(f"{config.model.model}: {counted(parameters, 'parameter')}, attention {config.model.attention}")
     for line in messages:
         log.line(line)
     if session.compile_seconds is not None:
         compiled = "model" if config.run.compile else "attention"
         log.line(f"first passes, including compilation of the {compiled}: {session.compile_seconds:.1f} s")
     log.line(
-        f"{dataset.name}: {len(dataset.train.labels):,} training images, "
-        f"{len(dataset.test.labels):,} evaluation images ({dataset.evaluated_on}), {len(dataset.classes)} classes"
+        f"{dataset.name}: {counted(len(dataset.train.labels), 'training image')}, "
+        f"{counted(len(dataset.test.labels), 'evaluation image')} ({dataset.evaluated_on}), "
+        f"{counted(len(dataset.classes), 'class')}"
     )
     for line in dataset.notes:
         log.line(line)

@@ -1,4 +1,4 @@
-"""Errors that the user can correct, and text from outside the project made safe to print."""
+"""Errors that the user can correct, and words for messages: safe to print, in singular or plural, near a name."""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -11,6 +11,19 @@ MIN_PREFIX_LENGTH = 3
 def printable(text: str) -> str:
     """Escape all characters of `text` that cannot be printed, move the cursor, end the line or cannot be encoded."""
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
+def counted(number: int | str, noun: str) -> str:
+    """Return a number with its noun: "1 epoch", "2 epochs", "1,000 classes".
+
+    Args:
+        number: a number, or the text of one.
+        noun: its singular.
+    """
+    figure = number if isinstance(number, str) else f"{number:,}"
+    if figure == "1":
+        return f"{figure} {noun}"
+    return f"{figure} {noun}{'es' if noun.endswith(('s', 'x', 'sh', 'tch')) else 's'}"
 
 
 def nearest(name: str, allowed: Iterable[str], most: int = 2) -> list[str]:

@@ -60,7 +60,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("--num-heads 5", "num_heads 5 does not divide embed_dim 48"),
         ("--model resnet18 --embed-dim 8", "resnet18 cannot be built with .*embed_dim"),
         ("--num-classes 4", "labels from 0 to 9, but the model has 4 classes"),
-        ("--grad-accum 3", "--batch-size 64 is not a multiple of 1 processes x 3 micro-batches"),
+        ("--grad-accum 3", "--batch-size 64 is not a multiple of 1 process x 3 micro-batches"),
         ("--weights missing.pth", "missing.pth is not a file"),
         ("--config missing.yaml", "--config missing.yaml can't be read"),
         ("--resume must", "has no checkpoint to resume from"),

@@ -47,7 +47,7 @@ def test_all_cores_restores_the_threads(other_threads: None, monkeypatch: pytest
     monkeypatch.setattr("psutil.cpu_count", lambda logical: 1)
     with pytest.raises(ZeroDivisionError), all_cores() as words:
         assert torch.get_num_threads() == 1
-        assert words == "1 CPU threads per process (1 cores, 1 local processes)"
+        assert words == "1 CPU thread per process (1 core, 1 local process)"
         raise ZeroDivisionError
     assert torch.get_num_threads() == 3
 

@@ -14,7 +14,7 @@ from fastvit_train.inference.report.records import RunRecord, load_records, valu
 from fastvit_train.runs import findings
 from fastvit_train.runs.plots.figures import MAX_LABELED_CLASSES
 from fastvit_train.utils import atomic_io
-from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.errors import UserError, counted
 
 MAX_ROWS = 20
 """maximum number of rows in a table of classes or of confusions"""
@@ -129,7 +129,8 @@ def _summarize(values: dict[str, Any], summary: dict[str, Any]) -> tuple[str, bo
     """Return a sentence on the evaluation, and whether its accuracy differs from the one in summary.json."""
     precision = PRECISIONS.get(values["mixed_precision"], values["mixed_precision"])
     sentence = (
-        f"Evaluated for this page on {values['dataset']} ({values['evaluated_on']}, {values['images']:,} images) with "
+        f"Evaluated for this page on {values['dataset']} ({values['evaluated_on']}, "
+        f"{counted(values['images'], 'image')}) with "
         f"attention {values['attention']} in {precision} on {values['device']}: accuracy {values['accuracy']:.2%}"
     )
     recorded = summary.get("test_accuracy")

@@ -10,7 +10,7 @@ from fastvit_train.inference.evaluate import EvaluatedRun, evaluate_run
 from fastvit_train.inference.trained_model import FOLDER, TrainedModel, load_run
 from fastvit_train.runs.results import is_finished, read_results, read_run_settings
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
-from fastvit_train.utils.errors import UserError, printable
+from fastvit_train.utils.errors import UserError, counted, printable
 
 Value = TypeVar("Value")
 
@@ -90,9 +90,10 @@ def _load_record(run: str, data_dir: str | None) -> RunRecord:
 def _describe_progress(summary: dict[str, Any] | None) -> str:
     if summary is None or is_finished(summary):
         return ""
+    planned = counted(summary["planned_epochs"], "epoch")
     return (
-        f"the page shows the results after {summary['epochs']} of {summary['planned_epochs']} epochs; write it again "
-        "when the training has gone on"
+        f"the page shows the results after {summary['epochs']} of {planned}; write it again when the training has "
+        "gone on"
     )
 
 

@@ -12,7 +12,7 @@ from fastvit_train.inference.report.records import RunRecord
 from fastvit_train.models.resolve import fill_defaults
 from fastvit_train.runs.comparison import MISSING, SUMMARY_ROWS, differing_settings, format_setting
 from fastvit_train.runs.results import INVALID, MAX_TEXT_LENGTH
-from fastvit_train.utils.errors import UserError, printable
+from fastvit_train.utils.errors import UserError, counted, printable
 
 ENERGY = "energy, J"
 RESULT_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -96,7 +96,8 @@ def headline(record: RunRecord) -> str:
     model = f"{texts['model']}, {texts['parameters']} parameters"
     if texts["accuracy"] == MISSING:
         return f"{model}; its accuracy is not recorded"
-    return f"{texts['accuracy']} on {texts['data']}; {model}; {texts['epochs']} epochs in {texts['training time']}"
+    trained = f"{counted(texts['epochs'], 'epoch')} in {texts['training time']}"
+    return f"{texts['accuracy']} on {texts['data']}; {model}; {trained}"
 
 
 def verdict(records: Sequence[RunRecord]) -> str:
@@ -115,7 +116,7 @@ def verdict(records: Sequence[RunRecord]) -> str:
         return f"{high.name} and {low.name} are equally accurate: {accuracies}."
     return (
         f"{high.name} is {100 * gap:.2f} percentage points more accurate than {low.name}: {accuracies}, "
-        f"a difference of {num_differing:,} of {images:,} images."
+        f"a difference of {num_differing:,} of {counted(images, 'image')}."
     )
 
 

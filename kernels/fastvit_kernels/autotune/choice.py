@@ -1,5 +1,6 @@
 """What `auto` chooses between: a case, the times of the implementations in it, and the rule that takes one of them."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -63,12 +64,18 @@ class Choice:
         return {name: min(values) for name, values in self.samples.items()}
 
     def __str__(self) -> str:
-        times = ", ".join(f"{name} {ms:.3g}" for name, ms in self.milliseconds.items())
+        times = ", ".join(f"{name} {_plain(ms)}" for name, ms in self.milliseconds.items())
         compiled = f"compilation took {self.compile_seconds:.1f} s"
         source = compiled if self.file is None else f"measured before, in {self.file}"
         left_out = "".join(f"; left out {name}: {why}" for name, why in (self.unsupported | self.failed).items())
         measured = f"ms per forward and backward pass at {self.case}: {times}"
         return f"attention auto: {self.name}; {measured} ({source}){left_out}"
+
+
+def _plain(ms: float) -> str:
+    """Format a time with three significant digits and without an exponent, as in 1,710 or 0.0123."""
+    digits = 2 - math.floor(math.log10(ms)) if ms > 0 else 0
+    return f"{round(ms, digits):,.{max(0, digits)}f}"
 
 
 def preferred(samples: Mapping[str, Sequence[float]]) -> str:
