@@ -10,7 +10,7 @@ from fastvit_train.utils import atomic_io
 from fastvit_train.utils.console import Terminal
 
 
-class Journal:
+class MetricsBuffer:
     """Buffer of JSON lines for files; lines that could not be written to a full disk are kept for the next `flush`."""
 
     def __init__(self) -> None:

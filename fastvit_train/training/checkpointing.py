@@ -63,4 +63,4 @@ def _check_weights(session: TrainSession) -> None:
 
 def _flush_metrics(session: TrainSession) -> None:
     with atomic_io.as_save_error(f"the metrics of {session.folder.root} could not be written"):
-        session.journal.flush()
+        session.metrics_buffer.flush()

@@ -61,10 +61,10 @@ def record_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: fl
         **_gpu_usage(seconds, state.epoch_joules, state.epoch_busy_seconds),
     }
     if session.accelerator.is_main_process:
-        session.journal.add(session.folder.metrics, [metrics])
+        session.metrics_buffer.add(session.folder.metrics, [metrics])
         first = state.step - len(state.epoch_losses) + 1
         losses = enumerate(state.epoch_losses, start=first)
-        session.journal.add(session.folder.steps, [{"step": step, "loss": loss} for step, loss in losses])
+        session.metrics_buffer.add(session.folder.steps, [{"step": step, "loss": loss} for step, loss in losses])
     session.log.line(
         f"epoch {metrics['epoch']:>3}/{config.run.epochs}  train loss {metrics['train_loss']:.4f}  "
         f"{session.dataset.evaluated_on} loss {evaluation.loss:.4f}  "
@@ -169,7 +169,7 @@ def finish(session: TrainSession, evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _write_summary(session: TrainSession, summary: dict[str, Any]) -> None:
-    session.journal.flush()
+    session.metrics_buffer.flush()
     atomic_io.write_atomically(session.folder.summary, json.dumps(summary, indent=2) + "\n")
     plot_curves([session.folder.root], session.folder.root / "curves.png", session.dataset.name)
     session.log.console.print(table(read_runs([session.folder.root])))

@@ -12,7 +12,7 @@ from torch import nn
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.data.datasets import DatasetSpec
 from fastvit_train.data.loader import EvalLoader, TrainLoader
-from fastvit_train.runs.log import Journal, Log
+from fastvit_train.runs.log import Log, MetricsBuffer
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.runs.train_state import TrainState
 from fastvit_train.training.preemption import StatusExchange
@@ -41,7 +41,7 @@ class TrainSession:
     """seconds that the first passes took before the first step; None if nothing is compiled"""
     meter: Meter
     status_exchange: StatusExchange
-    journal: Journal
+    metrics_buffer: MetricsBuffer
     ema: ModelEmaV3 | None
     slowdown: SlowdownDetector
     resources: ExitStack

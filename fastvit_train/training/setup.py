@@ -27,7 +27,7 @@ from fastvit_train.models.whitening import whiten
 from fastvit_train.runs import checkpoint
 from fastvit_train.runs.claim import choose_name, lock_run
 from fastvit_train.runs.lock import RunLock
-from fastvit_train.runs.log import Journal, Log
+from fastvit_train.runs.log import Log, MetricsBuffer
 from fastvit_train.runs.run_folder import ResumeMode, RunFolder
 from fastvit_train.runs.train_state import TrainState
 from fastvit_train.training.optimizer import build_optimizer, build_schedule
@@ -127,7 +127,7 @@ def setup(
             resolved, folder, launch.log, launch.accelerator, trained.model, trained.optimizer, trained.scheduler,
             inputs.dataset, inputs.train_loader, inputs.eval_loader, inputs.batch_size, state,
             trained.compile_seconds, Meter(launch.accelerator.device, resolved.run.telemetry),
-            StatusExchange(launch.accelerator, stop_signals or StopSignalHandler()), Journal(), trained.ema,
+            StatusExchange(launch.accelerator, stop_signals or StopSignalHandler()), MetricsBuffer(), trained.ema,
             SlowdownDetector(),
             stack,
         )  # fmt: skip
