@@ -77,11 +77,12 @@ def _list(folder: Path, ema: bool) -> list[Checkpoint]:
 
     steps = _saved_steps(folder, ema, rows)
     result = []
-    best = _read_step(folder / BEST_FILE)
-    if best is not None:
-        result.append(describe(BEST, folder / BEST_FILE, best))
-    elif rows and (step := max(rows, key=lambda row: row["test_accuracy"])["step"]) in steps:  # of an earlier version
-        result.append(describe(BEST, steps[step], step))
+    best = max(rows, key=lambda row: row["test_accuracy"])["step"] if rows else None
+    written = _read_step(folder / BEST_FILE)
+    if best in steps and best != written:  # an earlier version wrote no such file, or the disk was full
+        result.append(describe(BEST, steps[best], best))
+    elif written is not None:
+        result.append(describe(BEST, folder / BEST_FILE, written))
     final = _final_step(folder)
     if final is not None and final >= max(steps, default=0):
         result.append(describe(LAST, folder / FINAL, final))

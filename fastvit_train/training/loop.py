@@ -171,11 +171,16 @@ def _evaluate_epoch(session: TrainSession) -> Evaluation:
     state.close_epoch()
     if state.add_evaluation(evaluation.accuracy, eval_seconds, run.target_accuracy):
         metrics.log_target_reached(session)
+    _save_weights(session)  # before the checkpoint: a run that is resumed from it does not write them again
     save_checkpoint(session)
-    if state.best_step == state.step:
-        with apply_save_error_policy(session):
-            metrics.write_weights(session, "best.safetensors", {"step": str(state.step)})
-    if run.save_model_every and state.epoch % run.save_model_every == 0:
-        with apply_save_error_policy(session):
-            metrics.write_weights(session, f"model_epoch_{state.epoch}.safetensors")
     return evaluation
+
+
+def _save_weights(session: TrainSession) -> None:
+    """Write the weights after the best epoch so far, and those that --save-model-every asks for."""
+    state, every = session.state, session.config.run.save_model_every
+    with apply_save_error_policy(session):
+        if state.best_step == state.step:
+            metrics.write_weights(session, "best.safetensors", {"step": str(state.step)})
+        if every and state.epoch % every == 0:
+            metrics.write_weights(session, f"model_epoch_{state.epoch}.safetensors")

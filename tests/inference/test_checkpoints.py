@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import fastvit_train
 from fastvit_train.cli.main import main
@@ -110,6 +110,9 @@ def test_an_unknown_checkpoint_is_one_line_that_lists_those_that_exist(
 
 def test_a_run_of_an_earlier_version_and_without_links(run: Path) -> None:
     best = weights(run, checkpoint="best")
+    stale = load_file(run / "model.safetensors")
+    save_file(stale, run / "best.safetensors", {"step": "5"})  # as if the disk had been full after the second epoch
+    assert torch.equal(weights(run, checkpoint="best"), best)
     (run / "best.safetensors").unlink()
     for link in ("best", "last"):
         (run / "checkpoints" / link).unlink()

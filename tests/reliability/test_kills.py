@@ -82,6 +82,15 @@ def test_a_run_killed_before_it_removes_an_old_checkpoint_keeps_no_more_than_ano
     assert victim.wait() == [0] and differences(outcome(victim.folder), undisturbed(1)) == []
 
 
+def test_a_run_killed_before_it_writes_the_best_weights_writes_them_when_resumed(tmp_path: Path) -> None:
+    accuracies = [row["test_accuracy"] for row in undisturbed(1)["metrics"]]
+    best_so_far = sum(accuracy > max(accuracies[:epoch], default=-1) for epoch, accuracy in enumerate(accuracies))
+    die = DieAt("training.metrics.write_weights", best_so_far)
+    assert Victim(tmp_path, "killed", trick=die).wait() == [KILLED]
+    victim = Victim(tmp_path, "killed", "--resume", "must")
+    assert victim.wait() == [0] and differences(outcome(victim.folder), undisturbed(1)) == []
+
+
 def test_a_run_goes_on_with_other_processes(tmp_path: Path) -> None:
     """Without dropout, whose draws are each process's own."""
     same = ("--drop-rate", "0", "--ema", "0.99")

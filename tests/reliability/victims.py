@@ -178,6 +178,7 @@ def outcome(folder: Path) -> dict[str, Any]:
     rows = [{k: v for k, v in row.items() if k not in CLOCK} for row in read_jsonl(folder / "metrics.jsonl")]
     return {
         "weights": _bytes(load_file(folder / "model.safetensors")),
+        "best weights": _bytes(load_file(folder / "best.safetensors")),
         "model": _bytes(load_file(last / "model.safetensors")),
         "average": _bytes(load_file(last / "model_1.safetensors")),
         "optimizer": _bytes(_flat(torch.load(last / "optimizer.bin", weights_only=True)["state"])),
@@ -227,6 +228,7 @@ def random_trick(stream: random.Random, number: int, rank: int = 0) -> DieAt:
             ("utils.atomic_io.link", 12),
             ("utils.atomic_io.append", 6),
             ("training.metrics.record_epoch", 3),
+            ("training.metrics.write_weights", 3),
             ("runs.checkpoint._prune", 12),
         ]
     )
