@@ -81,7 +81,7 @@ def _read_images(images: Sequence[str], loaded: TrainedModel) -> InspectedImages
         if line := describe_transparency(count_transparent(chosen.paths), chosen.background):
             log.warning("%s", line)
     names = tuple(printable(Path(name).stem) for name, _ in files)
-    if len(set(names)) < len(names):
+    if len({name.casefold() for name in names}) < len(names):  # some disks ignore the case of a file's name
         names = tuple(f"{number}-{name}" for number, name in enumerate(names, start=1))
     return InspectedImages(names, names, pixels)
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from fastvit_train.utils.errors import SaveError, UserError
 from fastvit_train.utils.safe_load import read_json
 
 PROGRESS_FILE = "progress.json"
+LINKS = ("last", "best")
+"""names that stand for a checkpoint, as `atomic_io.link` makes them"""
 
 
 def save(
@@ -48,7 +51,7 @@ def save(
     }
 
     def publish() -> None:
-        (partial / PROGRESS_FILE).write_text(json.dumps(saved))
+        (partial / PROGRESS_FILE).write_text(json.dumps(saved), encoding="utf-8")
         atomic_io.write_checksums(partial)
         atomic_io.publish_folder(partial, folder / name)
         atomic_io.link(folder / "last", name)
@@ -80,7 +83,7 @@ def _make_empty(folder: Path) -> None:
 
 def exists(folder: Path) -> bool:
     """Return whether there is a checkpoint to resume from."""
-    return newest(folder) is not None or any(folder.glob(".step_*.old"))
+    return newest(folder) is not None or any(folder.glob(".step_*.old")) or bool(_copies(folder))
 
 
 def newest(folder: Path) -> Path | None:
@@ -156,16 +159,41 @@ def _check_restored(saved: dict[str, Any], accelerator: Accelerator, scheduler: 
 def _newest_undamaged(folder: Path) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint that passes its checksums, and what is wrong with the newer ones."""
     atomic_io.recover_interrupted(folder)
+    _adopt_copies(folder)
     problems: list[str] = []
     for path in _newest_first(folder):
-        try:
-            damage = atomic_io.find_damage(path)
-        except OSError as error:
-            raise UserError(f"checkpoint {path} can't be read now ({error.strerror}); try again") from None
+        damage = _find_damage(path)
         if damage is None:
             return path, problems
         problems.append(f"checkpoint {path.name} is damaged ({damage})")
     return None, problems or ["there is no checkpoint"]
+
+
+def _find_damage(path: Path) -> str | None:
+    try:
+        return atomic_io.find_damage(path)
+    except OSError as error:
+        raise UserError(f"checkpoint {path} can't be read now ({error.strerror}); try again") from None
+
+
+def _copies(folder: Path) -> dict[Path, Path]:
+    """Return the checkpoints in place of links, left by a copy that followed them: each with its path under step_N."""
+    copies = {}
+    for path in (folder / name for name in LINKS):
+        if path.is_dir() and not path.is_symlink():
+            with suppress(OSError, ValueError, LookupError, TypeError):  # not a checkpoint, or a damaged one
+                copies[path] = folder / f"step_{int(read_json(path / PROGRESS_FILE)['progress']['step'])}"
+    return copies
+
+
+def _adopt_copies(folder: Path) -> None:
+    """Make links again of the checkpoints in place of links; one whose original is damaged or missing replaces it."""
+    for copy, original in _copies(folder).items():
+        if _find_damage(original) is not None:
+            if _find_damage(copy) is not None:
+                continue
+            atomic_io.publish_folder(copy, original)
+        atomic_io.link(copy, original.name)
 
 
 def drop_after(folder: Path, state: TrainState, keep: int) -> None:
@@ -177,8 +205,8 @@ def drop_after(folder: Path, state: TrainState, keep: int) -> None:
     best = f"step_{state.best_step}"
     if (folder / best).is_dir():
         atomic_io.link(folder / "best", best)
-    elif not (folder / "best").exists():  # otherwise it links to the best one that could be written
-        (folder / "best").unlink(missing_ok=True)
+    elif atomic_io.link_target(folder / "best") is None:  # otherwise it is the best one that could be written
+        atomic_io.remove(folder / "best")
     _prune(folder, keep)
 
 
@@ -215,7 +243,7 @@ def _optimizer_steps(scheduler: Scheduler) -> list[float]:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    kept = {(folder / link).resolve() for link in ("last", "best")}
+    kept = {atomic_io.link_target(folder / link) for link in LINKS}
     for path in _newest_first(folder)[keep:]:
-        if path.resolve() not in kept:
+        if path not in kept:
             shutil.rmtree(path, ignore_errors=True)  # a file that another process has open is removed next time

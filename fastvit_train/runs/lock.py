@@ -1,5 +1,6 @@
 """The lock of a run's folder: only one process at a time trains into it."""
 
+import errno
 import json
 import os
 import socket
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
+from fastvit_train.utils.atomic_io import UNSUPPORTED
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.safe_load import read_json
 
@@ -28,6 +30,9 @@ class LockedError(UserError):
 class RunLock:
     """Lock of a run's folder; the operating system releases it when the process ends, even if it is killed.
 
+    On a disk without locks, the file that names the holder stands in for the lock: it keeps other processes of this
+    machine out.
+
     Args:
         root: the run's folder.
     """
@@ -35,6 +40,7 @@ class RunLock:
     def __init__(self, root: Path) -> None:
         self._root = root
         self._lock = FileLock(root / LOCK, timeout=0, thread_local=False)
+        self._acquired = False
 
     def check_free(self) -> None:
         """Raise UserError if another process holds the lock; nothing is written."""
@@ -44,7 +50,7 @@ class RunLock:
                 self._lock.release()
 
     def acquire(self) -> list[str]:
-        """Acquire the lock; returns a message if a dead process left it behind, otherwise an empty list.
+        """Acquire the lock; returns messages if a dead process left it behind, or if the disk has no locks.
 
         Raises:
             UserError: if another process holds it.
@@ -54,19 +60,29 @@ class RunLock:
         self._take()
         stale = self._holder()
         own = {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time()}
-        (self._root / HOLDER).write_text(json.dumps(own))
-        if stale is None:
-            return []
-        who = f"process {stale['pid']} on {stale['host']}"
-        return [f"took over the lock of {who}, which ended without releasing it"]
+        (self._root / HOLDER).write_text(json.dumps(own), encoding="utf-8")
+        self._acquired = True
+        messages = []
+        if not self._lock.is_locked:
+            messages.append(f"the disk of {self._root} has no locks: train into it on one machine at a time")
+        if stale is not None:
+            who = f"process {stale['pid']} on {stale['host']}"
+            messages.append(f"took over the lock of {who}, which ended without releasing it")
+        return messages
 
     def release(self) -> None:
         """Release the lock if this process holds it."""
-        if self._lock.is_locked:
+        if self._acquired:
             (self._root / HOLDER).unlink(missing_ok=True)
             self._lock.release()
+            self._acquired = False
 
     def _take(self) -> None:
+        if not _can_lock(self._root / LOCK):
+            holder = self._holder()
+            if holder and holder["host"] == socket.gethostname() and not _ended(holder):
+                raise UserError(self._held_by(holder))
+            return
         started = time.monotonic()
         while True:
             try:
@@ -90,6 +106,20 @@ class RunLock:
             return {key: holder[key] for key in ("pid", "host", "started")}
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+
+def _can_lock(path: Path) -> bool:
+    """Return whether the disk has locks: versions of filelock differ in what they do if it has none."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where every disk has them
+        return True
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in UNSUPPORTED - {errno.EACCES}  # SMB's word for a lock that another process holds
+    return True
 
 
 def _ended(holder: dict[str, object]) -> bool:

@@ -39,8 +39,9 @@ def apply_save_error_policy(session: TrainSession) -> Iterator[None]:
     except SaveError as error:
         message = f"{error} at step {session.state.step}; {name_last_checkpoint(session)}"
         if session.config.run.on_save_error == "stop":
+            remedy = "free disk space" if error.disk_is_full else "check that the disk can be written"
             raise SaveError(
-                f"{message}; free disk space and continue with --resume auto, "
+                f"{message}; {remedy} and continue with --resume auto, "
                 "or ignore such errors with --on-save-error continue"
             ) from None
         session.log.line(f"{message}; training continues (--on-save-error continue)")

@@ -1,5 +1,6 @@
 """Atomic writes: files are written next to their place, synced and renamed, and checked by their checksums."""
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,12 @@ from fastvit_train.utils.errors import SaveError, UserError
 from fastvit_train.utils.safe_load import read_json
 
 CHECKSUMS = "checksums.json"
+UNSUPPORTED = {
+    getattr(errno, name)
+    for name in ("EPERM", "EACCES", "EINVAL", "ENOSYS", "ENOTSUP", "EOPNOTSUPP", "ENOTTY", "EBADF", "EISDIR", "ENOLCK")
+}
+"""errors of a file system that cannot do what it is asked for: a link on exFAT, the sync of a folder on SMB, a lock"""
+DISK_IS_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 TORCH_COULD_NOT_WRITE = ("PytorchStreamWriter", "inline_container", "iostream error")
 """words in the RuntimeError that torch.save raises when the disk is full"""
 
@@ -31,7 +38,16 @@ def as_save_error(what: str) -> Iterator[None]:
             reason = "it was written only in part"
         else:
             raise
-        raise SaveError(f"{what} ({reason})") from None
+        raise SaveError(f"{what} ({reason})", disk_is_full=_means_full(error)) from None
+
+
+def _means_full(error: Exception) -> bool:
+    """Return whether the disk, or the user's share of it, is full."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_IS_FULL
+    if isinstance(error, RuntimeError):  # torch does not say why it could write only a part
+        return True
+    return any(f"(os error {number})" in str(error) for number in DISK_IS_FULL)  # safetensors
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -52,7 +68,7 @@ def append(path: Path, text: str) -> None:
         with path.open("a") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            _sync_open(file.fileno())
     except OSError:
         if path.exists():
             os.truncate(path, before)
@@ -145,12 +161,41 @@ def recover_interrupted(parent: Path) -> None:
 
 
 def link(path: Path, name: str) -> None:
-    """Make `path` a symbolic link to its sibling `name`, atomically."""
+    """Make `path` stand for its sibling `name`, atomically: `link_target` reads it.
+
+    It becomes a symbolic link or, on a disk without such links, a text file that holds the name.
+    """
     temporary = path.with_name(f".{path.name}.link")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(name, target_is_directory=True)
+    remove(temporary)
+    try:
+        temporary.symlink_to(name, target_is_directory=True)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        temporary.write_text(name, encoding="utf-8")
+        _sync(temporary)
+    if path.is_dir() and not path.is_symlink():  # a copy of the run in which the link was followed
+        remove(path)
     temporary.replace(path)
     _sync(path.parent)
+
+
+def link_target(path: Path) -> Path | None:
+    """Return the sibling that `path`, as `link` made it, stands for; None if it does not stand for one that exists."""
+    try:
+        name = path.readlink().name if path.is_symlink() else path.read_text(encoding="utf-8").strip()
+        target = path.with_name(name)
+        return target if target.exists() else None
+    except (OSError, ValueError):  # such as a folder, or a file that holds something else
+        return None
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _old(final: Path) -> Path:
@@ -163,11 +208,22 @@ def _checksum(path: Path) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Sync a file, or the entries of a folder, to the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows cannot open folders
-        return
-    descriptor = os.open(path, os.O_RDONLY)
+    """Sync a file, or the entries of a folder, to the disk, if it can do that."""
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if path.is_dir() and error.errno in UNSUPPORTED:  # Windows cannot open folders
+            return
+        raise
+    try:
+        _sync_open(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_open(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise

@@ -58,7 +58,16 @@ class UserError(Exception):
 
 
 class SaveError(UserError):
-    """A file could not be written, or not completely; the files that were there before are unchanged."""
+    """A file could not be written, or not completely; the files that were there before are unchanged.
+
+    Args:
+        message: the line, as for `UserError`.
+        disk_is_full: whether there is no room for the file, or no more room for this user's files.
+    """
+
+    def __init__(self, message: str, *, disk_is_full: bool = False) -> None:
+        super().__init__(message)
+        self.disk_is_full = disk_is_full
 
 
 class Preempted(Exception):

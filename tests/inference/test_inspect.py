@@ -60,6 +60,16 @@ def test_a_timm_folder_is_inspected_on_images(
     }  # fmt: skip
 
 
+def test_names_that_differ_only_in_case_get_numbers(timms: Path, tmp_path: Path) -> None:
+    """A disk that ignores the case of names would keep only one of the pictures."""
+    images = [tmp_path / "photos" / "cat.png", tmp_path / "Cat.png"]
+    images[0].parent.mkdir()
+    for path in images:
+        Image.effect_noise((40, 50), 80).convert("RGB").save(path)
+    main(["inspect", str(timms), *map(str, images), "--output", str(tmp_path / "out")])
+    assert {"1-cat-attention.png", "2-Cat-attention.png"} < pictures(tmp_path / "out")
+
+
 def test_each_panel_shows_the_attention_map_of_its_image(
     trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
