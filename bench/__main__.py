@@ -95,7 +95,7 @@ def run(groups: dict[str, list[BenchmarkCase]], arguments: Arguments) -> None:
         console.print(table(results))
         document = {"environment": facts, "controls": controls, "rows": rows}
         write_atomically(folder / "bench.json", json.dumps(document, indent=1) + "\n")
-    (folder / "table.md").write_text(markdown(rows, facts))
+    (folder / "table.md").write_text(markdown(rows, facts), encoding="utf-8")
     for path in (folder / "bench.json", folder / "table.md", *plots.draw(rows, facts, folder)):
         console.print(f"written to {path}", soft_wrap=True)
 

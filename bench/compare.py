@@ -50,7 +50,7 @@ def read(path: Path) -> dict[str, Any]:
         UserError: if `path` is not a result of `python -m bench`.
     """
     try:
-        result = json.loads(path.read_text())
+        result = json.loads(path.read_text(encoding="utf-8"))
         controls = {control["name"]: control["seconds"] for control in result["controls"]}
         facts = {key: result["environment"][key] for key in ("device", "commit")}
         rows = {row["id"]: row["seconds"] for row in result["rows"]}

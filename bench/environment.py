@@ -64,5 +64,5 @@ def commit() -> str | None:
 
 def git(*arguments: str) -> str:
     """Run git and return its output."""
-    done = subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, text=True)
+    done = subprocess.run(["git", "-C", str(ROOT), *arguments], check=True, capture_output=True, encoding="utf-8")
     return done.stdout.strip()

@@ -75,7 +75,7 @@ def peak_mib() -> dict[str, float]:
 
 def main() -> None:
     row, batch, holdout = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         epoch, parameters = ours(row, batch, holdout, folder) if row in PRECISIONS else typical(batch, holdout)
         answers.write(json.dumps({"parameters": parameters}) + "\n")

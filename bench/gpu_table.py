@@ -23,21 +23,21 @@ def collect(part: str, status: int, out: Path) -> None:
     bench_json = out / part / "bench.json"
     result: dict[str, Any] = {"environment": environment()}
     if part == "tests":
-        lines = (out / "tests.log").read_text().strip().splitlines()
+        lines = (out / "tests.log").read_text(encoding="utf-8").strip().splitlines()
         result["summary"] = lines[-1] if lines else ""
     elif part == "accuracy" and status == 0:
-        result |= json.loads((out / part / "run-3seeds.json").read_text())
+        result |= json.loads((out / part / "run-3seeds.json").read_text(encoding="utf-8"))
     elif part == "together" and status == 0:
         result |= {"seconds": [seconds(path) for path in sorted((out / part).glob("*/summary.json"))]}
         result |= {"alone": [seconds(path) for path in sorted((out / "accuracy").glob("*/summary.json"))]}
     elif bench_json.is_file():  # holds the complete groups if the time ran out
-        result |= json.loads(bench_json.read_text())
-    (out / f"{part}.json").write_text(json.dumps({"exit_status": status, **result}, indent=1) + "\n")
+        result |= json.loads(bench_json.read_text(encoding="utf-8"))
+    (out / f"{part}.json").write_text(json.dumps({"exit_status": status, **result}, indent=1) + "\n", encoding="utf-8")
 
 
 def seconds(path: Path) -> float:
     """Return the seconds that the run of a summary.json trained and evaluated."""
-    summary = json.loads(path.read_text())
+    summary = json.loads(path.read_text(encoding="utf-8"))
     return summary["train_seconds"] + summary["eval_seconds"]
 
 
@@ -81,7 +81,9 @@ def main() -> None:
     table = Table("part", "result", title=str(environment()["device"]), title_justify="left")
     for part in PARTS:
         path = out / f"{part}.json"
-        for name, text in rows(part, json.loads(path.read_text())) if path.is_file() else [(part, "not done")]:
+        for name, text in (
+            rows(part, json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else [(part, "not done")]
+        ):
             table.add_row(name, text)
     Console(width=160).print(table)
 

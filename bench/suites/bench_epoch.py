@@ -35,9 +35,9 @@ class Worker:
 
     def __init__(self, row: str, batch: int, holdout: float) -> None:
         command = [sys.executable, "-m", "bench.epoch_worker", row, str(batch), str(holdout)]
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  a pipe could fill up
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8")  # noqa: SIM115  a pipe could fill up
         self._process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, encoding="utf-8"
         )
         self.parameters = self._answer()["parameters"]
         self.losses: list[float] = []

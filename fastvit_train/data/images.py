@@ -19,6 +19,7 @@ from torch.utils.data import Dataset, default_collate
 from fastvit_train.data.decode import ImageFiles, Unreadable, try_decode, try_decode_all
 from fastvit_train.distributed import worker_processes
 from fastvit_train.distributed.env import is_rank0
+from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -168,6 +169,7 @@ def write_cache(path: Path, tensors: dict[str, Tensor], root: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, partial, {"root": json.dumps(str(root.resolve()))})
+        atomic_io.apply_umask(partial)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         log.warning(

@@ -93,10 +93,10 @@ def _check_names(repo: str, license: str | None) -> None:
 
 def _write(run: TrainedModel, repo: str, license: str | None, folder: Path) -> None:
     write_verified(run, "timm", folder)
-    (folder / "README.md").write_text(model_card(run, repo, license))
+    atomic_io.write_atomically(folder / "README.md", model_card(run, repo, license))
     if run.folder is None or run.config is None:
         return
-    (folder / "config.yaml").write_text(config_to_yaml(_without_absolute_paths(run.config.settings)))
+    atomic_io.write_atomically(folder / "config.yaml", config_to_yaml(_without_absolute_paths(run.config.settings)))
     for name in RUN_FILES:
         if (run.folder / name).is_symlink():  # a link in somebody else's run could point to any of the user's files
             raise UserError(f"{run.folder / name} is a symbolic link; replace it with the file itself")

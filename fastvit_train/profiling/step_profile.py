@@ -111,7 +111,7 @@ def profile_run(config: TrainConfig, steps: int, output: Path) -> Profile:
     with short_run(config, steps) as session:
         result = _measure(session, output / f"trace-rank{session.accelerator.process_index}.json")
         if session.accelerator.is_main_process:
-            (output / "profile.json").write_text(json.dumps(asdict(result), indent=1) + "\n")
+            (output / "profile.json").write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
             session.log.console.print(phase_table(result))
             for line in format_summary(result):
                 session.log.line(line)

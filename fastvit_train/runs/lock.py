@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 from filelock import FileLock, Timeout
 
-from fastvit_train.utils.atomic_io import UNSUPPORTED
+from fastvit_train.utils.atomic_io import UNSUPPORTED, apply_umask
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.safe_load import read_json
 
@@ -58,6 +58,7 @@ class RunLock:
         """
         self._root.mkdir(parents=True, exist_ok=True)
         self._take()
+        apply_umask(self._root / LOCK)
         stale = self._holder()
         own = {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time()}
         (self._root / HOLDER).write_text(json.dumps(own), encoding="utf-8")

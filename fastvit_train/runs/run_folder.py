@@ -163,7 +163,7 @@ def config_to_yaml(config: TrainConfig) -> str:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Read the objects in a .jsonl file; lines that are not valid are left out: a kill may have cut one short."""
     rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.is_file() else []:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):

@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -51,10 +52,13 @@ def _means_full(error: Exception) -> bool:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file next to `path`, sync it and rename it: after a crash there is the old file or the new one."""
+    """Write a file as UTF-8 next to `path`, sync it and rename it: after a crash there is the old file or the new one.
+
+    What UTF-8 does not have, such as bytes of a file's name that are not text, is escaped.
+    """
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8", errors="backslashreplace")
         publish(partial, path)
     except OSError:
         partial.unlink(missing_ok=True)
@@ -62,10 +66,10 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Append `text` to a file; if that fails, the file is left as it was."""
+    """Append `text` to a file as UTF-8, as `write_atomically` does; if that fails, the file is left as it was."""
     before = path.stat().st_size if path.exists() else 0
     try:
-        with path.open("a") as file:
+        with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             _sync_open(file.fileno())
@@ -76,16 +80,35 @@ def append(path: Path, text: str) -> None:
 
 
 def publish(partial: Path, final: Path) -> None:
-    """Sync the file `partial` and rename it to `final`."""
+    """Sync the file `partial` and rename it to `final`, with the permissions of the umask."""
+    apply_umask(partial)
     _sync(partial)
     partial.replace(final)
     _sync(final.parent)
 
 
+def apply_umask(*paths: Path) -> None:
+    """Give files of one folder the permissions of a new file: safetensors writes its own for the owner alone.
+
+    A new file shows them, because reading the umask would change it for other threads for a moment.
+    """
+    new = paths[0].with_name(f".{os.getpid()}.partial")
+    try:
+        new.touch()
+        mode = stat.S_IMODE(new.stat().st_mode)
+    finally:
+        new.unlink(missing_ok=True)
+    for path in paths:
+        if path.is_file() and stat.S_IMODE(path.stat().st_mode) != mode:
+            with suppress(OSError):  # a disk without permissions
+                path.chmod(mode)
+
+
 def write_checksums(folder: Path) -> None:
     """Write the checksums of the files in `folder` into a file there, and sync all of them."""
     sums = {path.name: _checksum(path) for path in sorted(folder.iterdir()) if path.name != CHECKSUMS}
-    (folder / CHECKSUMS).write_text(json.dumps({"files": sums}, indent=1))
+    (folder / CHECKSUMS).write_text(json.dumps({"files": sums}, indent=1), encoding="utf-8")
+    apply_umask(*folder.iterdir())
     for path in (*folder.iterdir(), folder):
         _sync(path)
 
@@ -144,6 +167,7 @@ def staged(final: Path) -> Iterator[Path]:
         existing = {path.name for path in final.iterdir()} if final.exists() else set()
         if other := sorted(existing - {path.name for path in partial.iterdir()}):
             raise UserError(f"{final} holds something else, such as {other[0]}; remove it, or choose another path")
+        apply_umask(*partial.iterdir())
         for path in partial.iterdir():
             _sync(path)
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     elif device.type == "cpu":
         with suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def peak_mib(device: torch.device) -> float:
@@ -47,7 +47,9 @@ def peak_mib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**20
     status = Path("/proc/self/status")
     if status.is_file():
-        peaks = [line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM")]
+        peaks = [
+            line.split()[1] for line in status.read_text(encoding="utf-8").splitlines() if line.startswith("VmHWM")
+        ]
         if peaks:
             return int(peaks[0]) / 1024
     if sys.platform == "win32":

@@ -41,7 +41,9 @@ def cpp_library(name: str, dtype: torch.dtype, **constants: int) -> ctypes.CDLL:
     defines = "".join(f"#define {key} {value}\n" for key, value in constants.items())
     sources = (FOLDER / source for source in ("vectors.h", name))
     try:
-        return torch_private.load_cpp_library(defines + "".join(path.read_text() for path in sources), FLAGS)
+        return torch_private.load_cpp_library(
+            defines + "".join(path.read_text(encoding="utf-8") for path in sources), FLAGS
+        )
     except Exception as error:  # of many types: an old compiler, a missing header, a cache that cannot be written
         reason = " ".join(str(error).split())
         raise ValueError(f"{name} cannot be compiled ({type(error).__name__}: {reason[:200]}); use fused") from error

@@ -1,0 +1,124 @@
+"""Every text file is written and read as UTF-8, whatever the locale says."""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fastvit_train.runs.run_folder import RunFolder
+from fastvit_train.utils import atomic_io
+from tests.support import ROOT
+
+SOURCES = sorted(path for name in ("fastvit_train", "kernels", "bench") for path in (ROOT / name).rglob("*.py"))
+OPENERS = {"open", "fdopen", "read_text", "write_text", "TemporaryFile", "NamedTemporaryFile", "TextIOWrapper"}
+BINARY = {"os", "Image", "gzip", "tarfile", "zipfile"}
+"""modules whose `open` opens a file in binary mode"""
+
+
+def calls_without_encoding(source: str) -> Iterator[ast.Call]:
+    """Yield the calls that open a file or the pipes of a process as text without naming the encoding."""
+    for call in ast.walk(ast.parse(source)):
+        if not isinstance(call, ast.Call) or "encoding" in {keyword.arg for keyword in call.keywords}:
+            continue
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        module = getattr(getattr(call.func, "value", None), "id", "")
+        keywords = {keyword.arg: getattr(keyword.value, "value", True) for keyword in call.keywords}
+        modes = [keywords.get("mode"), *(getattr(arg, "value", "") for arg in call.args[:2])]
+        is_binary = any(isinstance(mode, str) and set(mode) <= set("rwxab+") and "b" in mode for mode in modes)
+        opens_text = name in OPENERS and not is_binary and not (name == "open" and module in BINARY)
+        if opens_text or keywords.get("text") is True or keywords.get("universal_newlines") is True:
+            yield call
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_no_file_is_opened_in_the_encoding_of_the_locale(path: Path) -> None:
+    lines = [call.lineno for call in calls_without_encoding(path.read_text(encoding="utf-8"))]
+    assert lines == [], f'{path}, lines {lines}: say encoding="utf-8"'
+
+
+def test_the_check_finds_each_way_to_open_a_text_file() -> None:
+    text = (
+        'open(p)', 'open(p, "w")', 'path.open()', 'path.open("a")', "path.read_text()", 'path.write_text("b")',
+        'os.fdopen(1, "w")', "subprocess.run(c, text=True)", "Popen(c, universal_newlines=True)", "TemporaryFile('w+')",
+    )  # fmt: skip
+    assert all(list(calls_without_encoding(line)) for line in text)
+    other = ('open(p, "rb")', 'path.open("ab")', "Image.open(p)", "gzip.open(p)", 'open(p, "w", encoding="utf-8")')
+    assert not any(list(calls_without_encoding(line)) for line in other)
+
+
+def test_bytes_that_are_not_text_are_escaped(tmp_path: Path) -> None:
+    """The name of a file that the locale cannot decode holds such bytes."""
+    name = b"caf\xc3".decode("ascii", "surrogateescape")
+    atomic_io.write_atomically(tmp_path / "file", name)
+    atomic_io.append(tmp_path / "file", name)
+    assert (tmp_path / "file").read_text(encoding="utf-8") == r"caf\udcc3" * 2
+
+
+@pytest.fixture(params=["C", pytest.param("latin-1", marks=pytest.mark.slow)])
+def locale(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
+    """The environment of a locale that is not UTF-8, in which Python does not choose UTF-8 itself."""
+    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    if request.param == "C":
+        return {**plain, "LC_ALL": "C"}
+    command = ["localedef", "-i", "fr_FR", "-f", "ISO-8859-1", str(tmp_path / "fr_FR")]
+    if shutil.which("localedef") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("the locale cannot be made")
+    return {**plain, "LC_ALL": "fr_FR", "LOCPATH": str(tmp_path)}
+
+
+VERBS = """
+import locale, sys
+from fastvit_train.cli.main import main
+
+assert locale.getencoding().lower().replace("-", "") not in ("utf8", "utf_8"), locale.getencoding()
+data, runs, name = sys.argv[1:]
+run = f"{runs}/{name}"
+small = "--epochs 2 --batch-size 4 --embed-dim 16 --depth 1 --num-heads 2 --patch-size 8 --attention fused".split()
+train = ["--dataset", "folder", "--data-dir", data, "--runs-dir", runs, "--exp-name", name, *small]
+main(["train", *train, "--stop-after", "1"])
+main(["train", *train, "--resume", "must"])
+main(["train", "--config", f"{run}/config.yaml", "--exp-name", "two", "--epochs", "1"])
+main(["eval", run])
+main(["report", run])
+main(["compare", run, "--output", f"{run}/both.png"])
+main(["push", run, "me/model", "--dry-run"])
+main(["recipes", "quickstart"])
+"""
+
+
+def test_a_run_in_a_locale_that_is_not_utf8(locale: dict[str, str], tmp_path: Path) -> None:
+    """The class and the run are both named café, and the files are the same as in a UTF-8 locale."""
+    is_ascii = locale["LC_ALL"] == "C"
+    encoding = "utf-8" if is_ascii else "latin-1"
+    data = tmp_path / "caf\u00e9s"
+    for split in ("train", "test"):
+        for name in ("caf\u00e9", "th\u00e9"):
+            folder = os.fsencode(data / split) + b"/" + name.encode(encoding)
+            os.makedirs(folder)
+            for number in range(4):
+                image = Image.effect_noise((32, 32), 80).convert("RGB")
+                with open(folder + b"/%d.png" % number, "wb") as file:
+                    image.save(file, "PNG")
+    done = subprocess.run(
+        [sys.executable, "-c", VERBS, str(data), str(tmp_path / "runs"), "caf\u00e9".encode(encoding)],
+        env={**os.environ, **locale, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+    )
+    words = (done.stdout + done.stderr).decode(errors="replace")
+    assert done.returncode == 0 and "Traceback" not in words, words
+    runs = sorted(path for path in (tmp_path / "runs").iterdir())
+    assert len(runs) == 2
+    for run in runs:
+        for path in run.rglob("*"):
+            if path.suffix in (".yaml", ".json", ".jsonl", ".md", ".html", ".log"):
+                path.read_text(encoding="utf-8")
+        RunFolder(run).read_config()
+        names = json.loads((run / "config.json").read_text(encoding="utf-8"))["label_names"]
+        assert is_ascii or names == ["caf\u00e9", "th\u00e9"]
