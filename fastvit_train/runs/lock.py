@@ -82,7 +82,7 @@ class RunLock:
         if not _can_lock(self._root / LOCK):
             holder = self._holder()
             if holder and holder["host"] == socket.gethostname() and not _ended(holder):
-                raise UserError(self._held_by(holder))
+                raise LockedError(self._held_by(holder))
             return
         started = time.monotonic()
         while True:

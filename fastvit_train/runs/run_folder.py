@@ -56,6 +56,7 @@ class RunFolder:
         """
         if overwrite and resume != "never":
             raise UserError(f"--overwrite starts over and --resume {resume} continues; give only one of them")
+        self._check_path()
         holds_run = self.config.is_file()
         if not holds_run and self.root.exists() and not self.is_unused():
             raise UserError(
@@ -88,6 +89,15 @@ class RunFolder:
             return all(path.name in lock.FILES or path.name.endswith(".partial") for path in self.root.iterdir())
         except OSError:  # it is not a folder, or cannot be read
             return False
+
+    def _check_path(self) -> None:
+        try:
+            os.fsencode(self.root.absolute()).decode("utf-8")
+        except UnicodeError:
+            raise UserError(
+                f"the path {self.root} is not UTF-8, and the weights could not be read again; "
+                "choose another --exp-name or --runs-dir, such as one in plain ASCII"
+            ) from None
 
     def read_config(self) -> dict[str, Any]:
         """Read the run's settings, by name; UserError if config.yaml cannot be read or is empty."""
