@@ -12,11 +12,11 @@ import tyro
 from fastvit_train.cli.flags import given
 from fastvit_train.cli.messages import explain, missing_value
 from fastvit_train.cli.training_verbs import Settings
+from fastvit_train.config import settings_file
 from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import DEFAULT_RECIPE, recipe
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.utils.errors import UserError
-from fastvit_train.utils.safe_load import read_settings
 
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs)
 Command = TypeVar("Command")
@@ -89,7 +89,7 @@ def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        return read_settings(path)
+        return settings_file.read(path)
     except (OSError, ValueError) as error:
         raise UserError(f"--config {path} can't be read: {error}") from None
 

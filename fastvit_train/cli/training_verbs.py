@@ -133,9 +133,9 @@ def recipes(command: Recipes) -> None:
         raise UserError("recipes shows one recipe at a time, as in: recipes fast-cifar10; without a name it lists all")
     if command.recipe:
         config = recipe(command.recipe[0])
-        from fastvit_train.runs.run_folder import config_to_yaml
+        from fastvit_train.config import settings_file
 
-        print(config_to_yaml(config), end="")
+        print(settings_file.to_yaml(config), end="")
     else:
         from fastvit_train.profiling.catalog import show_recipes
 

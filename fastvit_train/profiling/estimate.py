@@ -10,12 +10,12 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import record_function
 
+from fastvit_train.config import settings_file
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed import env
 from fastvit_train.models.resolve import resolve
 from fastvit_train.models.shapes import Stage, stages, tokens
 from fastvit_train.profiling.short_run import eager_copy, make_progress_bar, short_run, time_epoch
-from fastvit_train.runs.run_folder import config_to_yaml
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
 from fastvit_train.utils.errors import counted
@@ -55,7 +55,7 @@ def dry_run(config: TrainConfig) -> RunEstimate:
     """
     with short_run(config, STEPS) as session:
         resolved = replace(resolve(config).settings, model=session.config.model)
-        session.log.line(f"\nsettings, as --config takes them:\n{config_to_yaml(resolved)}")
+        session.log.line(f"\nsettings, as --config takes them:\n{settings_file.to_yaml(resolved)}")
         if not env.uses_fsdp():
             session.log.console.print(shapes_table(session))
         estimate = estimate_run(session)

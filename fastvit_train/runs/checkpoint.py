@@ -15,6 +15,8 @@ import torch
 from accelerate import Accelerator
 from timm.scheduler.scheduler import Scheduler
 
+from fastvit_train import __version__
+from fastvit_train.config.settings_file import upgrade_hint
 from fastvit_train.distributed import sync
 from fastvit_train.runs.train_state import TrainState
 from fastvit_train.utils import atomic_io
@@ -42,6 +44,7 @@ def save(
     name = f"step_{state.step}"
     partial, is_main = folder / f".{name}.partial", accelerator.is_main_process
     saved = {
+        "version": __version__,
         "progress": asdict(state),
         "learning_rates": _learning_rates(scheduler),
         "optimizer_steps": _optimizer_steps(scheduler),
@@ -129,8 +132,10 @@ def load(
 
 
 def _restore(path: Path, accelerator: Accelerator, scheduler: Scheduler, data: dict[str, object]) -> TrainState:
+    remedy = "start over with --overwrite"
     try:
         saved = read_json(path / PROGRESS_FILE)
+        remedy = upgrade_hint(saved.get("version")) or remedy
         state = TrainState(**saved["progress"])
         _check_same(path, saved, accelerator, data)
         with warnings.catch_warnings(action="ignore"):  # torch warns of files that it did not write itself
@@ -141,7 +146,7 @@ def _restore(path: Path, accelerator: Accelerator, scheduler: Scheduler, data: d
         raise
     except Exception as error:  # a damaged file can raise anything in torch's reader
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path} can't be read ({reason}); start over with --overwrite") from None
+        raise UserError(f"checkpoint {path} can't be read ({reason}); {remedy}") from None
 
 
 def _check_restored(saved: dict[str, Any], accelerator: Accelerator, scheduler: Scheduler) -> None:
@@ -211,7 +216,8 @@ def drop_after(folder: Path, state: TrainState, keep: int) -> None:
 
 
 def _check_same(path: Path, saved: dict[str, Any], accelerator: Accelerator, data: dict[str, object]) -> None:
-    changed = [f"{key}: {saved['data'][key]} -> {data[key]}" for key in data if saved["data"][key] != data[key]]
+    before = {**data, **saved["data"]}  # a version that did not record a key yet
+    changed = [f"{key}: {before[key]} -> {data[key]}" for key in data if before[key] != data[key]]
     if changed:
         raise UserError(
             f"{path} was trained on other data ({'; '.join(changed)}); "

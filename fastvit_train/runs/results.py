@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastvit_train.config.overrides import to_plain
-from fastvit_train.config.schema import TrainConfig
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.utils.errors import UserError, printable
 from fastvit_train.utils.safe_load import read_json
@@ -29,7 +27,7 @@ class RunResults:
     results: dict[str, Any]
     """see `read_results`"""
     settings: dict[str, Any]
-    """see `read_run_settings`; empty if the folder has no config.yaml"""
+    """see `RunFolder.read_config`; empty if the folder has no config.yaml"""
 
     @property
     def finished(self) -> bool:
@@ -62,7 +60,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunResults]:
             printable(folder.resolve().name),
             folder,
             read_results(folder),
-            read_run_settings(folder) if os.path.exists(RunFolder(folder).config) else {},
+            RunFolder(folder).read_config() if os.path.exists(RunFolder(folder).config) else {},
         )
         for folder in folders
     ]
@@ -124,7 +122,7 @@ def _checked_text(text: str) -> str:
 
 
 def _results_so_far(folder: RunFolder) -> dict[str, Any]:
-    settings, rows = read_run_settings(folder.root), read_jsonl(folder.metrics)
+    settings, rows = folder.read_config(), read_jsonl(folder.metrics)
     results = {
         **{key: _checked_text(str(settings[key])) for key in ("model", "dataset", "recipe")},
         "evaluated_on": "holdout" if settings["holdout"] else "test",
@@ -150,12 +148,3 @@ def _results_so_far(folder: RunFolder) -> dict[str, Any]:
         raise UserError(
             f"{folder.metrics} is damaged ({error!r}); leave {folder.root} out until its next epoch ends"
         ) from None
-
-
-def read_run_settings(run: Path) -> dict[str, Any]:
-    """Return the settings in a run's config.yaml, by name; settings that are newer than the file have their defaults.
-
-    Raises:
-        UserError: if the file cannot be read.
-    """
-    return {**to_plain(TrainConfig()), **RunFolder(run).read_config()}

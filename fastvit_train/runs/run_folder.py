@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from fastvit_train.config import settings_file
 from fastvit_train.config.overrides import differences, to_plain
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.runs import checkpoint, lock
 from fastvit_train.runs.train_state import TrainState
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError
-from fastvit_train.utils.safe_load import read_settings
 
 ResumeMode = Literal["never", "auto", "must"]
 
@@ -100,20 +98,26 @@ class RunFolder:
             ) from None
 
     def read_config(self) -> dict[str, Any]:
-        """Read the run's settings, by name; UserError if config.yaml cannot be read or is empty."""
+        """Read the run's settings, by name; those that config.yaml does not hold have their defaults.
+
+        Raises:
+            UserError: if it cannot be read or is empty, or if a newer version wrote something that this one does not
+                know.
+        """
         try:
             if not self.config.is_file():
                 raise ValueError("there is no such file")
-            settings = read_settings(self.config)
+            settings = settings_file.read(self.config)
         except (OSError, ValueError) as error:
             raise UserError(f"{self.root} is not a run: its config.yaml can't be read ({error})") from None
         if not settings:
             raise UserError(f"{self.root} is not a run: its config.yaml holds no settings")
-        return settings
+        defaults = to_plain(TrainConfig()).items()
+        return {**{key: value for key, value in defaults if key.replace("_", "-") not in settings}, **settings}
 
-    def recorded_attention(self, default: str) -> str:
-        """Return the attention that the run here was started with, or `default` if it recorded none."""
-        return str(self.read_config().get("attention", default))
+    def recorded_attention(self) -> str:
+        """Return the attention that the run here was started with."""
+        return str(self.read_config()["attention"])
 
     def create(self, config: TrainConfig) -> None:
         """Remove an earlier run from the folder and write config.yaml; UserError if it cannot be written.
@@ -129,7 +133,7 @@ class RunFolder:
                     shutil.rmtree(path)
                 elif path.name not in lock.FILES and path != self.config:
                     path.unlink()
-            atomic_io.write_atomically(self.config, config_to_yaml(config))
+            atomic_io.write_atomically(self.config, settings_file.to_file(config))
 
     def acquire_lock(self) -> tuple[lock.RunLock, list[str]]:
         """Acquire the folder's lock; returns it and messages about a lock that a dead process left.
@@ -163,11 +167,6 @@ class RunFolder:
             yield
         except OSError as error:
             raise UserError(f"can't write {self.root} ({error.strerror or error}); choose another --runs-dir") from None
-
-
-def config_to_yaml(config: TrainConfig) -> str:
-    """Return the configuration as YAML, as config.yaml holds it and --config reads it."""
-    return str(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

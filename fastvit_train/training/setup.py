@@ -161,7 +161,7 @@ def check_folder(
     resuming = is_resuming(config, folder, launch, resume, overwrite)
     recorded_in = None
     if resuming and config.model.attention == AUTO:
-        attention = sync.broadcast_from_rank0(accelerator, lambda: folder.recorded_attention(default=AUTO))
+        attention = sync.broadcast_from_rank0(accelerator, folder.recorded_attention)
         config, recorded_in = config.with_attention(attention), folder.config
     check_attention(config.model, recorded_in)
     check_batch_size(config.run.batch_size, accelerator.num_processes, config.optim.grad_accum)

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 from fastvit_train.cli.main import main
@@ -23,6 +22,7 @@ from fastvit_train.cli.training_verbs import Train
 from fastvit_train.config.overrides import flatten
 from fastvit_train.inference.report.page import write_report
 from fastvit_train.inference.trained_model import load_run
+from fastvit_train.runs.run_folder import RunFolder
 from tests.support import one_line_error, write_folder
 
 SMALL = (
@@ -186,7 +186,7 @@ def test_the_commands_repeat_the_run(runs: Path, tmp_path: Path, name: str) -> N
     for words in lines:
         parsed = flatten(parse("train", Train, words[words.index("fastvit_train") + 1 :]).training)
         again = {key: list(value) if isinstance(value, tuple) else value for key, value in parsed.items()}
-        recorded = yaml.safe_load((runs / name / "config.yaml").read_text())
+        recorded = RunFolder(runs / name).read_config()
         moved = {"exp_name": "again", "runs_dir": again["runs_dir"], "image_size": again["image_size"]}
         assert again == {**recorded, **moved}
 

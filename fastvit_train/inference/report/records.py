@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from fastvit_train.inference.evaluate import EvaluatedRun, evaluate_run
 from fastvit_train.inference.trained_model import FOLDER, TrainedModel, load_run
-from fastvit_train.runs.results import is_finished, read_results, read_run_settings
+from fastvit_train.runs.results import is_finished, read_results
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.utils.errors import UserError, counted, printable
 
@@ -61,7 +61,7 @@ def _load_record(run: str, data_dir: str | None) -> RunRecord:
     if not folder.config.is_file():
         return _record_without_run(run, load_run(run))
     summary, summary_error = value_or_error(lambda: read_results(path))
-    settings, settings_error = value_or_error(lambda: read_run_settings(path))
+    settings, settings_error = value_or_error(folder.read_config)
     epochs: list[dict[str, Any]] = []
     with suppress(OSError):  # without the file, the page has no curves
         epochs = read_jsonl(folder.metrics)
