@@ -248,12 +248,12 @@ def compare(command: Compare) -> None:
     runs = results.read_runs([Path(name) for name in named])
     shown = comparison.FORMATS[formats[0]](runs) if formats else comparison.table(runs)
     started = [run.folder for run in runs if run.results.get("epochs")]
-    if started:
-        plot_curves(started, command.output, comparison.dataset_names(runs))
     if formats:
         print(shown)
     else:
         Terminal().print(shown)
+    if started:
+        plot_curves(started, command.output, comparison.dataset_names(runs))
     written = f"written to {command.output}" if started else "no epoch has ended yet, so no curves were drawn"
     print(written, file=sys.stderr if command.json or command.csv else sys.stdout)
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import os
 import sys
 import unicodedata
 from collections import Counter, defaultdict
@@ -18,7 +19,7 @@ from fastvit_train.data.image_paths import PassedOver, describe, find_folders, f
 from fastvit_train.data.images import StreamedImages, cache_path, read_cache, write_cache, write_list
 from fastvit_train.distributed.env import local_world_size
 from fastvit_train.utils import machine
-from fastvit_train.utils.errors import UserError, counted
+from fastvit_train.utils.errors import UserError, counted, printable
 
 log = logging.getLogger(__name__)
 TRAIN_NAME, TEST_NAMES = "train", ("test", "val")
@@ -113,10 +114,7 @@ def _holds_classes(root: Path) -> bool:
 
 
 def _find_classes(split: Path) -> tuple[ClassFolders, PassedOver]:
-    """Return the class folders in a split, sorted by name, and what is passed over.
-
-    Names that look the same are the same class: macOS writes an accent as a character of its own, others do not.
-    """
+    """Return the class folders in a split, sorted by name, and what is passed over."""
     if not split.is_dir():
         raise UserError(f"{split.parent} has no {split.name}/ and no class folders; expected {split}/CLASS/IMAGE")
     folders, passed_over = find_folders(split)
@@ -124,8 +122,21 @@ def _find_classes(split: Path) -> tuple[ClassFolders, PassedOver]:
         raise UserError(f"{split} has no class folders; expected {split}/CLASS/IMAGE")
     classes: ClassFolders = defaultdict(list)
     for path in folders:
-        classes[unicodedata.normalize("NFC", path.name)].append(path)
+        classes[_class_name(path)].append(path)
     return dict(sorted(classes.items())), passed_over
+
+
+def _class_name(folder: Path) -> str:
+    """Return the name of a folder's class, which is the same on every machine and can be printed.
+
+    It is read as UTF-8 whatever the locale. Names that look the same are the same class: macOS writes an accent as a
+    character of its own, others do not.
+    """
+    try:
+        name = os.fsencode(folder.name).decode("utf-8")
+    except UnicodeError:  # the name is in the encoding of the locale, or in none
+        name = folder.name
+    return printable(unicodedata.normalize("NFC", name))
 
 
 def _list_split(classes: ClassFolders) -> tuple[tuple[list[Path], Tensor], PassedOver]:

@@ -229,7 +229,6 @@ def show(evaluated: EvaluatedRun, output: Path | None) -> None:
     accelerator = evaluated.accelerator
     values = metrics(evaluated)
     folder = output or evaluated.run.output_folder("eval")
-    written = sync.broadcast_from_rank0(accelerator, lambda: _write(evaluated, values, folder))
     log = Log(accelerator.is_main_process)
     if evaluated.run.checkpoint is not None:
         log.line(str(evaluated.run.checkpoint))
@@ -248,6 +247,7 @@ def show(evaluated: EvaluatedRun, output: Path | None) -> None:
         f"{values['images_per_second']:,.0f} img/s, including the loading of the images, on {values['device']}; "
         f"world size {values['world_size']}; mixed precision {values['mixed_precision']}"
     )
+    written = sync.broadcast_from_rank0(accelerator, lambda: _write(evaluated, values, folder))
     log.line(f"written to {folder}: {', '.join(written)}")
 
 

@@ -23,7 +23,7 @@ from fastvit_train.profiling.short_run import create_output_folder, make_progres
 from fastvit_train.runs.plots.figures import plot_scaling
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
-from fastvit_train.utils.atomic_io import write_atomically
+from fastvit_train.utils.atomic_io import as_save_error, write_atomically
 from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import UserError, counted
 from fastvit_train.utils.timing import quartiles
@@ -60,7 +60,8 @@ def plan_run(config: TrainConfig, options: PlanOptions) -> list[Plan]:
         plans.append(plan)
     assumptions = {"scaling": options.scaling, "link_gbps": options.link_gbps, "latency_us": options.latency_us}
     text = json.dumps({**assumptions, "plans": [asdict(plan) for plan in plans]}, indent=1)
-    write_atomically(options.output / "plan.json", text + "\n")
+    with as_save_error(f"{options.output} cannot be written; choose another --output"):
+        write_atomically(options.output / "plan.json", text + "\n")
     plot_scaling({plan.model: plan_curves(plan) for plan in plans}, options.output / "plan.png")
     print(f"written to {options.output}: plan.json, plan.png")
     return plans

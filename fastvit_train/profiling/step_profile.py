@@ -25,7 +25,7 @@ from fastvit_train.profiling.speedups import Candidate, autocast_dtype, measure_
 from fastvit_train.training.loop import train_epoch
 from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
-from fastvit_train.utils import memory
+from fastvit_train.utils import atomic_io, memory
 from fastvit_train.utils.errors import UserError, counted
 from fastvit_train.utils.timing import quartiles, synchronize
 from fastvit_train.utils.torch_private import count_compiled_graphs, count_graph_breaks
@@ -111,12 +111,13 @@ def profile_run(config: TrainConfig, steps: int, output: Path) -> Profile:
     with short_run(config, steps) as session:
         result = _measure(session, output / f"trace-rank{session.accelerator.process_index}.json")
         if session.accelerator.is_main_process:
-            (output / "profile.json").write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
             session.log.console.print(phase_table(result))
             for line in format_summary(result):
                 session.log.line(line)
-            session.log.line(f"written to {output}: profile.json, trace-rank0.json (for ui.perfetto.dev)")
             session.log.line(result.verdict)
+            with atomic_io.as_save_error(f"{output} cannot be written; choose another --output"):
+                atomic_io.write_atomically(output / "profile.json", json.dumps(asdict(result), indent=1) + "\n")
+            session.log.line(f"written to {output}: profile.json, trace-rank0.json (for ui.perfetto.dev)")
     return result
 
 

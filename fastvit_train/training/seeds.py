@@ -15,7 +15,7 @@ from fastvit_train.distributed import env
 from fastvit_train.runs.run_folder import ResumeMode
 from fastvit_train.runs.run_names import default_group, find_group
 from fastvit_train.training.loop import fit
-from fastvit_train.utils.atomic_io import write_atomically
+from fastvit_train.utils.atomic_io import as_save_error, write_atomically
 from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import UserError, counted
 
@@ -61,9 +61,10 @@ def fit_seeds(
     results = {"runs": [f"{name}-seed{summary['seed']}" for summary in summaries], **spread(summaries)}
     if env.is_rank0():
         path = Path(config.run.runs_dir) / f"{name}-{repeat}seeds.json"
-        write_atomically(path, json.dumps(results, indent=2) + "\n")
         console = Terminal(soft_wrap=True)
         console.print(table(results))
+        with as_save_error(f"{path} cannot be written"):
+            write_atomically(path, json.dumps(results, indent=2) + "\n")
         runs = shlex.join(str(Path(config.run.runs_dir) / run) for run in results["runs"])
         console.print(f"written to {path}; next: fastvit compare {runs}", markup=False)
     return results
