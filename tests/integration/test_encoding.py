@@ -77,7 +77,7 @@ def test_bytes_that_are_not_text_are_escaped(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text(encoding="utf-8") == r"caf\udcc3" * 2
 
 
-@pytest.fixture(params=["C", pytest.param("latin-1", marks=pytest.mark.slow)])
+@pytest.fixture(params=["C", "latin-1"])
 def locale(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, str]:
     """The environment of a locale that is not UTF-8, in which Python does not choose UTF-8 itself."""
     plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -109,6 +109,7 @@ main(["recipes", "quickstart"])
 """
 
 
+@pytest.mark.slow
 def test_a_run_in_a_locale_that_is_not_utf8(locale: dict[str, str], tmp_path: Path) -> None:
     """A class is named café, and so is the folder of the data set in the locale that has the letter."""
     is_ascii = locale["LC_ALL"] == "C"
