@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fastvit_train.config import settings_file
 from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import recipe
-from fastvit_train.runs.run_folder import config_to_yaml
 
 
 def write_run(folder: Path, epochs: int = 4, **columns: Sequence[float]) -> Path:
@@ -35,7 +35,7 @@ def write_config(folder: Path, **settings: object) -> Path:
     """Write config.yaml with settings of the quickstart recipe replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     config = override(recipe("quickstart"), {"epochs": 10, **settings}, "the test")
-    (folder / "config.yaml").write_text(config_to_yaml(config), encoding="utf-8")
+    (folder / "config.yaml").write_text(settings_file.to_file(config), encoding="utf-8")
     return folder
 
 
