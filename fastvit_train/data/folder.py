@@ -23,6 +23,8 @@ from fastvit_train.utils.errors import UserError, counted, printable
 
 log = logging.getLogger(__name__)
 TRAIN_NAME, TEST_NAMES = "train", ("test", "val")
+SPLITS, TRANSPARENT = ("train", "test"), "transparent"
+"""names of tensors in caches"""
 DECODE_BATCH = 256
 EXAMINE_BATCH = 1024
 MAX_DAMAGED_SHOWN = 10
@@ -51,6 +53,11 @@ class Listing:
     train: tuple[list[Path], Tensor]
     test: tuple[list[Path], Tensor]
     passed_over: PassedOver
+
+    @property
+    def paths(self) -> list[Path]:
+        """The files of both splits."""
+        return self.train[0] + self.test[0]
 
 
 @dataclass(frozen=True)
@@ -175,14 +182,13 @@ def load(listing: Listing, image_size: int, stream: str, background: str, examin
     if _streams(len(train) + len(test), image_size, stream):
         transparent = _examine(listing) if examine_streamed else 0
         return Loaded(train, test, _notes(listing, transparent, background))
-    cache = cache_path(listing.root, (*train.paths, *test.paths), len(train), image_size, background)
-    tensors = read_cache(cache) if cache is not None else None
+    cache = cache_path(listing.root, listing.paths, "decoded", len(train), image_size, background)
+    transparent = _examine(listing)
+    tensors = read_cache(cache, SPLITS)
     if tensors is None:
-        transparent = _examine(listing)
-        tensors = {**_decode(listing, train, test, image_size), "transparent": torch.tensor(transparent)}
-        if cache is not None:
-            write_cache(cache, tensors, listing.root)
-    return Loaded(tensors["train"], tensors["test"], _notes(listing, int(tensors["transparent"]), background))
+        tensors = _decode(listing, train, test, image_size)
+        write_cache(cache, tensors, listing.root)
+    return Loaded(tensors["train"], tensors["test"], _notes(listing, transparent, background))
 
 
 def _streams(num_images: int, image_size: int, stream: str) -> bool:
@@ -215,8 +221,14 @@ def _notes(listing: Listing, transparent: int, background: str) -> tuple[str, ..
 
 
 def _examine(listing: Listing) -> int:
-    """Return the number of images that may have transparent parts; UserError if there are damaged files."""
-    paths = listing.train[0] + listing.test[0]
+    """Return the number of images that may have transparent parts; UserError if there are damaged files.
+
+    The files are not examined again until one of them changes.
+    """
+    paths = listing.paths
+    cache = cache_path(listing.root, paths, "examined")
+    if (examined := read_cache(cache, (TRANSPARENT,))) is not None:
+        return int(examined[TRANSPARENT])
     damaged: list[Unreadable] = []
     transparent = 0
     starts = range(0, len(paths), EXAMINE_BATCH)
@@ -226,6 +238,7 @@ def _examine(listing: Listing) -> int:
         transparent += count
     if damaged:
         raise _damaged_error(listing, damaged)
+    write_cache(cache, {TRANSPARENT: torch.tensor(transparent)}, listing.root)
     return transparent
 
 
@@ -233,7 +246,7 @@ def _decode(listing: Listing, train: ImageFiles, test: ImageFiles, image_size: i
     """Decode both splits; UserError if there are damaged files."""
     damaged: list[Unreadable] = []
     tensors = {}
-    for name, files in (("train", train), ("test", test)):
+    for name, files in zip(SPLITS, (train, test), strict=True):
         images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
         samples = torch.arange(len(files)).split(DECODE_BATCH) if len(files) else ()
         batches = StreamedImages(files, image_size, torch.device("cpu")).try_batches(samples)
@@ -255,11 +268,10 @@ def _damaged_error(listing: Listing, damaged: Sequence[Unreadable]) -> UserError
     if len(damaged) == 1:
         return UserError(str(damaged[0]))
     shown = "; ".join(f"{file.path} ({file.reason})" for file in damaged[:MAX_DAMAGED_SHOWN])
-    total = len(listing.train[0]) + len(listing.test[0])
     rest = ""
     if len(damaged) > MAX_DAMAGED_SHOWN:
         digest = hashlib.blake2b(str(listing.root.resolve()).encode(errors="surrogateescape"), digest_size=4)
         whole = write_list(f"damaged-{digest.hexdigest()}.txt", [str(file.path) for file in damaged])
         rest = f"; all of them are listed in {whole}" if whole else "; ..."
-    count = f"{len(damaged):,} of {counted(total, 'image')}"
+    count = f"{len(damaged):,} of {counted(len(listing.paths), 'image')}"
     return UserError(f"{count} can't be decoded; replace or remove them: {shown}{rest}")

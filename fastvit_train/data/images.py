@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 MAX_WITHOUT_WORKERS = 512
 """images that are decoded by threads of this process, because starting worker processes would take as long"""
 CACHE_FORMAT = 2
-CACHED = ("train", "test", "transparent")
-"""names of the tensors in a cache of decoded images"""
 
 
 class Images(Protocol):
@@ -136,7 +134,7 @@ def cache_path(root: Path, paths: Iterable[Path], *settings: object) -> Path | N
     Args:
         root: the folder of the data set.
         paths: the files.
-        settings: what else the decoded images depend on.
+        settings: what is cached, and what else it depends on.
 
     Returns:
         The path, or None if a file is not there.
@@ -151,20 +149,22 @@ def cache_path(root: Path, paths: Iterable[Path], *settings: object) -> Path | N
     return cache_folder() / f"{digest.hexdigest()[:32]}.safetensors"
 
 
-def read_cache(path: Path) -> dict[str, Tensor] | None:
+def read_cache(path: Path | None, names: Sequence[str]) -> dict[str, Tensor] | None:
     """Return the tensors that `write_cache` was given; None if there is no cache, or a damaged one."""
     try:
-        if not path.is_file():
+        if path is None or not path.is_file():
             return None
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in CACHED}
+            return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        log.warning("the cache %s is damaged (%s): decoding the images again", path, error)
+        log.warning("the cache %s is damaged (%s): reading the images again", path, error)
         return None
 
 
-def write_cache(path: Path, tensors: dict[str, Tensor], root: Path) -> None:
-    """Write the tensors that CACHED names, and which folder they are from; if that fails, only say so."""
+def write_cache(path: Path | None, tensors: dict[str, Tensor], root: Path) -> None:
+    """Write tensors, and which folder they are from; if that fails, only say so."""
+    if path is None:
+        return
     partial = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -172,9 +172,7 @@ def write_cache(path: Path, tensors: dict[str, Tensor], root: Path) -> None:
         atomic_io.apply_umask(partial)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        log.warning(
-            "the decoded images can't be cached in %s (%s): training continues without a cache", path.parent, error
-        )
+        _log_once(f"nothing can be cached in {path.parent} ({error}): training continues without a cache")
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
 

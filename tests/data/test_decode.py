@@ -238,6 +238,17 @@ def test_damage_that_only_decoding_shows_is_listed_as_a_whole_too(tmp_path: Path
         load(root)
 
 
+def test_streamed_files_are_examined_again_only_after_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = write_folder(tmp_path / "photos", per_class=2)
+    notes = load(root, stream="always").notes
+    with monkeypatch.context() as patch:
+        patch.setattr("fastvit_train.data.folder.examine", None)
+        assert load(root, stream="always").notes == notes
+    (root / "test" / "circle" / "0.png").write_bytes(b"not an image")
+    with pytest.raises(UserError, match=r"0.png can't be decoded"):
+        load(root, stream="always")
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM"])
 def test_a_cut_file_of_every_format_is_found_before_training(tmp_path: Path, kind: str) -> None:
     root = write_folder(tmp_path / "photos", per_class=2)
