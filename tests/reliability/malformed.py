@@ -1,4 +1,4 @@
-"""Malformed inputs: how they are made, and how the command line is run on them."""
+"""Make malformed inputs, and run the command line on them."""
 
 import contextlib
 import io
@@ -28,7 +28,7 @@ TINY = (
 
 
 class TooSlow(BaseException):
-    """Not an Exception, so that no handler takes it for a damaged file."""
+    """Not an Exception, so that no handler mistakes it for a damaged file."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""A disk that is full, read-only or damaged: what was written before stays whole, and the run says so."""
+"""On a full, read-only or damaged disk, earlier files stay intact and the run reports the problem."""
 
 import json
 import os
@@ -22,7 +22,7 @@ BALLAST = "ballast"
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB of its own."""
+    """A separate file system of 2 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = shutil.which("mount") and subprocess.run(
@@ -35,7 +35,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path, leave: int) -> None:
-    """Take all but `leave` bytes of the file system's free space."""
+    """Fill the file system until `leave` bytes are free."""
     status = os.statvfs(disk)
     (disk / BALLAST).write_bytes(bytes(max(0, status.f_bavail * status.f_frsize - leave)))
 
@@ -46,7 +46,7 @@ def said(victim: Victim) -> str:
 
 @pytest.mark.parametrize("how", ["stop", "continue"])
 def test_a_disk_that_fills_up(how: str, disk: Path, tmp_path: Path, seed: int, count: Count) -> None:
-    """Checkpoints take some 150 KiB: room for one or two more is left, to a random byte."""
+    """A checkpoint takes about 150 KiB; a random number of bytes is left, enough for at most two more."""
     logs = tmp_path / "logs"
     logs.mkdir()
     first = Victim(disk, "run", "--stop-after", 1, log=logs / "first")
@@ -55,7 +55,7 @@ def test_a_disk_that_fills_up(how: str, disk: Path, tmp_path: Path, seed: int, c
     fill(disk, leave=random.Random(seed).randrange(300_000))
     second = Victim(disk, "run", "--resume", "must", "--on-save-error", how, log=logs / "second")
     status, words = second.wait(), said(second)
-    assert status == [2] or (how == "continue" and status == [0]), words  # the weights at the end may just fit
+    assert status == [2] or (how == "continue" and status == [0]), words  # the final weights may fit
     assert "Traceback" not in words, second.log.read_text()
     assert words.count("fastvit_train: error:") == (status == [2])
     newest = checkpoint.newest(second.folder / "checkpoints")
@@ -77,7 +77,7 @@ def test_a_disk_that_fills_up(how: str, disk: Path, tmp_path: Path, seed: int, c
     count(f"disks filled up, {how}, nothing lost")
 
 
-def test_a_folder_that_can_only_be_read(disk: Path, tmp_path: Path) -> None:
+def test_a_read_only_folder(disk: Path, tmp_path: Path) -> None:
     finished = Victim(disk, "run", "--stop-after", 1, log=tmp_path / "first")
     assert finished.wait() == [0], said(finished)
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
@@ -106,7 +106,7 @@ def spoil(path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "kind", ["one bit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("missing", "cut short"))]
 )
-def test_the_checkpoint_before_a_damaged_one_serves(kind: str, tmp_path: Path, seed: int) -> None:
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(kind: str, tmp_path: Path, seed: int) -> None:
     victim = Victim(tmp_path, "run", "--stop-after", 2)
     assert victim.wait() == [0]
     last = victim.folder / "checkpoints" / "last"
@@ -119,7 +119,7 @@ def test_the_checkpoint_before_a_damaged_one_serves(kind: str, tmp_path: Path, s
     assert differences(outcome(resumed.folder), undisturbed(1)) == []
 
 
-def test_where_none_is_whole_nothing_is_touched(tmp_path: Path) -> None:
+def test_nothing_changes_if_every_checkpoint_is_damaged(tmp_path: Path) -> None:
     victim = Victim(tmp_path, "run", "--stop-after", 1)
     assert victim.wait() == [0]
     for path in (victim.folder / "checkpoints").glob("step_*/optimizer.bin"):
@@ -146,8 +146,8 @@ def test_the_newest_and_the_best_are_kept(keep: int, tmp_path: Path) -> None:
     assert saved["step"] == saved["best_step"] == best
 
 
-def test_the_best_that_could_be_written_stays(tmp_path: Path) -> None:
-    """The best epoch's checkpoint is damaged later: the link goes on to what is left of the best before."""
+def test_the_best_checkpoint_that_could_be_written_is_kept(tmp_path: Path) -> None:
+    """The best epoch's checkpoint is damaged later; the link then leads to the best one that is left."""
     victim = Victim(tmp_path, "run", "--stop-after", 2, "--keep", 9)
     assert victim.wait() == [0]
     checkpoints = victim.folder / "checkpoints"

@@ -1,4 +1,4 @@
-"""Evaluated a thousand times, under odd clocks, in other languages: it stays as it is."""
+"""Results do not change with a thousand evaluations, odd clocks or other locales."""
 
 import gc
 import json
@@ -32,7 +32,7 @@ def test_evaluating_leaks_neither_memory_nor_files(
     taken = []
     for number in range(times):
         assert evaluate_run(victim.folder).evaluation.accuracy == summary["test_accuracy"]
-        if number >= times // 4:  # the caches of the first are allowed
+        if number >= times // 4:  # the first evaluations may fill caches
             gc.collect()
             taken.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
     memory, files, threads = zip(*taken, strict=True)
@@ -43,7 +43,7 @@ def test_evaluating_leaks_neither_memory_nor_files(
 
 
 def backwards() -> None:
-    """A clock that is being set back while the run trains, and stands in another century."""
+    """Replace the clock by one in another century that runs backwards during training."""
     start = time.perf_counter()
     time.time = lambda: 4e9 - 100 * (time.perf_counter() - start)
 
@@ -64,7 +64,7 @@ ODD = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ODD)
-def test_other_languages_and_bare_environments(name: str, tmp_path: Path) -> None:
+def test_other_locales_and_minimal_environments(name: str, tmp_path: Path) -> None:
     odd = {"OMP_NUM_THREADS": "1", **ODD[name]}
     folder, exp_name = (tmp_path / "runs", "run") if name == "C" else (tmp_path / "läufe", "ığdır")
     command = [sys.executable, "-m", "fastvit_train", "--runs-dir", os.fspath(folder), *SETTINGS, "--stop-after", "1"]

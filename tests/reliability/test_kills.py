@@ -1,4 +1,4 @@
-"""Killed anywhere and resumed, a run ends as if nothing had happened: bit for bit, nothing seen twice or left out."""
+"""A run that is killed at any point and resumed ends with the same bits; no sample is repeated or left out."""
 
 import random
 import signal
@@ -24,7 +24,7 @@ Count = Callable[..., None]
 
 
 def kill_and_resume(runs: Path, stream: random.Random, processes: int, kills: int) -> dict[str, Any]:
-    """What a run comes to that is killed `kills` times on its way, at a random place or moment, by --resume auto."""
+    """Kill a run `kills` times, at random points or times, resume it with --resume auto, and return its outcome."""
     name = f"killed-{stream.randrange(10**9)}"
     while kills:
         rank = stream.randrange(processes)
@@ -39,7 +39,7 @@ def kill_and_resume(runs: Path, stream: random.Random, processes: int, kills: in
             kills -= 1
         else:
             assert statuses == [0] * processes, victim.log.read_text()
-            name = f"killed-{stream.randrange(10**9)}"  # it got through: the kills go on with another
+            name = f"killed-{stream.randrange(10**9)}"  # it ended before the kill: continue with another run
     victim = Victim(runs, name, "--resume", "auto", processes=processes)
     assert victim.wait() == [0] * processes, victim.log.read_text()
     assert victim.has(f"world size {processes}")
@@ -66,15 +66,15 @@ def test_a_run_killed_at_random_ends_as_one_that_was_not(
         count(f"random kills of {processes} process{'es' * (processes > 1)}, nothing lost", kills)
 
 
-def test_without_the_samplers_position_the_kills_are_seen(tmp_path: Path) -> None:
-    # Step 15 has the last checkpoint before it, which lies inside epoch 2.
+def test_a_checkpoint_without_the_samplers_position_is_noticed(tmp_path: Path) -> None:
+    # The last checkpoint before the kill is that of step 15, within epoch 2.
     die = DieAt("training.loop._train_step", 16, trick=forget_the_samplers_position)
     assert Victim(tmp_path, "faulty", trick=die).wait() == [KILLED]
     victim = Victim(tmp_path, "faulty", "--resume", "must")
     assert victim.wait() != [0] or differences(outcome(victim.folder), undisturbed(1))
 
 
-def test_a_run_killed_before_it_removes_an_old_checkpoint_keeps_no_more_than_another(tmp_path: Path) -> None:
+def test_a_run_killed_before_it_removes_an_old_checkpoint_removes_it_later(tmp_path: Path) -> None:
     last = 13
     die = DieAt("runs.checkpoint._prune", last, signal.SIGKILL)
     assert Victim(tmp_path, "killed", trick=die).wait() == [KILLED]
@@ -91,8 +91,8 @@ def test_a_run_killed_before_it_writes_the_best_weights_writes_them_when_resumed
     assert victim.wait() == [0] and differences(outcome(victim.folder), undisturbed(1)) == []
 
 
-def test_a_run_goes_on_with_other_processes(tmp_path: Path) -> None:
-    """Without dropout, whose draws are each process's own."""
+def test_a_run_resumes_with_another_number_of_processes(tmp_path: Path) -> None:
+    """There is no dropout, because each process draws its own."""
     same = ("--drop-rate", "0", "--ema", "0.99")
     whole = Victim(tmp_path, "whole", *same)
     assert whole.wait() == [0], whole.log.read_text()

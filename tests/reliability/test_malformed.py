@@ -1,4 +1,4 @@
-"""Whatever a data set, a checkpoint, a configuration or a flag holds: one line and status 2, or it is well-formed."""
+"""Any data set, checkpoint, configuration or flag is either well-formed, or ends in one line and exit status 2."""
 
 import io
 import math
@@ -29,7 +29,7 @@ A_FEW_OR_MANY = pytest.mark.parametrize("examples", [12, pytest.param(1000, mark
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Commands run in an empty folder, and leave it empty."""
+    """Run commands in an empty folder, which must stay empty."""
     folder = tmp_path_factory.mktemp("cwd")
     monkeypatch.chdir(folder)
     yield
@@ -78,7 +78,7 @@ KEYS = st.sampled_from([key for key in flatten(TrainConfig()) if key not in ("co
 
 
 @A_FEW_OR_MANY
-def test_configurations_made_up(tmp_path: Path, count: Count, seed: int, examples: int) -> None:
+def test_generated_configurations(tmp_path: Path, count: Count, seed: int, examples: int) -> None:
     file = tmp_path / "it.yaml"
     whole = yaml.safe_dump(flatten(recipe("quickstart")) | {"track": []}).encode()
     made_up = st.dictionaries(KEYS, VALUES | st.lists(VALUES, max_size=3), min_size=1, max_size=4)
@@ -221,7 +221,7 @@ def ask_folder(count: Count, photos: Path, *flags: str) -> bool:
 
 @pytest.fixture
 def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A program of the name to which Pillow hands PostScript; it must not be started."""
+    """A program with the name that Pillow calls for PostScript; it must not be started."""
     program = tmp_path / "bin" / "gs"
     program.parent.mkdir()
     program.write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\n")
@@ -243,7 +243,7 @@ def test_images(photos: Path, count: Count) -> None:
         file.unlink()
 
 
-def test_files_that_are_no_files(photos: Path, count: Count) -> None:
+def test_paths_that_are_not_regular_files(photos: Path, count: Count) -> None:
     folder = photos / "train" / "circle"
     special: dict[str, Callable[[Path], object]] = {
         "fifo": os.mkfifo,

@@ -113,7 +113,7 @@ def hostile_batches(marker: Path) -> dict[str, bytes]:
 
 
 def test_the_hostile_pickles_would_run(marker: Path) -> None:
-    """Else the tests below would prove nothing."""
+    """Otherwise the tests below would prove nothing."""
     for name in ("code", "code in protocol 0", "code by name"):
         with contextlib.suppress(Exception):
             pickle.loads(hostile_batches(marker)[name])
@@ -151,7 +151,7 @@ def test_cifar_batches_mutated(
 
 
 def test_archives(tmp_path: Path, count: Count, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An archive with another MD5 writes nothing anywhere, whatever its members' names are."""
+    """An archive with another MD5 is not unpacked, whatever the names of its members are."""
     outside = tmp_path / "outside"
     batches = write_cifar10(tmp_path / "made", monkeypatch, per_batch=3) / "cifar-10-batches-py"
     root = tmp_path / "data"

@@ -1,4 +1,4 @@
-"""Weights, checkpoints and runs from elsewhere: damaged or hostile, one line, status 2, and nothing in them runs."""
+"""Damaged and hostile weights, checkpoints and runs end in one line and exit status 2; no code in them runs."""
 
 import json
 import os
@@ -26,21 +26,21 @@ NOWHERE = ("--runs-dir", NOT_WRITABLE, *TINY)
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Iterator[Path]:
-    """A file that appears where a pickle is run; it must not."""
+    """A file that appears if a hostile pickle is loaded, which must not happen."""
     yield tmp_path / "ran"
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run of one epoch, to be copied and damaged."""
+    """A small run of one epoch, which tests copy and damage."""
     runs = tmp_path_factory.mktemp("finished")
     main(["--runs-dir", str(runs), "--exp-name", "run", *TINY])
     return runs / "run"
 
 
 def hostile_weights(marker: Path) -> dict[str, Any]:
-    """What torch.save takes that is no state dict of ours, by what is wrong with it."""
+    """Objects that torch.save accepts and that are not a state dict, by what is wrong with them."""
     return {
         "code": {"x": Evil(marker)}, "code in a list": [Evil(marker)], "code as the name": {Evil: 1}, "list": [1],
         "code in a wrapping": {"state_dict": {"x": torch.zeros(1)}, "args": Evil(marker)}, "none": None, "text": "x",
@@ -163,7 +163,7 @@ def test_runs(copy: Path, tmp_path: Path, count: Count) -> None:
 
 @pytest.mark.parametrize("some", [6, pytest.param(300, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
-def test_figures_of_another_kind(copy: Path, count: Count, seed: int, name: str, some: int) -> None:
+def test_summary_values_of_another_type(copy: Path, count: Count, seed: int, name: str, some: int) -> None:
     whole = json.loads((copy / name).read_text())
     changes = [(key, value) for key in whole for value in FIGURES]
     for key, value in random.Random(seed).sample(changes, min(some, len(changes))):
@@ -172,7 +172,7 @@ def test_figures_of_another_kind(copy: Path, count: Count, seed: int, name: str,
 
 
 @pytest.mark.parametrize("markdown", [False, True])
-def test_what_a_summary_says_is_shown_as_it_is(
+def test_texts_of_a_summary_are_shown_literally(
     copy: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, markdown: bool
 ) -> None:
     summary = json.loads((copy / "summary.json").read_text())
@@ -215,7 +215,7 @@ def test_hostile_checkpoints(copy: Path, count: Count, marker: Path) -> None:
             else:
                 (last / name).write_bytes(evil)
             atomic_io.write_checksums(last)
-            # A random state that can't be read is told by its fingerprint, which here may be the same without it.
+            # A damaged random state is noticed by its fingerprint, which here may be the same without it.
             assert is_refused(count, *resume(copy)) or name.startswith("random_states"), name
             shutil.rmtree(last)
             shutil.copytree(before, last)

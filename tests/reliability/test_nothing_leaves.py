@@ -1,4 +1,4 @@
-"""In a process of its own: no connection but those asked for, and hostile inputs end as they do in a user's shell."""
+"""In a separate process: only the connections that were asked for, and hostile inputs end as in a user's shell."""
 
 import os
 import pickle
@@ -12,7 +12,7 @@ from tests.reliability.malformed import MALFORMED, TINY, Evil
 from tests.reliability.test_malformed import IMAGES, LAUGHS
 from tests.support import ROOT, one_line_error, run, write_folder
 
-# Python imports a module of this name by itself when it starts.
+# Python imports a module of this name when it starts.
 WATCH = """
 import os, socket
 
@@ -74,7 +74,7 @@ def _laughs(root: Path) -> list[object]:
 
 
 def _weights(root: Path) -> list[object]:
-    (root / "it.pth").write_bytes(pickle.dumps(Evil(root / "ran"), protocol=4))  # of which torch warns besides
+    (root / "it.pth").write_bytes(pickle.dumps(Evil(root / "ran"), protocol=4))  # torch warns about it too
     return ["--weights", root / "it.pth"]
 
 

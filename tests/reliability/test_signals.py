@@ -1,4 +1,4 @@
-"""Told to stop, a run leaves a whole checkpoint within seconds, says so, and goes on from there as if never stopped."""
+"""After a signal, a run writes a complete checkpoint within seconds, reports it, and resumes from it exactly."""
 
 import json
 import os
@@ -30,7 +30,7 @@ from tests.support import environment, launch_command
 
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 HANG = 120
-"""Seconds that a checkpoint which hangs takes."""
+"""seconds that saving a checkpoint takes when it hangs"""
 Count = Callable[..., None]
 
 
@@ -49,7 +49,7 @@ def check_stopped(victim: Victim, statuses: list[int | None]) -> None:
 
 
 def stop_and_resume(runs: Path, stream: random.Random, processes: int, stops: int, count: Count) -> None:
-    """A run that is told to stop on its way, one process of it, and goes on each time."""
+    """Send a signal to one process of a run at a random point, `stops` times, and resume the run each time."""
     name = f"stopped-{stream.randrange(10**9)}"
     while stops:
         rank = stream.randrange(processes)
@@ -57,7 +57,7 @@ def stop_and_resume(runs: Path, stream: random.Random, processes: int, stops: in
         victim = Victim(runs, name, "--resume", "auto", processes=processes, trick=trick)
         statuses = victim.wait()
         if statuses == [0] * processes:
-            name = f"stopped-{stream.randrange(10**9)}"  # the place was never reached, or at the very end
+            name = f"stopped-{stream.randrange(10**9)}"  # the run ended before it reached that point
             continue
         check_stopped(victim, statuses)
         victim.log.unlink()
@@ -66,7 +66,7 @@ def stop_and_resume(runs: Path, stream: random.Random, processes: int, stops: in
     victim = Victim(runs, name, "--resume", "auto", processes=processes)
     assert victim.wait() == [0] * processes, victim.log.read_text()
     found, expected = outcome(victim.folder), undisturbed(processes)
-    # The one that a stop left may be among the newest in place of one of theirs.
+    # The checkpoint that the signal caused may be one of the newest that are kept.
     assert len(found.pop("checkpoints")) == len(expected["checkpoints"])
     assert differences(found, {part: expected[part] for part in found}) == []
 
@@ -80,7 +80,7 @@ def stop_and_resume(runs: Path, stream: random.Random, processes: int, stops: in
         pytest.param(2, 3, 3, id="two-processes-9-times", marks=pytest.mark.slow),
     ],
 )
-def test_a_run_told_to_stop_goes_on_as_if_it_had_not_been(
+def test_a_run_that_a_signal_stopped_resumes_exactly(
     processes: int, rounds: int, stops: int, tmp_path: Path, seed: int, count: Count
 ) -> None:
     stream = random.Random(seed)
@@ -98,22 +98,20 @@ def test_a_run_told_to_stop_goes_on_as_if_it_had_not_been(
         ("utils.atomic_io.write_checksums", signal.SIGTERM),
     ],
 )
-def test_setting_up_evaluating_and_saving_are_no_bad_moments(
-    where: str, number: signal.Signals, tmp_path: Path
-) -> None:
+def test_a_signal_during_setup_evaluation_or_saving(where: str, number: signal.Signals, tmp_path: Path) -> None:
     victim = Victim(tmp_path, "run", trick=DieAt(where, 1, number))
     check_stopped(victim, victim.wait())
 
 
 @pytest.mark.slow
-def test_while_it_compiles(tmp_path: Path) -> None:
+def test_a_signal_during_compilation(tmp_path: Path) -> None:
     victim = Victim(tmp_path, "run", "--compile", trick=DieAt("training.setup.warm_up", 1, signal.SIGTERM))
     check_stopped(victim, victim.wait())
     assert (victim.folder / "checkpoints" / "step_0").is_dir()
 
 
 def test_a_signal_stops_all_ranks_within_a_few_epochs(tmp_path: Path) -> None:
-    """An epoch takes a tenth of a second, and the ranks ask each other every quarter of one."""
+    """An epoch takes a tenth of a second, and the ranks exchange their status every quarter of a second."""
     victim = Victim(tmp_path, "run", "--epochs", 1000, processes=2)
     victim.wait_for("epoch   2/")
     victim.signal(signal.SIGUSR1, rank=1)
@@ -154,7 +152,7 @@ def test_a_run_that_is_being_trained_is_refused_to_others_and_a_stale_lock_is_no
 
 
 def start(folder: Path, *args: object, processes: int = 1, before: tuple[str, ...] = ()) -> subprocess.Popen[bytes]:
-    """A launch of the victims' training as a user starts it, into `folder`; what it says goes into `folder`.out."""
+    """Launch the victims' training as a user does, with the run in `folder` and its output in `folder`.out."""
     where = ("--runs-dir", folder.parent, "--exp-name", folder.name)
     command = launch_command(*where, *SETTINGS, *args, processes=processes, before=before)
     with folder.with_suffix(".out").open("wb") as log:
@@ -163,7 +161,7 @@ def start(folder: Path, *args: object, processes: int = 1, before: tuple[str, ..
 
 
 def holder(folder: Path, text: str) -> int:
-    """The process id of rank 0 of the run in `folder`, once the run has printed `text`."""
+    """Wait until the run in `folder` has printed `text`, and return the process id of its rank 0."""
     deadline = time.monotonic() + LIMIT
     while text not in folder.with_suffix(".out").read_text():
         assert time.monotonic() < deadline, folder.with_suffix(".out").read_text()
@@ -172,8 +170,8 @@ def holder(folder: Path, text: str) -> int:
 
 
 @pytest.mark.slow
-def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Path) -> None:
-    """accelerate's launcher of one process dies of SIGTERM without a word to its child."""
+def test_a_checkpoint_is_written_if_the_launcher_is_stopped(tmp_path: Path) -> None:
+    """accelerate's launcher of one process ends on SIGTERM without passing the signal on to its child."""
     folder = tmp_path / "run"
     launcher = start(folder, "--epochs", 1000)
     trainer = psutil.Process(holder(folder, "epoch   2/"))
@@ -184,7 +182,7 @@ def test_a_launcher_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_a_launcher_of_two_that_is_told_to_stop_leaves_a_checkpoint(tmp_path: Path) -> None:
+def test_a_checkpoint_is_written_if_the_launcher_of_two_processes_is_stopped(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     launcher = start(folder, "--epochs", 1000, processes=2)
     holder(folder, "epoch   2/")

@@ -1,7 +1,7 @@
-"""Trainings in processes of their own that are killed, signalled or starved, and what became of them.
+"""Trainings in separate processes that are killed, signalled or starved of resources, and their outcomes.
 
-They are forked from a server that has imported everything, so that one starts within a second; tests/reliability has
-some that start from nothing too.
+The processes are forked from a server that has imported everything, so that each starts within a second. Some tests in
+tests/reliability start a new interpreter instead.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["torch", "fastvit_train.cli.main", "fastvit_train.training.loop", "tests.reliability.victims"]
 )
-# Dropout and a moving average, so that random state and average must come back; accumulation; checkpoints inside
-# epochs; 11 steps an epoch, so that they lie at other places in each.
+# Dropout and a moving average, so that the random state and the average must be restored; gradient accumulation;
+# checkpoints within epochs, which have 11 steps, so that the checkpoints are at different steps of each epoch.
 SETTINGS = (
     *("--epochs", "3", "--batch-size", "120", "--grad-accum", "2", "--ema", "0.9", "--drop-rate", "0.1"),
     *("--embed-dim", "16", "--depth", "2", "--num-heads", "2", "--patch-size", "8", "--save-every", "3"),
@@ -43,15 +43,15 @@ CLOCK = (
     "gpu_utilization",
 )  # fmt: skip
 LIMIT = 300.0
-"""Seconds after which a process is taken to hang; far more than a busy machine needs."""
+"""seconds after which a process counts as hanging; far more than it needs on a busy machine"""
 PATIENCE = 10.0
-"""Seconds that a process has to end by itself after a process of the same run has failed."""
+"""seconds within which a process must end after another process of the same run has failed"""
 Trick = Callable[[], None]
-"""A function that a victim calls before it trains, to break something in itself."""
+"""a function that a victim calls before it trains, to break something in its own process"""
 
 
 class Victim:
-    """A training under way, of one process or more."""
+    """A training that is running, in one or more processes."""
 
     def __init__(
         self,
@@ -96,7 +96,7 @@ class Victim:
             os.kill(pid, number)
 
     def has(self, text: str) -> bool:
-        """Whether the processes have said `text` so far."""
+        """Whether the processes have printed `text` so far."""
         return self.log.exists() and text in self.log.read_text(errors="replace")
 
     def wait_for(self, text: str) -> None:
@@ -120,7 +120,7 @@ def _world(processes: int) -> list[dict[str, str]]:
 
 
 def _train(argv: Sequence[str], log: Path, world: dict[str, str], trick: Trick | None) -> None:
-    """In the process itself: as `python -m fastvit_train ARGV`."""
+    """Run `python -m fastvit_train ARGV` in this process."""
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -136,16 +136,16 @@ def _train(argv: Sequence[str], log: Path, world: dict[str, str], trick: Trick |
 
 @dataclasses.dataclass(frozen=True)
 class DieAt:
-    """Sends itself a signal as it is about to call a function for the n-th time."""
+    """Make a process send itself a signal just before it calls a function for the n-th time."""
 
     where: str
     """MODULE.FUNCTION of fastvit_train"""
     call: int
     number: int = signal.SIGKILL
     rank: int = 0
-    """the process that does"""
+    """the rank that sends itself the signal"""
     trick: Trick | None = None
-    """another one before"""
+    """another trick to apply first"""
 
     def __call__(self) -> None:
         if self.trick is not None:
@@ -165,13 +165,13 @@ class DieAt:
 
 
 def forget_the_samplers_position() -> None:
-    """A fault put in on purpose: the checkpoint does not hold how far into the epoch the run is."""
+    """A deliberate fault: checkpoints do not record the step within the epoch."""
     original = checkpoint.asdict
     checkpoint.asdict = lambda progress: {k: v for k, v in original(progress).items() if k != "step_in_epoch"}
 
 
 def outcome(folder: Path) -> dict[str, Any]:
-    """All of a finished run that must not depend on its having been stopped, to be compared with ==."""
+    """Return what must be the same in a finished run whether or not it was stopped and resumed, for use with ==."""
     last = folder / "checkpoints" / "last"
     assert atomic_io.find_damage(last) is None
     progress = json.loads((last / "progress.json").read_text())["progress"]
@@ -192,7 +192,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 @functools.cache
 def undisturbed(processes: int) -> dict[str, Any]:
-    """What a run comes to that nothing happens to."""
+    """Return the outcome of a run that is not disturbed."""
     with tempfile.TemporaryDirectory() as folder:
         victim = Victim(Path(folder), "undisturbed", processes=processes)
         assert victim.wait() == [0] * processes, victim.log.read_text()
@@ -212,12 +212,12 @@ def _bytes(tensors: dict[str, torch.Tensor]) -> dict[str, bytes]:
 
 
 def differences(found: dict[str, Any], expected: dict[str, Any]) -> list[str]:
-    """The parts of two outcomes that are not the same."""
+    """Return the names of the parts that differ between two outcomes."""
     return [part for part in expected if found[part] != expected[part]]
 
 
 def random_trick(stream: random.Random, number: int, rank: int = 0) -> DieAt:
-    """A random place to be signalled at: a step, an evaluation's batch, a checkpoint's parts, the log's lines."""
+    """Return a random point for a signal: a step, an evaluation, a part of a checkpoint, or a line of the metrics."""
     where, most = stream.choice(
         [
             ("training.loop._train_step", 33),
