@@ -119,6 +119,17 @@ def _check_patches(model: nn.Module, config: ModelConfig, image_size: int) -> No
         raise UserError(f"image size {image_size}x{image_size} is not a multiple of patch size {max(sides)}")
 
 
+def _recorded_image_size(weights: Path) -> tuple[int, int] | None:
+    """Return height and width of a model's input, from the config.json that timm wrote next to its weights, if any."""
+    try:
+        described = read_json(weights.parent / "config.json")
+        size = described.get("model_args", {}).get("img_size") or described["pretrained_cfg"]["input_size"][-2:]
+        height, width = (size, size) if isinstance(size, int) else size
+        return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # the file may hold anything
+        return None
+
+
 def _load_weights(model: nn.Module, path: Path, rebuild: Callable[..., nn.Module]) -> None:
     """Load a file of weights; `rebuild` builds the model again with other options."""
     if not path.is_file():
@@ -128,10 +139,13 @@ def _load_weights(model: nn.Module, path: Path, rebuild: Callable[..., nn.Module
     except Exception as error:  # torch's reader can raise anything for a damaged file
         reason = str(error).strip() or type(error).__name__
         raise UserError(f"{path} cannot be read as weights: {reason}") from None
+    size = _recorded_image_size(path)
     try:
         if isinstance(model, ViT):
+            vars(model)["pretrained_model_args"] = {"img_size": size}
             state_dict = checkpoint_filter_fn(state_dict, model)
-        elif misfit(state_dict, model):
+        elif misfit(state_dict, model) or (size is not None and size[0] != size[1]):
+            rebuild = functools.partial(rebuild, pretrained_model_args={"img_size": size})
             state_dict = convert_by_timm(state_dict, model, rebuild)
         other_classes = reset_heads_if_other_classes(state_dict, model)
         if problem := misfit(state_dict, model):

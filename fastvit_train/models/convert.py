@@ -126,7 +126,7 @@ def _saved_grid(model: ViT, patches: int) -> tuple[int, int] | None:
     A state dict does not hold them. They follow from the image size that timm recorded with the weights, or from the
     model's native size, if that gives the right number of patches; otherwise the images are taken to be square.
     """
-    recorded = getattr(model, "pretrained_model_args", {}).get("img_size") or pretrained_cfg(model)["input_size"][-2:]
+    recorded = vars(model).get("pretrained_model_args", {}).get("img_size") or pretrained_cfg(model)["input_size"][-2:]
     height, width = (recorded, recorded) if isinstance(recorded, int) else recorded
     grid = model.patch_embed.grid((height, width))
     if grid[0] * grid[1] == patches:

@@ -71,14 +71,19 @@ class ConvTokenizer(nn.Module):
         self.convs = nn.ModuleList(
             nn.Conv2d(channels[i], channels[i + 1], kernel_size, stride, padding, bias=False) for i in range(num_layers)
         )
-        self.in_chans = in_chans
+        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
         self.grid_size = self.grid(image_size)
 
-    @torch.no_grad()
     def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
         """Return the rows and columns of tokens of an image, (height, width) in pixels."""
-        rows, columns = self._maps(torch.zeros(1, self.in_chans, *image_size)).shape[-2:]
-        return rows, columns
+        height, width = image_size
+        for _ in self.convs:
+            height, width = self._pooled(height), self._pooled(width)
+        return height, width
+
+    def _pooled(self, side: int) -> int:
+        """Return the side of a map after a convolution and its max-pooling."""
+        return ((side + 2 * self.padding - self.kernel_size) // self.stride) // 2 + 1
 
     def _maps(self, x_BCHW: Tensor) -> Tensor:
         for conv in self.convs:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import fastvit_train  # noqa: F401 registers the models
 from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models import build_model
+from fastvit_train.models.vit import ConvTokenizer
 from fastvit_train.utils.errors import UserError
 
 TINY = {"embed_dim": 12, "depth": 1, "num_heads": 2}
@@ -55,6 +56,27 @@ def test_a_wide_model_is_read_back_as_it_was_and_resampled_for_a_square_one(
     assert torch.equal(again.pos_embed, wide.pos_embed)
     square = timm.create_model(source, pretrained=True, img_size=32)
     assert torch.allclose(square.pos_embed, resample_abs_pos_embed(wide.pos_embed, [8, 8], [4, 16], 0))
+
+
+@pytest.mark.parametrize("name", ["mc_vit_4_4_32", TIMM_VIT])
+def test_weights_take_the_grid_from_the_config_next_to_them(seed: int, tmp_path: Path, name: str) -> None:
+    sizes = {} if name.startswith("mc") else {"patch_size": 4}
+    wide = timm.create_model(name, img_size=(16, 64), num_classes=10, **TINY, **sizes)
+    save_for_hf(wide, tmp_path, safe_serialization=True)
+    attention = "fused" if name.startswith("mc") else "timm"
+    config = tiny(name, attention=attention, weights=str(tmp_path / "model.safetensors"), patch_size=4)
+    square = build_model(config, image_size=32, num_classes=10)
+    prefix = wide.num_prefix_tokens
+    expected = resample_abs_pos_embed(wide.pos_embed, [8, 8], [4, 16], num_prefix_tokens=prefix)
+    assert torch.allclose(get(square, "pos_embed"), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("kernel", [1, 3, 5, 7])
+def test_the_grid_of_a_convolutional_tokenizer(layers: int, kernel: int) -> None:
+    for size in ((32, 32), (33, 47), (64, 31)):
+        tokenizer = ConvTokenizer(3, 4, size, kernel, layers)
+        assert tokenizer.grid_size == tuple(tokenizer._maps(torch.zeros(1, 3, *size)).shape[-2:])
 
 
 def test_timms_own_models_get_resampled_positions(seed: int, tmp_path: Path) -> None:
