@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from fastvit_train.runs.checkpoint import by_step
 from fastvit_train.runs.results import read_summary
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.utils import atomic_io
@@ -59,7 +60,7 @@ def find_checkpoint(folder: Path, name: str, ema: bool) -> Checkpoint:
         )
         raise UserError(f"{folder} has no checkpoint {name!r}; it has: {listed or 'none'}")
     checkpoint = found[name]
-    if checkpoint.path.parent.name.startswith("step_"):
+    if checkpoint.path.parent != folder:
         damage = atomic_io.find_damage(checkpoint.path.parent)
         if damage is not None:
             raise UserError(f"{checkpoint.path.parent} is damaged ({damage}); choose another --checkpoint")
@@ -95,9 +96,8 @@ def _saved_steps(folder: Path, ema: bool, rows: list[dict[str, Any]]) -> dict[in
     """Return the files with weights by step: of the checkpoints, and those of --save-model-every."""
     saved = {row["step"]: folder / f"model_epoch_{row['epoch']}.safetensors" for row in rows}
     for name in ("model_1.safetensors" if ema else "model.safetensors", SHARDED):
-        for path in RunFolder(folder).checkpoints.glob(f"step_*/{name}"):
-            if (step := path.parent.name.removeprefix("step_")).isdecimal():
-                saved[int(step)] = path
+        paths = {step: path / name for step, path in by_step(RunFolder(folder).checkpoints).items()}
+        saved.update({step: path for step, path in paths.items() if path.is_file()})
     return {step: path for step, path in saved.items() if path.is_file()}
 
 

@@ -86,7 +86,7 @@ def _make_empty(folder: Path) -> None:
 
 def exists(folder: Path) -> bool:
     """Return whether there is a checkpoint to resume from."""
-    return newest(folder) is not None or any(folder.glob(".step_*.old")) or bool(_copies(folder))
+    return bool(by_step(folder)) or any(folder.glob(".step_*.old"))
 
 
 def newest(folder: Path) -> Path | None:
@@ -94,8 +94,15 @@ def newest(folder: Path) -> Path | None:
     return next(iter(_newest_first(folder)), None)
 
 
+def by_step(folder: Path) -> dict[int, Path]:
+    """Return the checkpoints by step, damaged or not; a copy in place of a link counts if there is no other."""
+    copies = {int(original.name[5:]): copy for copy, original in _copies(folder).items()}
+    paths = (path for path in folder.glob("step_*") if path.name[5:].isdecimal() and path.is_dir())
+    return {**copies, **{int(path.name[5:]): path for path in paths}}
+
+
 def _newest_first(folder: Path) -> list[Path]:
-    steps = {int(path.name[5:]): path for path in folder.glob("step_*") if path.name[5:].isdecimal() and path.is_dir()}
+    steps = {step: path for step, path in by_step(folder).items() if path.name not in LINKS}
     return [steps[step] for step in sorted(steps, reverse=True)]
 
 

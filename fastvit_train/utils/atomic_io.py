@@ -207,10 +207,15 @@ def link(path: Path, name: str) -> None:
 def link_target(path: Path) -> Path | None:
     """Return the sibling that `path`, as `link` made it, stands for; None if it does not stand for one that exists."""
     try:
-        name = path.readlink().name if path.is_symlink() else path.read_text(encoding="utf-8").strip()
+        if path.is_symlink():
+            name = path.readlink().name
+        elif path.is_file():
+            name = path.read_text(encoding="utf-8").strip()
+        else:
+            return None
         target = path.with_name(name)
         return target if target.exists() else None
-    except (OSError, ValueError):  # such as a folder, or a file that holds something else
+    except (OSError, ValueError):  # such as a file that holds something else
         return None
 
 

@@ -15,6 +15,7 @@ import pytest
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.inference.evaluate import evaluate
 from fastvit_train.inference.report.page import write_report
+from fastvit_train.inference.trained_model import load_run
 from fastvit_train.runs import checkpoint
 from fastvit_train.runs.lock import HOLDER, RunLock
 from fastvit_train.training.loop import fit
@@ -141,6 +142,8 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_copied_run_goes_on(copy: Callable[[Path, Path], None], begun: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     copy(begun, folder)
+    if copy is not spoil_the_original:
+        assert load_run(folder, checkpoint="22").checkpoint is not None
     victim = Victim(tmp_path, "run", "--resume", "must")
     assert victim.wait() == [0], victim.log.read_text()
     found = outcome(folder)
