@@ -224,6 +224,8 @@ class Compare:
     """folders of runs; in runs/*, what is not a run is passed over"""
     output: Path = Path("curves.png")
     """file for the picture"""
+    x_axis: Literal["auto", "epoch", "step", "time"] = "auto"
+    """what the curves are drawn over; auto: the step for runs of up to three epochs, otherwise the epoch"""
     markdown: bool = False
     """print the table as Markdown"""
     json: bool = False
@@ -253,7 +255,7 @@ def compare(command: Compare) -> None:
     else:
         Terminal().print(shown)
     if started:
-        plot_curves(started, command.output, comparison.dataset_names(runs))
+        plot_curves(started, command.output, comparison.dataset_names(runs), command.x_axis)
     written = f"written to {command.output}" if started else "no epoch has ended yet, so no curves were drawn"
     print(written, file=sys.stderr if command.json or command.csv else sys.stdout)
 

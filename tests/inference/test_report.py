@@ -198,6 +198,12 @@ def test_the_commands_repeat_the_launch(runs: Path, tmp_path: Path) -> None:
     assert report(tmp_path, copy).text.count(start) == 2
 
 
+def test_the_page_begins_with_the_accuracy(runs: Path, tmp_path: Path) -> None:
+    text = " ".join(report(tmp_path, runs / "c").text.split())
+    title, accuracy = "Report on c Skip to the content Report on c ", f"{summary(runs / 'c')['test_accuracy']:.2%}"
+    assert text.startswith(f"{title}{accuracy} c: accuracy on digits; c_vit_4_4_32, ")
+
+
 def test_findings_are_on_the_page(runs: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(runs / "c", tmp_path / "copy")
     for accuracy, is_found in ((0.1, True), (0.9, False)):

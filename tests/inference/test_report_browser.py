@@ -169,6 +169,20 @@ def test_nothing_makes_the_page_scroll_sideways(runs: Path, page: webdriver.Chro
     assert page.execute_script(outside) == []
 
 
+def test_the_accuracies_are_large_and_both_confusion_matrices_fit(page: webdriver.Chrome) -> None:
+    sizes = """return [...document.querySelectorAll(".accuracy")].map(
+        (e) => [e.textContent, parseFloat(getComputedStyle(e).fontSize), e.getBoundingClientRect().bottom])"""
+    accuracies = page.execute_script(sizes)
+    assert len(accuracies) == 2 and all(text.endswith("%") for text, _, _ in accuracies)
+    assert all(size >= 32 and bottom < 300 for _, size, bottom in accuracies)
+    names = 'document.querySelectorAll(".confusion thead span, .confusion tbody th")'
+    page.execute_script(f"{names}.forEach((e) => {{ e.textContent = 'automobile'; }})")
+    hidden = """return [...document.querySelectorAll(".confusion")].map(
+        (e) => e.scrollWidth - e.closest(".scroll").clientWidth)"""
+    widths = page.execute_script(hidden)
+    assert len(widths) == 2 and max(widths) <= 0
+
+
 def test_scrollable_tables_can_be_focused_on_a_small_screen(page: webdriver.Chrome) -> None:
     set_screen(page, 375)
     wide = """return [...document.querySelectorAll(".scroll")]

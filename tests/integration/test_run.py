@@ -62,7 +62,7 @@ def test_a_run_leaves_everything_behind(
     assert max(row["test_accuracy"] for row in rows) == summary["best_test_accuracy"]
     losses = [row["loss"] for row in read_jsonl(run / "steps.jsonl")]
     assert len(losses) == 15 and sum(losses[:5]) / 5 == pytest.approx(rows[0]["train_loss"])
-    assert len(pictures[run / "curves.png"].panels) == 3
+    assert len(pictures[run / "curves.png"].panels) == 2
     assert (run / "train.log").read_text().count("digits accuracy") == 3
     assert list(run.rglob("events.out.tfevents.*"))
     assert {path.name for path in run.glob("model_epoch_*")} == {"model_epoch_2.safetensors"}

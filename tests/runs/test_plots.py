@@ -1,9 +1,11 @@
 """The pictures of runs show what they are given: curves, confusion matrices, plans."""
 
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.transforms import Bbox
 
 from fastvit_train.runs.plots.curves import plot_curves
 from fastvit_train.runs.plots.figures import plot_confusion, plot_images, plot_scaling
@@ -11,16 +13,54 @@ from tests.runs.folders import write_run
 from tests.support.pictures import record_pictures
 
 
-def test_curves_have_a_line_per_run_in_each_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_share_a_panel_and_the_best_epoch_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = record_pictures(monkeypatch)
-    runs = [write_run(tmp_path / "first"), write_run(tmp_path / "second", epochs=6)]
+    runs = [
+        write_run(tmp_path / "_first", epochs=5, test_accuracy=[0.1, 0.5, 0.9, 0.8, 0.7]),
+        write_run(tmp_path / "second", epochs=6),
+    ]
     plot_curves(runs, tmp_path / "curves.png", "shapes")
     picture = pictures[tmp_path / "curves.png"]
-    assert len(picture.panels) == 3 and {"shapes", "first", "second", "epoch", "accuracy, %"} <= set(picture.texts)
-    accuracy = picture.axes[-1].get_lines()
-    assert [list(line.get_ydata()) for line in accuracy[:2]] == [
-        pytest.approx([100 - 90 / (1 + epoch) for epoch in range(epochs)]) for epochs in (4, 6)
-    ]
+    loss, accuracy = picture.axes
+    texts = {"shapes", "loss, nats", "accuracy, %", "train", "test", "most accurate epoch", "epoch", "1", "6"}
+    best = {"_first: best 90.00% in epoch 3", "second: best 85.00% in epoch 6"}
+    ends = {"0.400", "0.500", "70.0", "0.333", "0.417", "85.0"}
+    assert len(picture.panels) == 2 and texts | best | ends <= set(picture.texts)
+    assert [len(line.get_xdata()) for line in loss.get_lines()] == [5, 5, 1, 6, 6, 1]
+    assert list(accuracy.get_lines()[0].get_ydata()) == pytest.approx([10, 50, 90, 80, 70])
+    assert accuracy.get_lines()[1].get_xydata().tolist() == [[3, 90]] and loss.get_lines()[2].get_xdata() == [3]
+    assert not _overlap([picture.texts[text] for text in ends])
+
+
+def _overlap(boxes: list[Bbox]) -> bool:
+    return any(a.overlaps(b) for a, b in combinations(boxes, 2))
+
+
+def test_a_short_run_is_drawn_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = record_pictures(monkeypatch)
+    plot_curves([write_run(tmp_path / "run", epochs=2)], tmp_path / "curves.png", "")
+    loss, accuracy = pictures[tmp_path / "curves.png"].axes
+    assert loss.get_xlabel() == accuracy.get_xlabel() == "step"
+    assert list(loss.get_lines()[0].get_xdata()) == list(range(1, 21)), "the train loss of each step"
+    assert list(loss.get_lines()[1].get_xdata()) == list(accuracy.get_lines()[0].get_xdata()) == [10, 20]
+
+
+@pytest.mark.parametrize(("seconds", "x"), [(2, [2, 4, 6, 8]), (90, [1.5, 3, 4.5, 6])])
+def test_curves_over_the_training_time(
+    seconds: float, x: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = record_pictures(monkeypatch)
+    plot_curves([write_run(tmp_path / "run", seconds=[seconds] * 4)], tmp_path / "curves.png", "", "time")
+    loss, _ = pictures[tmp_path / "curves.png"].axes
+    unit = {2: "s", 90: "min"}[int(seconds)]
+    assert loss.get_xlabel() == f"training time, {unit}" and list(loss.get_lines()[1].get_xdata()) == x
+
+
+def test_losses_that_are_inf_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = record_pictures(monkeypatch)
+    run = write_run(tmp_path / "run", test_loss=[1.0, float("inf"), 2.0, float("nan")])
+    plot_curves([run], tmp_path / "curves.png", "")
+    assert len(pictures[tmp_path / "curves.png"].panels) == 2
 
 
 def test_a_confusion_matrix_shows_shares_counts_and_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,3 +100,5 @@ def test_a_plan_shows_memory_and_speed_of_each_model(tmp_path: Path, monkeypatch
     picture = pictures[tmp_path / "plan.png"]
     assert len(picture.panels) == 2 and all(len(axes.get_lines()) == 3 for axes in picture.axes)
     assert {"small, DDP", "large, DDP", "large, FSDP2", "memory per process, MiB", "processes"} <= set(picture.texts)
+    assert {"1", "16", "1,024", "3.2", "1,000", "50,000"} <= set(picture.texts), "the axes are in plain numbers"
+    assert not any("\\" in text or "^" in text for text in picture.texts)

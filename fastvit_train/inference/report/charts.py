@@ -9,11 +9,14 @@ from matplotlib.ticker import MaxNLocator
 
 from fastvit_train.inference.report.records import RunRecord
 from fastvit_train.runs.comparison import MISSING
-from fastvit_train.runs.plots.curves import MAX_PLOTTED, PANELS
+from fastvit_train.runs.plots.curves import MAX_PLOTTED
 
+PANELS = {"train loss": "train_loss", "test loss": "test_loss", "accuracy, %": "test_accuracy"}
 WIDTH, HEIGHT = 360, 240
 LEFT, RIGHT, TOP, BOTTOM = 48, 350, 12, 204
 """edges of the plot area, in SVG units (about pixels)"""
+MAX_HORIZONTAL_NAMES = 12
+"""with more classes, the names above the columns of a confusion matrix are vertical"""
 MAX_EPOCHS = 10**9
 MIN_EPOCHS_WITHOUT_MARKERS = 3
 """with fewer epochs, each value has a marker"""

@@ -57,6 +57,15 @@ class Table:
     """a name, and a cell for each column of `head`"""
 
 
+@dataclass(frozen=True)
+class Headline:
+    """The most important results of a run."""
+
+    accuracy: str
+    """shown large; empty if it is not known"""
+    details: str
+
+
 def results(records: Sequence[RunRecord]) -> Table:
     """Return a table with a column per run and, for two runs, a column with the difference."""
     head = [record.name for record in records]
@@ -90,14 +99,14 @@ def _difference(name: str, first: RunRecord, second: RunRecord) -> str:
         return ""
 
 
-def headline(record: RunRecord) -> str:
-    """Return the most important results of a run in one line."""
+def headline(record: RunRecord) -> Headline:
+    """Return the most important results of a run."""
     texts = {name: _result_cell(name, record).text for name in RESULT_ROWS}
     model = f"{texts['model']}, {texts['parameters']} parameters"
     if texts["accuracy"] == MISSING:
-        return f"{model}; its accuracy is not recorded"
+        return Headline("", f"{model}; its accuracy is not recorded")
     trained = f"{counted(texts['epochs'], 'epoch')} in {texts['training time']}"
-    return f"{texts['accuracy']} on {texts['data']}; {model}; {trained}"
+    return Headline(texts["accuracy"], f"accuracy on {texts['data']}; {model}; {trained}")
 
 
 def verdict(records: Sequence[RunRecord]) -> str:

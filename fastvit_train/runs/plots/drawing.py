@@ -1,7 +1,11 @@
 """Parts of all pictures: names as matplotlib shows them unchanged, and writing the file."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fastvit_train.utils.errors import UserError, printable
@@ -19,6 +23,16 @@ def save_figure(figure: Figure, output: Path) -> None:
         raise UserError(
             f"the figure {output} cannot be written ({error}); give another --output, such as curves.png"
         ) from None
+
+
+def add_legend(axes: Axes, handles: Sequence[Artist], names: Sequence[str], **options: Any) -> None:
+    """Add a legend without a frame.
+
+    The names are set afterwards, because matplotlib leaves out those that begin with an underscore and warns.
+    """
+    legend = axes.legend(handles, [str(number) for number in range(len(names))], frameon=False, **options)
+    for text, name in zip(legend.get_texts(), names, strict=True):
+        text.set_text(escape_mathtext(name))
 
 
 def escape_mathtext(text: str) -> str:

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
-from fastvit_train.runs.plots.drawing import escape_mathtext, save_figure
+from fastvit_train.runs.plots.drawing import add_legend, escape_mathtext, save_figure
 
 MAX_LABELED_CLASSES = 30
 """with more classes, names and counts in a confusion matrix are not legible"""
@@ -27,20 +28,25 @@ def plot_scaling(curves: dict[str, dict[str, list[tuple[int, float, float]]]], o
     figure = Figure(figsize=(10, 4), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
+    names, handles = [], []
     for number, (model, ways) in enumerate(curves.items()):
         for style, (way, points) in zip(("-", "--"), ways.items(), strict=False):
             processes, *figures = zip(*points, strict=True)
             for axes, values in zip(panels, figures, strict=True):
-                axes.plot(
-                    processes, values, style, color=f"C{number}", marker=".", label=escape_mathtext(f"{model}, {way}")
-                )
+                (line,) = axes.plot(processes, values, style, color=f"C{number}", marker=".")
+            names.append(f"{model}, {way}")
+            handles.append(line)
     for axes, name in zip(panels, ("memory per process, MiB", "total images/s, estimated"), strict=True):
         axes.set(title=name, xlabel="processes")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}")
+            axis.set_minor_locator(NullLocator())
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].legend(frameon=False, fontsize="small")
+    add_legend(panels[-1], handles, names, fontsize="small")
     save_figure(figure, output)
 
 
