@@ -31,6 +31,8 @@ from tests.support.pages import (
 )
 
 MODULE = "-m fastvit_train"
+REDIRECTED = " > "
+"""before the file that a command writes its output to"""
 FIRST_COMMAND = "pip install -e . && accelerate launch -m fastvit_train"
 FIRST_RUN = "digits-mc_vit_4_4_32-seed0"
 IN_CI = (FIRST_COMMAND, 'pip install -e ".[test]" && pytest', f"python -m fastvit_train inspect runs/{FIRST_RUN}")
@@ -171,11 +173,12 @@ def test_every_benchmark_command_selects_rows(tmp_path: Path) -> None:
 
 def program_args(command: str) -> list[str] | None:
     """The arguments that a command gives to this program; None if it starts another one."""
+    command = command.partition(REDIRECTED)[0]
     if MODULE in command:
         return shlex.split(command.partition(MODULE)[2])
     words = shlex.split(command)
     if words[0] == "fastvit":
-        return words[1 : words.index(">")] if ">" in words else words[1:]
+        return words[1:]
     return words[words.index("accelerate_configs/slurm.sh") + 1 :] if words[0] == "sbatch" else None
 
 
@@ -218,7 +221,7 @@ def run_command(command: str) -> None:
     if command in IN_CI or command.startswith("pip install -e "):
         return
     args = program_args(command)
-    if args is None or MODULE not in command:
+    if args is None or MODULE not in command or REDIRECTED in command:
         subprocess.run(["bash", "-ec", command], check=True, timeout=300)
         return
     if command.startswith("accelerate") and (not args or args[0].startswith("-")):
