@@ -5,6 +5,7 @@ What the package offers is imported at its first use, so that the command line's
 """
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from fastvit_train.utils.timm_hook import register_with_timm
@@ -31,12 +32,19 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name == "models":
-        return importlib.import_module("fastvit_train.models")
+        return _import("fastvit_train.models")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_MODULES[name]), name)
+    value = getattr(_import(_MODULES[name]), name)
     globals()[name] = value
     return value
+
+
+def _import(module: str) -> ModuleType:
+    from fastvit_train.distributed import env
+
+    with env.only_valid():
+        return importlib.import_module(module)
 
 
 def __dir__() -> list[str]:

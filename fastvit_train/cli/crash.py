@@ -9,13 +9,18 @@ import traceback
 from _thread import interrupt_main
 from collections.abc import Callable
 
+MAX_LENGTH = 300
+"""letters of an error's message that the line shows; torch's compiler adds pages"""
+
 
 def describe(error: BaseException) -> str:
     """Describe an unexpected error in one line, and write its traceback into a file that the line names."""
-    lines = str(error).strip().splitlines()
+    message = " ".join(str(error).split())
+    if len(message) > MAX_LENGTH:
+        message = f"{message[:MAX_LENGTH]} ..."
     place = traceback.extract_tb(error.__traceback__)
     where = f" in {os.path.basename(place[-1].filename)}, line {place[-1].lineno}" if place else ""
-    reason = f"{type(error).__name__}{where}: {lines[0] if lines else 'no message'}"
+    reason = f"{type(error).__name__}{where}: {message or 'no message'}"
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="fastvit-traceback-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"

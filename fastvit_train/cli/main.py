@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = list(sys.argv[1:] if argv is None else argv)
     verb = args.pop(0) if args and (not args[0].startswith("-") or args[0] in ABOUT) else DEFAULT_VERB
     try:
-        status = _run(verb, args)
+        with env.only_valid():
+            status = _run(verb, args)
         sys.stdout.flush()
     except UserError as error:
         if not error.on_all_ranks or env.is_rank0():

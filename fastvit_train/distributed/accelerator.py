@@ -13,6 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import register_rendezvous_handler, rendezvous
 
+from fastvit_train.distributed import env
 from fastvit_train.distributed.preflight import check_devices, check_joined, check_kind, check_precision
 from fastvit_train.utils.errors import UserError, counted
 
@@ -39,15 +40,16 @@ def start_accelerator(
     check_devices()
     check_precision(precision)
     try:
-        accelerator = Accelerator(
-            # Without this, each process on a machine without an accelerator would act as if it were the only one.
-            cpu=not torch.accelerator.is_available(),
-            mixed_precision=precision,
-            gradient_accumulation_steps=grad_accum,
-            log_with=list(trackers) or None,
-            project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
-            kwargs_handlers=[InitProcessGroupKwargs(init_method=_init_method(), timeout=COLLECTIVE_TIMEOUT)],
-        )
+        with env.only_valid():
+            accelerator = Accelerator(
+                # Without this, each process on a machine without an accelerator would act as if it were the only one.
+                cpu=not torch.accelerator.is_available(),
+                mixed_precision=precision,
+                gradient_accumulation_steps=grad_accum,
+                log_with=list(trackers) or None,
+                project_config=ProjectConfiguration(project_dir=str(run_dir), logging_dir=str(run_dir)),
+                kwargs_handlers=[InitProcessGroupKwargs(init_method=_init_method(), timeout=COLLECTIVE_TIMEOUT)],
+            )
     except ValueError as error:
         raise UserError(" ".join(str(error).split())) from None
     check_joined(accelerator.num_processes)
@@ -67,7 +69,7 @@ def _init_method() -> str | None:
 
     Accelerate's launcher keeps one store for all restarts, which still holds the addresses of the dead processes.
     """
-    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    restarts = env.get("TORCHELASTIC_RESTART_COUNT", "0")
     if restarts == "0":
         return None
 

@@ -1,6 +1,5 @@
 """How many CPU threads torch uses in each process."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,8 +9,6 @@ import torch
 from fastvit_train.distributed import env
 from fastvit_train.utils import machine
 from fastvit_train.utils.errors import counted
-
-THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 @contextmanager
@@ -45,16 +42,16 @@ def use_all_cores() -> str:
 
 def _user_set_threads() -> bool:
     """Whether the number of threads comes from the user rather than from a launcher's default of 1."""
-    if not any(name in os.environ for name in THREAD_VARIABLES):
+    if not env.has_thread_count():
         return False
     launched = env.under_launcher() or env.under_torchelastic()
-    if not launched or os.environ.get("OMP_NUM_THREADS", "1") != "1":
+    if not launched or env.get("OMP_NUM_THREADS", "1") != "1":
         return True
     try:
         launcher = psutil.Process().parent()
         if launcher is None:
             return False
         by_flag = any(argument.startswith("--num_cpu_threads") for argument in launcher.cmdline())
-        return by_flag or any(name in launcher.environ() for name in THREAD_VARIABLES)
+        return by_flag or env.has_thread_count(launcher.environ())
     except psutil.Error:
         return False

@@ -1,13 +1,19 @@
 """Checks before training: they refuse a launch that Accelerate would silently run with other settings."""
 
-import os
 from typing import Any
 
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
-from fastvit_train.distributed.env import is_true, launched_world_size, launcher_command, local_world_size, uses_fsdp
+from fastvit_train.distributed.env import (
+    get,
+    is_true,
+    launched_world_size,
+    launcher_command,
+    local_world_size,
+    uses_fsdp,
+)
 from fastvit_train.utils.errors import UserError, counted
 
 UNSUPPORTED_KINDS = {
@@ -36,7 +42,7 @@ def check_kind() -> None:
             "FSDP needs a GPU, and this machine has none; launch with accelerate_configs/multi_cpu.yaml instead"
         )
     for variable, (key, needed) in FSDP_SETTINGS.items():
-        value = os.environ.get(variable)
+        value = get(variable, "")
         if value != needed:
             problem = f"{key} {value} is not supported" if value else f"{key} is not set"
             raise UserError(f"{problem}; set it to {needed}, as accelerate_configs/fsdp2.yaml does")
@@ -99,7 +105,7 @@ def check_joined(world_size: int) -> None:
 
 def _launched_precision() -> str | None:
     """Return the mixed precision that the launch asks for; None if it leaves it open (Accelerate then sets "no")."""
-    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "").lower() or None
+    launched = get("ACCELERATE_MIXED_PRECISION", "").lower() or None
     by_default = launched == "no" and launcher_command() is not None and _requested("mixed_precision") is None
     return None if by_default else launched
 
@@ -135,7 +141,7 @@ def check_single_process(verb: str) -> None:
 
 def check_compiled_once(compiled: bool) -> None:
     """Raise UserError if both --compile and the launch compile the model."""
-    backend = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "NO")
+    backend = get("ACCELERATE_DYNAMO_BACKEND", "NO")
     if compiled and backend.upper() != "NO":
         raise UserError(
             f"--compile and the launch's dynamo backend {backend!r} both compile the model; remove one of them"

@@ -18,6 +18,7 @@ from fastvit_train.data.loader import EvalLoader, RankInfo
 from fastvit_train.distributed import sync
 from fastvit_train.distributed.accelerator import device_name, start_accelerator
 from fastvit_train.distributed.cpu_threads import all_cores
+from fastvit_train.distributed.process_state import unchanged
 from fastvit_train.inference.trained_model import TrainedModel, load_run, non_finite_error
 from fastvit_train.models import check_attention, set_attention, warm_up
 from fastvit_train.models.attention import AUTO, COMPILING, choose_attention
@@ -50,6 +51,7 @@ class EvaluatedRun:
 
 
 @all_cores()
+@unchanged()
 def evaluate_run(
     run: str | Path,
     *,

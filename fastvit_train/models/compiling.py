@@ -1,6 +1,20 @@
 """torch.compile for training."""
 
+import torch
 from torch import nn
+
+import fastvit_kernels
+from fastvit_train.utils.errors import UserError
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError if torch.compile cannot work on `device`, because this machine has no C++ compiler.
+
+    On a GPU torch.compile writes Triton kernels instead.
+    """
+    reason = fastvit_kernels.implementations()["compiled"]
+    if reason is not None and device.type == "cpu":
+        raise UserError(f"torch.compile {reason}; or leave out --compile and the launch's dynamo backend")
 
 
 def compile_model(model: nn.Module, graphed: bool) -> None:

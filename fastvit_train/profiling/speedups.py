@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import fastvit_train.models.attention as attention
 from fastvit_train.models import compile_model, set_attention
+from fastvit_train.models.compiling import check_compiler
 from fastvit_train.training.optimizer import build_optimizer
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import supports_cuda_graphs
@@ -131,6 +132,7 @@ def build_step(session: TrainSession, variant: Variant) -> Callable[[], None]:
     if variant.attention is not None:
         set_attention(model, variant.attention)
     if config.run.compile if variant.compiled is None else variant.compiled:
+        check_compiler(device)
         compile_model(model, graphed=supports_cuda_graphs(config, session.accelerator))
     optimizer = build_optimizer(model, config.optim)
     images, labels = next(session.train_loader.micro_batches(0))

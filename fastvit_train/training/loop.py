@@ -12,6 +12,7 @@ from torch.profiler import record_function
 from fastvit_train.config import recipes
 from fastvit_train.config.overrides import override
 from fastvit_train.config.schema import TrainConfig
+from fastvit_train.distributed.process_state import unchanged
 from fastvit_train.models.evaluator import Evaluation, evaluate_model
 from fastvit_train.runs.run_folder import ResumeMode
 from fastvit_train.training import metrics
@@ -49,6 +50,7 @@ def train(
     return fit(config, resume=resume, overwrite=overwrite)
 
 
+@unchanged()
 def fit(config: TrainConfig, *, resume: ResumeMode = "never", overwrite: bool = False) -> dict[str, Any]:
     """Train the model that `config` describes; everything else is as in `train`."""
     with StopSignalHandler() as stop_signals:

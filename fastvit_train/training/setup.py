@@ -21,7 +21,7 @@ from fastvit_train.distributed.accelerator import deterministic, device_name, ow
 from fastvit_train.distributed.cpu_threads import all_cores
 from fastvit_train.models.attention import AUTO, COMPILING, check_attention, choose_attention, warm_up
 from fastvit_train.models.build import build_model
-from fastvit_train.models.compiling import compile_model
+from fastvit_train.models.compiling import check_compiler, compile_model
 from fastvit_train.models.resolve import resolve
 from fastvit_train.models.whitening import whiten
 from fastvit_train.runs import checkpoint
@@ -164,6 +164,8 @@ def check_folder(
         attention = sync.broadcast_from_rank0(accelerator, folder.recorded_attention)
         config, recorded_in = config.with_attention(attention), folder.config
     check_attention(config.model, recorded_in)
+    if config.run.compile or env.compiles():
+        check_compiler(accelerator.device)
     check_batch_size(config.run.batch_size, accelerator.num_processes, config.optim.grad_accum)
     return config, resuming
 

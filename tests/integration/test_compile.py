@@ -71,3 +71,18 @@ def test_rates_of_stochastic_depth_are_kept(seed: int) -> None:
     assert ((per_sample == 0).all(1) | (per_sample == 2).all(1)).all()
     assert (per_sample[:, 0] == 0).float().mean() == pytest.approx(0.5, abs=0.02)
     assert torch.equal(dropped.eval()(x), x)
+
+
+@pytest.mark.parametrize("settings", [{"compile": True}, {}])
+def test_without_a_compiler_it_is_refused_in_one_line(
+    small_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, bool]
+) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("a GPU needs no C++ compiler")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    if not settings:
+        monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    message = "^torch.compile needs a C\\+\\+ compiler, and no-such-compiler was not found; install it, or set CXX"
+    with pytest.raises(UserError, match=message):
+        fit(small_config(**settings))
+    assert not (tmp_path / "runs").exists()

@@ -1,22 +1,24 @@
 """train() leaves the process as it found it, whether the run ends or fails: it may be called from a notebook, twice."""
 
 import os
+import random
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed.cpu_threads import all_cores
+from fastvit_train.inference.evaluate import evaluate_run
 from fastvit_train.training import metrics
 from fastvit_train.training.loop import fit
 from fastvit_train.utils.errors import UserError
 
 SmallConfig = Callable[..., TrainConfig]
-BY_ACCELERATE = ("ACCELERATE_MIXED_PRECISION",)
-"""what the Accelerator itself leaves in the environment"""
 
 
 def process_state() -> dict[str, object]:
@@ -25,9 +27,18 @@ def process_state() -> dict[str, object]:
     return {
         "threads of torch": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "handlers": [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)],
+        "handlers": [
+            signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGCHLD)
+        ],
         "wakeup": wakeup,
-        "environment": {key: value for key, value in os.environ.items() if key not in BY_ACCELERATE},
+        "environment": dict(os.environ),
+        "random states": (random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()),
+        "algorithms": (
+            torch.backends.cudnn.deterministic,
+            torch.backends.cudnn.benchmark,
+            torch.get_float32_matmul_precision(),
+            torch.is_grad_enabled(),
+        ),
         "threads": sorted(thread.name for thread in threading.enumerate() if thread.name in ("signals", "nvml")),
     }
 
@@ -68,6 +79,8 @@ def test_a_run_leaves_the_process_as_it_found_it(
         record_epoch(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(metrics, "record_epoch", fail_or_record)
+    for seed in (random.seed, np.random.seed, torch.manual_seed):
+        seed(12)
     before = process_state()
     config = small_config(epochs=1, deterministic=True)
     if fails:
@@ -77,3 +90,15 @@ def test_a_run_leaves_the_process_as_it_found_it(
         fit(config)
     assert process_state() == before
     assert len(during) == 1
+
+
+def test_the_callers_random_numbers_go_on(small_config: SmallConfig, tmp_path: Path) -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    expected = draw()
+    random.setstate(state[0]), np.random.set_state(state[1]), torch.set_rng_state(state[2])
+    fit(small_config(epochs=1))
+    evaluate_run(tmp_path / "runs" / "run")
+    assert draw() == expected
