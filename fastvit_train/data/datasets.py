@@ -120,6 +120,12 @@ def count_classes(config: DataConfig) -> int:
     return {"digits": 10, "synthetic": 10}[config.dataset]
 
 
+def check_files(config: DataConfig) -> None:
+    """Raise UserError if the data set is a folder of images that is incomplete; no image is opened."""
+    if config.dataset == "folder":
+        folder.list_images(Path(config.data_dir), config.holdout > 0)
+
+
 def check_labels(labels: Tensor, num_classes: int, what: str) -> None:
     """Raise UserError if there are no labels, or if one is outside 0 .. num_classes - 1."""
     if not len(labels):

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.data.datasets import DatasetSpec
+from fastvit_train.data.datasets import DatasetSpec, check_files
 from fastvit_train.data.inputs import build_eval_loader, build_train_loader, load_data
 from fastvit_train.data.loader import EvalLoader, RankInfo, TrainLoader, check_batch_size, fit_batch_size
 from fastvit_train.distributed import env, parallelize, preflight, sync
@@ -97,7 +97,11 @@ def setup(
         launch = start_launch(resolved, stack)
         resolved = choose_name(config, resolved, launch.accelerator, find=overwrite or resume != "never")
         folder = RunFolder(resolved.run_dir)
-        resolved, resuming = check_folder(resolved, folder, launch, resume, overwrite)
+        try:
+            resolved, resuming = check_folder(resolved, folder, launch, resume, overwrite)
+        except UserError:
+            check_files(resolved.data)  # a mistake in the data is reported before that in the run's name
+            raise
         model, optimizer = build_trainable(resolved)  # before the data: a wrong size is reported before a download
         inputs = load_inputs(resolved, launch.accelerator, imitate_data)
         if resolved.model.patch_init == "whiten":

@@ -138,6 +138,17 @@ def test_a_mistake_in_the_data_is_reported_before_a_name_is_taken(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_mistake_in_the_data_is_reported_before_a_name_in_use(small_config: SmallConfig, tmp_path: Path) -> None:
+    photos = write_folder(tmp_path / "photos")
+    settings = FAST | {"exp_name": "run", "dataset": "folder", "data_dir": str(photos), "crop": "none"}
+    fit(small_config(**settings))
+    with pytest.raises(UserError, match="already holds a run"):
+        fit(small_config(**settings))
+    emptied(next(path for path in sorted(photos.rglob("*")) if path.is_file()).parent)
+    with pytest.raises(UserError, match="no images"):
+        fit(small_config(**settings))
+
+
 def emptied(folder: Path) -> None:
     for path in folder.iterdir():
         path.unlink()
