@@ -8,6 +8,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fastvit_train.runs.plots.fonts import drawable, set_fonts
 from fastvit_train.utils.errors import UserError, printable
 
 
@@ -17,6 +18,7 @@ def save_figure(figure: Figure, output: Path) -> None:
     Raises:
         UserError: if it cannot be written.
     """
+    set_fonts(figure)
     try:
         figure.savefig(output, dpi=150)
     except (OSError, ValueError) as error:
@@ -36,5 +38,8 @@ def add_legend(axes: Axes, handles: Sequence[Artist], names: Sequence[str], **op
 
 
 def escape_mathtext(text: str) -> str:
-    """Return `text` escaped, so that matplotlib shows it unchanged: a dollar sign would start a formula."""
-    return printable(text).replace("$", r"\$")
+    """Return `text` escaped, so that matplotlib shows it unchanged: a dollar sign would start a formula.
+
+    Letters that no font on the machine has are replaced by their codes.
+    """
+    return drawable(printable(text)).replace("$", r"\$")
