@@ -7,7 +7,7 @@ import tempfile
 import threading
 import traceback
 from _thread import interrupt_main
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 MAX_LENGTH = 300
 """letters of an error's message that the line shows; torch's compiler adds pages"""
@@ -40,15 +40,19 @@ def lost_another_rank(error: Exception) -> bool:
     return isinstance(error, distributed.DistError) or (type(error) is RuntimeError and "gloo" in str(error))
 
 
-def stop_on_thread_errors(print_error: Callable[[str], None]) -> None:
-    """Make an error that a thread does not handle stop the run, as Ctrl-C does, instead of ending only the thread."""
+@contextlib.contextmanager
+def stop_on_thread_errors(print_error: Callable[[str], None]) -> Iterator[None]:
+    """Let an error that a thread does not handle stop the run, as Ctrl-C does, instead of ending only the thread."""
 
     def stop(failed: threading.ExceptHookArgs) -> None:
         if failed.exc_value is None or issubclass(failed.exc_type, SystemExit):
             return
         name = failed.thread.name if failed.thread else "unknown"
         print_error(f"thread {name}: {describe(failed.exc_value)}")
-        with contextlib.suppress(ValueError):
-            interrupt_main()
+        interrupt_main()
 
-    threading.excepthook = stop
+    before, threading.excepthook = threading.excepthook, stop
+    try:
+        yield
+    finally:
+        threading.excepthook = before

@@ -42,11 +42,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     limit_spinning()
     _configure_logging()
     _open_streams()
-    crash.stop_on_thread_errors(_print_error)
     args = list(sys.argv[1:] if argv is None else argv)
     verb = args.pop(0) if args and (not args[0].startswith("-") or args[0] in ABOUT) else DEFAULT_VERB
     try:
-        with env.only_valid():
+        with env.only_valid(), crash.stop_on_thread_errors(_print_error):
             status = _run(verb, args)
         sys.stdout.flush()
     except UserError as error:

@@ -148,7 +148,8 @@ def _explain(error: Exception) -> str:
             f"{SHARED_MEMORY} is full, which processes that load images need ({reason}); "
             "enlarge it (docker run --shm-size=8g), or lower the batch size"
         )
-    if "killed by signal" in str(error) or "exited unexpectedly" in str(error):
+    cut_off = isinstance(error, (OSError, EOFError)) and "in DataLoader worker" not in str(error)  # not raised there
+    if cut_off or "killed by signal" in str(error) or "exited unexpectedly" in str(error):
         return (
             f"a process that loads images has ended ({reason}); if the system killed it because memory ran out, "
             "free memory or lower the batch size; --resume auto continues from the last checkpoint"

@@ -95,6 +95,11 @@ def test_a_worker_that_fails_is_reported_in_one_line(
     wait_until(lambda: not multiprocessing.active_children(), seconds=10)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_a_worker_that_dies_with_a_batch_in_its_hands_is_reported_as_dead(error: Exception) -> None:
+    assert worker_processes._explain(error).startswith("a process that loads images has ended (")
+
+
 def leave_a_worker_behind() -> None:
     leave_a_worker_behind.batches = load_in_workers(Numbers(5, sleep), BATCHES, default_collate, False)  # type: ignore[attr-defined]
 

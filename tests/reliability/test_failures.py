@@ -1,6 +1,9 @@
 """An error anywhere in a run, on any rank, ends all of its processes within seconds, with one line that says why."""
 
+import os
 import re
+import signal
+import tempfile
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +25,11 @@ class OnRank:
 
     trick: Callable[[], None]
     rank: int
+    tracebacks: Path
+    """the folder for temporary files"""
 
     def __call__(self) -> None:
+        tempfile.tempdir = str(self.tracebacks)
         if env.is_rank0() == (self.rank == 0):
             self.trick()
 
@@ -38,6 +44,19 @@ def break_decoding() -> None:
         return decode(path, *args)
 
     images.try_decode = fail
+    images.MAX_WITHOUT_WORKERS = 0
+
+
+def kill_a_worker() -> None:
+    """Let a worker process be killed while it decodes, as the system does when memory runs out."""
+    decode = images.try_decode
+
+    def die(path: Path, *args: object) -> object:
+        if path.parts[-3:] == ("train", "square", "1.png"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(path, *args)
+
+    images.try_decode = die
     images.MAX_WITHOUT_WORKERS = 0
 
 
@@ -85,6 +104,7 @@ def errors(victim: Victim) -> list[str]:
     ("trick", "status", "message"),
     [
         (break_decoding, 2, r"a process that loads images failed \(RuntimeError: the decoder is broken\)"),
+        pytest.param(kill_a_worker, 2, "a process that loads images has ended", marks=pytest.mark.slow),
         (
             break_a_hook,
             1,
@@ -96,15 +116,16 @@ def errors(victim: Victim) -> list[str]:
             r"thread breaking: ZeroDivisionError in test_\w+\.py, line \d+: the thread is broken; ",
         ),
     ],
-    ids=["worker", "hook", "thread"],
+    ids=["worker", "killed-worker", "hook", "thread"],
 )
 def test_an_error_anywhere_ends_the_run_with_one_line(
     processes: int, rank: int, trick: Callable[[], None], status: int, message: str, tmp_path: Path
 ) -> None:
     data = ("--dataset", "folder", "--data-dir", write_folder(tmp_path / "data"), "--stream", "always")
     sizes = ("--image-size", 32, "--batch-size", 4, "--save-every", 0, "--epochs", 1000)
-    victim = Victim(tmp_path, "run", *data, *sizes, processes=processes, trick=OnRank(trick, rank))
+    victim = Victim(tmp_path, "run", *data, *sizes, processes=processes, trick=OnRank(trick, rank, tmp_path))
     ends = victim.wait(60)
     said = errors(victim)
     assert len(said) == 1 and re.match(message, said[0]), victim.log.read_text()
+    assert status != 1 or (tmp_path / said[0].split()[-1]).read_text().startswith("Traceback")
     assert ends[rank] == status and all(end is not None and end > 0 for end in ends), ends
