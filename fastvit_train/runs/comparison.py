@@ -19,8 +19,8 @@ MISSING = "—"
 
 
 def _format_epochs(results: dict[str, Any]) -> str:
-    done = str(results["epochs"])
-    return done if is_finished(results) else f"{done} of {results['planned_epochs']}"
+    done = f"{results['epochs']:d}"
+    return done if is_finished(results) else f"{done} of {results['planned_epochs']:d}"
 
 
 SUMMARY_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {

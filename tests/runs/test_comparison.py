@@ -90,6 +90,17 @@ def test_programs_read_json_and_csv(runs: Path, capsys: Capture) -> None:
     assert "versions" not in rows[0]
 
 
+@pytest.mark.parametrize(
+    "damage", ['{"epoch": 5}', '{"epoch": "\\u001b[2J", "seconds": 1}', '{"epoch": 5, "seconds": 0}']
+)
+def test_damaged_metrics_of_a_run_in_training_are_one_line(runs: Path, damage: str, capsys: Capture) -> None:
+    with (runs / "training" / "metrics.jsonl").open("a") as file:
+        file.write(f"{damage}\n")
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", str(runs / "training")])
+    assert stop.value.code == 2 and "runs/training" in one_line_error(capsys.readouterr().err)
+
+
 def test_a_run_that_trained_on_after_its_end_is_not_finished(tmp_path: Path) -> None:
     run = write_summary(write_config(write_run(tmp_path / "run")))
     assert read_results(run)["test_accuracy"] == 0.75
