@@ -166,7 +166,10 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            raise UserError(f"can't write {self.root} ({error.strerror or error}); choose another --runs-dir") from None
+            remedy = "free disk space, or " if error.errno in atomic_io.DISK_IS_FULL else ""
+            raise UserError(
+                f"can't write {self.root} ({error.strerror or error}); {remedy}choose another --runs-dir"
+            ) from None
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -52,7 +52,7 @@ def test_a_disk_that_fills_up(how: str, disk: Path, tmp_path: Path, seed: int, c
     first = Victim(disk, "run", "--stop-after", 1, log=logs / "first")
     assert first.wait() == [0], said(first)
     before = checkpoint.newest(first.folder / "checkpoints")
-    fill(disk, leave=random.Random(seed).randrange(300_000))
+    fill(disk, leave=random.Random(seed).randrange(10_000, 300_000))  # a run needs some KB to be resumed at all
     second = Victim(disk, "run", "--resume", "must", "--on-save-error", how, log=logs / "second")
     status, words = second.wait(), said(second)
     assert status == [2] or (how == "continue" and status == [0]), words  # the final weights may fit
@@ -64,9 +64,8 @@ def test_a_disk_that_fills_up(how: str, disk: Path, tmp_path: Path, seed: int, c
         atomic_io.find_damage(newest) is None and (second.folder / "checkpoints" / "last").resolve() == newest.resolve()
     )
     if how == "stop":
-        assert re.search(
-            r"(no checkpoint could be written|metrics of .* could not be written).* at step \d+; the last good", words
-        )
+        failed = r"(no checkpoint could be written|(metrics of .*|best.safetensors) could not be written)"
+        assert re.search(rf"{failed}.* at step \d+; the last good", words)
         assert f"checkpoint is {newest}; free disk space and continue with --resume auto" in words
     else:
         assert "training continues (--on-save-error continue)" in words and "epoch 3/3" in words
@@ -89,6 +88,15 @@ def test_a_read_only_folder(disk: Path, tmp_path: Path) -> None:
         assert "Traceback" not in words
     assert atomic_io.find_damage(finished.folder / "checkpoints" / "last") is None
     assert sorted(path.name for path in disk.iterdir()) == ["run"]
+
+
+def test_a_disk_without_room_for_a_resumed_run(disk: Path, tmp_path: Path) -> None:
+    first = Victim(disk, "run", "--stop-after", 1, log=tmp_path / "first")
+    assert first.wait() == [0], said(first)
+    fill(disk, leave=0)
+    second = Victim(disk, "run", "--resume", "must", log=tmp_path / "second")
+    assert second.wait() == [2]
+    assert "run (No space left on device); free disk space, or choose another --runs-dir" in said(second)
 
 
 def spoil(path: Path, kind: str) -> None:
