@@ -21,6 +21,9 @@ from fastvit_train.utils.errors import Interrupted, Preempted, UserError
 PACKAGE = "fastvit_train"
 ABOUT = ("-h", "--help", "help", "--version")
 """arguments that print the help or the version instead of running a verb"""
+LOST_ANOTHER_RANK = (
+    "another process of this run has ended; if it reports no error, it was killed, for example because memory ran out"
+)
 UNEXPECTED_ERROR_STATUS = 1
 USER_ERROR_STATUS = 2
 INTERRUPTED_STATUS = 130
@@ -61,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         status = BROKEN_PIPE_STATUS
     except Exception as error:
         if crash.lost_another_rank(error):
-            _print_error("another process of this run has ended; its own message says why", "stopped")
+            _print_error(LOST_ANOTHER_RANK, "stopped")
         else:
             _print_error(crash.describe(error))
         status = UNEXPECTED_ERROR_STATUS

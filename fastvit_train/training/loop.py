@@ -50,10 +50,9 @@ def train(
     return fit(config, resume=resume, overwrite=overwrite)
 
 
-@unchanged()
 def fit(config: TrainConfig, *, resume: ResumeMode = "never", overwrite: bool = False) -> dict[str, Any]:
     """Train the model that `config` describes; everything else is as in `train`."""
-    with StopSignalHandler() as stop_signals:
+    with unchanged(), StopSignalHandler() as stop_signals:
         try:
             session = setup(config, resume, overwrite, stop_signals)
         except Exception as error:  # such as the error of a compiler process that the same signal ended

@@ -186,9 +186,9 @@ class StatusExchange:
         """Return the `status` (3,) of all ranks, (world size, 3)."""
         if self._world_size == 1:
             return status[None]
-        statuses = status.new_empty(self._world_size * len(status))
-        torch.distributed.all_gather_into_tensor(statuses, status)
-        return statuses.view(self._world_size, len(status))
+        statuses = status.new_empty(self._world_size, len(status))
+        torch.distributed.all_gather(list(statuses), status)  # into a tensor, it is deprecated from torch 2.14 on
+        return statuses
 
     def _batches_until_next(self, now: float) -> int:
         """Return how many batches this rank takes in INTERVAL, but at most twice those since the last exchange."""

@@ -48,11 +48,12 @@ def test_the_exchanges_are_a_quarter_of_a_second_apart_whatever_a_step_takes(
     clock, at = Clock(monkeypatch), []
     two = status_exchange(processes=2)
 
-    def gather(statuses: torch.Tensor, status: torch.Tensor) -> None:
+    def gather(statuses: list[torch.Tensor], status: torch.Tensor) -> None:
         at.append(clock.now)
-        statuses.copy_(status.repeat(2))
+        for row in statuses:
+            row.copy_(status)
 
-    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", gather)
+    monkeypatch.setattr(torch.distributed, "all_gather", gather)
     for _ in range(round(20 / step)):
         clock.now += step
         assert two.after_batch()
@@ -78,10 +79,11 @@ def test_a_process_alone_stops_after_the_step_and_others_agree_on_one(monkeypatc
 def other_ranks(monkeypatch: pytest.MonkeyPatch, *others: list[int]) -> None:
     """Let the other ranks report a signal, non-finite losses, and the batches until their next exchange."""
 
-    def gather(statuses: torch.Tensor, status: torch.Tensor) -> None:
-        statuses.copy_(torch.cat([status, *map(torch.tensor, others)]))
+    def gather(statuses: list[torch.Tensor], status: torch.Tensor) -> None:
+        for row, other in zip(statuses, [status, *map(torch.tensor, others)], strict=True):
+            row.copy_(other)
 
-    monkeypatch.setattr(torch.distributed, "all_gather_into_tensor", gather)
+    monkeypatch.setattr(torch.distributed, "all_gather", gather)
 
 
 def test_the_ranks_act_on_the_loss_of_any_rank_and_on_the_smallest_interval(monkeypatch: pytest.MonkeyPatch) -> None:
