@@ -89,7 +89,7 @@ def _line(panel: Axes, rows: Rows) -> None:
 
 def _save(picture: Any, environment: dict[str, Any], path: Path) -> Path:
     caption = f"{environment['device']}, torch {environment['torch']}, commit {environment['commit']}"
-    picture.text(0.01, 0.005, caption, fontsize=7, color="gray")
+    picture.text(0.01, 0.015, caption, fontsize=7, color="gray")
     picture.tight_layout(rect=(0, 0.07, 1, 1))
     picture.savefig(path, dpi=120)
     plt.close(picture)

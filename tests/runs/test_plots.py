@@ -86,10 +86,10 @@ def test_long_titles_and_names_stay_inside_the_picture(tmp_path: Path, monkeypat
     plot_confusion(torch.eye(2, dtype=torch.int64), ["a", "b" * 50], title, confusion)
     plot_curves([write_run(tmp_path / "run")], curves, title)
     assert {title, f"{'b' * 12}…{'b' * 12}"} <= set(pictures[confusion].texts) and title in pictures[curves].texts
-    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
-    plot_images(pixels, [f"{'scan-of-page-' * 9}{page}.png" for page in range(2)], images)
-    assert list(pictures[images].texts) == [f"scan-of-page…f-page-{page}.png" for page in range(2)]
-    first, second = pictures[images].texts.values()
+    pixels = torch.randint(0, 256, (6, 3, 8, 8), dtype=torch.uint8)
+    plot_images(pixels, [f"{'scan-of-page-' * 9}{page}.png\ncat 63.5%" for page in range(6)], images)
+    assert list(pictures[images].texts) == [f"scan-of-page…f-page-{page}.png\ncat 63.5%" for page in range(6)]
+    first, second, *_ = pictures[images].texts.values()
     assert first.x1 < second.x0, "the names do not overlap"
 
 

@@ -60,6 +60,8 @@ def _read(figure: Figure, boxes: dict[Text, Bbox], path: Path) -> Picture:
     with Image.open(path) as image:
         assert image.format == "PNG"
         pixels = np.array(image.convert("RGB"))
+    border = np.concatenate((pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]))
+    assert _num_colors(border) == 1, f"something is cut off at the border of {path}"
     panels = [axes for axes in figure.axes if axes.has_data() and axes.get_label() != COLOR_BAR]
     drawn = [axes for axes in panels if _num_colors(_cut(pixels, axes.get_window_extent())) > 1]
     return Picture(

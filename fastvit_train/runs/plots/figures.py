@@ -93,6 +93,7 @@ def plot_images(images: Tensor, captions: Sequence[str], output: Path) -> None:
     panels = figure.subplots(rows, columns, squeeze=False).flatten()
     for axes in panels:
         axes.axis("off")
+        axes.set_anchor("N")  # or the layout takes the space above an image that is narrower than its place for free
     for axes, image, caption in zip(panels, images, captions, strict=False):
         axes.imshow(image.permute(1, 2, 0).numpy())
         axes.set_title("\n".join(map(_shorten, caption.split("\n"))), fontsize=8)
