@@ -54,7 +54,7 @@ def bars(rows: Rows, figure: str, label: str, environment: dict[str, Any], path:
         panel.set(title=shape, xlabel=label)
         panel.invert_yaxis()
         panel.margins(x=0.18)
-    picture.legend(*panels[0][0].get_legend_handles_labels(), loc="lower right", ncols=2)
+    picture.legend(*panels[0][0].get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(1, 0.05), ncols=2)
     return _save(picture, environment, path)
 
 
@@ -90,7 +90,7 @@ def _line(panel: Axes, rows: Rows) -> None:
 def _save(picture: Any, environment: dict[str, Any], path: Path) -> Path:
     caption = f"{environment['device']}, torch {environment['torch']}, commit {environment['commit']}"
     picture.text(0.01, 0.015, caption, fontsize=7, color="gray")
-    picture.tight_layout(rect=(0, 0.07, 1, 1))
+    picture.tight_layout(rect=(0, 0.12, 1, 1))
     picture.savefig(path, dpi=120)
     plt.close(picture)
     return path

@@ -316,7 +316,9 @@ def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path, monkeypatch: py
     shapes = list(dict.fromkeys(row["shape"] for row in rows if row["operation"] == bench_step.OPERATION))
     for path, label in zip(written, ("images/s", "kept for the backward pass, MiB", "µs per image"), strict=True):
         picture = pictures[path]
-        assert label in picture.texts and any(text.startswith(environment()["device"]) for text in picture.texts)
+        caption = next(box for text, box in picture.texts.items() if text.startswith(environment()["device"]))
+        legend = [picture.texts[text] for text in ("fp32", "bf16") if text in picture.texts]
+        assert label in picture.texts and not any(caption.overlaps(box) for box in legend)
         assert len(picture.panels) == (2 if path.stem == "scaling" else len(shapes))
     assert plots.draw([], environment(), tmp_path) == []
 
