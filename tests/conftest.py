@@ -12,13 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: before anything of ours is imported, or timm
 
-import timm
-from timm.models import save_for_hf
-
 from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.training.loop import fit
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -108,6 +104,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a small mc-ViT trained on the digits for long enough to know most of them; to be read only."""
     settings = {"epochs": 6, "batch_size": 32, "embed_dim": 24, "depth": 2, "num_heads": 2, "attention": "fused"}
     runs = tmp_path_factory.mktemp("trained")
+    from fastvit_train.training.loop import fit  # here, so that the process that hands out the tests starts sooner
+
     fit(override(recipe("quickstart"), {**settings, "runs_dir": str(runs), "exp_name": "run"}, "the test"))
     return runs / "run"
 
@@ -115,6 +113,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def timms(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model in a folder as timm writes one, without a trace of the run."""
+    import timm
+    from timm.models import save_for_hf
+
     folder = tmp_path_factory.mktemp("timms") / "model"
     save_for_hf(timm.create_model(f"local-dir:{trained}", pretrained=True), folder, safe_serialization=True)
     return folder

@@ -248,6 +248,7 @@ def test_rows_of_a_group_are_interleaved() -> None:
     assert "ab" * interleaved.MIN_ROUNDS in timed
 
 
+@pytest.mark.slow
 def test_the_main_comparison_is_written_compared_and_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,7 +105,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ),
         ("--dry-run --patch-size 5", "image size 32x32 is not a multiple of patch size 5"),
         ("compare", "compare takes the folders of one or more runs"),
-        ("--runs-dir /dev/null/runs", "can't write /dev/null/runs/digits"),
+        ("--runs-dir /dev/null/runs --attention fused", "can't write /dev/null/runs/digits"),
     ],
 )
 def test_mistakes(

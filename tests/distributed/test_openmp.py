@@ -17,7 +17,7 @@ PRINT = (
         ("", {}, "20000"),
         ("", {"GOMP_SPINCOUNT": "7"}, "7"),
         ("", {"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
-        ("import torch; ", {}, "None"),  # which has read the variable
+        pytest.param("import torch; ", {}, "None", marks=pytest.mark.slow),  # which has read the variable
     ],
 )
 def test_the_command_line_limits_spinning_unless_the_user_chose(

@@ -56,6 +56,7 @@ def assert_same_run(ours: Path, reference: Path, steps: int) -> None:
     assert other["parameters"] == one["parameters"] and other["model_size_mb"] == one["model_size_mb"]
 
 
+@pytest.mark.slow
 def test_two_processes_and_accumulated_batches_are_one_run_and_sum_gradients_once_per_step(
     small_config: SmallConfig, tmp_path: Path
 ) -> None:

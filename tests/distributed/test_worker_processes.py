@@ -104,6 +104,7 @@ def leave_a_worker_behind() -> None:
     leave_a_worker_behind.batches = load_in_workers(Numbers(5, sleep), BATCHES, default_collate, False)  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_busy_does_not_keep_python_from_ending() -> None:
     process = SERVER.Process(target=leave_a_worker_behind)
     process.start()

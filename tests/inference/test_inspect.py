@@ -46,6 +46,7 @@ def _inspect(monkeypatch: pytest.MonkeyPatch, *args: object) -> dict[Path, Pictu
     return pictures
 
 
+@pytest.mark.slow
 def test_a_timm_folder_is_inspected_on_images(
     timms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def test_calls_are_documented_and_typed(name: str) -> None:
     assert all(p.annotation is not p.empty for p in inspect.signature(call).parameters.values())
 
 
+@pytest.mark.slow
 def test_the_public_functions_stay_functions_after_other_imports() -> None:
     """`fastvit_train.evaluate` stays the function, not the module `inference.evaluate`."""
     code = """

@@ -35,6 +35,7 @@ def theirs(small_config: Callable[..., TrainConfig], tmp_path: Path) -> Path:
     return tmp_path / "runs" / "theirs"
 
 
+@pytest.mark.slow
 def test_timm_opens_its_own_models_and_names_the_import_for_ours(
     theirs: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -47,6 +47,7 @@ def test_several_seeds_print_their_table_first(
     assert "mean" in out[out.index("run-seed0") :] and "written to" not in out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_profile_prints_its_figures_first(
     small_config: Callable[..., TrainConfig],
     monkeypatch: pytest.MonkeyPatch,

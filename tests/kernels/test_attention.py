@@ -143,7 +143,10 @@ def test_dropout_is_the_same_in_the_backward_pass(
     assert single == pytest.approx(slope, rel=0, abs=abs(double - single) + rounding)
 
 
-@pytest.mark.parametrize("model_name", ["c_vit_4_4_32", "mc_vit_4_4_32", "cct_2_3x2_32"])
+@pytest.mark.parametrize(
+    "model_name",
+    ["mc_vit_4_4_32", *(pytest.param(n, marks=pytest.mark.slow) for n in ("c_vit_4_4_32", "cct_2_3x2_32"))],
+)
 def test_one_checkpoint_gives_the_same_logits_and_gradients_under_each(
     model_name: str, triton_device: str, seed: int
 ) -> None:

@@ -125,6 +125,7 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_parameters(
     assert {t.grad.dtype for t in (x, weight, bias)} == {torch.float32}
 
 
+@pytest.mark.slow
 @BOTH
 def test_the_weights_gradient_is_the_same_each_time(
     shape: tuple[int, int, int, int], triton_device: str, seed: int
@@ -136,6 +137,7 @@ def test_the_weights_gradient_is_the_same_each_time(
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_recomputes_the_same_dropout(triton_device: str, seed: int) -> None:
     model = timm.create_model("mc_vit_4_4_32", depth=2, patch_size=8, attn_drop_rate=0.3, attention="triton")
     model.train().to(triton_device)

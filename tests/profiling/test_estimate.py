@@ -32,10 +32,12 @@ def dry_run_output(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[
     return printed.getvalue(), list(folder.rglob("*"))
 
 
+@pytest.mark.slow
 def test_nothing_is_written(dry_run_output: tuple[str, list[Path]]) -> None:
     assert dry_run_output[1] == []
 
 
+@pytest.mark.slow
 def test_settings_shapes_and_disk_are_those_of_the_run(dry_run_output: tuple[str, list[Path]], tmp_path: Path) -> None:
     text, _ = dry_run_output
     settings = tmp_path / "my.yaml"

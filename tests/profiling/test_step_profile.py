@@ -53,6 +53,7 @@ def test_the_trace_names_the_parts(small_config: Config, tmp_path: Path, only_bf
     assert {name: names.count(name) for name in PHASES} == {**dict.fromkeys(PHASES, 2), "waiting": 3}
 
 
+@pytest.mark.slow
 def test_a_slow_input_is_called_so(
     small_config: Config, tmp_path: Path, only_bf16: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,7 @@ def said(victim: Victim) -> str:
     return " ".join(victim.log.read_text(errors="replace").split())
 
 
-@pytest.mark.parametrize("how", ["stop", "continue"])
+@pytest.mark.parametrize("how", [pytest.param("stop", marks=pytest.mark.slow), "continue"])
 def test_a_disk_that_fills_up(how: str, disk: Path, tmp_path: Path, seed: int, count: Count) -> None:
     """A checkpoint takes about 150 KiB; a random number of bytes is left, enough for at most two more."""
     logs = tmp_path / "logs"

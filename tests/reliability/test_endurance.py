@@ -20,7 +20,8 @@ from tests.support import one_line_error, run
 Count = Callable[..., None]
 
 
-@pytest.mark.parametrize("times", [8, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("times", [8, 1000])
 def test_evaluating_leaks_neither_memory_nor_files(
     times: int, tmp_path: Path, count: Count, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -33,6 +33,7 @@ def choose_always(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(fastvit_kernels, "choose", lambda *arguments, **options: choice)
 
 
+@pytest.mark.slow
 def test_runs_under_each_attention_end_alike(small_config: Config, tmp_path: Path) -> None:
     ends = {}
     for name in ("naive", "fused", "sdpa", "compiled", "cpp", "auto"):
@@ -92,6 +93,7 @@ def test_compiling_is_warmed_up_without_a_trace_in_the_run(
     assert losses(tmp_path, "fused") == losses(tmp_path, "warm")
 
 
+@pytest.mark.slow
 def test_timms_vit_trains_with_ours(small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     choose_always(monkeypatch, "naive")
     timms = {"model": "vit_tiny_patch16_224", "image_size": 32, "epochs": 1, "optimizer": "adamw"}
