@@ -59,21 +59,17 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert imported("import fastvit_train; assert 'train' in dir(fastvit_train)") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
         "import fastvit_train; import timm",
-        *(
-            pytest.param(code, marks=pytest.mark.slow)
-            for code in (
-                "import timm; import fastvit_train",
-                "import fastvit_train; from timm import create_model",
-                "import fastvit_train; import timm.models",
-                "import fastvit_train.models; import timm",
-                "import fastvit_train, importlib.util; importlib.util.find_spec('timm'); import timm",
-                "import fastvit_train; fastvit_train.models",
-            )
-        ),
+        "import timm; import fastvit_train",
+        "import fastvit_train; from timm import create_model",
+        "import fastvit_train; import timm.models",
+        "import fastvit_train.models; import timm",
+        "import fastvit_train, importlib.util; importlib.util.find_spec('timm'); import timm",
+        "import fastvit_train; fastvit_train.models",
     ],
 )
 def test_our_models_are_registered_in_either_order(code: str) -> None:

@@ -102,7 +102,7 @@ def test_a_busy_machine_is_reported_once(small_config: Config, tmp_path: Path, m
     train_step = loop._train_step
 
     def slow_from_epoch_two_on(session: TrainSession, *arguments: Any) -> None:
-        time.sleep(0.01 if session.state.epoch == 0 else 0.08)
+        time.sleep(0.01 if session.state.epoch == 0 else 0.2)
         train_step(session, *arguments)
 
     monkeypatch.setattr(loop, "_train_step", slow_from_epoch_two_on)
