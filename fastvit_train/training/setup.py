@@ -114,16 +114,7 @@ def setup(
         folder, messages = RunFolder(resolved.run_dir), messages + lock_messages
         if resuming != is_resuming(resolved, folder, launch, resume, overwrite):
             raise UserError(f"{folder.root} has changed while this run was being set up; start it again")
-        state = TrainState()
-        if resuming:
-            state, damaged = checkpoint.load(
-                folder.checkpoints,
-                launch.accelerator,
-                trained.scheduler,
-                inputs.dataset.identity(),
-                parallelize.check_checkpoint,
-            )
-            messages += damaged
+        state, damaged = load_checkpoint(folder, trained, inputs, launch) if resuming else (TrainState(), [])
         sync.broadcast_from_rank0(
             launch.accelerator, lambda: open_folder(folder, resolved, state, resuming, launch.log)
         )
@@ -135,7 +126,7 @@ def setup(
             SlowdownDetector(),
             stack,
         )  # fmt: skip
-        log_introduction(session, launch.threads, resuming, messages)
+        log_introduction(session, launch.threads, resuming, messages + damaged)
         return replace(session, resources=stack.pop_all())
 
 
@@ -268,6 +259,16 @@ def build_ema(model: nn.Module, config: ResolvedConfig, accelerator: Accelerator
     if config.run.compile:
         compile_model(ema.module, graphed=supports_cuda_graphs(config, accelerator))
     return ema
+
+
+def load_checkpoint(
+    folder: RunFolder, trained: Trained, inputs: Inputs, launch: Launch
+) -> tuple[TrainState, list[str]]:
+    """Load the newest undamaged checkpoint; returns the run's state, and messages about newer checkpoints."""
+    data = inputs.dataset.identity()
+    return checkpoint.load(
+        folder.checkpoints, launch.accelerator, trained.scheduler, data, parallelize.check_checkpoint
+    )
 
 
 def open_folder(folder: RunFolder, config: ResolvedConfig, state: TrainState, resuming: bool, log: Log) -> None:

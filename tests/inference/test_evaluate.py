@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastvit_train.cli.main import main
-from fastvit_train.config.schema import DatasetName
+from fastvit_train.config.schema import DatasetName, TrainConfig
 from fastvit_train.inference.evaluate import evaluate_run
 from fastvit_train.inference.export import export_run
 from fastvit_train.inference.predict import predict_images
 from fastvit_train.inference.trained_model import load_run
 from fastvit_train.models.evaluator import Evaluation, _ahead
+from fastvit_train.training.loop import fit
 from fastvit_train.utils.errors import UserError
 from tests.support import launch, one_line_error, write_folder
 from tests.support.pictures import record_pictures
@@ -96,6 +98,17 @@ def test_a_run_with_a_holdout_is_evaluated_on_the_test_set_on_request(
     (folder / "config.yaml").write_text(config.replace("holdout: 0.0", "holdout: 0.1"))
     evaluated = evaluate_run(folder, dataset=dataset)
     assert (evaluated.dataset.evaluated_on, evaluated.evaluation.samples) == (on, images)
+
+
+def test_a_model_of_two_classes_has_no_top_5_accuracy(
+    small_config: Callable[..., TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = str(write_folder(tmp_path / "shapes"))
+    fit(small_config(dataset="folder", data_dir=data, crop="none", epochs=1, batch_size=12))
+    capsys.readouterr()
+    main(["eval", str(tmp_path / "runs" / "run")])
+    output = capsys.readouterr().out
+    assert "(test, 24 images) accuracy " in output and "top-5" not in output
 
 
 def test_a_run_and_its_timm_folder_are_evaluated_alike(

@@ -15,8 +15,8 @@ from tests.kernels.attention_cases import DTYPES, SHAPES, cast, chain, draw, pas
 
 NAMES = [name for name in fastvit_kernels.implementations() if name != fastvit_kernels.AUTO]
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-QUICKLY = [pytest.param(name, marks=[pytest.mark.slow] * (name == "triton")) for name in NAMES]
-"""all implementations; the interpreted one is slow"""
+QUICKLY = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("triton", "compiled"))) for name in NAMES]
+"""all implementations; what is interpreted or compiled is slow"""
 DRAWS = 4
 """number of draws whose errors are summed, because the errors of two draws can differ by a factor of two"""
 QUICK = {"compiled": ((5, 7, 24, 3), DTYPES), "triton": ((3, 64, 48, 4), [torch.float32])}

@@ -25,6 +25,7 @@ def test_no_recompilation_from_step_to_step(seed: int) -> None:
     assert graphs == [first, first, first, first + 1, first + 1, first + 1]
 
 
+@pytest.mark.slow
 def test_more_shapes_than_dynamo_recompiles_one_function_for(seed: int) -> None:
     with recompile_limit(2), torch.no_grad():
         for batch in range(1, 5):
