@@ -26,11 +26,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     counts: Counter[str] = Counter()
-    for report in terminalreporter.getreports(""):
-        if getattr(report, "when", None) == "call":
-            for name, value in report.user_properties:
-                if name == "count":
-                    counts.update(value)
+    for report in (*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")):
+        for name, value in report.user_properties:
+            if name == "count":
+                counts.update(value)
     if counts:
         terminalreporter.section("reliability")
         for what, number in counts.items():
