@@ -145,7 +145,7 @@ class RunConfig:
     seed: Seed = 0
     """seed of the initial weights, the sample order and the augmentation"""
     precision: Annotated[Precision | None, Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = None
-    """mixed precision; default: that of `accelerate launch`, which is no mixed precision (fp32) unless asked for"""
+    """mixed precision; default: what `accelerate launch` sets, which is `no` (fp32) without --mixed_precision"""
     compile: Annotated[bool, Mark.MAY_CHANGE] = False
     """compile the model with torch.compile; the time that this takes is reported separately"""
     deterministic: Annotated[bool, Mark.MAY_CHANGE] = False

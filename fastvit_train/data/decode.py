@@ -1,13 +1,14 @@
 """Decode image files to RGB images of one size, and examine many files before a training."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from stat import S_ISREG
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ PHOTOMETRIC, BITS_PER_SAMPLE, MIN_SAMPLE, MAX_SAMPLE = 262, 258, 340, 341
 """tags of TIFF"""
 WHITE_IS_ZERO = 0
 MISSING = "it does not exist"
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,7 @@ def try_decode(path: Path, image_size: int, background: str) -> Tensor | Unreada
 
 def try_decode_all(files: ImageFiles, image_size: int) -> list[Tensor | Unreadable]:
     """Decode image files in threads, as `try_decode` does."""
-    # Python's catch_warnings is not made for threads, so it is entered once for all of them.
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(machine.usable_cores()) as pool:
-        return list(pool.map(_try_decode, files.paths, repeat(image_size), repeat(files.background)))
+    return _map_in_threads(_try_decode, files.paths, repeat(image_size), repeat(files.background))
 
 
 def decode_all(files: ImageFiles, image_size: int) -> Tensor:
@@ -106,15 +106,13 @@ def examine(paths: Sequence[Path]) -> tuple[list[Unreadable], int]:
     Returns:
         The files that can't be decoded, and the number of images that may have transparent parts.
     """
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(machine.usable_cores()) as pool:
-        results = list(pool.map(_examine, paths))
+    results = _map_in_threads(_examine, paths)
     return [result for result in results if isinstance(result, Unreadable)], results.count(True)
 
 
 def count_transparent(paths: Sequence[Path]) -> int:
     """Return the number of images that may have transparent parts; files that can't be read don't count."""
-    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(machine.usable_cores()) as pool:
-        return sum(pool.map(_is_transparent, paths))
+    return sum(_map_in_threads(_is_transparent, paths))
 
 
 def describe_transparency(count: int, background: str) -> str:
@@ -123,6 +121,13 @@ def describe_transparency(count: int, background: str) -> str:
         return ""
     subject, object_ = ("1 image has", "it is") if count == 1 else (f"{count:,} images have", "they are")
     return f"{subject} an alpha channel or a transparent color; {object_} composed on {background}"
+
+
+def _map_in_threads(function: Callable[..., Result], *arguments: Iterable[object]) -> list[Result]:
+    """Return the results of a function that reads image files, without Pillow's warnings."""
+    # Python's catch_warnings is not made for threads, so it is entered once for all of them.
+    with warnings.catch_warnings(action="ignore"), ThreadPoolExecutor(machine.usable_cores()) as pool:
+        return list(pool.map(function, *arguments))
 
 
 def _try_decode(path: Path, image_size: int, background: str) -> Tensor | Unreadable:

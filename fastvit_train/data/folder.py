@@ -35,7 +35,7 @@ ClassFolders = dict[str, list[Path]]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the images of a data set are. There is no test split if part of the training set is held out for it."""
+    """The class folders of a data set; `test` is empty if a part of the training set is held out for testing."""
 
     train: ClassFolders
     test: ClassFolders
@@ -192,7 +192,7 @@ def load(listing: Listing, image_size: int, stream: str, background: str, examin
 
 
 def _streams(num_images: int, image_size: int, stream: str) -> bool:
-    """Return whether so many images are decoded in each epoch, instead of once; `stream` is as in `load`."""
+    """Return whether to decode `num_images` images again in each epoch; `stream` is as in `load`."""
     needed = num_images * 3 * image_size**2
     too_large = stream == "auto" and needed > free_memory() / 2
     if too_large:

@@ -89,16 +89,17 @@ def own_precision(precision: str | None) -> Iterator[None]:
     Accelerate keeps the precision of the first Accelerator for the whole process, and has no public way to change it.
     After the context it is as before, so that a run in a notebook does not decide the precision of the next one.
     """
+    if precision is None:
+        yield
+        return
     state = AcceleratorState._shared_state
     before = dict(state)
+    state.clear()
     try:
-        if precision is not None:
-            state.clear()
         yield
     finally:
-        if precision is not None:
-            state.clear()
-            state.update(before)
+        state.clear()
+        state.update(before)
 
 
 def leave_process_group() -> None:

@@ -7,6 +7,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from fastvit_train.distributed.env import (
+    compiles,
     get,
     is_true,
     launched_world_size,
@@ -141,8 +142,8 @@ def check_single_process(verb: str) -> None:
 
 def check_compiled_once(compiled: bool) -> None:
     """Raise UserError if both --compile and the launch compile the model."""
-    backend = get("ACCELERATE_DYNAMO_BACKEND", "NO")
-    if compiled and backend.upper() != "NO":
+    if compiled and compiles():
+        backend = get("ACCELERATE_DYNAMO_BACKEND", "no")
         raise UserError(
             f"--compile and the launch's dynamo backend {backend!r} both compile the model; remove one of them"
         )

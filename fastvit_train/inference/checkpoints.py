@@ -1,6 +1,5 @@
 """The checkpoints of a run whose weights can be used: by name, with the epoch that each is from."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +101,8 @@ def _saved_steps(folder: Path, ema: bool, rows: list[dict[str, Any]]) -> dict[in
 
 
 def _is_epoch(row: dict[str, Any]) -> bool:
-    numbers: dict[str, Callable[[Any], bool]] = {
-        "epoch": lambda value: type(value) is int,
-        "step": lambda value: type(value) is int,
-        "test_accuracy": lambda value: isinstance(value, float | int),
-    }
-    return all(is_number(row.get(key)) for key, is_number in numbers.items())
+    counts = all(type(row.get(key)) is int for key in ("epoch", "step"))
+    return counts and isinstance(row.get("test_accuracy"), float | int)
 
 
 def _read_step(path: Path) -> int | None:
