@@ -3,12 +3,12 @@
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastvit_kernels.autotune.cache import processor
 from fastvit_train.distributed.cpu_threads import use_all_cores
 from fastvit_train.utils import memory
 
@@ -94,10 +94,7 @@ def device_name() -> str:
     """Return the name of the device; for a CPU with the instruction set and the number of threads that torch uses."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{model or platform.processor()} {torch.backends.cpu.get_cpu_capability()} x{torch.get_num_threads()}"
+    return f"{processor() or platform.processor()} {torch.backends.cpu.get_cpu_capability()} x{torch.get_num_threads()}"
 
 
 def assert_close(result: Tensor, expected: Tensor, dtype: str, name: str) -> None:

@@ -223,7 +223,7 @@ def test_what_the_times_depend_on_is_measured_again(what: str, monkeypatch: pyte
     elif what == "available":
         only(monkeypatch, other=fused_attention)
     elif what == "processor":
-        monkeypatch.setattr(cache, "_processor", lambda: "another")
+        monkeypatch.setattr(cache, "processor", lambda: "another")
     shape = (2, 6, 16) if what == "shape" else (2, 5, 16)
     dtype = torch.float64 if what == "dtype" else torch.float32
     options = {"has_bias": what != "bias", "dropout_p": 0.1 * (what == "dropout"), "dtype": dtype, "device": "cpu"}

@@ -60,36 +60,31 @@ def kill_a_worker() -> None:
     images.MAX_WITHOUT_WORKERS = 0
 
 
-def break_a_hook() -> None:
-    def fail(module: object, arguments: object) -> None:
-        raise ZeroDivisionError("the hook\nis broken")
-
+def before_step_five(act: Callable[[], object]) -> None:
     step, calls = loop._train_step, 0
 
     def train_step(*args: object) -> None:
         nonlocal calls
         calls += 1
         if calls == 5:
-            register_module_forward_pre_hook(fail)
+            act()
         step(*args)
 
     loop._train_step = train_step
+
+
+def break_a_hook() -> None:
+    def fail(module: object, arguments: object) -> None:
+        raise ZeroDivisionError("the hook\nis broken")
+
+    before_step_five(lambda: register_module_forward_pre_hook(fail))
 
 
 def break_a_thread() -> None:
     def fail() -> None:
         raise ZeroDivisionError("the thread\nis broken")
 
-    step, calls = loop._train_step, 0
-
-    def train_step(*args: object) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 5:
-            threading.Thread(target=fail, name="breaking").start()
-        step(*args)
-
-    loop._train_step = train_step
+    before_step_five(lambda: threading.Thread(target=fail, name="breaking").start())
 
 
 def errors(victim: Victim) -> list[str]:

@@ -86,11 +86,12 @@ def _folder() -> Path:
 def _machine(device: torch.device) -> str:
     """Describe the hardware: the processor, and the GPU if that is where the attention runs."""
     gpu = f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
-    return f"{_processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}{gpu}"
+    return f"{processor()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}{gpu}"
 
 
 @functools.cache
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of the CPU."""
     with suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
