@@ -92,9 +92,26 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def local_shard(tensor: Tensor, like: Tensor) -> Tensor:
-    """Shard a full `tensor`, the same on all ranks, as `like` is sharded; unchanged if `like` is not."""
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this rank's shard of `tensor`, sharing its memory; `tensor` itself if it is not sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_shards(shard: Tensor, like: Tensor) -> Tensor:
+    """Return the full tensor of which this rank holds `shard`, sharded as `like` is; `shard` if `like` is not."""
+    if not isinstance(like, DTensor):
+        return shard
+    shape, stride = like.shape, like.stride()
+    mesh, placements = like.device_mesh, like.placements
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=shape, stride=stride).full_tensor()
+
+
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return this rank's shard of `tensor`, which is the same on all ranks, sharded as `like` is; all if it is not."""
     if not isinstance(like, DTensor):
         return tensor
-    replicated = DTensor.from_local(tensor, like.device_mesh, run_check=False)
-    return replicated.redistribute(placements=like.placements)
+    return (
+        DTensor.from_local(tensor, like.device_mesh, run_check=False)
+        .redistribute(placements=like.placements)
+        .to_local()
+    )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from fastvit_train.distributed.parallelize import full_tensor, local_shard
+from fastvit_train.distributed.parallelize import gather_shards, local_tensor, shard_like
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -23,7 +23,8 @@ class Muon(torch.optim.Optimizer):
     Args:
         params: parameters or groups. Outside fallback groups each must be a matrix, (out, in), or a convolution's
             kernel, which counts as (out, everything else); AdamW trains all other parameters.
-        lr: learning rate. The update has the root mean square of AdamW's (0.2), so both use the same rate.
+        lr: learning rate, a float or a scalar tensor. The update has the root mean square of AdamW's (0.2), so both use
+            the same rate.
         weight_decay: decoupled, as in AdamW.
         merged: number of matrices that are stacked in each parameter, such as 3 for merged query, key and value; each
             is orthogonalised by itself.
@@ -39,7 +40,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float = 6e-3,
+        lr: float | Tensor = 6e-3,
         weight_decay: float = 0.0,
         merged: int = 1,
         momentum: float = 0.95,
@@ -58,6 +59,7 @@ class Muon(torch.optim.Optimizer):
             "betas": betas,
             "eps": eps,
             "use_fallback": False,
+            "fused": True,  # makes torch load each "step" to the device of its parameter
         }
         super().__init__(params, defaults)
 
@@ -67,7 +69,11 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one optimizer step; `closure`, if given, is called first and its loss is returned."""
+        """Take one optimizer step; `closure`, if given, is called first and its loss is returned.
+
+        A learning rate is a float, or a scalar tensor on the device of the parameters. With tensors, and once a step
+        has created the state, steps can be captured in a CUDA graph.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -85,18 +91,19 @@ class Muon(torch.optim.Optimizer):
         for p in params:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        averages = [self.state[p]["momentum"] for p in params]
-        gradients = _gradients(params)
+        averages = [local_tensor(self.state[p]["momentum"]) for p in params]
+        gradients = _local_gradients(params)
         torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, averages, group["momentum"]) if group["nesterov"] else averages
-        matrices = torch.stack([full_tensor(average).flatten(1) for average in ahead])
+        matrices = torch.stack([gather_shards(a, p).flatten(1) for a, p in zip(ahead, params, strict=True)])
         batch, rows, columns = matrices.shape
         matrices = matrices.view(batch * group["merged"], rows // group["merged"], columns)
         updates = orthogonalize(matrices, group["ns_steps"])
         scale = 0.2 * max(updates.shape[1:]) ** 0.5
-        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        own = [local_shard(update, p) for update, p in zip(updates.reshape(-1, *params[0].shape), params, strict=True)]
-        torch._foreach_add_(params, own, alpha=-group["lr"] * scale)
+        own = [shard_like(update, p) for update, p in zip(updates.reshape(-1, *params[0].shape), params, strict=True)]
+        weights = [local_tensor(p) for p in params]
+        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+        _foreach_subtract(weights, own, group["lr"] * scale)
 
     def _adamw_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if not params:
@@ -110,13 +117,13 @@ class Muon(torch.optim.Optimizer):
                 }
         states = [self.state[p] for p in params]
         adamw(
-            params,
-            _gradients(params),
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local_tensor(p) for p in params],
+            _local_gradients(params),
+            [local_tensor(state["exp_avg"]) for state in states],
+            [local_tensor(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
-            fused=True,
+            fused=group["fused"],
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],
@@ -127,8 +134,17 @@ class Muon(torch.optim.Optimizer):
         )
 
 
-def _gradients(params: list[Tensor]) -> list[Tensor]:
-    return [p.grad for p in params if p.grad is not None]
+def _local_gradients(params: list[Tensor]) -> list[Tensor]:
+    return [local_tensor(p.grad) for p in params if p.grad is not None]
+
+
+def _foreach_subtract(weights: list[Tensor], updates: list[Tensor], rate: float | Tensor) -> None:
+    """Subtract `rate` times `updates`, which may be overwritten, from `weights`."""
+    if isinstance(rate, Tensor):  # as `alpha`, it would have to be read by the host
+        torch._foreach_mul_(updates, rate)
+        torch._foreach_sub_(weights, updates)
+    else:
+        torch._foreach_sub_(weights, updates, alpha=rate)
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -93,6 +93,35 @@ def test_merged_projections_are_orthogonalised_one_by_one(seed: int) -> None:
     assert in_three == {name for name in names.values() if name.endswith("qkv.weight")} and len(in_three) == 4
 
 
+def test_muons_learning_rate_may_be_a_tensor(seed: int) -> None:
+    """As it is where steps are captured in a CUDA graph."""
+    by_float = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((24, 8), (24, 8), (8,))]
+    by_tensor = [torch.nn.Parameter(p.detach().clone()) for p in by_float]
+    optimizers = [Muon(params, weight_decay=0.1, nesterov=True) for params in (by_float, by_tensor)]
+    for rate in (0.02, 0.01):
+        gradients = [torch.randn_like(p) for p in by_float]
+        for optimizer, lr in zip(optimizers, (rate, torch.tensor(rate)), strict=True):
+            group = optimizer.param_groups[0]
+            group["lr"] = lr
+            for p, gradient in zip(group["params"], gradients, strict=True):
+                p.grad = gradient.clone()
+            optimizer.step()
+    for one, other in zip(by_float, by_tensor, strict=True):
+        assert torch.allclose(one, other, rtol=0, atol=1e-6)
+
+
+def test_muons_loaded_state_is_on_the_device_of_its_parameter() -> None:
+    """Torch leaves `step` on the CPU, where a checkpoint is read to, unless the group says that it must not."""
+    saved = Muon([torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4))])
+    for p in saved.param_groups[0]["params"]:
+        p.grad = torch.ones_like(p)
+    saved.step()
+    resumed = Muon([torch.nn.Parameter(torch.ones(*shape, device="meta")) for shape in ((4, 4), (4,))])
+    resumed.load_state_dict(saved.state_dict())
+    loaded = [(name, value.device.type) for state in resumed.state.values() for name, value in state.items()]
+    assert loaded == [(name, "meta") for name in ("momentum", "step", "exp_avg", "exp_avg_sq")]
+
+
 @pytest.mark.parametrize("shape", [(3, 48, 144), (2, 192, 48), (1, 48, 48)])
 def test_orthogonalize_keeps_singular_vectors_and_evens_out_values(seed: int, shape: tuple[int, ...]) -> None:
     matrices = torch.randn(*shape)
