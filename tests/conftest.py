@@ -15,13 +15,18 @@ if not torch.cuda.is_available():
 from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import TrainConfig
+from tests.support import null_gpu
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            if not torch.cuda.is_available():
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+            elif null_gpu.is_present():
+                item.add_marker(pytest.mark.xfail(raises=AssertionError, reason="nothing was computed"))
+        if item.get_closest_marker("nullgpu") and not null_gpu.is_present():
+            item.add_marker(pytest.mark.skip(reason="needs a null CUDA device"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
