@@ -43,7 +43,7 @@ class GELULinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         dtype = compute_dtype(x)
         supported = self.approximate == "tanh" and not self.drop and x.device.type == "cpu"
-        if supported and not torch.compiler.is_exporting() and _has_kernel(dtype):
+        if supported and _has_kernel(dtype):
             bias = None if self.bias is None else self.bias.to(dtype)
             return _GELULinear.apply(x.to(dtype), self.weight.to(dtype), bias)
         active = F.gelu(x, approximate=self.approximate)
@@ -52,7 +52,13 @@ class GELULinear(nn.Linear):
 
 @torch.compiler.assume_constant_result
 def _has_kernel(dtype: torch.dtype) -> bool:
-    return dtype in (torch.float32, torch.bfloat16) and why_unavailable() is None and _compile_error(dtype) is None
+    """Whether the kernel computes in this dtype here. torch.compile calls this function instead of tracing it.
+
+    In traced code `is_exporting` is true under torch.compile too, up to torch 2.11.
+    """
+    if torch.compiler.is_exporting() or dtype not in (torch.float32, torch.bfloat16):
+        return False
+    return why_unavailable() is None and _compile_error(dtype) is None
 
 
 @functools.cache
