@@ -1,6 +1,8 @@
 """Losses and correct predictions of the epoch under way: summed on the device, read a few times per epoch."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,7 @@ from fastvit_train.distributed import sync
 from fastvit_train.training.checkpointing import name_last_checkpoint
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.torch_private import current_scale
 
 
 @dataclass
@@ -20,10 +23,22 @@ class EpochTotals:
     """loss of each step of the epoch, nats, (steps,); 0 for the steps to come"""
     correct: Tensor
     """number of training images that were classified correctly, ()"""
+    skipped: Tensor
+    """number of optimizer steps of the whole run that the gradient scaler of fp16 skipped, int64 ()"""
 
     def is_nonfinite(self) -> Tensor:
         """Return a boolean scalar on the device: whether some loss is NaN or inf."""
         return ~self.losses.isfinite().all()
+
+    @contextmanager
+    def count_skipped(self, scaler: torch.amp.GradScaler | None) -> Iterator[None]:
+        """Count the optimizer step inside the context if `scaler` skips it, which lowers its scale."""
+        if scaler is None:
+            yield
+            return
+        before = current_scale(scaler).clone()
+        yield
+        self.skipped += current_scale(scaler) < before
 
 
 def restore_totals(session: TrainSession) -> EpochTotals:
@@ -34,7 +49,7 @@ def restore_totals(session: TrainSession) -> EpochTotals:
     correct = torch.zeros((), device=device)
     if session.accelerator.is_main_process:
         correct += state.epoch_correct
-    return EpochTotals(losses, correct)
+    return EpochTotals(losses, correct, torch.tensor(state.skipped_steps, device=device))
 
 
 def collect_totals(session: TrainSession, totals: EpochTotals) -> None:
@@ -48,6 +63,7 @@ def collect_totals(session: TrainSession, totals: EpochTotals) -> None:
     accelerator, state = session.accelerator, session.state
     state.epoch_losses = accelerator.reduce(totals.losses[: state.step_in_epoch], "mean").tolist()
     state.epoch_correct = float(accelerator.reduce(totals.correct, "sum"))
+    state.skipped_steps = int(totals.skipped)
     state.add_usage(sync.sum_usage_over_ranks(accelerator, session.meter, session.meter.stop()))
     for index, loss in enumerate(state.epoch_losses):
         if not math.isfinite(loss):

@@ -147,13 +147,13 @@ def _train_step(session: TrainSession, micro_batches: Iterator[Batch], totals: E
             with phase("optimizer"):
                 if config.clip_grad is not None and accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
-                session.optimizer.step()
+                with totals.count_skipped(accelerator.scaler):
+                    session.optimizer.step()
                 session.optimizer.zero_grad()
         totals.losses[state.step_in_epoch] += loss.detach() / config.grad_accum
         totals.correct += (logits.detach().argmax(1) == labels).sum()
     state.step += 1
     state.step_in_epoch += 1
-    state.skipped_steps += session.optimizer.step_was_skipped
     session.scheduler.step_update(state.step)
     if session.ema is not None:
         with phase("optimizer"):

@@ -49,3 +49,12 @@ def recompile_limit(limit: int) -> AbstractContextManager[None]:
     missing in the oldest torch that is supported.
     """
     return torch._dynamo.config.patch(recompile_limit=limit)
+
+
+def current_scale(scaler: torch.amp.GradScaler) -> torch.Tensor:
+    """Return the scale of a scaler that has scaled a loss, a scalar on the device that `update()` changes in place.
+
+    The public `get_scale()` makes the host wait for the device.
+    """
+    assert scaler._scale is not None, "the scaler has not scaled a loss yet"
+    return scaler._scale

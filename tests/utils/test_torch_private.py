@@ -68,3 +68,15 @@ def test_the_recompile_limit_holds_within_the_context_only() -> None:
     with torch_private.recompile_limit(3):
         assert compile_for_sizes(6) == 3
     assert compile_for_sizes(6) == 6
+
+
+def test_the_scale_of_a_scaler_changes_in_place() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    weight = torch.nn.Parameter(torch.ones(()))
+    optimizer = torch.optim.SGD([weight])
+    scaler.scale(weight * torch.inf).backward()
+    scale = torch_private.current_scale(scaler)
+    assert scale == scaler.get_scale() == 8
+    scaler.step(optimizer)
+    scaler.update()
+    assert scale == scaler.get_scale() == 4
