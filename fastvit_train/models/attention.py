@@ -78,7 +78,9 @@ def plain_attention(model: nn.Module) -> str:
     return "fused" if fastvit_kernels.can_swap_attention(model) else TIMM
 
 
-def pick_attention(model: nn.Module, batch_size: int, image_size: int, device: torch.device) -> tuple[str, list[str]]:
+def pick_attention(
+    model: nn.Module, batch_size: int, image_size: int, device: torch.device, compiled: bool = False
+) -> tuple[str, list[str]]:
     """Return the attention to train `model` with: the preferred one, unless another is measured to be clearly faster.
 
     Args:
@@ -86,6 +88,7 @@ def pick_attention(model: nn.Module, batch_size: int, image_size: int, device: t
         batch_size: images per forward pass of one rank.
         image_size: side of the input in pixels.
         device: the device to measure on, under the current autocast.
+        compiled: whether the model will be compiled.
 
     Returns:
         The name of the attention, and one line per shape that reports what was measured.
@@ -93,7 +96,8 @@ def pick_attention(model: nn.Module, batch_size: int, image_size: int, device: t
     if plain_attention(model) == TIMM:
         return TIMM, [f"attention {TIMM}: the model's own; the others do not support this model"]
     cases = _cases(model, batch_size, image_size, device)
-    choices = [fastvit_kernels.choose(**dict(case), device=device) for case in cases]
+    mode: fastvit_kernels.Mode = "compiled" if compiled else "eager"
+    choices = [fastvit_kernels.choose(**dict(case), device=device, mode=mode) for case in cases]
     fits_all = [name for name in choices[0].samples if all(name in choice.samples for choice in choices)]
     calls = list(cases.values())
     totals = {name: _add_up([choice.samples[name] for choice in choices], calls) for name in fits_all}
@@ -107,7 +111,12 @@ def _add_up(samples: list[tuple[float, ...]], calls: list[int]) -> tuple[float, 
 
 
 def choose_attention(
-    model: nn.Module, batch_size: int, image_size: int, accelerator: Accelerator, measure: bool = True
+    model: nn.Module,
+    batch_size: int,
+    image_size: int,
+    accelerator: Accelerator,
+    measure: bool = True,
+    compiled: bool = False,
 ) -> tuple[str, list[str]]:
     """Make `model` compute with the attention that suits this machine best, the same one on all ranks.
 
@@ -117,6 +126,7 @@ def choose_attention(
         image_size: side of the input in pixels.
         accelerator: rank 0 measures on its device, under its autocast.
         measure: if False, take the plain attention instead.
+        compiled: whether the model will be compiled.
 
     Returns:
         The name, and what was measured, in words.
@@ -124,7 +134,7 @@ def choose_attention(
     result: list[Any] = [(plain_attention(model), [])]
     if accelerator.is_main_process and measure:
         with accelerator.autocast():
-            result = [pick_attention(model, batch_size, image_size, accelerator.device)]
+            result = [pick_attention(model, batch_size, image_size, accelerator.device, compiled)]
     name, messages = broadcast_object_list(result)[0]
     set_attention(model, name)
     return name, messages

@@ -209,7 +209,8 @@ def resolve_attention(
     if config.model.attention != AUTO:
         return config, []
     measure = not config.run.deterministic
-    name, messages = choose_attention(model, inputs.micro_batch, config.image_size, accelerator, measure)
+    compiled = config.run.compile or env.compiles()
+    name, messages = choose_attention(model, inputs.micro_batch, config.image_size, accelerator, measure, compiled)
     return config.with_attention(name), messages
 
 

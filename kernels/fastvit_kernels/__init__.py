@@ -4,7 +4,7 @@ Every implementation computes the same function of the same, merged parameters (
 per head), so every checkpoint works with every implementation.
 """
 
-from fastvit_kernels.autotune import Choice, choose, preferred
+from fastvit_kernels.autotune import Choice, Mode, choose, preferred
 from fastvit_kernels.cpp.gelu import GELULinear
 from fastvit_kernels.module import SelfAttention, can_swap_attention, swap_attention
 from fastvit_kernels.operator import attention, attention_weights
@@ -15,6 +15,7 @@ __all__ = [
     "COMPILING",
     "Choice",
     "GELULinear",
+    "Mode",
     "SelfAttention",
     "attention",
     "attention_weights",

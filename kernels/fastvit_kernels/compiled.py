@@ -27,12 +27,16 @@ def compiled_attention(
 
 @functools.cache
 def _compiled_for(*signature: object) -> Callable[..., Tensor]:
-    """Compile a copy of `fused_attention` that has its own code object.
+    return compile_copy(fused_attention)
+
+
+def compile_copy(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compile a copy of `function` that has its own code object.
 
     torch.compile counts recompilations per code object and stops compiling after eight. A model with several shapes,
     trained and evaluated, exceeds that. torch.compile's argument `recompile_limit` would be plainer, but torch 2.9, the
     oldest supported version, does not have it.
     """
-    code = fused_attention.__code__.replace(co_name="compiled_attention")
-    copy = types.FunctionType(code, fused_attention.__globals__)
+    code = function.__code__.replace(co_name=f"compiled_{function.__name__}")
+    copy = types.FunctionType(code, function.__globals__)
     return torch.compile(copy, fullgraph=True, dynamic=False)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastvit_kernels.autotune import auto_name
+from fastvit_kernels.autotune import Mode, auto_name
 from fastvit_kernels.fused import probabilities, split_heads
 from fastvit_kernels.registry import AUTO, IMPLEMENTATIONS, check_implementation
 
@@ -41,8 +41,9 @@ def attention(
     if implementation == AUTO and not x.numel():
         implementation = "fused"  # an empty tensor cannot be timed
     if implementation == AUTO:
+        mode: Mode = "traced" if torch.compiler.is_compiling() else "eager"
         implementation = auto_name(
-            tuple(x.shape), num_heads, x.dtype, x.device, qkv_weight.dtype, qkv_bias is not None, dropout_p
+            tuple(x.shape), num_heads, x.dtype, x.device, qkv_weight.dtype, qkv_bias is not None, dropout_p, mode
         )
     entry = IMPLEMENTATIONS[implementation]
     reason = entry.why_unsupported(x, num_heads)

@@ -13,12 +13,13 @@ from torch import Tensor
 
 import fastvit_kernels
 from fastvit_kernels import registry
-from fastvit_kernels.autotune import cache, chooser, measurement
+from fastvit_kernels.autotune import cache, chooser, measurement, timers
 from fastvit_kernels.autotune import choice as choice_module
 from fastvit_kernels.fused import fused_attention
 from fastvit_kernels.registry import Implementation
 from tests.kernels.accuracy import assert_accurate
 from tests.kernels.attention_cases import chain
+from tests.support import null_gpu
 
 CASE = {"dtype": torch.float32, "device": torch.device("cpu")}
 
@@ -145,10 +146,100 @@ def test_an_empty_batch_is_not_timed() -> None:
         fastvit_kernels.attention(torch.zeros(2, 0, 16), torch.zeros(48, 16), None, 2)
 
 
-def test_inside_a_compiled_graph(seed: int) -> None:
+def test_inside_a_compiled_graph(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     x, weight = torch.randn(2, 5, 16), torch.randn(48, 16)
     function = torch.compile(lambda x: fastvit_kernels.attention(x, weight, None, 2), fullgraph=True, dynamic=False)
     assert_accurate([function(x)], [chain(x, weight, None, 2)], [chain(x.double(), weight.double(), None, 2)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "float32, cpu, traced: naive " in line
+    assert line.endswith("; left out compiled: it is fused inside torch.compile")
+
+
+def graphed_case(
+    monkeypatch: pytest.MonkeyPatch, mode: choice_module.Mode, milliseconds: dict[str, float]
+) -> choice_module.Case:
+    """Return a case whose passes are captured; instead of a GPU, `milliseconds` times the function of each name."""
+    captured: list[str] = []
+
+    def graph_timer(run: functools.partial[object], device: torch.device, pool: object) -> Callable[[], float]:
+        name = next(name for name, entry in registry.IMPLEMENTATIONS.items() if entry.function is run.args[0])
+        if name not in milliseconds:
+            raise RuntimeError("operation not permitted when stream is capturing\nsee the log")
+        captured.append(name)
+        return lambda: milliseconds[name]
+
+    monkeypatch.setattr(choice_module.Case, "is_graphed", True)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
+    monkeypatch.setattr(measurement, "graph_timer", graph_timer)
+    monkeypatch.setattr(measurement, "MAX_SECONDS", 0.1)
+    return choice_module.Case((2, 5, 16), 2, torch.float32, torch.float32, True, 0.0, torch.device("cpu"), None, mode)
+
+
+@pytest.mark.parametrize("mode", ["compiled", "traced"])
+def test_in_a_graph_the_times_on_the_device_decide(mode: choice_module.Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, fused=fused_attention, other=slow, compiled=broken)  # `other` is slow on the host alone
+    compiled: list[object] = []
+    monkeypatch.setattr(measurement, "compile_copy", lambda function: compiled.append(function) or function)
+    choice = measurement.measure(graphed_case(monkeypatch, mode, {"fused": 0.2, "other": 0.1}))
+    assert choice.name == "other"
+    assert choice.milliseconds == {"fused": 0.2, "other": 0.1}
+    assert choice.unsupported == {"compiled": "it is fused inside torch.compile"}
+    assert f"cpu, {mode}: fused 0.200, other 0.100 (" in str(choice)
+    assert compiled == ([fused_attention, slow] if mode == "compiled" else [])
+
+
+def test_what_a_graph_cannot_capture_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch, other=slow)
+    case = graphed_case(monkeypatch, "traced", {"fused": 0.2})
+    with pytest.warns(UserWarning, match="leaves out other: RuntimeError: operation not permitted when stream is"):
+        choice = measurement.measure(case)
+    assert choice.name == "fused"
+
+
+def test_on_a_cpu_a_compiled_model_has_the_choice_of_an_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    only(monkeypatch)
+    assert fastvit_kernels.choose((2, 5, 16), 2, **CASE, mode="compiled") is fastvit_kernels.choose(
+        (2, 5, 16), 2, **CASE
+    )
+
+
+@pytest.mark.nullgpu
+def test_replays_are_timed_without_the_host() -> None:
+    x = torch.zeros(4, device="cuda")
+    with null_gpu.counted() as capture:
+        timer = timers.graph_timer(lambda: x + 1, x.device, torch.cuda.graph_pool_handle())
+    with null_gpu.counted() as round_of_replays:
+        assert timer() > 0
+    assert capture.captured.total() == 1 and capture.violations == 0
+    assert round_of_replays.replayed.total() == round_of_replays.calls["cudaGraphLaunch"] == 1 + timers.GPU_CALLS
+    assert round_of_replays.launched.total() == round_of_replays.violations == 0
+    assert round_of_replays.synchronisations == 1
+    with pytest.raises(RuntimeError):
+        timers.graph_timer(lambda: x.sum().item(), x.device, torch.cuda.graph_pool_handle())
+
+
+@pytest.mark.nullgpu
+@pytest.mark.parametrize("mode", ["eager", "compiled", "traced"])
+def test_on_a_gpu_everything_that_runs_there_can_be_timed(
+    mode: choice_module.Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measurement, "_difference", lambda results, expected: None)  # nothing was computed
+    with null_gpu.counted() as counts, torch.autocast("cuda", torch.bfloat16):
+        choice = fastvit_kernels.choose((256, 64, 48), 4, dtype=torch.float32, device="cuda", dropout_p=0.1, mode=mode)
+    names = {"naive", "fused", "sdpa", "compiled", "triton"}
+    assert set(choice.samples) == (names if mode == "eager" else names - {"compiled"})
+    assert counts.violations == 0
+    assert (counts.replayed.total() == 0) == (mode == "eager")
+
+
+@pytest.mark.nullgpu
+def test_inside_a_graph_that_is_compiled_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measurement, "_difference", lambda results, expected: None)
+    x, weight = torch.zeros(2, 5, 16, device="cuda"), torch.zeros(48, 16, device="cuda")
+    function = torch.compile(lambda x: fastvit_kernels.attention(x, weight, None, 2), fullgraph=True, dynamic=False)
+    with null_gpu.counted() as counts:
+        assert function(x).shape == x.shape
+    assert counts.violations == 0 and counts.replayed.total() > 0
 
 
 def test_noise_does_not_decide_between_implementations_of_equal_speed(
@@ -160,17 +251,14 @@ def test_noise_does_not_decide_between_implementations_of_equal_speed(
     draw = random.Random(seed)
     factors = {"naive": 1.4, "fused": 1.05, "sdpa": 1.0, "compiled": 0.97, "cpp": 1.02}
 
-    def time_pass(run: Callable[[], object], device: torch.device) -> float:
-        name = run.args[0]  # type: ignore[attr-defined]
+    def time_pass(name: str) -> float:
         disturbed = draw.uniform(1, 4) if draw.random() < 0.5 else 1.0
         return 5 * factors[name] * draw.gauss(1, 0.01) * disturbed
 
-    monkeypatch.setattr(measurement, "_milliseconds", time_pass)
-    passes = {name: functools.partial(fused_attention, name) for name in table}
-    device = torch.device("cpu")
-    assert {fastvit_kernels.preferred(measurement._time(passes, device)) for _ in range(100)} == {"cpp"}
+    passes = {name: functools.partial(time_pass, name) for name in table}
+    assert {fastvit_kernels.preferred(measurement._time(passes)) for _ in range(100)} == {"cpp"}
     factors["compiled"] = 0.6  # a real difference decides, in spite of the noise
-    assert {fastvit_kernels.preferred(measurement._time(passes, device)) for _ in range(100)} == {"compiled"}
+    assert {fastvit_kernels.preferred(measurement._time(passes)) for _ in range(100)} == {"compiled"}
 
 
 @pytest.mark.parametrize(
@@ -209,7 +297,8 @@ def test_a_second_start_reads_what_the_first_measured(
 
 
 @pytest.mark.parametrize(
-    "what", ["shape", "heads", "dtype", "bias", "dropout", "autocast", "threads", "version", "available", "processor"]
+    "what",
+    ["shape", "heads", "dtype", "bias", "dropout", "mode", "autocast", "threads", "version", "available", "processor"],
 )
 def test_what_the_times_depend_on_is_measured_again(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch)
@@ -227,6 +316,7 @@ def test_what_the_times_depend_on_is_measured_again(what: str, monkeypatch: pyte
     shape = (2, 6, 16) if what == "shape" else (2, 5, 16)
     dtype = torch.float64 if what == "dtype" else torch.float32
     options = {"has_bias": what != "bias", "dropout_p": 0.1 * (what == "dropout"), "dtype": dtype, "device": "cpu"}
+    options |= {"mode": "traced"} if what == "mode" else {}
     with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
         again = fastvit_kernels.choose(shape, 4 if what == "heads" else 2, **options)
     assert again.file is None
@@ -286,7 +376,9 @@ def test_a_failure_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_processes_that_start_together_agree_with_the_first_to_finish(monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch, other=fused_attention)
-    case = choice_module.Case((2, 5, 16), 2, torch.float32, torch.float32, True, 0.0, torch.device("cpu"), None)
+    case = choice_module.Case(
+        (2, 5, 16), 2, torch.float32, torch.float32, True, 0.0, torch.device("cpu"), None, "eager"
+    )
     theirs = choice_module.Choice("case", {"fused": (1.0, 1.0, 1.0), "other": (2.0, 2.0, 2.0)}, 0.0)
 
     def measure_while_another_process_finishes(case: choice_module.Case) -> choice_module.Choice:

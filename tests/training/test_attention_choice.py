@@ -58,6 +58,22 @@ def test_auto_is_the_default_and_its_pick_is_recorded_and_kept(
     assert recorded(tmp_path) == "naive"
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_auto_measures_under_the_conditions_of_the_run(
+    compile: bool, small_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
+
+    def choose(*arguments: object, mode: str, **options: object) -> None:
+        modes.append(mode)
+        raise UserError("enough")
+
+    monkeypatch.setattr(fastvit_kernels, "choose", choose)
+    with pytest.raises(UserError, match="enough"):
+        fit(small_config(attention="auto", compile=compile))
+    assert modes == ["compiled" if compile else "eager"]
+
+
 def test_a_resumed_run_takes_another_attention_if_it_is_named(small_config: Config, tmp_path: Path) -> None:
     fit(small_config(stop_after=1, attention="naive"))
     assert fit(small_config(attention="fused"), resume="must")["attention"] == "fused"

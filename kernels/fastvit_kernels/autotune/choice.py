@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -14,6 +15,10 @@ PARTS = 3
 """parts of the rounds, each of which has to show that an implementation is faster"""
 MIN_GAIN = 1.1
 """an implementation that is less than this factor faster does not replace one that is preferred to it"""
+
+Mode = Literal["eager", "compiled", "traced"]
+"""how the calls run: one by one; inside a model that will be compiled; or inside a graph that torch.compile is tracing
+at this moment, when nothing else can be compiled"""
 
 
 @dataclass(frozen=True)
@@ -28,11 +33,18 @@ class Case:
     dropout_p: float
     device: torch.device
     autocast: torch.dtype | None
+    mode: Mode
 
     def __str__(self) -> str:
         autocast = "" if self.autocast is None else f" under autocast to {_dtype_name(self.autocast)}"
         sizes = "x".join(map(str, self.shape))
-        return f"{sizes}, {self.num_heads} heads, {_dtype_name(self.dtype)}{autocast}, {self.device.type}"
+        mode = "" if self.mode == "eager" else f", {self.mode}"
+        return f"{sizes}, {self.num_heads} heads, {_dtype_name(self.dtype)}{autocast}, {self.device.type}{mode}"
+
+    @property
+    def is_graphed(self) -> bool:
+        """Whether only the time on the device counts, because the calls are launched as a CUDA graph."""
+        return self.mode != "eager" and self.device.type == "cuda"
 
 
 @dataclass(frozen=True)

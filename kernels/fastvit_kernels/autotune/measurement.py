@@ -3,7 +3,7 @@
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fastvit_kernels.autotune.choice import PARTS, Case, Choice
+from fastvit_kernels.autotune.timers import Timer, graph_timer, host_timer
+from fastvit_kernels.compiled import compile_copy
 from fastvit_kernels.registry import COMPILING, IMPLEMENTATIONS, candidates
 
 REFERENCE = "fused"
@@ -23,8 +25,6 @@ CHECKED_SAMPLES = 8
 """samples of the batch whose results are compared with the reference"""
 TF32_EPS = 2**-10
 """relative precision of TF32, in which a GPU may multiply float32 matrices"""
-GPU_CALLS = 10
-"""calls between two synchronisations; a synchronisation takes longer than a call of a few microseconds"""
 
 
 class Data(NamedTuple):
@@ -49,25 +49,27 @@ def measure(case: Case) -> Choice:
     Raises:
         RuntimeError: if no implementation supports the case.
     """
-    passes: dict[str, Callable[[], list[Tensor]]] = {}
+    timers: dict[str, Timer] = {}
     unsupported: dict[str, str] = {}
     failed: dict[str, str] = {}
     compile_seconds = 0.0
     with _isolated(case):
         data = _random_data(case)
-        expected = _forward_backward(REFERENCE, data.first(CHECKED_SAMPLES), case.num_heads, 0.0)
+        expected = _forward_backward(IMPLEMENTATIONS[REFERENCE].function, data.first(CHECKED_SAMPLES), case.num_heads)
+        pool = torch.cuda.graph_pool_handle() if case.is_graphed else None
         for name in candidates(case.device):
             started = time.perf_counter()
-            if (reason := IMPLEMENTATIONS[name].why_unsupported(data.x, case.num_heads)) is not None:
+            if (reason := _why_unsupported(name, case, data.x)) is not None:
                 unsupported[name] = reason
-            elif (problem := _check(name, case, data, expected)) is not None:
-                failed[name] = problem
+            elif isinstance(prepared := _prepare(name, case, data, expected, pool), str):
+                failed[name] = prepared
             else:
-                passes[name] = functools.partial(_forward_backward, name, data, case.num_heads, case.dropout_p)
-            compile_seconds += time.perf_counter() - started if name in COMPILING else 0.0
-        if not passes:
+                timers[name] = prepared
+            if name in COMPILING or case.mode == "compiled":
+                compile_seconds += time.perf_counter() - started
+        if not timers:
             raise RuntimeError(f"no attention implementation supports {case}: {unsupported | failed}")
-        samples = _time(passes, case.device)
+        samples = _time(timers)
     return Choice(str(case), samples, compile_seconds, unsupported, failed)
 
 
@@ -96,25 +98,45 @@ def _random_data(case: Case) -> Data:
     return Data(x.requires_grad_(), weight.requires_grad_(), bias, grad_output)
 
 
-def _forward_backward(name: str, data: Data, num_heads: int, dropout_p: float) -> list[Tensor]:
+def _forward_backward(
+    function: Callable[..., Tensor], data: Data, num_heads: int, dropout_p: float = 0.0
+) -> list[Tensor]:
     """Return the output and the gradients of x, weight and bias."""
-    output = IMPLEMENTATIONS[name].function(data.x, data.weight, data.bias, num_heads, dropout_p)
+    output = function(data.x, data.weight, data.bias, num_heads, dropout_p)
     inputs = [t for t in (data.x, data.weight, data.bias) if t is not None]
     return [output.detach(), *torch.autograd.grad(output, inputs, data.grad_output)]
 
 
-def _check(name: str, case: Case, data: Data, expected: list[Tensor]) -> str | None:
-    """Warn and return why `name` is left out: it raises, or differs from the reference by more than rounding."""
+def _why_unsupported(name: str, case: Case, x: Tensor) -> str | None:
+    if name == "compiled" and case.mode != "eager":
+        return "it is fused inside torch.compile"
+    return IMPLEMENTATIONS[name].why_unsupported(x, case.num_heads)
+
+
+def _prepare(name: str, case: Case, data: Data, expected: list[Tensor], pool: Any | None) -> Timer | str:
+    """Return the timer of `name`. If it is left out, warn and return why.
+
+    That is if it raises, if it differs from the reference by more than rounding, or if a graph cannot capture it.
+    """
+    function = IMPLEMENTATIONS[name].function
     try:
         if case.dropout_p:
-            _forward_backward(name, data, case.num_heads, case.dropout_p)
-        results = _forward_backward(name, data, case.num_heads, 0.0)
-        problem = _difference(results, expected)
+            _forward_backward(function, data, case.num_heads, case.dropout_p)
+        problem = _difference(_forward_backward(function, data, case.num_heads), expected)
+        if problem is None:
+            return _timer(function, case, data, pool)
     except Exception as error:
         problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    if problem is not None:
-        warnings.warn(f"attention auto leaves out {name}: {problem}", stacklevel=5)
+    warnings.warn(f"attention auto leaves out {name}: {problem}", stacklevel=5)
     return problem
+
+
+def _timer(function: Callable[..., Tensor], case: Case, data: Data, pool: Any | None) -> Timer:
+    """Return a timer of forward and backward passes as they will run in `case`."""
+    if case.mode == "compiled":
+        function = compile_copy(function)
+    run = functools.partial(_forward_backward, function, data, case.num_heads, case.dropout_p)
+    return host_timer(run, case.device) if pool is None else graph_timer(run, case.device, pool)
 
 
 def _difference(results: list[Tensor], expected: list[Tensor]) -> str | None:
@@ -127,12 +149,12 @@ def _difference(results: list[Tensor], expected: list[Tensor]) -> str | None:
     return None
 
 
-def _time(passes: dict[str, Callable[[], list[Tensor]]], device: torch.device) -> dict[str, tuple[float, ...]]:
-    """Return the milliseconds of the fastest round of each part of the rounds, for each pass.
+def _time(timers: Mapping[str, Timer]) -> dict[str, tuple[float, ...]]:
+    """Return the milliseconds of the fastest round of each part of the rounds, for each timer.
 
     The rounds are interleaved, and each part takes rounds from all of the time, so that other load affects all alike.
     """
-    times: dict[str, list[float]] = {name: [] for name in passes}
+    times: dict[str, list[float]] = {name: [] for name in timers}
     started = time.perf_counter()
     for turn in range(MAX_ROUNDS):
         if turn >= MIN_ROUNDS and time.perf_counter() - started > MAX_SECONDS:
@@ -140,21 +162,5 @@ def _time(passes: dict[str, Callable[[], list[Tensor]]], device: torch.device) -
         limit = MAX_SLOWDOWN * min((min(values) for values in times.values() if values), default=0.0)
         for name, values in times.items():
             if turn < MIN_ROUNDS or min(values) <= limit:
-                values.append(_milliseconds(passes[name], device))
+                values.append(timers[name]())
     return {name: tuple(min(values[part::PARTS]) for part in range(PARTS)) for name, values in times.items()}
-
-
-# fastvit_train.utils.timing has this too; but the kernels work alone, and the import order forbids it here.
-def _milliseconds(run: Callable[[], object], device: torch.device) -> float:
-    calls = 1 if device.type == "cpu" else GPU_CALLS
-    _synchronize(device)
-    before = time.perf_counter()
-    for _ in range(calls):
-        run()
-    _synchronize(device)
-    return (time.perf_counter() - before) / calls * 1e3
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
