@@ -53,7 +53,7 @@ class Training:
         self.images_BCHW = torch.randn(batch, 3, size, size, generator=draws).to(device())
         self.labels_B = torch.randint(0, 10, (batch,), generator=draws).to(device())
         if compiled:
-            compile_model(self.model, graphed=device().type == "cuda")
+            compile_model(self.model, device(), graphed=device().type == "cuda")
 
     def precision(self) -> torch.autocast:
         """Return the autocast context of the forward pass."""

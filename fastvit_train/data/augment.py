@@ -41,7 +41,7 @@ class Augment:
         self._draws: dict[str, Tensor] = {}
 
     def start_epoch(self, epoch: int) -> None:
-        """Draw the random numbers of `epoch` for all samples."""
+        """Draw the random numbers of `epoch` for all samples, into the same memory for every epoch."""
         config, draws = self._config, {}
         stream = generator(self._seed, "augment", epoch)
 
@@ -58,7 +58,8 @@ class Augment:
             draws["flip"] = self._first_flips_S ^ bool(epoch % 2)
         if config.cutout:
             draws["cutout"] = uniform(2)
-        self._draws = {name: draw.to(self._device) for name, draw in draws.items()}
+        for name, draw in draws.items():
+            self._draws.setdefault(name, torch.empty_like(draw, device=self._device)).copy_(draw)
 
     def crop_and_flip(self, images_BCHW: Tensor, samples_B: Tensor) -> Tensor:
         """Crop and flip uint8 images; returns uint8 for shifts, float32 (0 to 255) for resized crops."""

@@ -48,7 +48,11 @@ class ResidentImages:
 
     def batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor]:
         for samples_B in to_device(samples, self._images.device):
-            yield self._images.index_select(0, samples_B)
+            yield self.select(samples_B)
+
+    def select(self, samples_B: Tensor) -> Tensor:
+        """Return the images of sample indices that are on the device."""
+        return self._images.index_select(0, samples_B)
 
 
 def to_device(samples: Sequence[Tensor], device: torch.device) -> Sequence[Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.augment import Augment, generator
-from fastvit_train.data.images import Images, to_device
+from fastvit_train.data.images import Images, ResidentImages, to_device
 from fastvit_train.utils.errors import UserError, counted
 
 MAX_WORLD_SIZE_LISTED = 1024
@@ -97,15 +97,38 @@ class TrainLoader:
         used = order[: self.steps_per_epoch * self._batch_size]
         return used.view(self.steps_per_epoch, self._grad_accum, -1)
 
+    def start_epoch(self, epoch: int) -> Tensor:
+        """Draw the augmentation of `epoch`.
+
+        Returns:
+            This rank's sample indices, on the CPU, (steps, grad_accum, images of one micro-batch).
+        """
+        self._augment.start_epoch(epoch)
+        return self.sample_order(epoch)[:, :, self._rank_info.rank :: self._rank_info.world_size]
+
     def micro_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield this rank's (images, labels) of each micro-batch, starting at optimizer step `first_step`."""
-        self._augment.start_epoch(epoch)
-        own = self.sample_order(epoch)[first_step:, :, self._rank_info.rank :: self._rank_info.world_size]
-        samples = list(own.flatten(0, 1))
+        samples = list(self.start_epoch(epoch)[first_step:].flatten(0, 1))
         on_device = to_device(samples, self._rank_info.device)
         for samples_B, images in zip(on_device, self._images.batches(samples), strict=True):
-            images = self._augment.crop_and_flip(images, samples_B)
-            yield self._augment.cutout(self._preprocess(images), samples_B), self._labels[samples_B]
+            yield self._augmented(images, samples_B), self._labels[samples_B]
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether all images are on the device, so that `batch` can select some of them."""
+        return isinstance(self._images, ResidentImages)
+
+    def batch(self, samples_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the (images, labels) of samples of the epoch under way, for indices on the device of resident images.
+
+        The host neither reads a value nor copies anything, so a CUDA graph can contain this.
+        """
+        assert isinstance(self._images, ResidentImages)
+        return self._augmented(self._images.select(samples_B), samples_B), self._labels[samples_B]
+
+    def _augmented(self, images_BCHW: Tensor, samples_B: Tensor) -> Tensor:
+        images_BCHW = self._augment.crop_and_flip(images_BCHW, samples_B)
+        return self._augment.cutout(self._preprocess(images_BCHW), samples_B)
 
 
 class EvalLoader:

@@ -11,9 +11,11 @@ import torch.nn.functional as F
 import fastvit_train.models.attention as attention
 from fastvit_train.models import compile_model, set_attention
 from fastvit_train.models.compiling import check_compiler
-from fastvit_train.training.optimizer import build_optimizer
+from fastvit_train.training.graphed_step import why_not_recordable
+from fastvit_train.training.optimizer import build_optimizer, with_device_lr
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import supports_cuda_graphs
+from fastvit_train.utils import cuda_graph
 from fastvit_train.utils.timing import quartiles, synchronize, time_in_rounds
 from fastvit_train.utils.torch_private import recompile_limit
 
@@ -131,10 +133,13 @@ def build_step(session: TrainSession, variant: Variant) -> Callable[[], None]:
     model = copy.deepcopy(session.bare_model).train()
     if variant.attention is not None:
         set_attention(model, variant.attention)
-    if config.run.compile if variant.compiled is None else variant.compiled:
-        check_compiler(device)
-        compile_model(model, graphed=supports_cuda_graphs(config, session.accelerator))
     optimizer = build_optimizer(model, config.optim)
+    compiled = config.run.compile if variant.compiled is None else variant.compiled
+    recorded = compiled and not why_not_recordable(config, session.accelerator, optimizer, session.train_loader)
+    if compiled:
+        check_compiler(device)
+        compile_model(model, device, not recorded and supports_cuda_graphs(config, session.accelerator))
+    learning_rates = torch.tensor([group["lr"] for group in optimizer.param_groups], device=device)
     images, labels = next(session.train_loader.micro_batches(0))
     images, labels = (tensor.repeat_interleave(variant.batch_factor, 0) for tensor in (images, labels))
     dtype = autocast_dtype(variant.precision or session.accelerator.mixed_precision)
@@ -146,9 +151,12 @@ def build_step(session: TrainSession, variant: Variant) -> Callable[[], None]:
         loss.backward()
         if config.optim.clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad)
-        optimizer.step()
+        with with_device_lr(optimizer, learning_rates) if recorded else nullcontext():
+            optimizer.step()
         optimizer.zero_grad()
 
+    if recorded:
+        step = cuda_graph.record(step).replay
     for _ in range(WARM_UP_STEPS):
         step()
     synchronize(device)

@@ -30,7 +30,7 @@ from fastvit_train.utils.errors import UserError, counted
 from fastvit_train.utils.timing import quartiles, synchronize
 from fastvit_train.utils.torch_private import count_compiled_graphs, count_graph_breaks
 
-PHASES = ("input", "forward", "backward", "optimizer", "waiting")
+PHASES = ("input", "forward", "backward", "optimizer", "graph", "waiting")
 HOST = "host"
 """the rest of a step: the training loop itself"""
 ROUNDS = 3

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,6 +27,18 @@ class EpochTotals:
     skipped: Tensor
     """number of optimizer steps of the whole run that the gradient scaler of fp16 skipped, int64 ()"""
 
+    @classmethod
+    def zeros(cls, steps: int, device: torch.device) -> Self:
+        """Return the totals at the start of an epoch of `steps` steps."""
+        skipped = torch.zeros((), dtype=torch.int64, device=device)
+        return cls(torch.zeros(steps, device=device), torch.zeros((), device=device), skipped)
+
+    def copy_(self, other: Self) -> None:
+        """Take over the values of `other`, which may have fewer steps."""
+        self.losses[: len(other.losses)].copy_(other.losses)
+        self.correct.copy_(other.correct)
+        self.skipped.copy_(other.skipped)
+
     def is_nonfinite(self) -> Tensor:
         """Return a boolean scalar on the device: whether some loss is NaN or inf."""
         return ~self.losses.isfinite().all()
@@ -44,12 +57,12 @@ class EpochTotals:
 def restore_totals(session: TrainSession) -> EpochTotals:
     """Return this rank's part of the totals that `session.state` holds: zeros, unless the epoch is resumed midway."""
     device, state = session.accelerator.device, session.state
-    losses = torch.zeros(session.train_loader.steps_per_epoch, device=device)
-    losses[: len(state.epoch_losses)] = torch.tensor(state.epoch_losses)
-    correct = torch.zeros((), device=device)
+    totals = EpochTotals.zeros(session.train_loader.steps_per_epoch, device)
+    totals.losses[: len(state.epoch_losses)] = torch.tensor(state.epoch_losses)
     if session.accelerator.is_main_process:
-        correct += state.epoch_correct
-    return EpochTotals(losses, correct, torch.tensor(state.skipped_steps, device=device))
+        totals.correct += state.epoch_correct
+    totals.skipped += state.skipped_steps
+    return totals
 
 
 def collect_totals(session: TrainSession, totals: EpochTotals) -> None:

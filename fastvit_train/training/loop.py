@@ -102,7 +102,8 @@ def train_epoch(session: TrainSession, bar: ProgressBar, phase: Phase = record_f
         session: the run.
         bar: shows how far the epoch has come.
         phase: `phase(name)` is a context that each part of a step runs in: "input", "forward", "backward" and
-            "optimizer", and "waiting" when the host waits for the device, a few times a second.
+            "optimizer", or "graph" if the step is one CUDA graph; and "waiting" when the host waits for the device, a
+            few times a second.
 
     Raises:
         StopTraining: on all ranks, after a signal; `session.state` is complete, so that a checkpoint can be saved.
@@ -110,6 +111,8 @@ def train_epoch(session: TrainSession, bar: ProgressBar, phase: Phase = record_f
     """
     state, steps, save_every = session.state, session.train_loader.steps_per_epoch, session.config.run.save_every
     totals = restore_totals(session)
+    if session.graphed_step is not None:
+        totals = session.graphed_step.start_epoch(session, totals)
     micro_batches = session.train_loader.micro_batches(state.epoch, state.step_in_epoch)
     session.model.train()
     session.meter.start()
@@ -134,6 +137,18 @@ def train_epoch(session: TrainSession, bar: ProgressBar, phase: Phase = record_f
 
 def _train_step(session: TrainSession, micro_batches: Iterator[Batch], totals: EpochTotals, phase: Phase) -> None:
     """Take one optimizer step, and add its loss and correct predictions to `totals`."""
+    if session.graphed_step is None:
+        _launch_step(session, micro_batches, totals, phase)
+    else:
+        with phase("graph"):
+            session.graphed_step.graph.replay()
+    session.state.step += 1
+    session.state.step_in_epoch += 1
+    session.scheduler.step_update(session.state.step)
+
+
+def _launch_step(session: TrainSession, micro_batches: Iterator[Batch], totals: EpochTotals, phase: Phase) -> None:
+    """Take an optimizer step operator by operator; `graphed_step.device_step` is the same as one function."""
     config, accelerator, state, model = session.config.optim, session.accelerator, session.state, session.model
     for _ in range(config.grad_accum):
         with phase("input"):
@@ -152,12 +167,9 @@ def _train_step(session: TrainSession, micro_batches: Iterator[Batch], totals: E
                 session.optimizer.zero_grad()
         totals.losses[state.step_in_epoch] += loss.detach() / config.grad_accum
         totals.correct += (logits.detach().argmax(1) == labels).sum()
-    state.step += 1
-    state.step_in_epoch += 1
-    session.scheduler.step_update(state.step)
     if session.ema is not None:
         with phase("optimizer"):
-            session.ema.update(session.bare_model, state.step)
+            session.ema.update(session.bare_model, state.step + 1)
 
 
 def _evaluate_epoch(session: TrainSession) -> Evaluation:

@@ -1,13 +1,15 @@
 """The optimizer and the learning rate schedule, by their names in timm."""
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
-from torch import nn
+from torch import Tensor, nn
 
 from fastvit_train.config.schema import OptimConfig
 from fastvit_train.models import pretrained_cfg
@@ -57,6 +59,26 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         return optimizer
     except (TypeError, ValueError, ImportError, AssertionError) as error:
         raise UserError(f"optimizer {config.optimizer!r} can't be used: {error}") from None
+
+
+def works_in_graph(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether a step of the optimizer leaves the host nothing to decide, so that a CUDA graph can contain it."""
+    return isinstance(optimizer, Muon | torch.optim.Adam | torch.optim.AdamW)
+
+
+@contextmanager
+def with_device_lr(optimizer: torch.optim.Optimizer, learning_rates: Tensor) -> Iterator[None]:
+    """Let the optimizer take its steps with learning rates that are on the device, (parameter groups,)."""
+    before = [(group["lr"], group.get("capturable")) for group in optimizer.param_groups]
+    for group, lr in zip(optimizer.param_groups, learning_rates.unbind(), strict=True):
+        group["lr"] = lr
+        if "capturable" in group:  # torch's optimizers refuse to be recorded without it
+            group["capturable"] = lr.is_cuda
+    yield
+    for group, (lr, capturable) in zip(optimizer.param_groups, before, strict=True):
+        group["lr"] = lr
+        if "capturable" in group:
+            group["capturable"] = capturable
 
 
 def _has_fused(name: str) -> bool:

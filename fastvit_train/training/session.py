@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -18,6 +19,9 @@ from fastvit_train.runs.train_state import TrainState
 from fastvit_train.training.preemption import StatusExchange
 from fastvit_train.utils.gpu_monitor import Meter
 from fastvit_train.utils.timing import SlowdownDetector
+
+if TYPE_CHECKING:
+    from fastvit_train.training.graphed_step import GraphedStep
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class TrainSession:
     metrics_buffer: MetricsBuffer
     ema: ModelEmaV3 | None
     slowdown: SlowdownDetector
+    graphed_step: "GraphedStep | None"
+    """the recorded training step of a compiled run on one GPU"""
     resources: ExitStack
     """the lock of the run's folder, threads and switches to restore"""
 

@@ -30,6 +30,7 @@ from fastvit_train.runs.lock import RunLock
 from fastvit_train.runs.log import Log, MetricsBuffer
 from fastvit_train.runs.run_folder import ResumeMode, RunFolder
 from fastvit_train.runs.train_state import TrainState
+from fastvit_train.training.graphed_step import record_step, why_not_recordable
 from fastvit_train.training.optimizer import build_optimizer, build_schedule
 from fastvit_train.training.preemption import StatusExchange, StopSignalHandler
 from fastvit_train.training.session import TrainSession
@@ -124,9 +125,11 @@ def setup(
             trained.compile_seconds, Meter(launch.accelerator.device, resolved.run.telemetry),
             StatusExchange(launch.accelerator, stop_signals or StopSignalHandler()), MetricsBuffer(), trained.ema,
             SlowdownDetector(),
+            None,
             stack,
         )  # fmt: skip
-        log_introduction(session, launch.threads, resuming, messages + damaged)
+        session, graph_messages = record_step(session)
+        log_introduction(session, launch.threads, resuming, messages + damaged + graph_messages)
         return replace(session, resources=stack.pop_all())
 
 
@@ -218,8 +221,9 @@ def prepare(
     config: ResolvedConfig, model: nn.Module, optimizer: Optimizer, inputs: Inputs, accelerator: Accelerator
 ) -> Trained:
     """Compile the model if asked for, build schedule and moving average, and let Accelerate prepare all of it."""
+    whole_step = config.run.compile and not why_not_recordable(config, accelerator, optimizer, inputs.train_loader)
     if config.run.compile:
-        compile_model(model, graphed=supports_cuda_graphs(config, accelerator))
+        compile_model(model, accelerator.device, not whole_step and supports_cuda_graphs(config, accelerator))
     scheduler = build_schedule(optimizer, config.optim, config.run.epochs, inputs.train_loader.steps_per_epoch)
     ema = build_ema(model, config, accelerator)
     model, prepared_optimizer = parallelize.prepare(accelerator, model, optimizer)
@@ -229,7 +233,7 @@ def prepare(
     compile_seconds = None
     if config.run.compile or config.model.attention in COMPILING:
         eval_batch, size, device = inputs.eval_loader.batch_size, config.image_size, accelerator.device
-        compile_seconds = warm_up(model, inputs.micro_batch, eval_batch, size, device)
+        compile_seconds = warm_up(model, 0 if whole_step else inputs.micro_batch, eval_batch, size, device)
         if ema is not None:
             compile_seconds += warm_up(ema.module, 0, eval_batch, size, device)
     memory.reset_peak_memory(accelerator.device)
@@ -258,7 +262,7 @@ def build_ema(model: nn.Module, config: ResolvedConfig, accelerator: Accelerator
         )
     ema = ModelEmaV3(model, config.optim.ema, use_warmup=True)
     if config.run.compile:
-        compile_model(ema.module, graphed=supports_cuda_graphs(config, accelerator))
+        compile_model(ema.module, accelerator.device, supports_cuda_graphs(config, accelerator))
     return ema
 
 

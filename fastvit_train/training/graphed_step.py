@@ -1,0 +1,220 @@
+"""The whole training step as one CUDA graph: the host launches it with a single call, and passes nothing to it.
+
+Sample order, learning rates and the weights of the moving average lie on the device, in tables with a row for each step
+of the epoch, next to the number of the step. Everything from the images to the losses is compiled as one function.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor
+
+from fastvit_train.config.resolved import ResolvedConfig
+from fastvit_train.data.loader import TrainLoader
+from fastvit_train.models.compiling import compile_function
+from fastvit_train.training.epoch_totals import EpochTotals
+from fastvit_train.training.optimizer import with_device_lr, works_in_graph
+from fastvit_train.training.session import TrainSession
+from fastvit_train.utils import cuda_graph
+from fastvit_train.utils.torch_private import recompile_limit
+
+RECOMPILE_LIMIT = 256
+"""enough for all runs of a process: they compile the same function for other models and settings"""
+
+
+@dataclass(frozen=True)
+class StepTables:
+    """What the steps of an epoch read and write, on the device; the memory stays the same for all epochs."""
+
+    step: Tensor
+    """number of the step in the epoch, int64 (1,)"""
+    samples: Tensor
+    """sample indices, int64 (steps, images per step)"""
+    learning_rates: Tensor
+    """float32 (steps, parameter groups)"""
+    ema_weights: Tensor
+    """weight of the model in the moving average of the weights, float32 (steps,)"""
+    totals: EpochTotals
+
+    def fill(self, session: TrainSession, totals: EpochTotals) -> None:
+        """Write the rows of the epoch that `session.state` is in, and continue from `totals`."""
+        state, loader = session.state, session.train_loader
+        samples = loader.start_epoch(state.epoch)[: loader.steps_per_epoch, 0]
+        self.step.fill_(state.step_in_epoch)
+        self.samples[: len(samples)].copy_(samples)
+        learning_rates, ema_weights = _schedules(session, len(samples))
+        self.learning_rates[: len(samples)].copy_(learning_rates)
+        self.ema_weights[: len(samples)].copy_(ema_weights)
+        self.totals.copy_(totals)
+
+
+def build_tables(session: TrainSession) -> StepTables:
+    """Allocate the tables for the epochs of a run."""
+    steps, device = session.train_loader.steps_per_epoch, session.accelerator.device
+    groups = len(session.optimizer.param_groups)
+    return StepTables(
+        torch.zeros(1, dtype=torch.int64, device=device),
+        torch.zeros(steps, session.batch_size, dtype=torch.int64, device=device),
+        torch.zeros(steps, groups, device=device),
+        torch.zeros(steps, device=device),
+        EpochTotals.zeros(steps, device),
+    )
+
+
+def _schedules(session: TrainSession, steps: int) -> tuple[Tensor, Tensor]:
+    """Return the learning rates and the weights of the moving average of the steps of the epoch, on the CPU."""
+    scheduler, ema, first = session.scheduler, session.ema, session.state.step - session.state.step_in_epoch
+    groups = session.optimizer.param_groups
+    now = [group["lr"] for group in groups]
+    learning_rates = []
+    for step in range(first, first + steps):
+        scheduler.step_update(step)
+        learning_rates.append([group["lr"] for group in groups])
+    for group, lr in zip(groups, now, strict=True):
+        group["lr"] = lr
+    ema_weights = [0.0 if ema is None else 1 - ema.get_decay(step + 1) for step in range(first, first + steps)]
+    return torch.tensor(learning_rates), torch.tensor(ema_weights)
+
+
+def device_step(session: TrainSession, tables: StepTables) -> Callable[[], None]:
+    """Return a function that takes the optimizer step whose number is in `tables`, without a value from the host.
+
+    It does what `loop.train_epoch` does in a step, and on any device.
+    """
+    model, optimizer, accelerator = session.model, session.optimizer, session.accelerator
+    config = session.config.optim
+
+    def compute_loss() -> Tensor:
+        images, labels = session.train_loader.batch(tables.samples.index_select(0, tables.step)[0])
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        tables.totals.losses.index_copy_(0, tables.step, loss.detach()[None])
+        tables.totals.correct.add_((logits.detach().argmax(1) == labels).sum())
+        return loss
+
+    if session.config.run.compile:
+        compute_loss = compile_function(compute_loss, accelerator.device)
+
+    def step() -> None:
+        accelerator.backward(compute_loss())
+        if config.clip_grad is not None:
+            accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
+        learning_rates = tables.learning_rates.index_select(0, tables.step)[0]
+        with with_device_lr(optimizer, learning_rates), tables.totals.count_skipped(accelerator.scaler):
+            optimizer.step()
+        optimizer.zero_grad()
+        if session.ema is not None:
+            _update_ema(session, tables.ema_weights.index_select(0, tables.step))
+        tables.step.add_(1)
+
+    return step
+
+
+@torch.no_grad()
+def _update_ema(session: TrainSession, weight: Tensor) -> None:
+    """Do what timm's `ModelEmaV3.update` does, with a weight of the model that is on the device, (1,)."""
+    assert session.ema is not None
+    averages, values = session.ema.module.state_dict().values(), session.bare_model.state_dict().values()
+    pairs = [(average, value) for average, value in zip(averages, values, strict=True)]
+    moving = [pair for pair in pairs if pair[0].is_floating_point()]
+    changes = torch._foreach_sub([value for _, value in moving], [average for average, _ in moving])
+    torch._foreach_mul_(changes, weight[0])
+    torch._foreach_add_([average for average, _ in moving], changes)
+    for average, value in pairs:
+        if not average.is_floating_point():
+            average.copy_(value)
+
+
+@dataclass(frozen=True)
+class GraphedStep:
+    """A recorded training step."""
+
+    graph: torch.cuda.CUDAGraph
+    tables: StepTables
+
+    def start_epoch(self, session: TrainSession, totals: EpochTotals) -> EpochTotals:
+        """Prepare for the rest of the epoch that `session.state` is in; returns the totals that the graph adds to."""
+        self.tables.fill(session, totals)
+        return self.tables.totals
+
+
+def why_not_recordable(
+    config: ResolvedConfig, accelerator: Accelerator, optimizer: torch.optim.Optimizer, loader: TrainLoader
+) -> str | None:
+    """Why the whole training step of a compiled run cannot be one CUDA graph, or None if it can."""
+    if accelerator.device.type != "cuda":
+        return "it does not run on a CUDA GPU"
+    if accelerator.num_processes > 1:
+        return "several processes exchange their gradients"
+    if config.optim.grad_accum > 1:
+        return "--grad-accum takes several passes per step"
+    if not loader.is_resident:
+        return "the images are not in the GPU's memory; --stream never loads them there"
+    if not works_in_graph(optimizer):
+        return f"optimizer {config.optim.optimizer} needs the host; muon, nmuon, adam and adamw do not"
+    return None
+
+
+def record_step(session: TrainSession) -> tuple[TrainSession, list[str]]:
+    """Record the training step of a session that is ready to train, if it was compiled for one GPU.
+
+    Weights, optimizer, random state and totals do not change.
+
+    Returns:
+        The session with the recorded step, and messages: why a compiled run on a GPU has none.
+    """
+    config, accelerator, optimizer = session.config, session.accelerator, session.optimizer.optimizer
+    if not config.run.compile or accelerator.device.type != "cuda":
+        return session, []
+    reason = why_not_recordable(config, accelerator, optimizer, session.train_loader)
+    if reason is None:
+        started = time.perf_counter()
+        tables = build_tables(session)
+        tables.fill(session, tables.totals)
+        session.model.train()
+        try:
+            with _unchanged(session, tables), recompile_limit(RECOMPILE_LIMIT):
+                graph = cuda_graph.record(device_step(session, tables))
+            seconds = (session.compile_seconds or 0.0) + time.perf_counter() - started
+            return replace(session, graphed_step=GraphedStep(graph, tables), compile_seconds=seconds), []
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+    return session, [f"the step is compiled, but not launched as one CUDA graph: {reason}"]
+
+
+@contextmanager
+def _unchanged(session: TrainSession, tables: StepTables) -> Iterator[None]:
+    """Restore, at the end, all that training steps change, in the same memory; state that was created becomes zero."""
+    scaler = session.accelerator.scaler
+    scaler_state = None if scaler is None else scaler.state_dict()
+    before = [(tensor, tensor.detach().clone()) for tensor in _changing(session, tables)]
+    known = {id(tensor) for tensor, _ in before}
+    try:
+        with torch.random.fork_rng([session.accelerator.device]):
+            yield
+    finally:
+        session.optimizer.zero_grad()
+        with torch.no_grad():
+            for tensor, value in before:
+                tensor.copy_(value)
+            for tensor in _changing(session, tables):
+                if id(tensor) not in known:
+                    tensor.zero_()
+        if scaler is not None:
+            scaler.load_state_dict(scaler_state)
+
+
+def _changing(session: TrainSession, tables: StepTables) -> Iterator[Tensor]:
+    """Yield the tensors that a training step changes, but for the gradients and the scaler's."""
+    yield tables.step
+    yield from vars(tables.totals).values()
+    for model in (session.bare_model, *([] if session.ema is None else [session.ema.module])):
+        yield from model.parameters()
+        yield from model.buffers()
+    for state in session.optimizer.state.values():
+        yield from (value for value in state.values() if isinstance(value, Tensor))
