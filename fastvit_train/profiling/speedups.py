@@ -10,12 +10,11 @@ import torch.nn.functional as F
 
 import fastvit_train.models.attention as attention
 from fastvit_train.models import compile_model, set_attention
-from fastvit_train.models.compiling import check_compiler
+from fastvit_train.models.compiling import check_compiler, record_graph
 from fastvit_train.training.graphed_step import why_not_recordable
 from fastvit_train.training.optimizer import build_optimizer, with_device_lr
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import supports_cuda_graphs
-from fastvit_train.utils import cuda_graph
 from fastvit_train.utils.timing import quartiles, synchronize, time_in_rounds
 from fastvit_train.utils.torch_private import recompile_limit
 
@@ -156,7 +155,7 @@ def build_step(session: TrainSession, variant: Variant) -> Callable[[], None]:
         optimizer.zero_grad()
 
     if recorded:
-        step = cuda_graph.record(step).replay
+        step = record_graph(step).replay
     for _ in range(WARM_UP_STEPS):
         step()
     synchronize(device)

@@ -30,7 +30,9 @@ from fastvit_train.utils.errors import UserError, counted
 from fastvit_train.utils.timing import quartiles, synchronize
 from fastvit_train.utils.torch_private import count_compiled_graphs, count_graph_breaks
 
-PHASES = ("input", "forward", "backward", "optimizer", "graph", "waiting")
+PHASES = ("input", "forward", "backward", "optimizer", "waiting")
+GRAPH_PHASES = ("graph", "waiting")
+"""of a step that is one CUDA graph"""
 HOST = "host"
 """the rest of a step: the training loop itself"""
 ROUNDS = 3
@@ -130,12 +132,12 @@ def _measure(session: TrainSession, trace: Path) -> Profile:
     rounds = [time_epoch(session, bar, host_timer) for _ in range(ROUNDS)]
     recompilations = count_compiled_graphs() - compiled_graphs
     graph_breaks = count_graph_breaks()
-    device_timer = PhaseTimer(device, synchronized=True)
-    time_epoch(session, bar, device_timer)
+    device_timer = _time_phases(session, bar)
     kernels, busy_seconds = _trace(session, bar, trace)
 
     step = quartiles(rounds).median
-    shares = {name: host_timer.seconds[name] / steps / sum(rounds) for name in PHASES}
+    names = PHASES if session.graphed_step is None else GRAPH_PHASES
+    shares = {name: host_timer.seconds[name] / steps / sum(rounds) for name in names}
     phases = {name: step * share for name, share in {**shares, HOST: 1 - sum(shares.values())}.items()}
     busy = None if busy_seconds is None else min(1.0, busy_seconds / step)
     images = session.batch_size / session.accelerator.num_processes / step
@@ -150,7 +152,7 @@ def _measure(session: TrainSession, trace: Path) -> Profile:
         images * session.accelerator.num_processes,
         phases,
         device_phases,
-        {name: device_timer.peak_mib[name] for name in PHASES[:-1]},
+        {name: device_timer.peak_mib[name] for name in device_phases},
         kernels,
         busy,
         graph_breaks,
@@ -160,6 +162,16 @@ def _measure(session: TrainSession, trace: Path) -> Profile:
         candidates,
         recommend(busy, share, not isinstance(session.dataset.train.images, torch.Tensor), candidates),
     )
+
+
+def _time_phases(session: TrainSession, bar: ProgressBar) -> PhaseTimer:
+    """Measure the phases on the device; a step that is one CUDA graph is launched in its parts instead."""
+    if session.graphed_step is not None:
+        session = replace(session, graphed_step=None)
+        time_epoch(session, bar, PhaseTimer(session.accelerator.device, synchronized=False))  # compiles the parts
+    timer = PhaseTimer(session.accelerator.device, synchronized=True)
+    time_epoch(session, bar, timer)
+    return timer
 
 
 def _trace(session: TrainSession, bar: ProgressBar, path: Path) -> tuple[float, float | None]:
@@ -228,7 +240,7 @@ def input_share(step: float, host: dict[str, float], device: dict[str, float]) -
     It is the larger of two shares: the time that the device spends on the input, and the time that the host spends on
     it, less what the host waits for the device anyway.
     """
-    seconds = max(0.0, host["input"] - host["waiting"], device["input"] / sum(device.values()) * step)
+    seconds = max(0.0, host.get("input", 0.0) - host["waiting"], device["input"] / sum(device.values()) * step)
     return min(seconds / step, 0.99)
 
 
@@ -273,12 +285,12 @@ def include_input(candidate: Candidate, input_share: float) -> Candidate:
 def phase_table(result: Profile) -> Table:
     """Build a table of time and memory by phase of a step."""
     table = Table("per step", "host, ms", "share", "host and device, ms", "peak memory, MiB")
-    for name, seconds in result.phases.items():
-        device = result.device_phases.get(name)
+    for name in {**result.device_phases, **result.phases}:  # a CUDA graph has no parts for the host
+        seconds, device = result.phases.get(name), result.device_phases.get(name)
         table.add_row(
             name,
-            f"{seconds * 1e3:,.2f}",
-            f"{seconds / sum(result.phases.values()):.0%}",
+            "" if seconds is None else f"{seconds * 1e3:,.2f}",
+            "" if seconds is None else f"{seconds / sum(result.phases.values()):.0%}",
             "" if device is None else f"{device * 1e3:,.2f}",
             f"{result.peak_mib[name]:,.0f}" if name in result.peak_mib else "",
         )

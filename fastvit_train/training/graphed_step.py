@@ -16,11 +16,10 @@ from torch import Tensor
 
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.data.loader import TrainLoader
-from fastvit_train.models.compiling import compile_function
+from fastvit_train.models.compiling import compile_function, record_graph
 from fastvit_train.training.epoch_totals import EpochTotals
 from fastvit_train.training.optimizer import with_device_lr, works_in_graph
 from fastvit_train.training.session import TrainSession
-from fastvit_train.utils import cuda_graph
 from fastvit_train.utils.torch_private import recompile_limit
 
 RECOMPILE_LIMIT = 256
@@ -179,7 +178,7 @@ def record_step(session: TrainSession) -> tuple[TrainSession, list[str]]:
         session.model.train()
         try:
             with _unchanged(session, tables), recompile_limit(RECOMPILE_LIMIT):
-                graph = cuda_graph.record(device_step(session, tables))
+                graph = record_graph(device_step(session, tables))
             seconds = (session.compile_seconds or 0.0) + time.perf_counter() - started
             return replace(session, graphed_step=GraphedStep(graph, tables), compile_seconds=seconds), []
         except RuntimeError as error:
@@ -190,12 +189,12 @@ def record_step(session: TrainSession) -> tuple[TrainSession, list[str]]:
 @contextmanager
 def _unchanged(session: TrainSession, tables: StepTables) -> Iterator[None]:
     """Restore, at the end, all that training steps change, in the same memory; state that was created becomes zero."""
-    scaler = session.accelerator.scaler
+    device, scaler = session.accelerator.device, session.accelerator.scaler
     scaler_state = None if scaler is None else scaler.state_dict()
     before = [(tensor, tensor.detach().clone()) for tensor in _changing(session, tables)]
     known = {id(tensor) for tensor, _ in before}
     try:
-        with torch.random.fork_rng([session.accelerator.device]):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         session.optimizer.zero_grad()

@@ -74,11 +74,13 @@ def with_device_lr(optimizer: torch.optim.Optimizer, learning_rates: Tensor) -> 
         group["lr"] = lr
         if "capturable" in group:  # torch's optimizers refuse to be recorded without it
             group["capturable"] = lr.is_cuda
-    yield
-    for group, (lr, capturable) in zip(optimizer.param_groups, before, strict=True):
-        group["lr"] = lr
-        if "capturable" in group:
-            group["capturable"] = capturable
+    try:
+        yield
+    finally:
+        for group, (lr, capturable) in zip(optimizer.param_groups, before, strict=True):
+            group["lr"] = lr
+            if "capturable" in group:
+                group["capturable"] = capturable
 
 
 def _has_fused(name: str) -> bool:

@@ -40,7 +40,7 @@ def test_nothing_compiles_after_the_first_step(
 ) -> None:
     counter = CompileCounter()
 
-    def compile_counted(self: ViT, dynamic: bool, mode: str | None) -> None:
+    def compile_counted(self: ViT, dynamic: bool, options: dict[str, bool] | None) -> None:
         self._compiled_call_impl = torch.compile(self._call_impl, backend=counter, dynamic=dynamic)
 
     monkeypatch.setattr(ViT, "compile", compile_counted)

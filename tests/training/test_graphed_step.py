@@ -1,0 +1,201 @@
+"""The training step as one CUDA graph: it is the step of the loop, and the host only launches it."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from fastvit_train.config.schema import TrainConfig
+from fastvit_train.training import loop
+from fastvit_train.training.epoch_totals import EpochTotals
+from fastvit_train.training.graphed_step import GraphedStep, _unchanged, build_tables, device_step
+from fastvit_train.training.loop import train_epoch
+from fastvit_train.training.progress_bar import ProgressBar
+from fastvit_train.training.session import TrainSession
+from fastvit_train.training.setup import setup
+from tests.support import null_gpu
+
+Config = Callable[..., TrainConfig]
+Start = Callable[..., TrainSession]
+SETTINGS = {
+    "shift": {"crop": "shift", "flip": "alternating", "label_smoothing": 0.1, "optimizer": "nmuon", "ema": 0.9},
+    "resized": {"crop": "resized", "cutout": 2, "optimizer": "adamw", "clip_grad": 0.1, "drop_rate": 0.1},
+}
+
+
+@pytest.fixture
+def start(small_config: Config) -> Iterator[Start]:
+    """`start(name, **settings)` sets a run up; all are closed at the end, the last one first."""
+    with ExitStack() as stack:
+
+        def start(name: str = "run", **settings: Any) -> TrainSession:
+            return stack.enter_context(closing(setup(small_config(exp_name=name, **settings), "never", False)))
+
+        yield start
+
+
+def train(session: TrainSession, epochs: int = 1) -> list[float]:
+    """Train and return the losses of the steps."""
+    losses = []
+    for _ in range(epochs):
+        train_epoch(session, ProgressBar(session.log.console, 1, 1, 1))
+        losses += session.state.epoch_losses
+        session.state.close_epoch()
+    return losses
+
+
+def with_device_step(session: TrainSession) -> TrainSession:
+    """Replace the step by the function that a GPU records, without the recording."""
+    tables = build_tables(session)
+    graph = SimpleNamespace(replay=device_step(session, tables))
+    return replace(session, graphed_step=GraphedStep(cast(torch.cuda.CUDAGraph, graph), tables))
+
+
+def weights(session: TrainSession) -> torch.Tensor:
+    models = [session.bare_model, *([session.ema.module] if session.ema else [])]
+    return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_the_recorded_function_is_the_step_of_the_loop(start: Start, settings: dict[str, Any]) -> None:
+    sessions = [start("loop", **settings), start("tables", **settings)]
+    torch.manual_seed(0)
+    expected = train(sessions[0], epochs=2)
+    torch.manual_seed(0)
+    assert train(with_device_step(sessions[1]), epochs=2) == pytest.approx(expected, abs=1e-5)
+    assert sessions[1].optimizer.param_groups[0]["lr"] == sessions[0].optimizer.param_groups[0]["lr"]
+    difference = (weights(sessions[1]) - weights(sessions[0])).abs()
+    assert difference.quantile(0.99) < 1e-6 and difference.max() < 1e-3  # Adam amplifies the noise of tiny gradients
+    assert not torch.equal(weights(sessions[0]), weights(start("untrained", **settings)))
+
+
+def test_an_epoch_goes_on_in_the_middle(start: Start) -> None:
+    settings = {"optimizer": "nmuon", "crop": "shift"}
+    expected = train(start("whole", **settings))
+    session = with_device_step(start("halves", **settings))
+    assert session.graphed_step is not None
+    session.graphed_step.start_epoch(session, session.graphed_step.tables.totals)
+    first = session.graphed_step.tables
+    for _ in range(2):
+        session.graphed_step.graph.replay()
+    state = session.state
+    state.step = state.step_in_epoch = 2
+    state.epoch_losses, state.epoch_correct = first.totals.losses[:2].tolist(), float(first.totals.correct)
+    session.scheduler.step_update(2)
+    first.totals.losses.fill_(float("nan"))  # what the rest of the epoch must not read
+    assert train(session) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_trying_the_step_changes_nothing(start: Start, settings: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    expected = train(with_device_step(start("untried", **settings)))
+    torch.manual_seed(0)
+    session = with_device_step(start("tried", **settings))
+    assert session.graphed_step is not None
+    tables, before = session.graphed_step.tables, weights(session).clone()
+    tables.fill(session, tables.totals)
+    session.model.train()
+    with _unchanged(session, tables):
+        for _ in range(3):
+            session.graphed_step.graph.replay()
+        assert not torch.equal(weights(session), before)
+    assert torch.equal(weights(session), before)
+    torch.manual_seed(0)
+    assert train(session) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_on_a_gpu_the_graph_has_the_losses_of_the_loop(start: Start, settings: dict[str, Any]) -> None:
+    settings = {**settings, "drop_rate": 0.0, "attention": "triton"}
+    expected = train(start("eager", **settings), epochs=2)
+    session = start("graph", compile=True, **settings)
+    assert session.graphed_step is not None
+    assert train(session, epochs=2) == pytest.approx(expected, abs=1e-5)
+
+
+def finite(totals: EpochTotals) -> torch.Tensor:
+    return torch.zeros((), dtype=torch.bool, device=totals.losses.device)
+
+
+@pytest.fixture
+def nan_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a null device train: it computes nothing, so losses are whatever lies in memory."""
+    monkeypatch.setattr(EpochTotals, "is_nonfinite", finite)
+    monkeypatch.setattr(loop, "collect_totals", lambda session, totals: torch.cuda.synchronize())
+
+
+@pytest.mark.nullgpu
+@pytest.mark.parametrize("settings", [{}, {"ema": 0.99, "clip_grad": 1.0}], ids=["plain", "ema and clipping"])
+def test_a_step_is_one_launch(
+    start: Start, nan_is_fine: None, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    recipe = {"optimizer": "nmuon", "crop": "shift", "flip": "alternating", "batch_size": 256, "precision": "bf16"}
+    model = {"embed_dim": 48, "depth": 4, "num_heads": 4, "patch_size": 4, "image_size": 32, "attention": "triton"}
+    with null_gpu.counted() as counts:
+        session = start(compile=True, **recipe, **model, **settings)
+    assert session.graphed_step is not None
+    assert counts.violations == 0
+    if not settings:
+        assert sum(counts.captured.values()) <= 240
+    seconds, step = [], loop._train_step
+
+    def timed(*arguments: Any) -> None:
+        started = time.perf_counter()
+        step(*arguments)
+        seconds.append(time.perf_counter() - started)
+
+    monkeypatch.setattr(loop, "_train_step", timed)
+    train_epoch(session, ProgressBar(session.log.console, 1, 1, 1))
+    session.state.step_in_epoch = 0
+    session.graphed_step.start_epoch(session, session.graphed_step.tables.totals)
+    with null_gpu.counted() as counts:
+        for _ in range(5):
+            loop._train_step(session, iter(()), session.graphed_step.tables.totals, torch.profiler.record_function)
+    assert counts.calls["cudaGraphLaunch"] == 5
+    assert sum(counts.launched.values()) == counts.synchronisations == counts.violations == 0
+    assert sorted(seconds)[len(seconds) // 2] < 0.3e-3
+    print(f"nodes {sum(counts.replayed.values()) / 5}, host {sorted(seconds)[len(seconds) // 2] * 1e3:.3f} ms")
+
+
+@pytest.mark.nullgpu
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"grad_accum": 2}, "--grad-accum takes several passes per step"),
+        ({"optimizer": "lion"}, "optimizer lion needs the host; muon, nmuon, adam and adamw do not"),
+    ],
+    ids=["accumulation", "lion"],
+)
+def test_a_step_that_cannot_be_recorded_says_why(
+    start: Start, nan_is_fine: None, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], reason: str
+) -> None:
+    session = start(compile=True, **settings)
+    assert session.graphed_step is None
+    assert f"the step is compiled, but not launched as one CUDA graph: {reason}" in capsys.readouterr().out
+    train(session)
+
+
+@pytest.mark.nullgpu
+def test_a_step_that_reads_a_value_falls_back(
+    start: Start, nan_is_fine: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clip = torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *arguments, **kw: clip(*arguments, **kw).item())
+    session = start(compile=True, clip_grad=1.0)
+    before = weights(session).clone()
+    assert session.graphed_step is None
+    assert "not launched as one CUDA graph: CUDA error: operation not permitted" in capsys.readouterr().out
+    assert torch.equal(weights(session), before)
+    train(session)
+
+
+def test_on_a_cpu_nothing_is_recorded(start: Start) -> None:
+    if not torch.cuda.is_available():
+        assert start(stop_after=1).graphed_step is None
