@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+from typing import Any
 
 import pytest
 import timm
@@ -14,12 +15,26 @@ from tests.kernels.accuracy import assert_accurate, logits_and_gradients
 from tests.kernels.attention_cases import DTYPES, SHAPES, cast, chain, draw, passes, sdpa_chain
 
 NAMES = [name for name in fastvit_kernels.implementations() if name != fastvit_kernels.AUTO]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 QUICKLY = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("triton", "compiled"))) for name in NAMES]
 """all implementations; what is interpreted or compiled is slow"""
 DRAWS = 4
 """number of draws whose errors are summed, because the errors of two draws can differ by a factor of two"""
 QUICK = {"compiled": ((5, 7, 24, 3), DTYPES), "triton": ((3, 64, 48, 4), [torch.float32])}
+
+
+def names_on(device: str) -> list[str]:
+    """The implementations that a device can run: cpp is for CPUs only."""
+    return [name for name in NAMES if name != "cpp" or device == "cpu"]
+
+
+def on_each_device(cases: list[Any]) -> list[Any]:
+    """Each case, a pytest.param whose first value is an implementation, on the CPU and, if possible, on a GPU."""
+    return [
+        pytest.param(*case.values, device, marks=[*case.marks, *marks])
+        for device, marks in (("cpu", []), ("cuda", [pytest.mark.gpu]))
+        for case in cases
+        if case.values[0] in names_on(device)
+    ]
 
 
 def operator(name: str, heads: int, device: str = "cpu", **options: float) -> functools.partial[Tensor]:
@@ -38,8 +53,7 @@ def accuracy_cases() -> list[object]:
     return cases
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("name", "shape", "dtype"), accuracy_cases(), ids=str)
+@pytest.mark.parametrize(("name", "shape", "dtype", "device"), on_each_device(accuracy_cases()), ids=str)
 def test_error_is_at_most_twice_that_of_torchs_own_chain(
     name: str, shape: tuple[int, int, int, int], dtype: torch.dtype, device: str, seed: int
 ) -> None:
@@ -60,8 +74,7 @@ def test_error_is_at_most_twice_that_of_torchs_own_chain(
         assert error <= limit, f"{what}: root of the summed squares {error:.2e}, allowed {limit:.2e}"
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", QUICKLY)
+@pytest.mark.parametrize(("name", "device"), on_each_device(QUICKLY))
 def test_without_bias_and_with_tensors_that_are_not_contiguous(name: str, device: str, seed: int) -> None:
     _, weight, bias = draw((1, 1, 24, 3), True, torch.float32, device)
     inputs = [
@@ -87,8 +100,7 @@ def test_gradcheck(name: str, seed: int) -> None:
     assert torch.autograd.gradcheck(operator(name, 2), arguments)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "device"), on_each_device([pytest.param(name) for name in NAMES]))
 @pytest.mark.parametrize("shape", [(3, 7, 24, 3), (2, 5, 96, 4)], ids=str)
 def test_every_element_is_written(name: str, shape: tuple[int, int, int, int], device: str, seed: int) -> None:
     arguments = draw(shape, True, torch.float32, device)
@@ -101,8 +113,7 @@ def test_every_element_is_written(name: str, shape: tuple[int, int, int, int], d
     assert all(result.isfinite().all() for result in results)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("name", QUICKLY)
+@pytest.mark.parametrize(("name", "device"), on_each_device(QUICKLY))
 def test_dropout_zeroes_weights_and_keeps_the_mean(name: str, device: str, seed: int) -> None:
     x, weight, bias = (t.detach() for t in draw((1, 16, 8, 2), True, torch.float32, device))
     many = x.expand(100 if name == "triton" else 4000, -1, -1)
@@ -112,9 +123,10 @@ def test_dropout_zeroes_weights_and_keeps_the_mean(name: str, device: str, seed:
     assert outputs.std(0).min() > 0.01
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(
-    ("name", "shape"), [*((name, (4, 9, 24, 3)) for name in NAMES), ("triton", (2, 9, 96, 4))], ids=str
+    ("name", "shape", "device"),
+    on_each_device([*(pytest.param(name, (4, 9, 24, 3)) for name in NAMES), pytest.param("triton", (2, 9, 96, 4))]),
+    ids=str,
 )
 def test_dropout_is_the_same_in_the_backward_pass(
     name: str, shape: tuple[int, int, int, int], device: str, seed: int
@@ -157,7 +169,7 @@ def test_one_checkpoint_gives_the_same_logits_and_gradients_under_each(
         return logits_and_gradients(model, images, lambda logits: logits.logsumexp(1).sum())
 
     baseline, exact = compute(model, images), compute(copy.deepcopy(model).double(), images.double())
-    for name in NAMES[1:]:
+    for name in names_on(triton_device)[1:]:
         fastvit_kernels.swap_attention(model, name)
         for each in zip(compute(model, images), baseline, exact, strict=True):
             assert_accurate(*each)
