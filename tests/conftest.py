@@ -77,6 +77,14 @@ def _one_thread() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _any_value_on_a_null_gpu() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        if null_gpu.is_present():
+            null_gpu.accept_any_value(patch)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))

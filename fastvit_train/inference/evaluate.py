@@ -89,8 +89,10 @@ def evaluate_run(
     _check_classes(loaded, data)
     rank_info = RankInfo(accelerator.device, accelerator.process_index, accelerator.num_processes)
     loader = build_eval_loader(config, data, rank_info)
-    name = _prepare_attention(loaded, config.model.attention, loader, accelerator)
+    name = _set_attention(loaded, config.model.attention, loader, accelerator)
     model = accelerator.prepare_model(loaded.model, device_placement=True, evaluation_mode=True)
+    if name in COMPILING:
+        warm_up(model, 0, loader.batch_size, loaded.image_size, accelerator.device)
     started = time.perf_counter()
     result = evaluate_model(model, loader, accelerator)
     seconds = time.perf_counter() - started
@@ -164,14 +166,11 @@ def _check_classes(loaded: TrainedModel, dataset: DatasetSpec) -> None:
         )
 
 
-def _prepare_attention(loaded: TrainedModel, name: str, loader: EvalLoader, accelerator: Accelerator) -> str:
-    """Set the model's attention, the fastest one for "auto", and compile it now if need be; returns its name."""
+def _set_attention(loaded: TrainedModel, name: str, loader: EvalLoader, accelerator: Accelerator) -> str:
+    """Set the model's attention, the fastest one for "auto"; returns its name."""
     if name == AUTO:
         name, _ = choose_attention(loaded.model, loader.batch_size, loaded.image_size, accelerator)
     set_attention(loaded.model, name)
-    if name in COMPILING:
-        with accelerator.autocast():
-            warm_up(loaded.model, 0, loader.batch_size, loaded.image_size, accelerator.device)
     return name
 
 

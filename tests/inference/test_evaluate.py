@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastvit_train.cli.main import main
 from fastvit_train.config.schema import DatasetName, TrainConfig
+from fastvit_train.inference import evaluate
 from fastvit_train.inference.evaluate import evaluate_run
 from fastvit_train.inference.export import export_run
 from fastvit_train.inference.predict import predict_images
@@ -129,6 +131,26 @@ def test_a_run_and_its_timm_folder_are_evaluated_alike(
     picture = pictures[tmp_path / "b" / "confusion.png"]
     counts = {f"{count:,}" for row in first["confusion"] for count in row}
     assert len(picture.panels) == 1 and {"predicted", "true", *map(str, range(10)), *counts} <= set(picture.texts)
+
+
+def test_the_model_is_prepared_before_it_is_warmed_up(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Accelerate moves it to its device and wraps it."""
+    warmed_up: list[torch.nn.Module] = []
+    monkeypatch.setattr(evaluate, "COMPILING", ("fused",))
+    monkeypatch.setattr(evaluate, "warm_up", lambda model, *_: warmed_up.append(model))
+    monkeypatch.setattr(
+        Accelerator, "prepare_model", lambda self, model, **_: torch.nn.Sequential(model).to(self.device)
+    )
+    evaluate_run(trained)
+    assert [type(model) for model in warmed_up] == [torch.nn.Sequential]
+
+
+@pytest.mark.nullgpu
+@pytest.mark.parametrize("attention", ["triton", "compiled"])
+def test_every_attention_is_evaluated_on_a_gpu(trained: Path, attention: str) -> None:
+    evaluated = evaluate_run(trained, attention=attention)
+    assert evaluated.evaluation.samples == 359
+    assert next(evaluated.run.model.parameters()).is_cuda
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
 import torch
 
 
@@ -67,3 +68,13 @@ def _fill(counts: Counts, library: ctypes.CDLL) -> None:
                 counts.launched[name] += launched
                 counts.captured[name] += captured
                 counts.replayed[name] += replayed
+
+
+def accept_any_value(patch: pytest.MonkeyPatch) -> None:
+    """Let training go on with NaN and inf, and show tensors without their values.
+
+    Torch asks the device how many elements to show, and the answer is whatever lies in memory.
+    """
+    patch.setattr("fastvit_train.training.checkpointing._check_weights", lambda session: None)
+    patch.setattr("fastvit_train.training.epoch_totals.math.isfinite", lambda loss: True)
+    patch.setattr(torch.Tensor, "__repr__", lambda tensor, **_: f"<tensor {tuple(tensor.shape)} on {tensor.device}>")
