@@ -1,5 +1,6 @@
 """Shared by the tests: printed seeds, small data sets on disk, processes as users start them."""
 
+import importlib.util
 import os
 import random
 from collections import Counter
@@ -18,6 +19,19 @@ from fastvit_train.config.schema import TrainConfig
 from tests.support import null_gpu
 
 
+def _let_triton_3_6_interpret_loops() -> None:
+    """Convert bounds of loops, arrays of one element, as Triton 3.8 does; int(), as before, raises in NumPy 2.5."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: type, *scope: object) -> None:
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()  # type: ignore[attr-defined]
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
@@ -27,6 +41,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.xfail(raises=AssertionError, reason="nothing was computed"))
         if item.get_closest_marker("nullgpu") and not null_gpu.is_present():
             item.add_marker(pytest.mark.skip(reason="needs a null CUDA device"))
+
+
+def pytest_sessionstart() -> None:
+    if importlib.util.find_spec("triton"):
+        _let_triton_3_6_interpret_loops()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
