@@ -9,12 +9,10 @@ from typing import Any
 
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-from bench import compare, interleaved, plots
+from bench import compare, interleaved, plots, tables
 from bench.benchmark_case import BenchmarkCase, device, prepare_process
 from bench.environment import ROOT, environment
-from bench.measure import by_group
 from bench.suites import (
     bench_attention,
     bench_epoch,
@@ -27,7 +25,6 @@ from bench.suites import (
 from fastvit_kernels.torch_private import specialize_each_shape
 from fastvit_train.utils.atomic_io import write_atomically
 from fastvit_train.utils.errors import UserError
-from fastvit_train.utils.timing import quartiles
 
 SUITES = (bench_epoch, bench_step, bench_input, bench_attention, bench_inference, bench_scaling, bench_telemetry)
 
@@ -58,7 +55,8 @@ def main() -> None:
             print("\n".join(case.id for cases in groups.values() for case in cases))
             return
         with specialize_each_shape():
-            run(groups, arguments)
+            complete = run(groups, arguments)
+        sys.exit(0 if complete else 1)
     except UserError as error:
         print(f"bench: error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -76,8 +74,8 @@ def select(only: tuple[str, ...]) -> dict[str, list[BenchmarkCase]]:
     return groups
 
 
-def run(groups: dict[str, list[BenchmarkCase]], arguments: Arguments) -> None:
-    """Measure the groups, print a table after each, and write all results."""
+def run(groups: dict[str, list[BenchmarkCase]], arguments: Arguments) -> bool:
+    """Measure the groups, print a table after each, and write all results; return whether no row failed."""
     folder = arguments.output or ROOT / "bench" / "results" / ("gpu" if device().type == "cuda" else "cpu")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -88,68 +86,20 @@ def run(groups: dict[str, list[BenchmarkCase]], arguments: Arguments) -> None:
     if not console.is_terminal:
         console.width = 120
     facts = environment()
-    console.print(one_line(facts), soft_wrap=True)
+    console.print(tables.one_line(facts), soft_wrap=True)
     rows: list[dict[str, Any]] = []
-    for results, controls in interleaved.measure(groups, arguments.seconds, console):
+    failed: list[dict[str, Any]] = []
+    for results, failures, controls in interleaved.measure(groups, arguments.seconds, console):
         rows += results
-        console.print(table(results))
-        document = {"environment": facts, "controls": controls, "rows": rows}
+        failed += failures
+        if results:
+            console.print(tables.table(results))
+        document = {"environment": facts, "controls": controls, "rows": rows, "failed": failed}
         write_atomically(folder / "bench.json", json.dumps(document, indent=1) + "\n")
-    (folder / "table.md").write_text(markdown(rows, facts), encoding="utf-8")
+    (folder / "table.md").write_text(tables.markdown(rows, facts), encoding="utf-8")
     for path in (folder / "bench.json", folder / "table.md", *plots.draw(rows, facts, folder)):
         console.print(f"written to {path}", soft_wrap=True)
-
-
-def one_line(facts: dict[str, Any]) -> str:
-    """Return the environment in one line."""
-    return ", ".join(f"{key} {value}" for key, value in facts.items() if value is not None)
-
-
-HEAD = ("", "ms", "quartiles", "images/s", "speedup", "MFU", "MiB", "first call, s")
-
-
-def cells(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Return a group's rows as the tables show them."""
-    return [
-        (
-            row["name"],
-            *_milliseconds(row["seconds"]),
-            f"{row['images_per_second']:,.0f}",
-            f"{row['images_per_second'] / rows[0]['images_per_second']:.2f}x",
-            "" if row["mfu"] is None else f"{row['mfu']:.0%}",
-            _memory(row),
-            f"{row['first_call_seconds']:.1f}",
-        )
-        for row in rows
-    ]
-
-
-def _milliseconds(seconds: list[float]) -> tuple[str, str]:
-    low, median, high = (value * 1e3 for value in quartiles(seconds))
-    return f"{median:,.1f}", f"{low:,.1f} to {high:,.1f}"
-
-
-def _memory(row: dict[str, Any]) -> str:
-    keys = ["peak_memory_mib", "saved_for_backward_mib"]
-    keys += ["peak_rss_mib"] if row["operation"] == bench_epoch.OPERATION else []
-    return next((f"{row[key]:,.0f}" for key in keys if row.get(key) is not None), "")
-
-
-def table(rows: list[dict[str, Any]]) -> Table:
-    """Return a table of a group for the terminal."""
-    result = Table(*HEAD, title=rows[0]["group"], title_justify="left", min_width=100)
-    for row in cells(rows):
-        result.add_row(*row)
-    return result
-
-
-def markdown(rows: list[dict[str, Any]], facts: dict[str, Any]) -> str:
-    """Return all groups in Markdown."""
-    lines = [one_line(facts)]
-    for group in by_group(rows):
-        lines += ["", f"**{group[0]['group']}**", ""]
-        lines += [f"| {' | '.join(row)} |" for row in (HEAD, ("---",) * len(HEAD), *cells(group))]
-    return "\n".join(lines) + "\n"
+    return not failed
 
 
 def show_changes(before: Path, after: Path) -> int:

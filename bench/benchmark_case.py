@@ -37,7 +37,6 @@ class Workload:
         flops: FLOPs of one call by definition, without padding and recomputation; None if counting makes no sense.
         parameters: tensors that do not count as saved for the backward pass; None if the call has no backward pass.
         calls: calls of `run` between two synchronisations of the device.
-        replayed: whether `run` replays a CUDA graph, which allocated its memory when it was recorded.
         rounds: number of timed rounds under pytest-benchmark, without warm-up; by default pytest-benchmark chooses it.
         close: releases processes and other resources.
         extra: returns additional results of this workload; called after the timing.
@@ -49,7 +48,6 @@ class Workload:
     flops: float | None = None
     parameters: tuple[Tensor, ...] | None = None
     calls: int = 1
-    replayed: bool = False
     rounds: int | None = None
     close: Callable[[], object] = lambda: None
     extra: Callable[[], dict[str, Any]] = dict

@@ -11,6 +11,7 @@ from torch import nn
 
 from bench.benchmark_case import BenchmarkCase, device
 from bench.measure import PreparedCase
+from fastvit_train.utils.gpu_monitor import MIN_COUNTER_SECONDS
 from fastvit_train.utils.timing import quartiles, time_call, time_in_rounds
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 41
@@ -35,8 +36,10 @@ def controls() -> dict[str, Callable[[], object]]:
 
 def measure(
     groups: dict[str, list[BenchmarkCase]], seconds: float, console: Console
-) -> Iterator[tuple[Results, Results]]:
-    """Measure the groups; yield each group's rows, and the control times of all groups so far.
+) -> Iterator[tuple[Results, Results, Results]]:
+    """Measure the groups; yield each group's rows, those that failed, and the control times of all groups so far.
+
+    A row that cannot be built or fails its check is reported and left out; the others are measured.
 
     Args:
         groups: cases by group.
@@ -48,15 +51,20 @@ def measure(
     time_in_rounds([*control.values()], 1, device())  # to warm up
     for name, cases in groups.items():
         with ExitStack() as stack:
-            rows = []
+            rows, failed = [], []
             for case in cases:
-                with console.status(f"building and checking: {case.id}"):
-                    row = PreparedCase(case)
+                try:
+                    with console.status(f"building and checking: {case.id}"):
+                        row = PreparedCase(case)
+                except Exception as error:
+                    failed.append({"id": case.id, "name": case.name, "error": f"{type(error).__name__}: {error}"})
+                    console.print(f"failed: {case.id}: {failed[-1]['error']}", markup=False, soft_wrap=True)
+                    continue
                 stack.callback(row.workload.close)
                 rows.append(row)
             console.print(f"{name}: {len(rows)} rows, interleaved")  # the status line would disturb the timing
-            results = _measure_group(rows, seconds, control, control_seconds)
-        yield results, [{"name": name, "seconds": values} for name, values in control_seconds.items()]
+            results = _measure_group(rows, seconds, control, control_seconds) if rows else []
+        yield results, failed, [{"name": name, "seconds": values} for name, values in control_seconds.items()]
 
 
 def _measure_group(
@@ -79,7 +87,7 @@ def _measure_group(
 
 def _result(row: PreparedCase, block_seconds: list[float], seconds_metered: float) -> Result:
     _, median, _ = quartiles(block_seconds)
-    blocks = math.ceil(seconds_metered / median) if device().type == "cuda" else 1
+    blocks = math.ceil(max(seconds_metered, MIN_COUNTER_SECONDS) / median) if device().type == "cuda" else 1
 
     def work() -> None:
         for _ in range(blocks):

@@ -119,7 +119,7 @@ def build(
 
     flops = batch * count_flops(make(level, passes, "fused", shape, torch.float32, 1)[1])
     saves = tuple(module.parameters()) if passes == BOTH else None
-    return Workload(run, check, batch, flops, saves, calls=CALLS[device().type], replayed=graph)
+    return Workload(run, check, batch, flops, saves, calls=CALLS[device().type])
 
 
 def forward(module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:

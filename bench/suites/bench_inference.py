@@ -41,7 +41,7 @@ def build(name: str, implementation: str, compiled: bool, graph: bool, dtype: st
         assert_close(run()[0], reference()[0], dtype, f"{name}'s logits")
 
     flops = batch * count_flops(logits_of(Training(name, "fused", False, "fp32", 1)))
-    return Workload(run, check, batch, flops, calls=CALLS[device().type], replayed=graph)
+    return Workload(run, check, batch, flops, calls=CALLS[device().type])
 
 
 def cases() -> Iterator[BenchmarkCase]:
