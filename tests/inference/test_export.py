@@ -7,9 +7,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
 import onnx
 import onnxruntime
-import pytest
 import timm
 import torch
 from safetensors import safe_open

@@ -10,6 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+pytest.importorskip("hypothesis")
 import hypothesis
 from hypothesis import strategies as st
 

@@ -12,6 +12,8 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
+
+pytest.importorskip("hypothesis")
 import yaml
 from hypothesis import strategies as st
 from PIL import Image, TiffImagePlugin
