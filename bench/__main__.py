@@ -56,7 +56,8 @@ def main() -> None:
             return
         with specialize_each_shape():
             complete = run(groups, arguments)
-        sys.exit(0 if complete else 1)
+        if not complete:
+            sys.exit(1)
     except UserError as error:
         print(f"bench: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,5 +1,6 @@
 """The hardware and software that the measurements depend on."""
 
+import platform
 import subprocess
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -21,6 +22,7 @@ def environment() -> dict[str, Any]:
         "device": device_name(),
         "driver": driver(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": installed("triton"),
         "timm": installed("timm"),

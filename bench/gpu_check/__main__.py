@@ -18,11 +18,16 @@ from typing import Any
 from bench.gpu_check import prepare
 from bench.gpu_check.parts import TIME_RAN_OUT, Part, all_parts, describe_status
 
+SECONDS = 520
+"""for all parts together: nine minutes, less what the last one may take to stop"""
+MIN_SECONDS = 15
+"""A part is not started with less time."""
 SECONDS_TO_STOP = 10
 """how long a command may take to end after an interrupt before it is killed"""
 
 
 def main() -> int:
+    started_at = time.monotonic()
     arguments = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that what was started is stopped too
     os.environ["PYTHONUNBUFFERED"] = "1"
@@ -31,7 +36,8 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     try:
         if arguments.wheels is not None:
-            print("unpacked:", *prepare.add_wheels(arguments.wheels.resolve(), out / "site"))
+            unpacked = prepare.add_wheels(arguments.wheels.resolve(), out / "site")
+            print(f"unpacked from {arguments.wheels}: {', '.join(unpacked) or 'nothing, since all is installed'}")
         prepare.require_packages()
         environment = prepare.find_environment()
         print(", ".join(f"{key} {value}" for key, value in environment.items() if value is not None))
@@ -42,9 +48,12 @@ def main() -> int:
         print(f"gpu_check: error: {reason}", file=sys.stderr)
         return 2
     results = Results(out / "results.json")
+    factor = 10 if arguments.any_device else 1
+    deadline = started_at + SECONDS * factor
     for part in all_parts(out, images):
         if part.name.startswith(arguments.parts):
-            run_part(part, results, environment, out, 10 if arguments.any_device else 1)
+            seconds = min(part.seconds * factor, deadline - time.monotonic())
+            run_part(part, seconds, results, environment, out)
     from bench.gpu_check.table import show  # needs packages
 
     show(results.parts)
@@ -80,14 +89,17 @@ class Results:
         partial.replace(self._path)
 
 
-def run_part(part: Part, results: Results, environment: dict[str, Any], out: Path, factor: int) -> None:
-    """Run a part within `factor` times its limit and keep its result, unless it has ended well before."""
+def run_part(part: Part, limit: float, results: Results, environment: dict[str, Any], out: Path) -> None:
+    """Run a part for at most `limit` seconds and keep its result, unless it has ended well before."""
     if results.parts.get(part.name, {}).get("exit_status") == 0:
         print(f"== {part.name}: done before")
         return
-    print(f"== {part.name}, at most {part.seconds * factor} s", end="", flush=True)
+    if limit < MIN_SECONDS:
+        print(f"== {part.name}: no time is left; run the same command again")
+        return
+    print(f"== {part.name}, at most {limit:.0f} s", end="", flush=True)
     log, started = out / f"{part.name}.log", time.monotonic()
-    status = run_together(part.commands, log, part.seconds * factor)
+    status = run_together(part.commands, log, limit)
     seconds = time.monotonic() - started
     print(f": {seconds:.1f} s" + ("" if status == 0 else f", {describe_status(status)}; see {log}"))
     facts = {"exit_status": status, "seconds": seconds, "environment": environment}

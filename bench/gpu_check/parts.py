@@ -45,33 +45,37 @@ def all_parts(work: Path, images: Path | None) -> list[Part]:
         command = ("-m", "bench", "--seconds", "0.3", "--output", str(work / name), "--only", *only)
         return Part(name, seconds, (command,), bench_rows)
 
-    parts = [
-        bench("attention-narrow", 45, f"attention operator forward+backward, {NARROW}", *OPERATOR_ROWS),
-        bench("attention-narrow-forward", 40, f"attention operator forward, {NARROW}", *OPERATOR_ROWS),
-        bench("attention-wide", 45, f"attention operator forward+backward, {WIDE}", *OPERATOR_ROWS),
-        bench("attention-wide-forward", 40, f"attention operator forward, {WIDE}", *OPERATOR_ROWS),
-        bench("step-256", 40, "training step, mc_vit_4_4_32 B256, bf16", *STEP_ROWS),
-        bench("step-4096", 40, "training step, mc_vit_4_4_32 B4096, bf16", *STEP_ROWS),
-        bench("step-cvt", 40, "training step, cvt_7_4_32 B256, bf16", *STEP_ROWS),
-        bench("step-cct", 40, "training step, cct_7_3x1_32 B256, bf16", *STEP_ROWS),
-        bench("epochs", 60, "epoch end to end, mc_vit_4_4_32, 4096 images, B256, fp32 and bf16", ""),
-    ]
-    if images is not None:
-        train = (*TRAIN, "--data-dir", str(images))
-        fast = (*train, "--recipe", "fast-cifar10", "--epochs", "8")
-        once = [
-            (*fast, "--seed", str(seed), "--runs-dir", str(work / "together"), "--exp-name", f"seed{seed}")
-            for seed in range(SEEDS)
-        ]
-        repeat = ("--repeat", str(SEEDS), "--runs-dir", str(work / "accuracy"), "--exp-name", "run")
-        cvt = (*train, "--recipe", "cvt-cifar10", "--runs-dir", str(work / "cvt"), "--exp-name", "run")
-        parts += [
-            Part("accuracy", 60, ((*fast, *repeat),), trained_runs),
-            Part("together", 40, tuple(once), trained_runs),
-            Part("cvt", 70, (cvt,), trained_runs),
-        ]
     tests = ("-m", "pytest", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider")
-    return [*parts, Part("tests", 90, (tests,), last_line)]
+    parts = [
+        bench("attention-narrow", 40, f"attention operator forward+backward, {NARROW}", *OPERATOR_ROWS),
+        bench("attention-narrow-forward", 30, f"attention operator forward, {NARROW}", *OPERATOR_ROWS),
+        bench("attention-wide", 40, f"attention operator forward+backward, {WIDE}", *OPERATOR_ROWS),
+        bench("attention-wide-forward", 30, f"attention operator forward, {WIDE}", *OPERATOR_ROWS),
+        bench("step-256", 50, "training step, mc_vit_4_4_32 B256, bf16", *STEP_ROWS),
+        bench("step-4096", 50, "training step, mc_vit_4_4_32 B4096, bf16", *STEP_ROWS),
+        bench("epochs", 60, "epoch end to end, mc_vit_4_4_32, 4096 images, B256, fp32 and bf16", ""),
+        Part("tests", 90, (tests,), last_line),
+        bench("step-cvt", 70, "training step, cvt_7_4_32 B256, bf16", *STEP_ROWS),
+        bench("step-cct", 70, "training step, cct_7_3x1_32 B256, bf16", *STEP_ROWS),
+    ]
+    return parts if images is None else [*parts, *training_parts(work, images)]
+
+
+def training_parts(work: Path, images: Path) -> list[Part]:
+    """Return the parts that train on `images`: one seed after the other, the same seeds at the same time, CVT-7/4."""
+    train = (*TRAIN, "--data-dir", str(images))
+    fast = (*train, "--recipe", "fast-cifar10", "--epochs", "8")
+    repeat = (*fast, "--repeat", str(SEEDS), "--runs-dir", str(work / "accuracy"), "--exp-name", "run")
+    together = tuple(
+        (*fast, "--seed", str(seed), "--runs-dir", str(work / "together"), "--exp-name", f"run-seed{seed}")
+        for seed in range(SEEDS)
+    )
+    cvt = (*train, "--recipe", "cvt-cifar10", "--runs-dir", str(work / "cvt"), "--exp-name", "run")
+    return [
+        Part("accuracy", 80, (repeat,), trained_runs),
+        Part("together", 60, together, trained_runs),
+        Part("cvt", 150, (cvt,), trained_runs),
+    ]
 
 
 def describe_status(status: int) -> str:

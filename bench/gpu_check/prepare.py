@@ -19,6 +19,17 @@ ROOT = Path(__file__).parents[2]
 FOR_TESTS = ("pytest", "pytest-benchmark", "pytest-xdist")
 
 
+IMPORT_ALL = """
+import json
+import bench.__main__, fastvit_train.cli.main, fastvit_train.training.loop
+from bench.environment import environment
+from fastvit_train.config.overrides import override
+from fastvit_train.config.recipes import recipe
+override(recipe("quickstart"), {"lr": 1e-3}, "the check")  # pydantic imports its parts when they are needed
+print(json.dumps(environment()))
+"""
+
+
 class NotReady(Exception):
     """The check cannot start; the message is one line that says why, and what to do."""
 
@@ -29,7 +40,7 @@ def add_wheels(folder: Path, site: Path) -> list[str]:
     A wheel is unpacked as an archive: pip may be missing too.
 
     Returns:
-        The names of the wheels that were unpacked.
+        Name and version of each package that was unpacked.
     """
     wheels = [path for path in sorted(folder.glob("*.whl")) if not is_installed(path.name.partition("-")[0])]
     for wheel in wheels:
@@ -37,7 +48,7 @@ def add_wheels(folder: Path, site: Path) -> list[str]:
             archive.extractall(site)
     sys.path.insert(0, str(site))
     os.environ["PYTHONPATH"] = os.pathsep.join((str(site), os.environ["PYTHONPATH"]))
-    return [wheel.name for wheel in wheels]
+    return [" ".join(wheel.name.split("-")[:2]) for wheel in wheels]
 
 
 def require_packages() -> None:
@@ -80,13 +91,14 @@ def find_images(source: Path, folder: Path) -> Path:
 
 
 def find_environment() -> dict[str, Any]:
-    """Return `bench.environment.environment()`, read in another process, which keeps the GPU free of this one.
+    """Import what the parts will need and return `bench.environment.environment()`.
+
+    Another process does it, which keeps this one off the GPU.
 
     Raises:
         NotReady: if the project cannot be imported.
     """
-    code = "import json; from bench.environment import environment; print(json.dumps(environment()))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
+    done = subprocess.run([sys.executable, "-c", IMPORT_ALL], capture_output=True, encoding="utf-8")
     if done.returncode:
         raise NotReady(f"the project cannot be imported: {done.stderr.strip().splitlines()[-1]}")
     return json.loads(done.stdout.splitlines()[-1])

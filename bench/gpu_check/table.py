@@ -41,7 +41,7 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
         fastest = max(rows, key=lambda row: row["images_per_second"])
         yield f"fastest: {fastest['name']}"
     for row in result.get("failed", []):
-        yield f"{row['name']} failed: {row['error']}"
+        yield f"{row['name']} failed: {row['error'].strip().splitlines()[-1]}"
     for run in result.get("runs", []):
         if epochs := run["epochs"]:
             accuracy, seconds = epochs[-1]["accuracy"], epochs[-1]["seconds"]

@@ -23,7 +23,7 @@ from fastvit_kernels import GELULinear, registry
 from fastvit_train.data import loader
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.memory import saved_for_backward
-from tests.support import ROOT, run, write_folder
+from tests.support import ROOT, run
 from tests.support.pictures import record_pictures
 
 ATTENTION = "attention operator forward+backward, B256 N64 D48 H4, fp32, "
@@ -322,27 +322,3 @@ def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path, monkeypatch: py
         assert label in picture.texts and not any(caption.overlaps(box) for box in legend)
         assert len(picture.panels) == (2 if path.stem == "scaling" else len(shapes))
     assert plots.draw([], environment(), tmp_path) == []
-
-
-def test_the_gpu_check_refuses_without_a_gpu(tmp_path: Path) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    done = run(["bash", str(ROOT / "bench" / "gpu_check.sh"), str(tmp_path / "out")])
-    assert done.returncode == 2 and "no GPU" in done.stderr
-
-
-@pytest.mark.slow
-def test_the_gpu_check_does_a_part_once_and_shows_what_there_is(tmp_path: Path) -> None:
-    images = write_folder(tmp_path / "shapes", per_class=20)
-    command = ["bash", str(ROOT / "bench" / "gpu_check.sh"), str(tmp_path / "out"), str(images)]
-    # three seeds at once on two cores: with more than a thread each they would wait for one another's threads
-    env = {"ANY_DEVICE": "1", "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
-    first = run(command, PARTS="accuracy together", **env)
-    assert first.returncode == 0, first.stdout + first.stderr
-    for line in ("fast-cifar10, 3 seeds", "to 74.0%", "3 seeds at once", "not done"):
-        assert line in first.stdout
-    result = json.loads((tmp_path / "out" / "accuracy.json").read_text())
-    assert result["seeds"] == [0, 1, 2] and result["environment"]["device"]
-    assert len(json.loads((tmp_path / "out" / "together.json").read_text())["seconds"]) == 3
-    second = run(command, PARTS="accuracy", **env)
-    assert "accuracy: already done" in second.stdout
