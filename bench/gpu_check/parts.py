@@ -34,7 +34,7 @@ class Part:
 
 
 def all_parts(work: Path, images: Path | None) -> list[Part]:
-    """Return all parts; those that train on `images` only if there are some.
+    """Return all parts in their order; those that train on `images` only if there are some.
 
     Args:
         work: the folder below which each part writes to a folder of its own name.
@@ -46,7 +46,7 @@ def all_parts(work: Path, images: Path | None) -> list[Part]:
         return Part(name, seconds, (command,), bench_rows)
 
     tests = ("-m", "pytest", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider")
-    parts = [
+    return [
         bench("attention-narrow", 40, f"attention operator forward+backward, {NARROW}", *OPERATOR_ROWS),
         bench("attention-narrow-forward", 30, f"attention operator forward, {NARROW}", *OPERATOR_ROWS),
         bench("attention-wide", 40, f"attention operator forward+backward, {WIDE}", *OPERATOR_ROWS),
@@ -54,11 +54,11 @@ def all_parts(work: Path, images: Path | None) -> list[Part]:
         bench("step-256", 50, "training step, mc_vit_4_4_32 B256, bf16", *STEP_ROWS),
         bench("step-4096", 50, "training step, mc_vit_4_4_32 B4096, bf16", *STEP_ROWS),
         bench("epochs", 60, "epoch end to end, mc_vit_4_4_32, 4096 images, B256, fp32 and bf16", ""),
+        *([] if images is None else training_parts(work, images)),
         Part("tests", 90, (tests,), last_line),
         bench("step-cvt", 70, "training step, cvt_7_4_32 B256, bf16", *STEP_ROWS),
         bench("step-cct", 70, "training step, cct_7_3x1_32 B256, bf16", *STEP_ROWS),
     ]
-    return parts if images is None else [*parts, *training_parts(work, images)]
 
 
 def training_parts(work: Path, images: Path) -> list[Part]:
@@ -72,9 +72,9 @@ def training_parts(work: Path, images: Path) -> list[Part]:
     )
     cvt = (*train, "--recipe", "cvt-cifar10", "--runs-dir", str(work / "cvt"), "--exp-name", "run")
     return [
-        Part("accuracy", 80, (repeat,), trained_runs),
-        Part("together", 60, together, trained_runs),
-        Part("cvt", 150, (cvt,), trained_runs),
+        Part("accuracy", 70, (repeat,), trained_runs),
+        Part("together", 50, together, trained_runs),
+        Part("cvt", 100, (cvt,), trained_runs),
     ]
 
 

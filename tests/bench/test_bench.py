@@ -7,13 +7,15 @@ import shlex
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import compare, interleaved, plots, typical
+from bench import __main__ as bench_main
+from bench import compare, interleaved, plots, tables, typical
 from bench.__main__ import SUITES, main, select
 from bench.benchmark_case import BenchmarkCase, Workload, device
 from bench.environment import environment
@@ -22,6 +24,7 @@ from bench.suites import bench_attention, bench_input, bench_step
 from fastvit_kernels import GELULinear, registry
 from fastvit_train.data import loader
 from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.gpu_monitor import Usage
 from fastvit_train.utils.memory import saved_for_backward
 from tests.support import ROOT, run
 from tests.support.pictures import record_pictures
@@ -229,20 +232,50 @@ def test_results_that_cannot_be_compared_are_refused(tmp_path: Path) -> None:
             compare.read(tmp_path / "x.json")
 
 
+def made_up(name: str, run: Callable[[], object], check: Callable[[], None] = lambda: None) -> BenchmarkCase:
+    return BenchmarkCase("operation", "shape", "fp32", name, 1, lambda batch: Workload(run, check, batch))
+
+
+def test_a_row_that_fails_costs_none_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        raise AssertionError("1.0 from the reference")
+
+    rows = [made_up("first", lambda: None), made_up("second", lambda: None, fail), made_up("third", lambda: None)]
+    monkeypatch.setattr(interleaved, "controls", lambda: {"nothing": lambda: None})
+    monkeypatch.setattr(bench_main, "select", lambda only: {"some": rows, "all fail": [rows[1]]})
+    monkeypatch.setattr(bench_main, "prepare_process", lambda: None)
+    with pytest.raises(SystemExit) as stop:
+        bench(monkeypatch, "--seconds", "0.01", "--output", str(tmp_path))
+    assert stop.value.code == 1
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert [row["name"] for row in written["rows"]] == ["first", "third"]
+    assert [row["error"] for row in written["failed"]] == ["AssertionError: 1.0 from the reference"] * 2
+    assert "failed: operation, shape, fp32, second: AssertionError: 1.0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value, shown", [(0.0123456, "0.0123"), (0.999, "0.999"), (12.345, "12.3"), (1234.5, "1,234")])
+def test_times_have_three_significant_digits(value: float, shown: str) -> None:
+    assert tables.significant(value) == shown
+
+
+@pytest.mark.nullgpu
+@pytest.mark.parametrize("graph", ["", ", CUDA graph"])
+def test_memory_of_a_replayed_graph_is_that_of_the_call(graph: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_attention, "assert_close", lambda *arguments: None)  # nothing is computed
+    id = f"attention operator forward, B4096 N64 D48 H4, bf16, sdpa{graph}"
+    row = PreparedCase(case_of(bench_attention, id))
+    mib = 4096 * 64 * 48 * 2 / 2**20  # of one token tensor
+    peak = row.describe(1.0, Usage(1.0))["peak_memory_mib"]
+    assert 4 * mib <= peak <= 12 * mib  # at least query, key, value and the output
+
+
 def test_rows_of_a_group_are_interleaved() -> None:
     order: list[str] = []
 
-    def case(name: str) -> BenchmarkCase:
-        return BenchmarkCase(
-            "operation",
-            "shape",
-            "fp32",
-            name,
-            1,
-            lambda batch: Workload(lambda: order.append(name), lambda: None, batch),
-        )
-
-    for _ in interleaved.measure({"group": [case("a"), case("b")]}, 0.0, interleaved.Console(quiet=True)):
+    cases = [made_up(name, partial(order.append, name)) for name in "ab"]
+    for _ in interleaved.measure({"group": cases}, 0.0, interleaved.Console(quiet=True)):
         pass
     timed = "".join(order)
     assert "ab" * interleaved.MIN_ROUNDS in timed

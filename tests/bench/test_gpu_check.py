@@ -88,16 +88,18 @@ def test_all_parts_end_in_nine_minutes_and_the_next_run_goes_on(
     monkeypatch.setattr(check, "run_together", take_all_the_time)
     monkeypatch.setattr(check.signal, "signal", lambda *arguments: None)
     monkeypatch.setattr(prepare, "find_environment", lambda: {"device": "made up", "cuda": "13.0"})
-    monkeypatch.setattr(sys, "argv", ["gpu_check", str(tmp_path)])
+    images = write_folder(tmp_path / "folder", per_class=0)
+    monkeypatch.setattr(sys, "argv", ["gpu_check", str(tmp_path), "--images", str(images)])
     for name in ("CUDA_VISIBLE_DEVICES", "PYTHONUNBUFFERED"):
         monkeypatch.setenv(name, "0")
-    names = [part.name for part in all_parts(tmp_path, None)]
+    names = [part.name for part in all_parts(tmp_path, images)]
     assert check.main() == 0 and 8 * 60 < now <= 9 * 60 - check.SECONDS_TO_STOP
     done = json.loads((tmp_path / "results.json").read_text())
-    assert list(done) == names[: len(done)] and done["tests"]["summary"] == "3 passed"
+    assert list(done) == names[: len(done)]
     assert f"{names[len(done)]}: no time is left" in capsys.readouterr().out
     assert check.main() == 0
-    assert list(json.loads((tmp_path / "results.json").read_text())) == names
+    done_later = json.loads((tmp_path / "results.json").read_text())
+    assert list(done_later) == names and done_later["tests"]["summary"] == "3 passed"
     assert capsys.readouterr().out.count("done before") == len(done)
 
 
@@ -197,15 +199,14 @@ def test_a_part_is_done_once_and_the_goals_are_shown(tmp_path: Path) -> None:
     archive = shutil.make_archive(str(tmp_path / "shapes"), "xztar", write_folder(tmp_path / "folder", per_class=80))
     command = ["bash", SCRIPT, "out", "--images", archive, "--any-device", "--parts"]
     env = bare(tmp_path)
-    first = run([*command, "accuracy", "together"], tmp_path, **env)
+    first = run([*command, "accuracy"], tmp_path, **env)
     assert first.returncode == 0, first.stdout + first.stderr
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    for name in ("accuracy", "together"):
-        assert results[name]["exit_status"] == 0, (tmp_path / "out" / f"{name}.log").read_text()
-        assert [len(each["epochs"]) for each in results[name]["runs"]] == [8, 8, 8]
+    accuracy = json.loads((tmp_path / "out" / "results.json").read_text())["accuracy"]
+    assert accuracy["exit_status"] == 0, (tmp_path / "out" / "accuracy.log").read_text()
+    assert [len(each["epochs"]) for each in accuracy["runs"]] == [8, 8, 8]
     lines = {line.split("│")[1].strip(): line for line in first.stdout.splitlines() if "│" in line}
     assert "met" in lines["mc-ViT to 77.25% on CIFAR-10"] or "missed" in lines["mc-ViT to 77.25% on CIFAR-10"]
     assert "not measured" in lines["mc-ViT training step, batch 256"]
     second = run([*command, "accuracy", "step-256"], tmp_path, **env)
     assert "accuracy: done before" in second.stdout and "step-256: done" not in second.stdout
-    assert "model compiled" in second.stdout  # a CPU has that group too, by the same name
+    assert "exit status 2" in second.stdout  # a part that fails, here for want of rows, does not end the check
