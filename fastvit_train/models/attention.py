@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
@@ -197,7 +198,10 @@ def warm_up(model: nn.Module, train_batch: int, eval_batch: int, image_size: int
 def _first_passes(model: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device) -> None:
     for _ in range(1 if device.type == "cpu" else 3):  # a CUDA graph is recorded on the second pass
         if train_batch:
-            model.train()(torch.zeros(train_batch, 3, image_size, image_size, device=device)).float().sum().backward()
+            # As in a step, logits and loss live until after the backward pass: CUDA graphs depend on it.
+            logits = model.train()(torch.zeros(train_batch, 3, image_size, image_size, device=device))
+            loss = F.cross_entropy(logits, torch.zeros(train_batch, dtype=torch.int64, device=device))
+            loss.backward()
             model.zero_grad()
         with torch.no_grad():
             model.eval()(torch.zeros(eval_batch, 3, image_size, image_size, device=device))

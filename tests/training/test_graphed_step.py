@@ -183,6 +183,15 @@ def test_a_step_that_cannot_be_recorded_says_why(
 
 
 @pytest.mark.nullgpu
+def test_a_step_that_is_not_one_graph_records_nothing_after_the_warm_up(start: Start, nan_is_fine: None) -> None:
+    session = start(compile=True, optimizer="lion", precision="bf16")
+    with null_gpu.counted() as counts:
+        train(session)
+    assert counts.calls["cudaGraphLaunch"] > 0
+    assert sum(counts.captured.values()) == 0
+
+
+@pytest.mark.nullgpu
 def test_a_step_that_reads_a_value_falls_back(
     start: Start, nan_is_fine: None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
