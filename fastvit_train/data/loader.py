@@ -1,6 +1,6 @@
 """Batches for training and evaluation. Their content depends on (seed, epoch) only, never on the world size."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +90,8 @@ class TrainLoader:
         self._seed = seed
         self._rank_info = rank_info
         self.steps_per_epoch = len(labels) // batch_size
+        self.augmented: Callable[[Tensor, Tensor], Tensor] = self._augmented
+        """maps images and their sample indices to the model's input; may be replaced by its compiled form"""
 
     def sample_order(self, epoch: int) -> Tensor:
         """Return the sample indices of all ranks, (steps, grad_accum, batch_size / grad_accum)."""
@@ -111,7 +113,7 @@ class TrainLoader:
         samples = list(self.start_epoch(epoch)[first_step:].flatten(0, 1))
         on_device = to_device(samples, self._rank_info.device)
         for samples_B, images in zip(on_device, self._images.batches(samples), strict=True):
-            yield self._augmented(images, samples_B), self._labels[samples_B]
+            yield self.augmented(images, samples_B), self._labels[samples_B]
 
     @property
     def is_resident(self) -> bool:
@@ -124,7 +126,7 @@ class TrainLoader:
         The host neither reads a value nor copies anything, so a CUDA graph can contain this.
         """
         assert isinstance(self._images, ResidentImages)
-        return self._augmented(self._images.select(samples_B), samples_B), self._labels[samples_B]
+        return self.augmented(self._images.select(samples_B), samples_B), self._labels[samples_B]
 
     def _augmented(self, images_BCHW: Tensor, samples_B: Tensor) -> Tensor:
         images_BCHW = self._augment.crop_and_flip(images_BCHW, samples_B)

@@ -3,6 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
@@ -21,7 +22,7 @@ from fastvit_train.distributed.accelerator import deterministic, device_name, ow
 from fastvit_train.distributed.cpu_threads import all_cores
 from fastvit_train.models.attention import AUTO, COMPILING, check_attention, choose_attention, warm_up
 from fastvit_train.models.build import build_model
-from fastvit_train.models.compiling import check_compiler, compile_model
+from fastvit_train.models.compiling import check_compiler, compile_function, compile_model
 from fastvit_train.models.resolve import resolve
 from fastvit_train.models.whitening import whiten
 from fastvit_train.runs import checkpoint
@@ -37,7 +38,7 @@ from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
 from fastvit_train.utils.errors import UserError, counted
 from fastvit_train.utils.gpu_monitor import Meter
-from fastvit_train.utils.timing import SlowdownDetector
+from fastvit_train.utils.timing import SlowdownDetector, time_call
 
 
 @dataclass(frozen=True)
@@ -236,8 +237,19 @@ def prepare(
         compile_seconds = warm_up(model, 0 if whole_step else inputs.micro_batch, eval_batch, size, device)
         if ema is not None:
             compile_seconds += warm_up(ema.module, 0, eval_batch, size, device)
+        if config.run.compile and device.type == "cuda" and not whole_step and inputs.train_loader.is_resident:
+            compile_seconds += compile_augmentation(inputs, device)
     memory.reset_peak_memory(accelerator.device)
     return Trained(model, prepared_optimizer, scheduler, ema, compile_seconds)
+
+
+def compile_augmentation(inputs: Inputs, device: torch.device) -> float:
+    """Compile the augmentation of a micro-batch of resident images, and return the seconds that this takes."""
+    loader = inputs.train_loader
+    loader.augmented = compile_function(loader.augmented, device)
+    loader.start_epoch(0)
+    samples = torch.zeros(inputs.micro_batch, dtype=torch.int64, device=device)
+    return time_call(lambda: loader.batch(samples), device)
 
 
 def supports_cuda_graphs(config: ResolvedConfig, accelerator: Accelerator) -> bool:
