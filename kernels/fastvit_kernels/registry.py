@@ -20,8 +20,8 @@ AUTO = "auto"
 """the name that selects an implementation by measurement"""
 COMPILING = ("compiled", "cpp", "triton")
 """implementations whose first call with a new shape takes a second or more"""
-MIN_CAPABILITY = (8, 0)
-"""CUDA compute capability that the Triton kernels need"""
+MIN_CAPABILITY = (7, 5)
+"""CUDA compute capability that the Triton kernels need: Turing, the oldest that torch's wheels support"""
 
 
 class Implementation(NamedTuple):
@@ -48,7 +48,7 @@ def _why_triton_unavailable() -> str | None:
     if not torch.cuda.is_available():
         return "needs a GPU; with TRITON_INTERPRET=1 it runs on the CPU, slowly, for tests"
     if torch.cuda.get_device_capability() < MIN_CAPABILITY:
-        return "needs a GPU of compute capability 8.0 (Ampere) or newer"
+        return "needs a GPU of compute capability 7.5 (Turing) or newer"
     return None
 
 

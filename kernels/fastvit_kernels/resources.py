@@ -25,10 +25,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastvit_kernels.triton_kernels import fused, fused_kernels, packed
-from fastvit_kernels.triton_kernels.attention import MAX_TOKENS_SMALL, SHARED_MEMORY
+from fastvit_kernels.triton_kernels.attention import max_tokens
 
-MAX_SHARED_MEMORY = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
-"""bytes of shared memory per program, by compute capability (CUDA C++ Programming Guide, table 21)"""
+MAX_SHARED_MEMORY = {75: 64 * 1024, 80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 120: 99 * 1024}
+"""bytes of shared memory per program, by compute capability (CUDA C++ Programming Guide, table of specifications)"""
 SHAPES = {
     "mc_vit_4_4_32": (64, 48, 4),
     "c_vit_4_4_32": (65, 48, 4),
@@ -40,13 +40,14 @@ SHAPES = {
     "patches of 2 pixels": (256, 48, 4),
     "one wide head": (64, 64, 1),
     "two wide heads": (65, 64, 2),
+    "two heads of 32": (64, 64, 2),
     "one token": (1, 8, 1),
     "odd sizes": (7, 24, 3),
     "heads of 16": (50, 96, 6),
     "heads of 24": (50, 96, 4),
 }
 """(tokens, dim, heads)"""
-DROPOUT_SHAPES = ("mc_vit_4_4_32", "c_vit_4_4_32", "cvt_7_4_32", "cct_7_3x1_32")
+DROPOUT_SHAPES = [name for name in SHAPES if "vit" in name or "cct" in name]
 FUSED = ("fused.forward", "fused.backward_x", "fused.backward_weight")
 PACKED = ("packed.forward", "packed.backward")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,11 +66,12 @@ class KernelVariant(NamedTuple):
 def variants() -> Iterator[KernelVariant]:
     """All kernels that the shapes in use need."""
     for shape, dtype, capability in itertools.product(SHAPES, DTYPES, MAX_SHARED_MEMORY):
-        if MAX_SHARED_MEMORY[capability] < SHARED_MEMORY and SHAPES[shape][0] > MAX_TOKENS_SMALL:
+        if SHAPES[shape][0] > max_tokens(MAX_SHARED_MEMORY[capability]):
+            continue
+        if dtype == "bf16" and capability < 80:
             continue
         kernels = FUSED if fused.fits(*SHAPES[shape], DTYPES[dtype]) else PACKED
-        both = shape in DROPOUT_SHAPES and dtype == "bf16"
-        for kernel, dropout in itertools.product(kernels, (False, True) if both else (False,)):
+        for kernel, dropout in itertools.product(kernels, (False, True) if shape in DROPOUT_SHAPES else (False,)):
             yield KernelVariant(shape, kernel, dtype, capability, dropout)
 
 

@@ -22,11 +22,11 @@ def rows() -> list[dict[str, Any]]:
 
 
 def test_every_shape_compiles_for_every_chip_in_every_dtype(rows: list[dict[str, Any]]) -> None:
-    for chip in (80, 86, 90):
-        small = chip == 86  # its shared memory limits it to 128 tokens
-        shapes = {shape for shape, (tokens, _, _) in SHAPES.items() if tokens <= 128 or not small}
+    for chip, limit in {75: 64, 80: 256, 86: 128, 89: 128, 90: 256, 120: 128}.items():
+        shapes = {shape for shape, (tokens, _, _) in SHAPES.items() if tokens <= limit}
+        dtypes = ("fp32", "fp16") if chip == 75 else ("fp32", "bf16", "fp16")
         seen = {(row["shape"], row["dtype"]) for row in rows if row["capability"] == chip}
-        assert seen == {(shape, dtype) for shape in shapes for dtype in ("fp32", "bf16", "fp16")}
+        assert seen == {(shape, dtype) for shape in shapes for dtype in dtypes}
 
 
 def test_shared_memory_is_within_the_limit_of_each_chip(rows: list[dict[str, Any]]) -> None:
@@ -34,13 +34,14 @@ def test_shared_memory_is_within_the_limit_of_each_chip(rows: list[dict[str, Any
 
 
 def test_low_precision_runs_on_the_tensor_cores(rows: list[dict[str, Any]]) -> None:
-    assert not [row for row in rows if row["dtype"] != "fp32" and not row["tensor_core_instructions"]]
+    rows = [row for row in rows if row["dtype"] != "fp32" and row["capability"] >= 80]
+    assert not [row for row in rows if not row["tensor_core_instructions"]]
 
 
 def test_spilled_registers(rows: list[dict[str, Any]]) -> None:
     """The default model spills nothing in low precision, and the others a bounded number of bytes."""
     for row in rows:
         print({key: row[key] for key in ("shape", "kernel", "dtype", "capability", "dropout", "registers", "spilled")})
-    low = [row for row in rows if row["dtype"] != "fp32" and not row["dropout"]]
-    assert not [row for row in low if row["shape"] == "mc_vit_4_4_32" and row["spilled"]]
+    low = [row for row in rows if row["dtype"] != "fp32" and row["capability"] >= 80]
+    assert not [row for row in low if row["shape"] == "mc_vit_4_4_32" and not row["dropout"] and row["spilled"]]
     assert max(row["spilled"] for row in low) <= 576  # 456 by Triton 3.9, 520 by 3.8

@@ -10,9 +10,11 @@ import pytest
 import timm
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit_kernels
+from fastvit_kernels.triton_kernels import attention as triton_limits
 from fastvit_kernels.triton_kernels import fused as triton_fused
 from fastvit_kernels.triton_kernels import packed as triton_packed
 from fastvit_train.runs.run_folder import read_jsonl
@@ -32,6 +34,8 @@ def test_each_kernel_supports_its_shapes() -> None:
     assert not triton_fused.fits(65, 48, 4, torch.float32)  # its scores would not fit into the registers
     assert not triton_fused.fits(64, 96, 4, torch.bfloat16)
     assert not triton_fused.fits(64, 64, 1, torch.bfloat16)  # nor would its gradients
+    assert triton_fused.fits(64, 64, 2, torch.bfloat16)
+    assert not triton_fused.fits(64, 64, 2, torch.float32)  # nor into the shared memory of a GeForce card
 
 
 @pytest.mark.parametrize(
@@ -46,6 +50,32 @@ def test_unsupported_arguments_are_refused(x: Tensor, heads: int, message: str, 
     x, dim = x.to(triton_device), x.shape[-1]
     with pytest.raises(ValueError, match=message):
         triton_attention(x, x.new_zeros(3 * dim, dim), None, heads)
+
+
+@pytest.mark.parametrize(
+    ("shared_memory", "limit"), [(48, 0), (64, 64), (99, 128), (163, 256), (227, 256)], ids=lambda value: str(value)
+)
+def test_the_gpus_shared_memory_limits_the_tokens(
+    shared_memory: int, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_limits, "_shared_memory", lambda device: shared_memory * 1024)
+    with FakeTensorMode():  # its tensors are on a GPU where there is none
+        fitting, longer = (torch.empty(1, tokens, 48, device="cuda") for tokens in (max(limit, 1), limit + 1))
+    if limit:
+        assert triton_limits.why_unsupported(fitting, 4, torch.float16) is None
+    assert triton_limits.why_unsupported(longer, 4, torch.float16) == (
+        f"triton supports up to {limit} tokens here, got {limit + 1}; use sdpa for longer sequences"
+    )
+
+
+def test_turing_has_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_limits, "_shared_memory", lambda device: 64 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    with FakeTensorMode():
+        x = torch.empty(1, 64, 48, device="cuda")
+    reason = triton_limits.why_unsupported(x, 4, torch.bfloat16)
+    assert reason is not None and reason.endswith("8.0 (Ampere) or newer; use float16")
+    assert triton_limits.why_unsupported(x, 4, torch.float16) is None
 
 
 def arguments_of_operators(device: str) -> list[object]:

@@ -11,17 +11,15 @@ from fastvit_kernels.triton_kernels.fused import fits, fused_attention
 from fastvit_kernels.triton_kernels.packed import packed_attention
 from fastvit_kernels.triton_kernels.parts import DTYPES, new_seed
 
-MAX_TOKENS = 256
-MAX_TOKENS_SMALL = 128
-"""limit on GPUs with less shared memory per program than an A100's 163 KB, such as all GeForce cards"""
-SHARED_MEMORY = 163 * 1024
+MAX_TOKENS = {163 * 1024: 256, 99 * 1024: 128, 64 * 1024: 64}
+"""tokens by the bytes of shared memory that one program may use; the kernels need less, with dropout or without"""
 MAX_HEAD_DIM = 64
 
 
 def why_unsupported(x: Tensor, num_heads: int, dtype: torch.dtype) -> str | None:
     """Why the kernels do not support tokens `x` and matrix products in `dtype`, or None if they do."""
     _, tokens, dim = x.shape
-    limit = MAX_TOKENS_SMALL if x.is_cuda and _shared_memory(x.device) < SHARED_MEMORY else MAX_TOKENS
+    limit = max_tokens(_shared_memory(x.device)) if x.is_cuda else max(MAX_TOKENS.values())
     if tokens > limit:
         return f"triton supports up to {limit} tokens here, got {tokens}; use sdpa for longer sequences"
     if dim // num_heads > MAX_HEAD_DIM:
@@ -31,13 +29,25 @@ def why_unsupported(x: Tensor, num_heads: int, dtype: torch.dtype) -> str | None
     if dtype not in DTYPES:
         names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
         return f"triton supports {names}, got {dtype}; use fused"
+    if dtype == torch.bfloat16 and x.is_cuda and not _has_bfloat16(x.device):
+        return "triton supports bfloat16 on GPUs of compute capability 8.0 (Ampere) or newer; use float16"
     return None
+
+
+def max_tokens(shared_memory: int) -> int:
+    """Return the longest supported sequence where a program may use `shared_memory` bytes."""
+    return max((tokens for needed, tokens in MAX_TOKENS.items() if needed <= shared_memory), default=0)
 
 
 @functools.cache
 def _shared_memory(device: torch.device) -> int:
     properties: Any = torch.cuda.get_device_properties(device)  # some versions' annotations lack the field
     return int(properties.shared_memory_per_block_optin)
+
+
+@functools.cache
+def _has_bfloat16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def triton_attention(

@@ -22,15 +22,14 @@ from fastvit_kernels.triton_kernels.fused_kernels import backward_weight_kernel,
 from fastvit_kernels.triton_kernels.parts import LOG2_E, dot_precision, padded
 
 MAX_DIM = 64
-MAX_HEAD_DIM = 32
 PROGRAMS_PER_MULTIPROCESSOR = 2
 """limited by the registers of the kernel for the gradients of the weights"""
 
 
 def fits(tokens: int, dim: int, num_heads: int, dtype: torch.dtype) -> bool:
     """Whether a sample's tokens, a head and its scores fit into the registers and shared memory of one program."""
-    max_tokens = 64 if dtype == torch.float32 else 128
-    return dim <= MAX_DIM and padded(tokens) <= max_tokens and padded(dim // num_heads) <= MAX_HEAD_DIM
+    max_tokens, max_head_dim = (64, 16) if dtype == torch.float32 else (128, 32)
+    return dim <= MAX_DIM and padded(tokens) <= max_tokens and padded(dim // num_heads) <= max_head_dim
 
 
 def constants(

@@ -68,7 +68,7 @@ def _head_gradients(
     dprobs_MN = dot(dout_MC, tl.trans(v_NC), PRECISION)
     dropped_MN = probs_MN
     if DROPOUT:
-        factor_MN = dropout_factor(tl.load(seed_ptr), sample * H + head, row_N, row_N, dropout_p, N)
+        factor_MN = dropout_factor(tl.load(seed_ptr), sample * H + head, row_N, dropout_p, row_N.shape[0])
         dropped_MN = probs_MN * factor_MN
         dprobs_MN *= factor_MN
     dv_NC = dot(tl.trans(cast(dropped_MN, x_ND.dtype)), dout_MC, PRECISION)
@@ -98,7 +98,7 @@ def forward_kernel(
             x_ND, wq_DC, wk_DC, wv_DC, bias_ptr, head, row_N, channel_C, scale_log2, N, D, C, HAS_BIAS, PRECISION
         )
         if DROPOUT:
-            probs_MN *= dropout_factor(tl.load(seed_ptr), sample * H + head, row_N, row_N, dropout_p, N)
+            probs_MN *= dropout_factor(tl.load(seed_ptr), sample * H + head, row_N, dropout_p, row_N.shape[0])
         out_MC = dot(cast(probs_MN, v_NC.dtype), v_NC, PRECISION)
         pointers_MC = out_ptr + sample * N * D + row_N[:, None] * D + (head * C + channel_C)[None, :]
         exists_MC = (row_N < N)[:, None] & (channel_C < C)[None, :]

@@ -100,7 +100,7 @@ def forward_kernel(
     v_NC = _load_head(query_ptr + 2 * D, key_N, channel_C, 3 * D, N, C)
     probs_MN = softmax(dot(q_MC, tl.trans(k_NC), PRECISION), key_N < N, scale_log2)
     if DROPOUT:
-        probs_MN *= dropout_factor(tl.load(seed_ptr), sample * H + head, row_M, key_N, dropout_p, N)
+        probs_MN *= dropout_factor(tl.load(seed_ptr), sample * H + head, row_M, dropout_p, N_PAD)
     out_MC = dot(cast(probs_MN, v_NC.dtype), v_NC, PRECISION)
     _store_head(out_ptr + sample * N * D + head * C, out_MC, row_M, channel_C, D, N, C)
 
@@ -132,7 +132,7 @@ def backward_kernel(
         dprobs_MN = dot(dout_MC, tl.trans(v_NC), PRECISION)
         dropped_MN = probs_MN
         if DROPOUT:
-            factor_MN = dropout_factor(tl.load(seed_ptr), sample * H + head, row_M, key_N, dropout_p, N)
+            factor_MN = dropout_factor(tl.load(seed_ptr), sample * H + head, row_M, dropout_p, N_PAD)
             dropped_MN = probs_MN * factor_MN
             dprobs_MN *= factor_MN
         dv_NC += dot(tl.trans(cast(dropped_MN, dout_MC.dtype)), dout_MC, PRECISION)
