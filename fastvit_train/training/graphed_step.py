@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.data.loader import TrainLoader
+from fastvit_train.distributed import env
 from fastvit_train.models.compiling import compile_function, record_graph
 from fastvit_train.training.epoch_totals import EpochTotals
 from fastvit_train.training.optimizer import with_device_lr, works_in_graph
@@ -109,7 +110,7 @@ def device_step(session: TrainSession, tables: StepTables) -> Callable[[], None]
         optimizer.zero_grad()
         if session.ema is not None:
             _update_ema(session, tables.ema_weights.index_select(0, tables.step))
-        tables.step.add_(1)
+        tables.step.add_(1).remainder_(len(tables.samples))  # trials of the step may pass the end of a short epoch
 
     return step
 
@@ -148,8 +149,8 @@ def why_not_recordable(
     """Why the whole training step of a compiled run cannot be one CUDA graph, or None if it can."""
     if accelerator.device.type != "cuda":
         return "it does not run on a CUDA GPU"
-    if accelerator.num_processes > 1:
-        return "several processes exchange their gradients"
+    if accelerator.num_processes > 1 or env.uses_fsdp():
+        return "several processes exchange gradients or weights"
     if config.optim.grad_accum > 1:
         return "--grad-accum takes several passes per step"
     if not loader.is_resident:
@@ -175,6 +176,7 @@ def record_step(session: TrainSession) -> tuple[TrainSession, list[str]]:
         started = time.perf_counter()
         tables = build_tables(session)
         tables.fill(session, tables.totals)
+        tables.step.zero_()
         session.model.train()
         try:
             with _unchanged(session, tables), recompile_limit(RECOMPILE_LIMIT):

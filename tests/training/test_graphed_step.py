@@ -110,6 +110,17 @@ def test_trying_the_step_changes_nothing(start: Start, settings: dict[str, Any])
     assert train(session) == expected
 
 
+def test_an_epoch_may_be_shorter_than_the_trials(start: Start) -> None:
+    session = with_device_step(start(batch_size=1438))
+    assert session.graphed_step is not None and session.train_loader.steps_per_epoch == 1
+    tables = session.graphed_step.tables
+    tables.fill(session, tables.totals)
+    with _unchanged(session, tables):
+        for _ in range(3):
+            session.graphed_step.graph.replay()
+    assert len(train(session, epochs=2)) == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_on_a_gpu_the_graph_has_the_losses_of_the_loop(start: Start, settings: dict[str, Any]) -> None:
