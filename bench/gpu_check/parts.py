@@ -13,7 +13,7 @@ TIME_RAN_OUT = 124
 """exit status of a part that took longer than its limit"""
 NARROW, WIDE = "B4096 N64 D48 H4, bf16", "B1024 N256 D256 H4, bf16"
 OPERATOR_ROWS = ("sdpa", "compiled", "triton")
-STEP_ROWS = ("triton",)
+STEP_ROWS = ("sdpa, step graphed", "triton, step graphed")
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ from bench.benchmark_case import CALLS, DTYPES, BenchmarkCase, Workload, assert_
 from bench.suites.bench_attention import why_unavailable
 from fastvit_train.config.schema import OptimConfig
 from fastvit_train.models import compile_model, pretrained_cfg
+from fastvit_train.models.compiling import compile_function, record_graph
 from fastvit_train.profiling.roofline import count_flops
-from fastvit_train.training.optimizer import build_optimizer
+from fastvit_train.training.optimizer import build_optimizer, with_device_lr
 
 MODELS: dict[str, dict[str, tuple[int, ...]]] = {
     "cpu": {"c_vit_4_4_32": (256,), "mc_vit_4_4_32": (256,), "cvt_7_4_32": (32,), "cct_7_3x1_32": (32,)},
@@ -28,6 +29,8 @@ EAGER = ("naive", "fused", "sdpa", "compiled", "cpp", "triton")
 COMPILED = ("naive", "fused", "sdpa", "cpp", "triton")
 MAIN = {(name, False) for name in ("naive", "fused", "sdpa", "cpp", "triton")} | {("cpp", True), ("triton", True)}
 """implementation, and whether the model is compiled, for each row of the comparison that is timed by default"""
+GRAPHED = ("sdpa", "triton")
+"""implementations for which the compiled step, optimizer included, is also recorded as one CUDA graph on a GPU"""
 OPERATION = "training step"
 
 
@@ -73,6 +76,19 @@ class Training:
         self.optimizer.zero_grad()
         return loss
 
+    def record(self) -> Callable[[], None]:
+        """Record the compiled step as one CUDA graph, as our trainer does; return what replays it."""
+        loss = compile_function(self.loss, device())
+        learning_rates = torch.tensor([group["lr"] for group in self.optimizer.param_groups], device=device())
+
+        def step() -> None:
+            loss().backward()
+            with with_device_lr(self.optimizer, learning_rates):
+                self.optimizer.step()
+            self.optimizer.zero_grad()
+
+        return record_graph(step).replay
+
     def loss_and_gradients(self) -> tuple[Tensor, Tensor]:
         """Return the loss and all gradients in one tensor, computed without dropout so that they can be compared."""
         dropouts = (getattr(m, "attn_drop", 0) or (isinstance(m, nn.Dropout) and m.p) for m in self.model.modules())
@@ -89,9 +105,19 @@ def reference(name: str, batch: int, settings: tuple[tuple[str, Any], ...]) -> t
     return Training(name, "naive", False, "fp32", batch, **dict(settings)).loss_and_gradients()
 
 
-def build(name: str, implementation: str, compiled: bool, dtype: str, batch: int, **settings: Any) -> Workload:
+def build(
+    name: str,
+    implementation: str,
+    compiled: bool,
+    dtype: str,
+    batch: int,
+    *,
+    graphed: bool = False,
+    **settings: Any,
+) -> Workload:
     training = Training(name, implementation, compiled, dtype, batch, **settings)
     start = copy.deepcopy(training.model.state_dict())
+    step = training.record() if graphed else training.step
 
     def check() -> None:
         training.model.load_state_dict(start)
@@ -100,27 +126,29 @@ def build(name: str, implementation: str, compiled: bool, dtype: str, batch: int
         assert_close(loss, expected_loss, dtype, f"{implementation}'s loss")
         assert_close(gradients, expected_gradients, dtype, f"{implementation}'s gradients")
         for _ in range(3):
-            training.step()
+            step()
         assert training.loss().item() < loss.item(), "three steps on one batch did not lower its loss"
 
     flops = batch * count_flops(Training(name, "fused", False, "fp32", 1, **settings).step)
     parameters = tuple(training.model.parameters())
-    return Workload(training.step, check, batch, flops, parameters, calls=CALLS[device().type])
+    return Workload(step, check, batch, flops, parameters, calls=CALLS[device().type])
 
 
 def cases() -> Iterator[BenchmarkCase]:
     sizes = [(name, batch) for name, batches in MODELS[device().type].items() for batch in batches]
-    rows = [(name, False) for name in EAGER] + [(name, True) for name in COMPILED]
-    for (name, batch), dtype, (implementation, compiled) in product(sizes, DTYPES, rows):
+    rows = [(name, False, False) for name in EAGER] + [(name, True, False) for name in COMPILED]
+    if device().type == "cuda":
+        rows += [(name, False, True) for name in GRAPHED]
+    for (name, batch), dtype, (implementation, compiled, graphed) in product(sizes, DTYPES, rows):
         yield BenchmarkCase(
             OPERATION,
             f"{name} B{batch}",
             dtype,
-            f"{implementation}, model compiled" if compiled else implementation,
+            implementation + (", model compiled" if compiled else ", step graphed" if graphed else ""),
             batch,
-            partial(build, name, implementation, compiled, dtype),
+            partial(build, name, implementation, compiled, dtype, graphed=graphed),
             why_unavailable(implementation),
-            main=name == "mc_vit_4_4_32" and batch == 256 and (implementation, compiled) in MAIN,
+            main=name == "mc_vit_4_4_32" and batch == 256 and (graphed or (implementation, compiled) in MAIN),
             quick_check=(name, implementation, compiled) == ("mc_vit_4_4_32", "cpp", False),
         )
 

@@ -26,7 +26,7 @@ from fastvit_train.data import loader
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.gpu_monitor import Usage
 from fastvit_train.utils.memory import saved_for_backward
-from tests.support import ROOT, run
+from tests.support import ROOT, null_gpu, run
 from tests.support.pictures import record_pictures
 
 ATTENTION = "attention operator forward+backward, B256 N64 D48 H4, fp32, "
@@ -269,6 +269,17 @@ def test_memory_of_a_replayed_graph_is_that_of_the_call(graph: str, monkeypatch:
     mib = 4096 * 64 * 48 * 2 / 2**20  # of one token tensor
     peak = row.describe(1.0, Usage(1.0))["peak_memory_mib"]
     assert 4 * mib <= peak <= 12 * mib  # at least query, key, value and the output
+
+
+@pytest.mark.nullgpu
+@pytest.mark.slow
+def test_a_graphed_step_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_step, "assert_close", lambda *arguments: None)  # nothing is computed
+    workload = case_of(bench_step, "training step, mc_vit_4_4_32 B256, bf16, triton, step graphed").build(256)
+    with null_gpu.counted() as counts:
+        workload.run()
+    assert not counts.launched and counts.calls == {"cudaGraphLaunch": 1} and counts.violations == 0
+    assert 100 <= counts.replayed.total() <= 240
 
 
 def test_rows_of_a_group_are_interleaved() -> None:
