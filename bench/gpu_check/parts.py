@@ -47,10 +47,10 @@ def all_parts(work: Path, images: Path | None) -> list[Part]:
 
     tests = ("-m", "pytest", "tests", "-m", "gpu", "-q", "-p", "no:cacheprovider")
     return [
-        bench("attention-narrow", 40, f"attention operator forward+backward, {NARROW}", *OPERATOR_ROWS),
-        bench("attention-narrow-forward", 30, f"attention operator forward, {NARROW}", *OPERATOR_ROWS),
-        bench("attention-wide", 40, f"attention operator forward+backward, {WIDE}", *OPERATOR_ROWS),
-        bench("attention-wide-forward", 30, f"attention operator forward, {WIDE}", *OPERATOR_ROWS),
+        bench("attention-narrow", 45, f"attention operator forward+backward, {NARROW}", *OPERATOR_ROWS),
+        bench("attention-narrow-forward", 40, f"attention operator forward, {NARROW}", *OPERATOR_ROWS),
+        bench("attention-wide", 45, f"attention operator forward+backward, {WIDE}", *OPERATOR_ROWS),
+        bench("attention-wide-forward", 40, f"attention operator forward, {WIDE}", *OPERATOR_ROWS),
         bench("step-256", 50, "training step, mc_vit_4_4_32 B256, bf16", *STEP_ROWS),
         bench("step-4096", 50, "training step, mc_vit_4_4_32 B4096, bf16", *STEP_ROWS),
         bench("epochs", 60, "epoch end to end, mc_vit_4_4_32, 4096 images, B256, fp32 and bf16", ""),
