@@ -58,8 +58,8 @@ def plan_run(config: TrainConfig, options: PlanOptions) -> list[Plan]:
         for line in (*format_sources(plan, options), f"planned in {seconds:.0f} s", plan.conclusion):
             console.print(line, markup=False)
         plans.append(plan)
-    assumptions = {"scaling": options.scaling, "link_gbps": options.link_gbps, "latency_us": options.latency_us}
-    text = json.dumps({**assumptions, "plans": [asdict(plan) for plan in plans]}, indent=1)
+    network = {"link": options.link, "link_gbps": options.network.gbps, "latency_us": options.network.latency_us}
+    text = json.dumps({"scaling": options.scaling, **network, "plans": [asdict(plan) for plan in plans]}, indent=1)
     with as_save_error(f"{options.output} cannot be written; choose another --output"):
         write_atomically(options.output / "plan.json", text + "\n")
     plot_scaling({plan.model: plan_curves(plan) for plan in plans}, options.output / "plan.png")
@@ -76,9 +76,9 @@ def check_options(options: PlanOptions) -> PlanOptions:
     wrong = [size for size in options.world_sizes if not 1 <= size <= MAX_WORLD_SIZE]
     if wrong or not options.world_sizes:
         raise UserError(f"--world-sizes {wrong[0] if wrong else ''} is out of range; allowed: 1 to {MAX_WORLD_SIZE}")
-    if not 0 < options.link_gbps < float("inf"):
+    if not 0 < options.network.gbps < float("inf"):
         raise UserError(f"--link-gbps {options.link_gbps} is out of range; allowed: above 0")
-    if not 0 <= options.latency_us < float("inf"):
+    if not 0 <= options.network.latency_us < float("inf"):
         raise UserError(f"--latency-us {options.latency_us} is out of range; allowed: 0 or more")
     if options.steps < 1:
         raise UserError(f"--steps {options.steps} is out of range; allowed: 1 or more")
@@ -100,13 +100,13 @@ def plan_model(config: TrainConfig, options: PlanOptions) -> Plan:
         images, notes = _images_per_process(session, options)
         cost_counters, reasons = _available_strategies(session)
         notes += reasons
-        steps = {count: measure_step(session, count, options.steps) for count in dict.fromkeys(images.values())}
-        rows = _estimate_rows(session, images, steps, cost_counters, options)
+        steps = _measure_steps(session, images, options.steps)
+        rows = _estimate_rows(session, steps, cost_counters, options)
         return Plan(
             session.config.model.model,
             sum(p.numel() for p in session.bare_model.parameters()),
             accelerator.device_name(session.accelerator.device),
-            [*steps.values()],
+            list(dict.fromkeys(steps.values())),
             rows,
             notes,
             f"{session.config.model.model}: {conclude(rows)}",
@@ -116,6 +116,8 @@ def plan_model(config: TrainConfig, options: PlanOptions) -> Plan:
 def _images_per_process(session: TrainSession, options: PlanOptions) -> tuple[dict[int, int], list[str]]:
     """Return the number of images per process for each world size, and notes about what is missing."""
     notes = ["activations are counted without --compile"] if session.config.run.compile else []
+    if session.graphed_step is not None:
+        notes.append("one process launches its step as a CUDA graph; the step for several is measured without one")
     if options.scaling == "weak":
         return dict.fromkeys(options.world_sizes, session.batch_size), notes
     accum, total = session.config.optim.grad_accum, session.batch_size
@@ -137,18 +139,29 @@ def _available_strategies(session: TrainSession) -> tuple[dict[str, CostCounter]
 
 def _estimate_rows(
     session: TrainSession,
-    images: dict[int, int],
     steps: dict[int, MeasuredStep],
     cost_counters: dict[str, CostCounter],
     options: PlanOptions,
 ) -> list[Row]:
-    single = estimate_row(SINGLE, 1, collectives.single_process_cost(session), steps[images[1]], options)
+    network = options.network
+    single = estimate_row(SINGLE, 1, collectives.single_process_cost(session), steps[1], network)
     return [single] + [
-        estimate_row(strategy, n, count_cost(session, n), steps[images[n]], options, single.images_per_second)
+        estimate_row(strategy, n, count_cost(session, n), steps[n], network, single.images_per_second)
         for strategy, count_cost in cost_counters.items()
-        for n in images
+        for n in steps
         if n > 1
     ]
+
+
+def _measure_steps(session: TrainSession, images: dict[int, int], steps: int) -> dict[int, MeasuredStep]:
+    """Measure, in one process, the step of a process for each world size; several processes record no CUDA graph."""
+    single = measure_step(session, images[1], steps)
+    measured = {} if session.graphed_step else {images[1]: single}
+    without_graph = replace(session, graphed_step=None)
+    for processes, count in images.items():
+        if processes > 1 and count not in measured:
+            measured[count] = measure_step(without_graph, count, steps)
+    return {processes: single if processes == 1 else measured[count] for processes, count in images.items()}
 
 
 def measure_step(session: TrainSession, images: int, steps: int) -> MeasuredStep:

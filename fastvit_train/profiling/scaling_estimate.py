@@ -7,7 +7,7 @@ This module estimates from both how long a step of many processes takes.
 from dataclasses import dataclass
 
 from fastvit_train.profiling.collectives import RankCost
-from fastvit_train.profiling.scaling_options import PlanOptions
+from fastvit_train.profiling.scaling_options import Link
 from fastvit_train.utils.errors import counted
 
 SINGLE, DDP, FSDP2 = "single", "DDP", "FSDP2"
@@ -60,7 +60,7 @@ class Plan:
     parameters: int
     device: str
     steps: list[MeasuredStep]
-    """one for each number of images per process, in decreasing order"""
+    """one for each number of images per process, in decreasing order; with a CUDA graph, one process has its own"""
     rows: list[Row]
     notes: list[str]
     """what is missing, and why"""
@@ -72,7 +72,7 @@ def estimate_row(
     processes: int,
     cost: RankCost,
     step: MeasuredStep,
-    options: PlanOptions,
+    network: Link,
     single_rate: float | None = None,
 ) -> Row:
     """Estimate what a process holds and sends, and how long a step of all processes takes.
@@ -82,12 +82,12 @@ def estimate_row(
         processes: the world size.
         cost: what one rank holds and exchanges.
         step: measured on one process, with the images that each process takes.
-        options: bandwidth and latency of the network.
+        network: its bandwidth and latency.
         single_rate: images/s of a single process; None if this row is that of a single process.
     """
     sent = sum(collective.sent(processes) for collective in cost.collectives)
     hops = sum(collective.hops(processes) for collective in cost.collectives)
-    communication = 8 * sent / (options.link_gbps * 1e9) + hops * options.latency_us * 1e-6
+    communication = 8 * sent / (network.gbps * 1e9) + hops * network.latency_us * 1e-6
     rate = processes * step.images / (step.seconds + communication)
     total = cost.weights + cost.gradients + cost.optimizer + step.activations + cost.gathered
     return Row(

@@ -61,6 +61,7 @@ def plan_curves(plan: Plan) -> dict[str, list[tuple[int, float, float]]]:
 
 def format_sources(plan: Plan, options: PlanOptions) -> list[str]:
     """Say which numbers of the table are measured, which are counted and which are estimated."""
+    network = options.network
     measured = (
         f"{step.images} img in {step.seconds * 1e3:,.1f} ms ({' to '.join(f'{s * 1e3:,.1f}' for s in step.spread)})"
         for step in plan.steps
@@ -70,8 +71,8 @@ def format_sources(plan: Plan, options: PlanOptions) -> list[str]:
         "autograd saves",
         "counted, on rank 0 of simulated processes: the other parts of the memory, without temporary tensors; the "
         "collectives and the bytes that they send",
-        f"~ estimated: the measured step followed by its ring collectives, at {options.link_gbps:g} Gb/s per process "
-        f"and {options.latency_us:g} us per message, without overlap with the backward pass",
+        f"~ estimated: the measured step followed by its ring collectives, at {network.gbps:g} Gb/s per process "
+        f"and {network.latency_us:g} us per message, without overlap with the backward pass",
         *plan.notes,
     ]
 

@@ -26,7 +26,7 @@ from tests.support import launch, one_line_error, run
 from tests.support.pictures import record_pictures
 
 Config = Callable[..., TrainConfig]
-GIGABIT = PlanOptions(link_gbps=1.0, latency_us=100.0)
+GIGABIT = PlanOptions(link_gbps=1.0, latency_us=100.0).network
 MEASURED = MeasuredStep(images=64, seconds=0.1, spread=(0.1, 0.1), activations=2**20)
 
 
@@ -118,7 +118,31 @@ def test_one_process_holds_what_a_training_allocates(small_config: Config) -> No
         assert step.activations > 240 * 64 * 32 * 4  # at the least a block's input
         assert scaling.measure_step(session, 120, steps=1).activations == pytest.approx(step.activations / 2, abs=1024)
         held = (cost.weights + cost.gradients + cost.optimizer + step.activations) / 2**20
-        assert estimate_row(SINGLE, 1, cost, step, PlanOptions()).memory_mib == pytest.approx(held)
+        assert estimate_row(SINGLE, 1, cost, step, PlanOptions().network).memory_mib == pytest.approx(held)
+
+
+@pytest.mark.slow
+@pytest.mark.nullgpu
+def test_only_a_single_process_is_taken_to_launch_a_graph(small_config: Config) -> None:
+    """Where kernels take no time, a step takes what its launches cost the host."""
+    config = small(small_config, compile=True, attention="triton")
+    plan = scaling.plan_model(config, check_options(PlanOptions(world_sizes=(2, 4), steps=3)))
+    single, several = plan.steps
+    assert single.images == several.images and single.seconds < several.seconds / 2
+    rows = {(row.strategy, row.processes): row for row in plan.rows}
+    for processes in (2, 4):
+        row = rows[DDP, processes]
+        assert row.step_seconds - row.communication_seconds == pytest.approx(several.seconds)
+
+
+def test_what_is_given_replaces_the_preset_of_the_link() -> None:
+    presets = {link: PlanOptions(link=link).network for link in ("nvlink", "infiniband", "ethernet")}
+    assert PlanOptions().network == presets["ethernet"]
+    cost = RankCost(0, 0, 0, 0, (Collective("all-reduce", 10**6),))
+    seconds = [estimate_row(DDP, 8, cost, MEASURED, presets[link], 640.0).communication_seconds for link in presets]
+    assert seconds == sorted(seconds) and seconds[0] < seconds[-1] / 5
+    assert seconds[0] == pytest.approx(1.75e6 / 300e9 + 14 * 3e-6)  # 300 GB/s and 3 us
+    assert PlanOptions(link="nvlink", latency_us=0.0).network == presets["nvlink"]._replace(latency_us=0.0)
 
 
 def test_traffic_around_a_ring_by_hand() -> None:

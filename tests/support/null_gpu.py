@@ -41,6 +41,13 @@ def is_present() -> bool:
     return torch.cuda.is_available() and hasattr(ctypes.CDLL(None), "nullcuda_reset")
 
 
+def wrong_values() -> tuple[type[BaseException], ...]:
+    """The exceptions of a test that sees other values than it expects."""
+    from torch.testing._internal.optests import OpCheckError  # of torch.library.opcheck, which torch exports without it
+
+    return AssertionError, pytest.fail.Exception, OpCheckError
+
+
 @contextmanager
 def counted() -> Iterator[Counts]:
     """Count what the block asks of the device; the counts are filled in when it ends. Blocks cannot be nested."""
