@@ -1,5 +1,6 @@
 """Models by name: importing this package registers ours with timm."""
 
+from fastvit_kernels.muon import can_update, update_matrices
 from fastvit_train.models.attention import check_attention, pick_attention, plain_attention, set_attention, warm_up
 from fastvit_train.models.attention_maps import AttentionMaps, attention_maps, patch_filters, position_similarity
 from fastvit_train.models.build import build_model, check_model, check_timm_folder, native_image_size
@@ -15,6 +16,7 @@ __all__ = [
     "ViT",
     "attention_maps",
     "build_model",
+    "can_update",
     "check_attention",
     "check_model",
     "check_timm_folder",
@@ -26,6 +28,7 @@ __all__ = [
     "position_similarity",
     "pretrained_cfg",
     "set_attention",
+    "update_matrices",
     "warm_up",
     "whiten_patches",
 ]

@@ -5,7 +5,8 @@ few steps. Sources: Jordan et al. 2024 (https://kellerjordan.github.io/posts/muo
 al. 2025 (https://arxiv.org/abs/2502.16982).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fastvit_train.distributed.parallelize import gather_shards, local_tensor, shard_like
+from fastvit_train.models import can_update, update_matrices
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -36,6 +38,7 @@ class Muon(torch.optim.Optimizer):
     """
 
     shardable = True
+    _step_supports_amp_scaling = True  # torch's scaler then sets grad_scale and found_inf, and does not wait for them
 
     def __init__(
         self,
@@ -81,29 +84,63 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             trained: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             matrices = [p for p in trained if p.ndim >= 2 and not group["use_fallback"]]
-            for shape in {(p.shape, p.dtype, p.device): None for p in matrices}:
-                self._muon_step([p for p in matrices if (p.shape, p.dtype, p.device) == shape], group)
+            fits = [local_tensor(p) is p and can_update(p, group["merged"]) for p in matrices]
+            self._update_in_one_launch([p for p, fit in zip(matrices, fits, strict=True) if fit], group)
+            others = [p for p, fit in zip(matrices, fits, strict=True) if not fit]
+            for shape in {(p.shape, p.dtype, p.device): None for p in others}:
+                self._muon_step([p for p in others if (p.shape, p.dtype, p.device) == shape], group)
             self._adamw_step([p for p in trained if p.ndim < 2 or group["use_fallback"]], group)
         return loss
 
-    def _muon_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Update matrices of one shape."""
+    def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return what a scaler has set for this step: the scale of the gradients, and whether one is NaN or inf."""
+        return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+
+    def _momenta(self, params: list[Tensor]) -> list[Tensor]:
         for p in params:
             if "momentum" not in self.state[p]:
                 self.state[p]["momentum"] = torch.zeros_like(p)
-        averages = [local_tensor(self.state[p]["momentum"]) for p in params]
-        gradients = _local_gradients(params)
-        torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
-        ahead = torch._foreach_lerp(gradients, averages, group["momentum"]) if group["nesterov"] else averages
-        matrices = torch.stack([gather_shards(a, p).flatten(1) for a, p in zip(ahead, params, strict=True)])
-        batch, rows, columns = matrices.shape
-        matrices = matrices.view(batch * group["merged"], rows // group["merged"], columns)
-        updates = orthogonalize(matrices, group["ns_steps"])
-        scale = 0.2 * max(updates.shape[1:]) ** 0.5
-        own = [shard_like(update, p) for update, p in zip(updates.reshape(-1, *params[0].shape), params, strict=True)]
+        return [local_tensor(self.state[p]["momentum"]) for p in params]
+
+    def _update_in_one_launch(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update small matrices on a GPU."""
+        if not params:
+            return
+        grad_scale, found_inf = self._scaling()
+        update_matrices(
+            params,
+            _local_gradients(params),
+            self._momenta(params),
+            group["lr"],
+            merged=group["merged"],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            nesterov=group["nesterov"],
+            quintic=QUINTIC,
+            steps=group["ns_steps"],
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+        )
+
+    def _muon_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update matrices of one shape."""
+        grad_scale, found_inf = self._scaling()
+        averages = self._momenta(params)
         weights = [local_tensor(p) for p in params]
-        torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-        _foreach_subtract(weights, own, group["lr"] * scale)
+        gradients = _local_gradients(params)
+        if grad_scale is not None:
+            gradients = list(torch._foreach_div(gradients, grad_scale))
+        with _unchanged_if(found_inf, [*averages, *weights]):
+            torch._foreach_lerp_(averages, gradients, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(gradients, averages, group["momentum"]) if group["nesterov"] else averages
+            matrices = torch.stack([gather_shards(a, p).flatten(1) for a, p in zip(ahead, params, strict=True)])
+            batch, rows, columns = matrices.shape
+            matrices = matrices.view(batch * group["merged"], rows // group["merged"], columns)
+            updates = orthogonalize(matrices, group["ns_steps"]).reshape(batch, *params[0].shape)
+            scale = 0.2 * max(matrices.shape[1:]) ** 0.5
+            own = [shard_like(update, p) for update, p in zip(updates, params, strict=True)]
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            _foreach_subtract(weights, own, group["lr"] * scale)
 
     def _adamw_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
         if not params:
@@ -116,6 +153,7 @@ class Muon(torch.optim.Optimizer):
                     "exp_avg_sq": torch.zeros_like(p),
                 }
         states = [self.state[p] for p in params]
+        grad_scale, found_inf = self._scaling()
         adamw(
             [local_tensor(p) for p in params],
             _local_gradients(params),
@@ -131,11 +169,23 @@ class Muon(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
         )
 
 
 def _local_gradients(params: list[Tensor]) -> list[Tensor]:
     return [local_tensor(p.grad) for p in params if p.grad is not None]
+
+
+@contextmanager
+def _unchanged_if(found_inf: Tensor | None, tensors: list[Tensor]) -> Iterator[None]:
+    """Undo what changes in `tensors` inside the context if `found_inf` is not 0, without waiting for the device."""
+    before = None if found_inf is None else [tensor.clone() for tensor in tensors]
+    yield
+    if found_inf is not None and before is not None:
+        for tensor, value in zip(tensors, before, strict=True):
+            tensor.copy_(torch.where(found_inf.bool(), value, tensor))
 
 
 def _foreach_subtract(weights: list[Tensor], updates: list[Tensor], rate: float | Tensor) -> None:

@@ -48,7 +48,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
         monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla V100")
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla T4")
         monkeypatch.setattr(
             torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or bf16
         )
@@ -148,7 +148,7 @@ def test_a_minimal_old_file_starts_one_process_in_fp32(tmp_path: Path, monkeypat
 def test_bf16_that_a_gpu_would_emulate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus) -> None:
     gpus(1, bf16=False)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    assert complaint(tmp_path) == "mixed precision bf16 is not supported on Tesla V100; allowed: no, fp16"
+    assert complaint(tmp_path) == "mixed precision bf16 is not supported on Tesla T4; allowed: no, fp16"
 
 
 @pytest.mark.parametrize("on_gpu", [False, True])

@@ -2,10 +2,14 @@
 
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import OptimConfig
@@ -108,6 +112,58 @@ def test_muons_learning_rate_may_be_a_tensor(seed: int) -> None:
             optimizer.step()
     for one, other in zip(by_float, by_tensor, strict=True):
         assert torch.allclose(one, other, rtol=0, atol=1e-6)
+
+
+def test_muon_skips_steps_that_overflow_and_unscales_the_others(seed: int) -> None:
+    scaled = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((24, 8), (24, 8), (8,))]
+    plain = [torch.nn.Parameter(p.detach().clone()) for p in scaled]
+    ours, theirs = (Muon(params, lr=0.02, weight_decay=0.1, nesterov=True) for params in (scaled, plain))
+    scaler = torch.amp.GradScaler("cpu")
+    for overflow in (True, False, True, False):
+        inputs = [torch.randn_like(p) for p in scaled]
+        factor = torch.inf if overflow else 1.0
+        ours.zero_grad()
+        scaler.scale(factor * sum((p * x).sum() for p, x in zip(scaled, inputs, strict=True))).backward()
+        scaler.step(ours)
+        scaler.update()
+        if not overflow:
+            for p, x in zip(plain, inputs, strict=True):
+                p.grad = x
+            theirs.step()
+        for one, other in zip(scaled, plain, strict=True):
+            assert torch.allclose(one, other, rtol=0, atol=1e-6)
+            states = ours.state[one], theirs.state.get(other, {})
+            for name, value in states[1].items():
+                assert torch.allclose(states[0][name], value, rtol=0, atol=1e-6), name
+
+
+def test_muon_never_waits_for_a_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its own skipping the scaler would read from the device, in each step, whether there was an overflow."""
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer, scaler = Muon([weight]), torch.amp.GradScaler("cpu")
+    scaler.scale(weight.sum()).backward()
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: pytest.fail("a value was read"))
+    scaler.step(optimizer)
+    scaler.update()
+
+
+def test_muon_updates_shards_as_it_does_whole_matrices(seed: int, tmp_path: Path) -> None:
+    whole = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((24, 8), (24, 8), (8,))]
+    ours = Muon(whole, lr=0.02, weight_decay=0.1, nesterov=True)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        sharded = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in whole]
+        theirs = Muon(sharded, lr=0.02, weight_decay=0.1, nesterov=True)
+        for _ in range(2):
+            for p, shard in zip(whole, sharded, strict=True):
+                p.grad = torch.randn_like(p)
+                shard.grad = distribute_tensor(p.grad.clone(), mesh, [Shard(0)])
+            ours.step()
+            theirs.step()
+        assert all(torch.equal(p, shard.full_tensor()) for p, shard in zip(whole, sharded, strict=True))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_muons_loaded_state_is_on_the_device_of_its_parameter() -> None:

@@ -4,9 +4,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import pytest
+import timm
+import torch
 
-from fastvit_train.config.schema import TrainConfig
+from fastvit_train.config.schema import OptimConfig, TrainConfig
 from fastvit_train.training.loop import train_epoch
+from fastvit_train.training.muon import Muon
+from fastvit_train.training.optimizer import build_optimizer
 from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import setup
@@ -44,3 +48,52 @@ def test_no_part_of_an_eager_step_synchronises(small_config: Config, optimizer: 
         assert first.launched.total() > 0
         assert [(counts.synchronisations, counts.violations) for counts in others] == [(0, 0)] * (steps - 1), name
     assert sum(counts.synchronisations for counts in parts["waiting"]) > 0  # so waiting does show
+
+
+@pytest.mark.nullgpu
+def test_the_optimizer_of_a_small_model_takes_ten_launches_and_none_waits() -> None:
+    model = timm.create_model("mc_vit_4_4_32").cuda()
+    optimizer = build_optimizer(model, OptimConfig(optimizer="nmuon"))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for lr in (0.01, torch.tensor(0.01, device="cuda")):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()  # compiles
+        with null_gpu.counted() as counts:
+            optimizer.step()
+        assert 0 < counts.launched.total() <= 10 and counts.synchronisations == 0
+    graph = torch.cuda.CUDAGraph()
+    with null_gpu.counted() as counts, torch.cuda.graph(graph):
+        optimizer.step()
+    assert 0 < counts.captured.total() <= 10 and counts.violations == 0
+
+
+@pytest.mark.nullgpu
+def test_muon_under_a_scaler_does_not_wait() -> None:
+    """Matrices that fit the kernel, and larger ones."""
+    weights = [torch.nn.Parameter(torch.ones(*shape, device="cuda")) for shape in ((48, 48), (256, 128), (48,))]
+    optimizer, scaler = Muon(weights), torch.amp.GradScaler("cuda")
+    for _ in range(2):
+        scaler.scale(sum(weight.sum() for weight in weights)).backward()
+        with null_gpu.counted() as counts:
+            scaler.step(optimizer)
+            scaler.update()
+        optimizer.zero_grad()
+    assert counts.launched.total() > 0 and counts.synchronisations == 0
+
+
+@pytest.mark.nullgpu
+def test_a_resumed_muon_takes_steps_on_a_gpu() -> None:
+    def take_step(optimizer: torch.optim.Optimizer) -> None:
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+
+    first, resumed = (Muon([torch.nn.Parameter(torch.ones(*s, device="cuda")) for s in ((8, 8), (8,))]) for _ in "ab")
+    take_step(first)
+    saved = first.state_dict()
+    for state in saved["state"].values():  # a checkpoint is read to the CPU
+        state.update({name: value.cpu() for name, value in state.items()})
+    resumed.load_state_dict(saved)
+    take_step(resumed)
