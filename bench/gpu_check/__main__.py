@@ -6,6 +6,7 @@ Only the standard library may be imported at the top: other packages may be miss
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,7 @@ def run_part(part: Part, limit: float, results: Results, environment: dict[str, 
         print(f"== {part.name}: no time is left; run the same command again")
         return
     print(f"== {part.name}, at most {limit:.0f} s", end="", flush=True)
+    shutil.rmtree(out / part.name, ignore_errors=True)  # what an attempt before left there is not this one's result
     log, started = out / f"{part.name}.log", time.monotonic()
     status = run_together(part.commands, log, limit)
     seconds = time.monotonic() - started

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 LAUNCH = ("-m", "accelerate.commands.accelerate_cli", "launch", "--num_processes", "1", "--mixed_precision", "bf16")
-TRAIN = (*LAUNCH, "-m", "fastvit_train", "--compile", "--dataset", "folder", "--overwrite")
+TRAIN = (*LAUNCH, "-m", "fastvit_train", "--compile", "--dataset", "folder")
 SEEDS = 3
 TIME_RAN_OUT = 124
 """exit status of a part that took longer than its limit"""

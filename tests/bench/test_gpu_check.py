@@ -93,9 +93,12 @@ def test_all_parts_end_in_nine_minutes_and_the_next_run_goes_on(
     for name in ("CUDA_VISIBLE_DEVICES", "PYTHONUNBUFFERED"):
         monkeypatch.setenv(name, "0")
     names = [part.name for part in all_parts(tmp_path, images)]
+    stale = tmp_path / names[0] / "bench.json"
+    stale.parent.mkdir()
+    stale.write_text('{"rows": ["of a run before"]}')
     assert check.main() == 0 and 8 * 60 < now <= 9 * 60 - check.SECONDS_TO_STOP
     done = json.loads((tmp_path / "results.json").read_text())
-    assert list(done) == names[: len(done)]
+    assert list(done) == names[: len(done)] and "rows" not in done[names[0]]
     assert f"{names[len(done)]}: no time is left" in capsys.readouterr().out
     assert check.main() == 0
     done_later = json.loads((tmp_path / "results.json").read_text())
