@@ -210,10 +210,8 @@ def test_a_step_that_reads_a_value_falls_back(
     clip = torch.nn.utils.clip_grad_norm_
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *arguments, **kw: clip(*arguments, **kw).item())
     session = start(compile=True, clip_grad=1.0)
-    before = weights(session).clone()
     assert session.graphed_step is None
     assert "not launched as one CUDA graph: CUDA error: operation not permitted" in capsys.readouterr().out
-    assert torch.equal(weights(session), before)
     train(session)
 
 
