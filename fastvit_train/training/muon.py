@@ -92,6 +92,21 @@ class Muon(torch.optim.Optimizer):
             self._adamw_step([p for p in trained if p.ndim < 2 or group["use_fallback"]], group)
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load as torch's optimizers do, also what was saved before groups had the key "fused"."""
+        groups = [{"fused": True, **group} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
+    def compile_kernels(self) -> None:
+        """Take a step with copies of the parameters, so that the first real one has no kernel to compile."""
+        groups = []
+        for group in self.param_groups:
+            copies = [torch.zeros_like(p) for p in group["params"]]
+            for p in copies:
+                p.grad = torch.zeros_like(p)
+            groups.append({**group, "params": copies})
+        Muon(groups).step()
+
     def _scaling(self) -> tuple[Tensor | None, Tensor | None]:
         """Return what a scaler has set for this step: the scale of the gradients, and whether one is NaN or inf."""
         return getattr(self, "grad_scale", None), getattr(self, "found_inf", None)

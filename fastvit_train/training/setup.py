@@ -32,6 +32,7 @@ from fastvit_train.runs.log import Log, MetricsBuffer
 from fastvit_train.runs.run_folder import ResumeMode, RunFolder
 from fastvit_train.runs.train_state import TrainState
 from fastvit_train.training.graphed_step import record_step, why_not_recordable
+from fastvit_train.training.muon import Muon
 from fastvit_train.training.optimizer import build_optimizer, build_schedule
 from fastvit_train.training.preemption import StatusExchange, StopSignalHandler
 from fastvit_train.training.session import TrainSession
@@ -239,6 +240,8 @@ def prepare(
             compile_seconds += warm_up(ema.module, 0, eval_batch, size, device)
         if config.run.compile and device.type == "cuda" and not whole_step and inputs.train_loader.is_resident:
             compile_seconds += compile_augmentation(inputs, device)
+    if isinstance(optimizer, Muon) and accelerator.device.type == "cuda" and not (whole_step or env.uses_fsdp()):
+        compile_seconds = (compile_seconds or 0.0) + time_call(optimizer.compile_kernels, accelerator.device)
     memory.reset_peak_memory(accelerator.device)
     return Trained(model, prepared_optimizer, scheduler, ema, compile_seconds)
 
@@ -305,7 +308,8 @@ def log_introduction(session: TrainSession, threads: str, resuming: bool, messag
     for line in messages:
         log.line(line)
     if session.compile_seconds is not None:
-        compiled = "model" if config.run.compile else "attention"
+        attention = "attention" if config.model.attention in COMPILING else "optimizer"
+        compiled = "model" if config.run.compile else attention
         log.line(f"first passes, including compilation of the {compiled}: {session.compile_seconds:.1f} s")
     log.line(
         f"{dataset.name}: {counted(len(dataset.train.labels), 'training image')}, "

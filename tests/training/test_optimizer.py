@@ -166,14 +166,19 @@ def test_muon_updates_shards_as_it_does_whole_matrices(seed: int, tmp_path: Path
         dist.destroy_process_group()
 
 
-def test_muons_loaded_state_is_on_the_device_of_its_parameter() -> None:
+@pytest.mark.parametrize("older", [False, True], ids=["now", "saved before groups had the key"])
+def test_muons_loaded_state_is_on_the_device_of_its_parameter(older: bool) -> None:
     """Torch leaves `step` on the CPU, where a checkpoint is read to, unless the group says that it must not."""
     saved = Muon([torch.nn.Parameter(torch.ones(4, 4)), torch.nn.Parameter(torch.ones(4))])
     for p in saved.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
     saved.step()
     resumed = Muon([torch.nn.Parameter(torch.ones(*shape, device="meta")) for shape in ((4, 4), (4,))])
-    resumed.load_state_dict(saved.state_dict())
+    state_dict = saved.state_dict()
+    if older:
+        del state_dict["param_groups"][0]["fused"]
+    resumed.load_state_dict(state_dict)
+    assert resumed.param_groups[0]["fused"] is True
     loaded = [(name, value.device.type) for state in resumed.state.values() for name, value in state.items()]
     assert loaded == [(name, "meta") for name in ("momentum", "step", "exp_avg", "exp_avg_sq")]
 

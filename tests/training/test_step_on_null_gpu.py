@@ -54,12 +54,15 @@ def test_no_part_of_an_eager_step_synchronises(small_config: Config, optimizer: 
 def test_the_optimizer_of_a_small_model_takes_ten_launches_and_none_waits() -> None:
     model = timm.create_model("mc_vit_4_4_32").cuda()
     optimizer = build_optimizer(model, OptimConfig(optimizer="nmuon"))
+    assert isinstance(optimizer, Muon)
+    optimizer.compile_kernels()
+    assert not optimizer.state
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     for lr in (0.01, torch.tensor(0.01, device="cuda")):
         for group in optimizer.param_groups:
             group["lr"] = lr
-        optimizer.step()  # compiles
+        optimizer.step()  # creates the state
         with null_gpu.counted() as counts:
             optimizer.step()
         assert 0 < counts.launched.total() <= 10 and counts.synchronisations == 0
