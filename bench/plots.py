@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
 from bench.suites.bench_scaling import WITH_BATCH, WITH_TOKENS, WITH_WIDTH
 from bench.suites.bench_step import OPERATION as STEP
@@ -84,7 +85,7 @@ def _line(panel: Axes, rows: Rows) -> None:
         label=f"{implementation}, {rows[0]['dtype']}",
     )
     panel.set_xticks(sizes, [row["name"] for row in rows])
-    panel.xaxis.minorticks_off()
+    panel.xaxis.set_minor_locator(NullLocator())
 
 
 def _save(picture: Any, environment: dict[str, Any], path: Path) -> Path:
