@@ -18,7 +18,7 @@ from fastvit_train.config.schema import OptimConfig
 from fastvit_train.models import compile_model, pretrained_cfg
 from fastvit_train.models.compiling import compile_function, record_graph
 from fastvit_train.profiling.roofline import count_flops
-from fastvit_train.training.optimizer import build_optimizer, with_device_lr
+from fastvit_train.training.optim.optimizer import build_optimizer, with_device_lr
 
 MODELS: dict[str, dict[str, tuple[int, ...]]] = {
     "cpu": {"c_vit_4_4_32": (256,), "mc_vit_4_4_32": (256,), "cvt_7_4_32": (32,), "cct_7_3x1_32": (32,)},

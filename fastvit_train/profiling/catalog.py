@@ -21,7 +21,7 @@ from fastvit_train.models.resolve import resolve
 from fastvit_train.models.shapes import stages, tokens
 from fastvit_train.profiling.roofline import count_flops
 from fastvit_train.profiling.speedups import GPU_STEPS, STEPS
-from fastvit_train.training.optimizer import build_optimizer
+from fastvit_train.training.optim.optimizer import build_optimizer
 from fastvit_train.utils import memory
 from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import UserError, did_you_mean, printable

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastvit_train.profiling.short_run import eager_copy
 from fastvit_train.profiling.speedups import autocast_dtype
-from fastvit_train.training.optimizer import build_optimizer
+from fastvit_train.training.optim.optimizer import build_optimizer
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.torch_private import TorchDispatchMode, fake_process_group

@@ -12,9 +12,9 @@ import fastvit_train.models.attention as attention
 from fastvit_train.models import compile_model, set_attention
 from fastvit_train.models.compiling import check_compiler, record_graph
 from fastvit_train.training.graphed_step import why_not_recordable
-from fastvit_train.training.optimizer import build_optimizer, with_device_lr
+from fastvit_train.training.optim.optimizer import build_optimizer, with_device_lr
+from fastvit_train.training.prepare import supports_cuda_graphs
 from fastvit_train.training.session import TrainSession
-from fastvit_train.training.setup import supports_cuda_graphs
 from fastvit_train.utils.timing import quartiles, synchronize, time_in_rounds
 from fastvit_train.utils.torch_private import recompile_limit
 

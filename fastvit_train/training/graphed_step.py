@@ -19,7 +19,7 @@ from fastvit_train.data.loader import TrainLoader
 from fastvit_train.distributed import env
 from fastvit_train.models.compiling import compile_function, record_graph
 from fastvit_train.training.epoch_totals import EpochTotals
-from fastvit_train.training.optimizer import with_device_lr, works_in_graph
+from fastvit_train.training.optim.optimizer import with_device_lr, works_in_graph
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils.torch_private import recompile_limit
 

@@ -3,26 +3,22 @@
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
-import torch
 from accelerate import Accelerator
-from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
-from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
 
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.data.datasets import DatasetSpec, check_files
+from fastvit_train.data.datasets import check_files
 from fastvit_train.data.inputs import build_eval_loader, build_train_loader, load_data
-from fastvit_train.data.loader import EvalLoader, RankInfo, TrainLoader, check_batch_size, fit_batch_size
+from fastvit_train.data.loader import RankInfo, check_batch_size, fit_batch_size
 from fastvit_train.distributed import env, parallelize, preflight, sync
 from fastvit_train.distributed.accelerator import deterministic, device_name, own_precision, start_accelerator
 from fastvit_train.distributed.cpu_threads import all_cores
-from fastvit_train.models.attention import AUTO, COMPILING, check_attention, choose_attention, warm_up
+from fastvit_train.models.attention import AUTO, COMPILING, check_attention, choose_attention
 from fastvit_train.models.build import build_model
-from fastvit_train.models.compiling import check_compiler, compile_function, compile_model
+from fastvit_train.models.compiling import check_compiler
 from fastvit_train.models.resolve import resolve
 from fastvit_train.models.whitening import whiten
 from fastvit_train.runs import checkpoint
@@ -31,15 +27,15 @@ from fastvit_train.runs.lock import RunLock
 from fastvit_train.runs.log import Log, MetricsBuffer
 from fastvit_train.runs.run_folder import ResumeMode, RunFolder
 from fastvit_train.runs.train_state import TrainState
-from fastvit_train.training.graphed_step import record_step, why_not_recordable
-from fastvit_train.training.muon import Muon
-from fastvit_train.training.optimizer import build_optimizer, build_schedule
+from fastvit_train.training.graphed_step import record_step
+from fastvit_train.training.optim.optimizer import build_optimizer
 from fastvit_train.training.preemption import StatusExchange, StopSignalHandler
+from fastvit_train.training.prepare import Inputs, Trained, prepare
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
 from fastvit_train.utils.errors import UserError, counted
 from fastvit_train.utils.gpu_monitor import Meter
-from fastvit_train.utils.timing import SlowdownDetector, time_call
+from fastvit_train.utils.timing import SlowdownDetector
 
 
 @dataclass(frozen=True)
@@ -50,29 +46,6 @@ class Launch:
     log: Log
     threads: str
     """the CPU threads, in words"""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The data set, its loaders, and the batch size that fits it."""
-
-    dataset: DatasetSpec
-    train_loader: TrainLoader
-    eval_loader: EvalLoader
-    batch_size: int
-    micro_batch: int
-    """images per forward pass of one rank"""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What the optimizer changes, as Accelerate prepared it."""
-
-    model: nn.Module
-    optimizer: AcceleratedOptimizer
-    scheduler: Scheduler
-    ema: ModelEmaV3 | None
-    compile_seconds: float | None
 
 
 def setup(
@@ -217,68 +190,6 @@ def resolve_attention(
     compiled = config.run.compile or env.compiles()
     name, messages = choose_attention(model, inputs.micro_batch, config.image_size, accelerator, measure, compiled)
     return config.with_attention(name), messages
-
-
-def prepare(
-    config: ResolvedConfig, model: nn.Module, optimizer: Optimizer, inputs: Inputs, accelerator: Accelerator
-) -> Trained:
-    """Compile the model if asked for, build schedule and moving average, and let Accelerate prepare all of it."""
-    whole_step = config.run.compile and not why_not_recordable(config, accelerator, optimizer, inputs.train_loader)
-    if config.run.compile:
-        compile_model(model, accelerator.device, not whole_step and supports_cuda_graphs(config, accelerator))
-    scheduler = build_schedule(optimizer, config.optim, config.run.epochs, inputs.train_loader.steps_per_epoch)
-    ema = build_ema(model, config, accelerator)
-    model, prepared_optimizer = parallelize.prepare(accelerator, model, optimizer)
-    if ema is not None:
-        # after the model: the order determines their names in a checkpoint
-        accelerator.prepare_model(ema.module, evaluation_mode=True)
-    compile_seconds = None
-    if config.run.compile or config.model.attention in COMPILING:
-        eval_batch, size, device = inputs.eval_loader.batch_size, config.image_size, accelerator.device
-        compile_seconds = warm_up(model, 0 if whole_step else inputs.micro_batch, eval_batch, size, device)
-        if ema is not None:
-            compile_seconds += warm_up(ema.module, 0, eval_batch, size, device)
-        if config.run.compile and device.type == "cuda" and not whole_step and inputs.train_loader.is_resident:
-            compile_seconds += compile_augmentation(inputs, device)
-    if isinstance(optimizer, Muon) and accelerator.device.type == "cuda" and not (whole_step or env.uses_fsdp()):
-        compile_seconds = (compile_seconds or 0.0) + time_call(optimizer.compile_kernels, accelerator.device)
-    memory.reset_peak_memory(accelerator.device)
-    return Trained(model, prepared_optimizer, scheduler, ema, compile_seconds)
-
-
-def compile_augmentation(inputs: Inputs, device: torch.device) -> float:
-    """Compile the augmentation of a micro-batch of resident images, and return the seconds that this takes."""
-    loader = inputs.train_loader
-    loader.augmented = compile_function(loader.augmented, device)
-    loader.start_epoch(0)
-    samples = torch.zeros(inputs.micro_batch, dtype=torch.int64, device=device)
-    return time_call(lambda: loader.batch(samples), device)
-
-
-def supports_cuda_graphs(config: ResolvedConfig, accelerator: Accelerator) -> bool:
-    """Whether --compile may launch the model as a CUDA graph: one GPU, one forward pass per optimizer step."""
-    return accelerator.device.type == "cuda" and accelerator.num_processes == config.optim.grad_accum == 1
-
-
-def build_ema(model: nn.Module, config: ResolvedConfig, accelerator: Accelerator) -> ModelEmaV3 | None:
-    """Build the moving average of the weights that `config` asks for; once prepared, checkpoints contain it.
-
-    In the first steps it moves faster, so that it soon forgets the random weights.
-
-    Raises:
-        UserError: if the launch shards the weights.
-    """
-    if config.optim.ema is None:
-        return None
-    if env.uses_fsdp():
-        raise UserError(
-            "--ema needs unsharded weights, and FSDP shards them; leave it out, or use DDP: "
-            "accelerate_configs/multi_gpu.yaml"
-        )
-    ema = ModelEmaV3(model, config.optim.ema, use_warmup=True)
-    if config.run.compile:
-        compile_model(ema.module, accelerator.device, supports_cuda_graphs(config, accelerator))
-    return ema
 
 
 def load_checkpoint(

@@ -26,7 +26,7 @@ FORBIDDEN = {("inference", "training")}
 KNOWN: set[tuple[str, str]] = set()
 """Violations, as (module, imported module), that are still to be removed."""
 MAX_ENTRIES = 13  # what `ls fastvit_train` prints
-MAX_FILES_PER_PACKAGE = 13
+MAX_FILES_PER_PACKAGE = 12
 MODULES = sorted(PACKAGE.rglob("*.py"))
 PACKAGES = sorted(path.parent for path in PACKAGE.rglob("__init__.py") if path.parent != PACKAGE)
 

@@ -104,7 +104,7 @@ def test_compiling_is_warmed_up_without_a_trace_in_the_run(
     """Weights and random state are those of a run that had no warm-up: dropout would show it."""
     options = {"epochs": 1, "drop_rate": 0.2, "attn_drop_rate": 0.0}
     fit(small_config(attention="fused", exp_name="fused", **options))
-    monkeypatch.setattr("fastvit_train.training.setup.COMPILING", ("fused",))
+    monkeypatch.setattr("fastvit_train.training.prepare.COMPILING", ("fused",))
     assert fit(small_config(attention="fused", exp_name="warm", **options))["compile_seconds"] > 0
     assert losses(tmp_path, "fused") == losses(tmp_path, "warm")
 

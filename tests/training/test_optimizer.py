@@ -13,8 +13,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import OptimConfig
-from fastvit_train.training.muon import Muon, orthogonalize
-from fastvit_train.training.optimizer import build_optimizer, build_schedule, check_optimizer
+from fastvit_train.training.optim.muon import Muon, orthogonalize
+from fastvit_train.training.optim.optimizer import build_optimizer, build_schedule, check_optimizer
 from fastvit_train.utils.errors import UserError
 
 

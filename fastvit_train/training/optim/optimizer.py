@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastvit_train.config.schema import OptimConfig
 from fastvit_train.models import pretrained_cfg
-from fastvit_train.training.muon import Muon
+from fastvit_train.training.optim.muon import Muon
 from fastvit_train.utils.errors import UserError, did_you_mean
 
 MUON = ("muon", "nmuon")  # nmuon: with Nesterov momentum

@@ -1,0 +1,129 @@
+"""The stage of a run's setup that prepares what the optimizer changes: compiled, wrapped for the launch, warmed up."""
+
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.optim import Optimizer
+
+from fastvit_train.config.resolved import ResolvedConfig
+from fastvit_train.data.datasets import DatasetSpec
+from fastvit_train.data.loader import EvalLoader, TrainLoader
+from fastvit_train.distributed import env, parallelize
+from fastvit_train.models.attention import COMPILING, warm_up
+from fastvit_train.models.compiling import compile_function, compile_model
+from fastvit_train.training.graphed_step import why_not_recordable
+from fastvit_train.training.optim.muon import Muon
+from fastvit_train.training.optim.optimizer import build_schedule
+from fastvit_train.utils import memory
+from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.timing import time_call
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The data set, its loaders, and the batch size that fits it."""
+
+    dataset: DatasetSpec
+    train_loader: TrainLoader
+    eval_loader: EvalLoader
+    batch_size: int
+    micro_batch: int
+    """images per forward pass of one rank"""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What the optimizer changes, as Accelerate prepared it."""
+
+    model: nn.Module
+    optimizer: AcceleratedOptimizer
+    scheduler: Scheduler
+    ema: ModelEmaV3 | None
+    compile_seconds: float | None
+
+
+def prepare(
+    config: ResolvedConfig, model: nn.Module, optimizer: Optimizer, inputs: Inputs, accelerator: Accelerator
+) -> Trained:
+    """Compile the model if asked for, build schedule and moving average, and let Accelerate prepare all of it."""
+    whole_step = config.run.compile and not why_not_recordable(config, accelerator, optimizer, inputs.train_loader)
+    if config.run.compile:
+        compile_model(model, accelerator.device, not whole_step and supports_cuda_graphs(config, accelerator))
+    scheduler = build_schedule(optimizer, config.optim, config.run.epochs, inputs.train_loader.steps_per_epoch)
+    ema = build_ema(model, config, accelerator)
+    model, prepared_optimizer = parallelize.prepare(accelerator, model, optimizer)
+    if ema is not None:
+        # after the model: the order determines their names in a checkpoint
+        accelerator.prepare_model(ema.module, evaluation_mode=True)
+    compile_seconds = take_first_passes(config, model, optimizer, ema, inputs, accelerator, whole_step)
+    memory.reset_peak_memory(accelerator.device)
+    return Trained(model, prepared_optimizer, scheduler, ema, compile_seconds)
+
+
+def take_first_passes(
+    config: ResolvedConfig,
+    model: nn.Module,
+    optimizer: Optimizer,
+    ema: ModelEmaV3 | None,
+    inputs: Inputs,
+    accelerator: Accelerator,
+    whole_step: bool,
+) -> float | None:
+    """Compile now whatever the first step or evaluation would compile, but for a step that is recorded later.
+
+    Returns:
+        The seconds that this took; None if nothing is compiled.
+    """
+    device, compiled = accelerator.device, config.run.compile
+    passes: list[float] = []
+    if compiled or config.model.attention in COMPILING:
+        eval_batch, size = inputs.eval_loader.batch_size, config.image_size
+        passes.append(warm_up(model, 0 if whole_step else inputs.micro_batch, eval_batch, size, device))
+        if ema is not None:
+            passes.append(warm_up(ema.module, 0, eval_batch, size, device))
+    if device.type == "cuda" and not whole_step:
+        if compiled and inputs.train_loader.is_resident:
+            passes.append(compile_augmentation(inputs, device))
+        if isinstance(optimizer, Muon) and not env.uses_fsdp():
+            passes.append(time_call(optimizer.compile_kernels, device))
+    return sum(passes) if passes else None
+
+
+def compile_augmentation(inputs: Inputs, device: torch.device) -> float:
+    """Compile the augmentation of a micro-batch of resident images, and return the seconds that this takes."""
+    loader = inputs.train_loader
+    loader.augmented = compile_function(loader.augmented, device)
+    loader.start_epoch(0)
+    samples = torch.zeros(inputs.micro_batch, dtype=torch.int64, device=device)
+    return time_call(lambda: loader.batch(samples), device)
+
+
+def supports_cuda_graphs(config: ResolvedConfig, accelerator: Accelerator) -> bool:
+    """Whether --compile may launch the model as a CUDA graph: one GPU, one forward pass per optimizer step."""
+    return accelerator.device.type == "cuda" and accelerator.num_processes == config.optim.grad_accum == 1
+
+
+def build_ema(model: nn.Module, config: ResolvedConfig, accelerator: Accelerator) -> ModelEmaV3 | None:
+    """Build the moving average of the weights that `config` asks for; once prepared, checkpoints contain it.
+
+    In the first steps it moves faster, so that it soon forgets the random weights.
+
+    Raises:
+        UserError: if the launch shards the weights.
+    """
+    if config.optim.ema is None:
+        return None
+    if env.uses_fsdp():
+        raise UserError(
+            "--ema needs unsharded weights, and FSDP shards them; leave it out, or use DDP: "
+            "accelerate_configs/multi_gpu.yaml"
+        )
+    ema = ModelEmaV3(model, config.optim.ema, use_warmup=True)
+    if config.run.compile:
+        compile_model(ema.module, accelerator.device, supports_cuda_graphs(config, accelerator))
+    return ema
