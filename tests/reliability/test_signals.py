@@ -105,7 +105,7 @@ def test_a_signal_during_setup_evaluation_or_saving(where: str, number: signal.S
 
 @pytest.mark.slow
 def test_a_signal_during_compilation(tmp_path: Path) -> None:
-    victim = Victim(tmp_path, "run", "--compile", trick=DieAt("training.setup.warm_up", 1, signal.SIGTERM))
+    victim = Victim(tmp_path, "run", "--compile", trick=DieAt("training.prepare.warm_up", 1, signal.SIGTERM))
     check_stopped(victim, victim.wait())
     assert (victim.folder / "checkpoints" / "step_0").is_dir()
 
