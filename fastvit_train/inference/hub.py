@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import timm
-from huggingface_hub import constants
+from huggingface_hub import constants, utils
 from huggingface_hub.utils import get_session
 
 HUB = "hf-hub:"
@@ -37,10 +37,16 @@ def offline_if_unreachable() -> Iterator[bool]:
     """
     before, reachable = constants.HF_HUB_OFFLINE, not constants.HF_HUB_OFFLINE and _is_reachable()
     try:
-        constants.HF_HUB_OFFLINE = not reachable  # the client has no other switch for a part of a program
+        _set_offline(not reachable)
         yield reachable
     finally:
-        constants.HF_HUB_OFFLINE = before
+        _set_offline(before)
+
+
+def _set_offline(offline: bool) -> None:
+    constants.HF_HUB_OFFLINE = offline  # the client has no other switch for a part of a program
+    if hasattr(utils, "reset_sessions"):  # before version 1.0 an open session keeps the setting that it began with
+        utils.reset_sessions()
 
 
 def unreachable_reason(source: str) -> str:

@@ -96,7 +96,8 @@ def test_bf16_gathers_half_and_clipping_exchanges_the_norm(
         settings = replace(session.config.settings, optim=replace(session.config.optim, clip_grad=1.0))
         clipped = replace(session, config=replace(session.config, settings=settings))
         more = [c for c in collectives.fsdp2_cost(clipped, 4).collectives if c.kind == "all-reduce"]
-        assert more == [Collective("all-reduce", 4 * len(list(session.bare_model.parameters())))]  # a norm of each
+        parameters = len(list(session.bare_model.parameters()))
+        assert [c.size for c in more] in ([4 * parameters], [4])  # a norm of each; torch 2.9 reduces their total
         monkeypatch.setattr(session.accelerator.state, "_mixed_precision", "bf16")
         half = collectives.fsdp2_cost(session, 4)
         assert half.gathered == plain.gathered / 2 and half.weights == plain.weights

@@ -40,6 +40,7 @@ def plot_scaling(curves: dict[str, dict[str, list[tuple[int, float, float]]]], o
         axes.set(title=name, xlabel="processes")
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
+        axes.xaxis.set_major_locator(LogLocator(base=2, numticks=12))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(lambda value, _: f"{value:,.0f}" if value >= 10 else f"{value:g}")
