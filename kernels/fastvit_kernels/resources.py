@@ -48,6 +48,8 @@ SHAPES = {
 }
 """(tokens, dim, heads)"""
 DROPOUT_SHAPES = [name for name in SHAPES if "vit" in name or "cct" in name]
+PARAMETERS = ("w_ptr", "bias_ptr", "dparameters_ptr")
+"""arguments that are float32 under autocast, as in training"""
 FUSED = ("fused.forward", "fused.backward_x", "fused.backward_weight")
 PACKED = ("packed.forward", "packed.backward")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -116,7 +118,7 @@ def _signature(names: list[str], constants: dict[str, Any], dtype: str) -> dict[
         if name in constants:
             signature[name] = "constexpr"
         elif name.endswith("_ptr"):
-            kind = {"dw_ptr": "fp32", "dbias_ptr": "fp32", "seed_ptr": "i64"}.get(name, dtype)
+            kind = "i64" if name == "seed_ptr" else "fp32" if name in PARAMETERS else dtype
             signature[name] = f"*{kind}"
             attributes[(position,)] = [["tt.divisibility", 16]]
         elif name.startswith("stride") or name == "batch":

@@ -206,3 +206,13 @@ def test_products_too_small_for_a_gpu_are_refused_by_the_kernels_themselves() ->
             triton_packed.forward_kernel[(4, 1)](
                 qkv, qkv.new_empty(1, 9, 32), None, 1.0, 0.0, **{**constants, **too_small}
             )
+
+
+def test_autocast_leaves_the_conversion_of_the_weights_to_the_kernels(triton_device: str, seed: int) -> None:
+    """The gradients of float32 weights are the sums in float32, not rounded to autocast's dtype."""
+    x, weight, bias = draw(FUSED, True, torch.float32, triton_device)
+    with torch.autocast(triton_device, torch.bfloat16):
+        output = triton_attention(x, weight, bias, FUSED[-1])
+    output.float().square().sum().backward()
+    assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
+    assert not torch.equal(bias.grad, bias.grad.bfloat16().float())

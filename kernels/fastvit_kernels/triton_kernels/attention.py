@@ -54,10 +54,8 @@ def triton_attention(
     x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, num_heads: int, dropout_p: float
 ) -> Tensor:
     """See `fastvit_kernels.attention`; `why_unsupported` states the limits."""
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, qkv_weight = x.to(dtype), qkv_weight.to(dtype)
-        qkv_bias = None if qkv_bias is None else qkv_bias.to(dtype)
+    if torch.is_autocast_enabled(x.device.type):  # the weights are converted by the kernels, and by F.linear
+        x = x.to(torch.get_autocast_dtype(x.device.type))
     seed = new_seed(x) if dropout_p else None
     if fits(x.shape[1], x.shape[2], num_heads, x.dtype):
         return fused_attention(x, qkv_weight, qkv_bias, num_heads, dropout_p, seed)

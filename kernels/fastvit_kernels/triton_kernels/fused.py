@@ -3,9 +3,11 @@
 Each program handles a whole sample: it reads x once and writes neither QKV nor the scores to device memory, forward or
 backward. The backward pass recomputes them in two kernels, one for the gradient of x and one for those of the weights.
 A single kernel would read x and dout once less, but its accumulators would leave registers for only one program per
-multiprocessor, and several are needed to hide the latency of these chains of small products. The gradients of the
-weights stay in registers over all samples of a program and are written to a slice per program, which torch sums: there
-are no atomics, so the result is deterministic.
+multiprocessor, and several are needed to hide the latency of these chains of small products. The gradients of weight
+and bias stay in registers over all samples of a program and are written to a row per program, which torch sums: there
+are no atomics, so the result is deterministic. These are three launches. A kernel that writes packed dQKV would
+recompute once instead of twice, but needs four launches or more (itself, two products by cuBLAS, the sum for the bias,
+and conversions of the weight) and moves 13 tensors of tokens instead of 7. This was judged by counting, not timed.
 
 The kernels are in fused_kernels.py.
 """
@@ -50,11 +52,15 @@ def constants(
     }
 
 
-@torch.library.custom_op("fastvit_kernels::fused_attention", mutates_args=())
+@torch.library.custom_op("fastvit_kernels::projected_attention", mutates_args=())
 def fused_attention(
     x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, num_heads: int, dropout_p: float, seed: Tensor | None
 ) -> Tensor:
-    """See `fastvit_kernels.attention`; `seed`, (1,) int64, seeds dropout."""
+    """See `fastvit_kernels.attention`; `seed`, (1,) int64, seeds dropout.
+
+    Products are computed in x's dtype. The weight and the bias may have another one, such as float32 under autocast:
+    the kernels convert them, which saves launches.
+    """
     batch, tokens, dim = x.shape
     x = _within_int32(x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -73,7 +79,7 @@ def _(x: Tensor, *args: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fastvit_kernels::fused_attention_backward", mutates_args=())
+@torch.library.custom_op("fastvit_kernels::projected_attention_backward", mutates_args=())
 def fused_attention_backward(
     dout: Tensor,
     x: Tensor,
@@ -82,8 +88,8 @@ def fused_attention_backward(
     num_heads: int,
     dropout_p: float,
     seed: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of x, weight and bias; ignore the last one if there is no bias."""
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradient of x, and that of the weight and the bias, one after the other in a flat tensor."""
     batch, tokens, dim = x.shape
     x, dout = _within_int32(x), _within_int32(dout)
     weight, bias = qkv_weight.contiguous(), None if qkv_bias is None else qkv_bias.contiguous()
@@ -94,20 +100,23 @@ def fused_attention_backward(
 
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     programs = min(batch, triton.cdiv(_multiprocessors(x.device) * PROGRAMS_PER_MULTIPROCESSOR, num_heads))
-    dweight = x.new_empty(programs, 3 * dim, dim, dtype=torch.float32)
-    dbias = x.new_empty(programs, 3 * dim, dtype=torch.float32)
+    dparameters = x.new_empty(programs, _numel(weight, bias), dtype=torch.float32)
     with torch.cuda.device_of(x):
         backward_x_kernel[(batch,)](x, weight, bias, dout, dx, seed, *strides, *scalars, **meta)
         backward_weight_kernel[(programs, num_heads)](
-            x, weight, bias, dout, dweight, dbias, seed, *strides, batch, *scalars, **meta
+            x, weight, bias, dout, dparameters, seed, *strides, batch, *scalars, **meta
         )
-    return dx, dweight.sum(0).to(weight.dtype), dbias.sum(0).to(weight.dtype)
+    return dx, dparameters.sum(0).to(weight.dtype)
 
 
 @fused_attention_backward.register_fake
-def _(dout: Tensor, x: Tensor, qkv_weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(dout: Tensor, x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, *args: Any) -> tuple[Tensor, Tensor]:
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    return dx, qkv_weight.new_empty(qkv_weight.shape), qkv_weight.new_empty(qkv_weight.shape[0])
+    return dx, qkv_weight.new_empty(_numel(qkv_weight, qkv_bias))
+
+
+def _numel(weight: Tensor, bias: Tensor | None) -> int:
+    return weight.numel() + (0 if bias is None else bias.numel())
 
 
 def _within_int32(tokens: Tensor) -> Tensor:
@@ -127,23 +136,23 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     x, qkv_weight, qkv_bias, seed = ctx.saved_tensors
-    dx, dweight, dbias = fused_attention_backward(
-        dout, x, qkv_weight, qkv_bias, ctx.num_heads, ctx.dropout_p, seed
-    )  # fmt: skip
-    return dx, dweight, None if qkv_bias is None else dbias, None, None, None
+    dx, dparameters = fused_attention_backward(dout, x, qkv_weight, qkv_bias, ctx.num_heads, ctx.dropout_p, seed)
+    dweight = dparameters[: qkv_weight.numel()].view(qkv_weight.shape)
+    dbias = None if qkv_bias is None else dparameters[qkv_weight.numel() :]
+    return dx, dweight, dbias, None, None, None
 
 
 fused_attention.register_autograd(_backward, setup_context=_setup_context)
 
 
-@register_flop_formula(torch.ops.fastvit_kernels.fused_attention)
+@register_flop_formula(torch.ops.fastvit_kernels.projected_attention)
 def _flops(x_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
     """FLOPs by the definition, without padding."""
     batch, tokens, dim = x_shape
     return 2 * batch * tokens * dim * 3 * dim + 2 * 2 * batch * tokens * tokens * dim
 
 
-@register_flop_formula(torch.ops.fastvit_kernels.fused_attention_backward)
+@register_flop_formula(torch.ops.fastvit_kernels.projected_attention_backward)
 def _flops_backward(dout_shape: tuple[int, ...], *args: Any, **kwargs: Any) -> int:
     """FLOPs by the definition, without recomputation."""
     return 2 * _flops(dout_shape)

@@ -17,18 +17,19 @@ def _load_tokens(ptr, row_N, column_D, stride_n, stride_d, N: tl.constexpr, D: t
 
 
 @triton.jit
-def _load_weight(w_ptr, first_row, column_D, channel_C, C: tl.constexpr, D: tl.constexpr):
-    """Load C rows of the weight, transposed."""
+def _load_weight(w_ptr, first_row, column_D, channel_C, dtype: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """Load C rows of the weight, transposed and converted to `dtype`."""
     exists_DC = (column_D < D)[:, None] & (channel_C < C)[None, :]
-    return tl.load(w_ptr + (first_row + channel_C)[None, :] * D + column_D[:, None], mask=exists_DC, other=0.0)
+    w_DC = tl.load(w_ptr + (first_row + channel_C)[None, :] * D + column_D[:, None], mask=exists_DC, other=0.0)
+    return w_DC if w_DC.dtype == dtype else cast(w_DC, dtype)
 
 
 @triton.jit
-def _load_head_weights(w_ptr, head, column_D, channel_C, C: tl.constexpr, D: tl.constexpr):
-    """Load one head's query, key and value weights, each transposed."""
-    wq_DC = _load_weight(w_ptr, head * C, column_D, channel_C, C, D)
-    wk_DC = _load_weight(w_ptr, D + head * C, column_D, channel_C, C, D)
-    wv_DC = _load_weight(w_ptr, 2 * D + head * C, column_D, channel_C, C, D)
+def _load_head_weights(w_ptr, head, column_D, channel_C, dtype: tl.constexpr, C: tl.constexpr, D: tl.constexpr):
+    """Load one head's query, key and value weights, each transposed and converted to `dtype`."""
+    wq_DC = _load_weight(w_ptr, head * C, column_D, channel_C, dtype, C, D)
+    wk_DC = _load_weight(w_ptr, D + head * C, column_D, channel_C, dtype, C, D)
+    wv_DC = _load_weight(w_ptr, 2 * D + head * C, column_D, channel_C, dtype, C, D)
     return wq_DC, wk_DC, wv_DC
 
 
@@ -93,7 +94,7 @@ def forward_kernel(
     channel_C = tl.arange(0, C_PAD)
     x_ND = _load_tokens(x_ptr + sample * stride_xb, row_N, column_D, stride_xn, stride_xd, N, D)
     for head in range(H):
-        wq_DC, wk_DC, wv_DC = _load_head_weights(w_ptr, head, column_D, channel_C, C, D)
+        wq_DC, wk_DC, wv_DC = _load_head_weights(w_ptr, head, column_D, channel_C, x_ptr.dtype.element_ty, C, D)
         _, _, v_NC, probs_MN = _probabilities(
             x_ND, wq_DC, wk_DC, wv_DC, bias_ptr, head, row_N, channel_C, scale_log2, N, D, C, HAS_BIAS, PRECISION
         )
@@ -122,7 +123,7 @@ def backward_x_kernel(
     x_ND = _load_tokens(x_ptr + sample * stride_xb, row_N, column_D, stride_xn, stride_xd, N, D)
     dx_ND = tl.zeros((N_PAD, D_PAD), tl.float32)
     for head in range(H):
-        wq_DC, wk_DC, wv_DC = _load_head_weights(w_ptr, head, column_D, channel_C, C, D)
+        wq_DC, wk_DC, wv_DC = _load_head_weights(w_ptr, head, column_D, channel_C, x_ptr.dtype.element_ty, C, D)
         head_dout_ptr = dout_ptr + sample * stride_ob + head * C * stride_od
         dout_MC = _load_tokens(head_dout_ptr, row_N, channel_C, stride_on, stride_od, N, C)
         dq_MC, dk_NC, dv_NC = _head_gradients(
@@ -138,7 +139,7 @@ def backward_x_kernel(
 
 @triton.jit
 def backward_weight_kernel(
-    x_ptr, w_ptr, bias_ptr, dout_ptr, dw_ptr, dbias_ptr, seed_ptr,
+    x_ptr, w_ptr, bias_ptr, dout_ptr, dparameters_ptr, seed_ptr,
     stride_xb, stride_xn, stride_xd, stride_ob, stride_on, stride_od, batch, scale, scale_log2, dropout_p,
     N: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     N_PAD: tl.constexpr, D_PAD: tl.constexpr, C_PAD: tl.constexpr,
@@ -146,7 +147,7 @@ def backward_weight_kernel(
 ):  # fmt: skip
     """One program per head and group of samples: sample `program`, then every `num_programs`-th sample.
 
-    Each program writes its own slice of dw (programs, 3*D, D) and dbias (programs, 3*D), both float32.
+    Each program writes its own row of dparameters, float32: the gradient of the weight, (3*D, D), then the bias.
     """
     C: tl.constexpr = D // H
     program = tl.program_id(0)
@@ -154,7 +155,7 @@ def backward_weight_kernel(
     row_N = tl.arange(0, N_PAD)
     column_D = tl.arange(0, D_PAD)
     channel_C = tl.arange(0, C_PAD)
-    wq_DC, wk_DC, wv_DC = _load_head_weights(w_ptr, head, column_D, channel_C, C, D)
+    wq_DC, wk_DC, wv_DC = _load_head_weights(w_ptr, head, column_D, channel_C, x_ptr.dtype.element_ty, C, D)
     dwq_DC = tl.zeros((D_PAD, C_PAD), tl.float32)
     dwk_DC = tl.zeros((D_PAD, C_PAD), tl.float32)
     dwv_DC = tl.zeros((D_PAD, C_PAD), tl.float32)
@@ -179,13 +180,14 @@ def backward_weight_kernel(
             dbk_C += tl.sum(dk_NC.to(tl.float32), 0)
             dbv_C += tl.sum(dv_NC.to(tl.float32), 0)
     weight_row_C = head * C + channel_C
-    pointers_DC = dw_ptr + program * 3 * D * D + weight_row_C[None, :] * D + column_D[:, None]
+    dw_ptr = dparameters_ptr + program * 3 * D * (D + 1 if HAS_BIAS else D)
+    pointers_DC = dw_ptr + weight_row_C[None, :] * D + column_D[:, None]
     exists_DC = (column_D < D)[:, None] & (channel_C < C)[None, :]
     tl.store(pointers_DC, dwq_DC, mask=exists_DC)
     tl.store(pointers_DC + D * D, dwk_DC, mask=exists_DC)
     tl.store(pointers_DC + 2 * D * D, dwv_DC, mask=exists_DC)
     if HAS_BIAS:
-        pointers_C = dbias_ptr + program * 3 * D + weight_row_C
+        pointers_C = dw_ptr + 3 * D * D + weight_row_C
         tl.store(pointers_C, dbq_C, mask=channel_C < C)
         tl.store(pointers_C + D, dbk_C, mask=channel_C < C)
         tl.store(pointers_C + 2 * D, dbv_C, mask=channel_C < C)
