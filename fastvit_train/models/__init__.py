@@ -3,7 +3,14 @@
 from fastvit_kernels.muon import can_update, update_matrices
 from fastvit_train.models.attention import check_attention, pick_attention, plain_attention, set_attention, warm_up
 from fastvit_train.models.attention_maps import AttentionMaps, attention_maps, patch_filters, position_similarity
-from fastvit_train.models.build import build_model, check_model, check_timm_folder, native_image_size
+from fastvit_train.models.build import (
+    build_model,
+    check_mlp,
+    check_model,
+    check_timm_folder,
+    native_image_size,
+    set_mlp,
+)
 from fastvit_train.models.compiling import compile_model
 from fastvit_train.models.convert import pretrained_cfg
 from fastvit_train.models.registry import OUR_MODELS
@@ -18,6 +25,7 @@ __all__ = [
     "build_model",
     "can_update",
     "check_attention",
+    "check_mlp",
     "check_model",
     "check_timm_folder",
     "compile_model",
@@ -28,6 +36,7 @@ __all__ = [
     "position_similarity",
     "pretrained_cfg",
     "set_attention",
+    "set_mlp",
     "update_matrices",
     "warm_up",
     "whiten_patches",

@@ -97,6 +97,9 @@ class ConvTokenizer(nn.Module):
 class Mlp(nn.Module):
     """Two linear layers with a GELU in between; `hidden_drop` is the compact family's dropout after the GELU."""
 
+    implementation = "torch"
+    """how a block computes its norm, MLP and residual connection, see `set_mlp`"""
+
     def __init__(self, dim: int, hidden_dim: int, gelu: str, hidden_drop: float, drop: float) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden_dim)
@@ -123,9 +126,18 @@ class Block(nn.Module):
 
     def forward(self, x_BND: Tensor) -> Tensor:
         x_BND = x_BND + self.drop_path(self.attn(self.norm1(x_BND)))
+        if self.mlp.implementation == "triton":
+            return self._residual_mlp(x_BND)
         normed_BND = self.norm2(x_BND)
         residual_BND = normed_BND if self.residual_norm else x_BND
         return residual_BND + self.drop_path(self.mlp(normed_BND))
+
+    def _residual_mlp(self, x_BND: Tensor) -> Tensor:
+        norm, fc1, fc2 = self.norm2, self.mlp.fc1, self.mlp.fc2
+        return fastvit_kernels.residual_mlp(
+            x_BND, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
+            eps=norm.eps, gelu=fc2.approximate, implementation="triton",
+        )  # fmt: skip
 
 
 class ViT(nn.Module):

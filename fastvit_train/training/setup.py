@@ -16,8 +16,8 @@ from fastvit_train.data.loader import RankInfo, check_batch_size, fit_batch_size
 from fastvit_train.distributed import env, parallelize, preflight, sync
 from fastvit_train.distributed.accelerator import deterministic, device_name, own_precision, start_accelerator
 from fastvit_train.distributed.cpu_threads import all_cores
-from fastvit_train.models.attention import AUTO, COMPILING, check_attention, choose_attention
-from fastvit_train.models.build import build_model
+from fastvit_train.models.attention import AUTO, check_attention, choose_attention
+from fastvit_train.models.build import build_model, check_mlp
 from fastvit_train.models.compiling import check_compiler
 from fastvit_train.models.resolve import resolve
 from fastvit_train.models.whitening import whiten
@@ -137,6 +137,7 @@ def check_folder(
         attention = sync.broadcast_from_rank0(accelerator, folder.recorded_attention)
         config, recorded_in = config.with_attention(attention), folder.config
     check_attention(config.model, recorded_in)
+    check_mlp(config.model.mlp)
     if config.run.compile or env.compiles():
         check_compiler(accelerator.device)
     check_batch_size(config.run.batch_size, accelerator.num_processes, config.optim.grad_accum)
@@ -215,12 +216,12 @@ def log_introduction(session: TrainSession, threads: str, resuming: bool, messag
     """Log what is about to be trained, on what, and how."""
     config, accelerator, dataset, log = session.config, session.accelerator, session.dataset, session.log
     parameters = sum(p.numel() for p in session.bare_model.parameters())
-    log.line(f"{config.model.model}: {counted(parameters, 'parameter')}, attention {config.model.attention}")
+    mlp = "" if config.model.mlp == "torch" else f", MLP {config.model.mlp}"
+    log.line(f"{config.model.model}: {counted(parameters, 'parameter')}, attention {config.model.attention}{mlp}")
     for line in messages:
         log.line(line)
     if session.compile_seconds is not None:
-        attention = "attention" if config.model.attention in COMPILING else "optimizer"
-        compiled = "model" if config.run.compile else attention
+        compiled = "model" if config.run.compile else "kernels"
         log.line(f"first passes, including compilation of the {compiled}: {session.compile_seconds:.1f} s")
     log.line(
         f"{dataset.name}: {counted(len(dataset.train.labels), 'training image')}, "

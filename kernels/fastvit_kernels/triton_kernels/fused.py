@@ -12,7 +12,6 @@ and conversions of the weight) and moves 13 tensors of tokens instead of 7. This
 The kernels are in fused_kernels.py.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastvit_kernels.triton_kernels.fused_kernels import backward_weight_kernel, backward_x_kernel, forward_kernel
-from fastvit_kernels.triton_kernels.parts import LOG2_E, dot_precision, padded
+from fastvit_kernels.triton_kernels.parts import LOG2_E, dot_precision, multiprocessors, padded
 
 MAX_DIM = 64
 PROGRAMS_PER_MULTIPROCESSOR = 2
@@ -99,7 +98,7 @@ def fused_attention_backward(
     strides = (*x.stride(), *dout.stride())
 
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    programs = min(batch, triton.cdiv(_multiprocessors(x.device) * PROGRAMS_PER_MULTIPROCESSOR, num_heads))
+    programs = min(batch, triton.cdiv(multiprocessors(x.device) * PROGRAMS_PER_MULTIPROCESSOR, num_heads))
     dparameters = x.new_empty(programs, _numel(weight, bias), dtype=torch.float32)
     with torch.cuda.device_of(x):
         backward_x_kernel[(batch,)](x, weight, bias, dout, dx, seed, *strides, *scalars, **meta)
@@ -122,11 +121,6 @@ def _numel(weight: Tensor, bias: Tensor | None) -> int:
 def _within_int32(tokens: Tensor) -> Tensor:
     """Copy huge tensors to be contiguous: the kernels compute offsets within a sample in 32 bits."""
     return tokens if tokens.numel() < 2**31 else tokens.contiguous()
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

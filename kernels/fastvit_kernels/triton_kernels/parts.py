@@ -3,6 +3,7 @@
 Shape suffixes: M query rows, N key rows, C channels of one head, all padded.
 """
 
+import functools
 import os
 
 import torch
@@ -37,6 +38,12 @@ def new_seed(x: Tensor) -> Tensor:
     draws a new one.
     """
     return torch.randint(2**62, (1,), device=x.device)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return the number of multiprocessors of a GPU; in Triton's interpreter any number will do."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 @triton.jit

@@ -1,0 +1,77 @@
+"""The implementation of the MLP in our models: the same weights and results, and what is refused."""
+
+import copy
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from fastvit_train.config.schema import ModelConfig
+from fastvit_train.models import build_model, check_mlp, set_mlp
+from fastvit_train.utils.errors import UserError
+from tests.kernels.accuracy import assert_accurate, logits_and_gradients
+
+TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}
+
+
+def build(name: str, **options: Any) -> nn.Module:
+    model = timm.create_model(name, **{**TINY, **options})
+    for parameter in model.parameters():  # so that no branch is negligible
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("name", ["mc_vit_4_4_32", "c_vit_4_4_32"])
+def test_logits_and_gradients_are_those_of_torchs_operators(name: str, triton_device: str, seed: int) -> None:
+    model, images = build(name).to(triton_device), torch.randn(3, 3, 32, 32, device=triton_device)
+    names = list(model.state_dict())
+    exact = logits_and_gradients(copy.deepcopy(model).double(), images.double(), lambda logits: logits.square().sum())
+    baseline = logits_and_gradients(model, images, lambda logits: logits.square().sum())
+    set_mlp(model, "triton")
+    called = []
+    model.blocks[0].mlp.register_forward_hook(lambda *args: called.append(args))
+    results = logits_and_gradients(model, images, lambda logits: logits.square().sum())
+    for each in zip(results, baseline, exact, strict=True):
+        assert_accurate(*each)
+    assert not called and list(model.state_dict()) == names
+    set_mlp(model, "torch")
+    again = logits_and_gradients(model, images, lambda logits: logits.square().sum())
+    assert called and torch.equal(again[0][0], baseline[0][0])
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(triton_device: str, seed: int) -> None:
+    model, images = build("mc_vit_4_4_32").to(triton_device), torch.randn(2, 3, 32, 32, device=triton_device)
+    set_mlp(model, "triton")
+
+    def gradients() -> list[Tensor]:
+        return logits_and_gradients(model, images, lambda logits: logits.square().sum())[1]
+
+    plain = gradients()
+    model.set_grad_checkpointing()
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"embed_dim": 72}, r"more than 64 channels \(embed_dim 72\)"),
+        ({"drop_rate": 0.1}, r"dropout \(drop_rate 0.1\)"),
+        ({"drop_path_rate": 0.1}, "stochastic depth"),
+        ({"model": "vit_lite_7_4_32"}, "embed_dim 256.*stochastic depth.*residual_norm"),
+        ({"model": "vit_tiny_patch16_224", "attention": "timm"}, "our own models, not for VisionTransformer"),
+    ],
+)
+def test_models_that_the_kernel_does_not_support_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason) as raised:
+        build_model(ModelConfig(**{"attention": "fused", "depth": 2, **options}, mlp="triton"), 32, 10)
+    assert str(raised.value).endswith("use --mlp torch") and "\n" not in str(raised.value)
+
+
+def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"MLP implementation 'triton' needs a GPU.*; available here: torch"):
+        check_mlp("triton")
+    check_mlp("torch")
