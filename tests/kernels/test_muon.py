@@ -30,7 +30,7 @@ def expected(
     weight: Tensor, gradient: Tensor, average: Tensor, lr: float, merged: int, nesterov: bool
 ) -> tuple[Tensor, Tensor]:
     """Weight and average after the step, by what the iteration does to each singular value."""
-    weight, gradient, average = (tensor.double() for tensor in (weight, gradient, average))
+    weight, gradient, average = (tensor.double().cpu() for tensor in (weight, gradient, average))
     average = 0.9 * average + 0.1 * gradient
     ahead = 0.1 * gradient + 0.9 * average if nesterov else average
     updates = []
@@ -50,8 +50,8 @@ def test_matrices_of_all_shapes_are_updated(seed: int, triton_device: str, merge
     results = [expected(*each, 0.5, merged, nesterov) for each in zip(*tensors, strict=True)]
     update(tensors, 0.5, merged=merged, nesterov=nesterov)
     for weight, average, (new_weight, new_average) in zip(tensors[0], tensors[2], results, strict=True):
-        assert torch.allclose(average.double(), new_average, rtol=0, atol=1e-6)
-        assert torch.allclose(weight.double(), new_weight, rtol=0, atol=1e-4)
+        assert torch.allclose(average.double().cpu(), new_average, rtol=0, atol=1e-6)
+        assert torch.allclose(weight.double().cpu(), new_weight, rtol=0, atol=1e-4)
 
 
 def test_learning_rate_and_scale_may_be_on_the_device(seed: int, triton_device: str) -> None:
@@ -83,7 +83,7 @@ def test_more_matrices_than_a_launch_takes(seed: int, triton_device: str, monkey
     monkeypatch.setattr(triton_muon, "MAX_PARAMETERS", 3)
     update(tensors, 0.5)
     for weight, (new_weight, _) in zip(tensors[0], results, strict=True):
-        assert torch.allclose(weight.double(), new_weight, rtol=0, atol=1e-4)
+        assert torch.allclose(weight.double().cpu(), new_weight, rtol=0, atol=1e-4)
 
 
 def test_what_the_kernel_supports() -> None:

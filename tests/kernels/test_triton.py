@@ -28,6 +28,12 @@ BOTH = pytest.mark.parametrize("shape", [FUSED, PACKED], ids=["fused", "packed"]
 triton_attention = functools.partial(fastvit_kernels.attention, implementation="triton")
 
 
+def half_precision(device: str) -> torch.dtype:
+    """The dtype for autocast: GPUs before Ampere have no bfloat16."""
+    has_bfloat16 = device == "cpu" or torch.cuda.get_device_capability() >= (8, 0)
+    return torch.bfloat16 if has_bfloat16 else torch.float16
+
+
 def test_each_kernel_supports_its_shapes() -> None:
     assert triton_fused.fits(64, 48, 4, torch.bfloat16)
     assert triton_fused.fits(65, 48, 4, torch.bfloat16)
@@ -143,12 +149,13 @@ def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_parameters(
     shape: tuple[int, int, int, int], triton_device: str, seed: int
 ) -> None:
     x, weight, bias = draw(shape, True, torch.float32, triton_device)
-    with torch.autocast(triton_device, torch.bfloat16):
+    dtype = half_precision(triton_device)
+    with torch.autocast(triton_device, dtype):
         output = triton_attention(x, weight, bias, shape[-1])
-    assert output.dtype == torch.bfloat16
+    assert output.dtype == dtype
     output.float().square().sum().backward()
     arguments = tuple(t.detach() for t in (x, weight, bias))
-    with torch.autocast(triton_device, torch.bfloat16):
+    with torch.autocast(triton_device, dtype):
         baseline = chain(*arguments, shape[-1])
     exact = chain(*(t.double() for t in arguments), shape[-1])
     assert_accurate([output.detach()], [baseline], [exact])
@@ -211,8 +218,9 @@ def test_products_too_small_for_a_gpu_are_refused_by_the_kernels_themselves() ->
 def test_autocast_leaves_the_conversion_of_the_weights_to_the_kernels(triton_device: str, seed: int) -> None:
     """The gradients of float32 weights are the sums in float32, not rounded to autocast's dtype."""
     x, weight, bias = draw(FUSED, True, torch.float32, triton_device)
-    with torch.autocast(triton_device, torch.bfloat16):
+    dtype = half_precision(triton_device)
+    with torch.autocast(triton_device, dtype):
         output = triton_attention(x, weight, bias, FUSED[-1])
     output.float().square().sum().backward()
-    assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
-    assert not torch.equal(bias.grad, bias.grad.bfloat16().float())
+    assert not torch.equal(weight.grad, weight.grad.to(dtype).float())
+    assert not torch.equal(bias.grad, bias.grad.to(dtype).float())
