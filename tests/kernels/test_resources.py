@@ -44,4 +44,4 @@ def test_spilled_registers(rows: list[dict[str, Any]]) -> None:
         print({key: row[key] for key in ("shape", "kernel", "dtype", "capability", "dropout", "registers", "spilled")})
     low = [row for row in rows if row["dtype"] != "fp32" and row["capability"] >= 80]
     assert not [row for row in low if row["shape"] == "mc_vit_4_4_32" and not row["dropout"] and row["spilled"] > 64]
-    assert max(row["spilled"] for row in low) <= 576  # 456 by Triton 3.9, 520 by 3.8
+    assert max(row["spilled"] for row in low) <= 640  # 608 by Triton 3.8: two heads of 32 on sm_80
