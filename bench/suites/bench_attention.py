@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastvit_kernels
 from bench.benchmark_case import CALLS, DTYPES, BenchmarkCase, Workload, assert_close, device
+from fastvit_kernels.cuda_graph import record_graph
 from fastvit_train.profiling.roofline import count_flops
 
 SHAPES = {
@@ -141,15 +142,13 @@ def forward_and_backward(module: nn.Module, x: Tensor, grad_output: Tensor) -> t
 
 def replayed(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
     """Record `run` into a CUDA graph; replaying it takes the time of the GPU without that of the host."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    results: tuple[Tensor, ...] = ()
+
+    def keep_results() -> None:
+        nonlocal results
         results = run()
+
+    graph = record_graph(keep_results)
 
     def replay() -> tuple[Tensor, ...]:
         graph.replay()

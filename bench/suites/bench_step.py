@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from bench.benchmark_case import CALLS, DTYPES, BenchmarkCase, Workload, assert_close, device
 from bench.suites.bench_attention import why_unavailable
+from fastvit_kernels.cuda_graph import record_graph
 from fastvit_train.config.schema import OptimConfig
 from fastvit_train.models import compile_model, pretrained_cfg
-from fastvit_train.models.compiling import compile_function, record_graph
+from fastvit_train.models.compiling import compile_function
 from fastvit_train.profiling.roofline import count_flops
 from fastvit_train.training.optim.optimizer import build_optimizer, with_device_lr
 

@@ -1,5 +1,6 @@
 """Models by name: importing this package registers ours with timm."""
 
+from fastvit_kernels.cuda_graph import record_graph
 from fastvit_kernels.muon import can_update, update_matrices
 from fastvit_train.models.attention import check_attention, pick_attention, plain_attention, set_attention, warm_up
 from fastvit_train.models.attention_maps import AttentionMaps, attention_maps, patch_filters, position_similarity
@@ -35,6 +36,7 @@ __all__ = [
     "plain_attention",
     "position_similarity",
     "pretrained_cfg",
+    "record_graph",
     "set_attention",
     "set_mlp",
     "update_matrices",

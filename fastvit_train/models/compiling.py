@@ -1,4 +1,4 @@
-"""torch.compile and CUDA graphs for training."""
+"""torch.compile for training."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -10,8 +10,6 @@ import fastvit_kernels
 from fastvit_train.utils.errors import UserError
 
 T = TypeVar("T")
-WARM_UPS = 3
-"""calls before a recording, in which libraries allocate their workspaces and kernels are compiled"""
 
 
 def check_compiler(device: torch.device) -> None:
@@ -46,25 +44,3 @@ def compile_function(function: Callable[..., T], device: torch.device) -> Callab
 def _options(device: torch.device, graphed: bool = False) -> dict[str, Any] | None:
     """On a GPU, compute small operators together in one kernel, such as the conversions of all weights to bfloat16."""
     return {"combo_kernels": True, "triton.cudagraphs": graphed} if device.type == "cuda" else None
-
-
-def record_graph(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """Call `run` a few times, then record another call, which does not execute; `replay()` of the graph executes it.
-
-    Args:
-        run: work on the current GPU that reads and writes the same memory on every call. It must not make the host wait
-            for the GPU.
-
-    Raises:
-        RuntimeError: if `run` does something that a CUDA graph cannot contain.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 import fastvit_train.models.attention as attention
-from fastvit_train.models import compile_model, set_attention
-from fastvit_train.models.compiling import check_compiler, record_graph
+from fastvit_train.models import compile_model, record_graph, set_attention
+from fastvit_train.models.compiling import check_compiler
 from fastvit_train.training.graphed_step import why_not_recordable
 from fastvit_train.training.optim.optimizer import build_optimizer, with_device_lr
 from fastvit_train.training.prepare import supports_cuda_graphs

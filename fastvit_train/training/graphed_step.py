@@ -17,7 +17,8 @@ from torch import Tensor
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.data.loader import TrainLoader
 from fastvit_train.distributed import env
-from fastvit_train.models.compiling import compile_function, record_graph
+from fastvit_train.models import record_graph
+from fastvit_train.models.compiling import compile_function
 from fastvit_train.training.epoch_totals import EpochTotals
 from fastvit_train.training.optim.optimizer import with_device_lr, works_in_graph
 from fastvit_train.training.session import TrainSession
@@ -120,7 +121,7 @@ def _update_ema(session: TrainSession, weight: Tensor) -> None:
     """Do what timm's `ModelEmaV3.update` does, with a weight of the model that is on the device, (1,)."""
     assert session.ema is not None
     averages, values = session.ema.module.state_dict().values(), session.bare_model.state_dict().values()
-    pairs = [(average, value) for average, value in zip(averages, values, strict=True)]
+    pairs = list(zip(averages, values, strict=True))
     moving = [pair for pair in pairs if pair[0].is_floating_point()]
     changes = torch._foreach_sub([value for _, value in moving], [average for average, _ in moving])
     torch._foreach_mul_(changes, weight[0])

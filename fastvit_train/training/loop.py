@@ -111,11 +111,11 @@ def train_epoch(session: TrainSession, bar: ProgressBar, phase: Phase = record_f
     """
     state, steps, save_every = session.state, session.train_loader.steps_per_epoch, session.config.run.save_every
     totals = restore_totals(session)
-    if session.graphed_step is not None:
-        totals = session.graphed_step.start_epoch(session, totals)
     micro_batches = session.train_loader.micro_batches(state.epoch, state.step_in_epoch)
     session.model.train()
     session.meter.start()
+    if session.graphed_step is not None:  # its draws for the epoch count as training time, as those of micro_batches do
+        totals = session.graphed_step.start_epoch(session, totals)
     while state.step_in_epoch < steps:
         _train_step(session, micro_batches, totals, phase)
         bar.update(state, totals.losses, totals.correct, session.batch_size)

@@ -12,7 +12,6 @@ MLPS = ("torch", "triton")
 """the implementations: torch's operators, and our GPU kernels"""
 MAX_MLP_DIM = 64
 """number of channels up to which `triton` computes an MLP"""
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def residual_mlp(
@@ -66,9 +65,11 @@ def _why_triton_unsupported(x: Tensor, dtype: torch.dtype) -> str | None:
         return f"triton supports tensors on a GPU, got {x.device}; use torch"
     if x.shape[-1] > MAX_MLP_DIM:
         return f"triton supports MLPs of up to {MAX_MLP_DIM} channels, got {x.shape[-1]}; use torch for wider ones"
+    from fastvit_kernels.triton_kernels.parts import DTYPES  # triton may not be installed
+
     for each in (x.dtype, dtype):
-        if each not in TRITON_DTYPES:
-            names = ", ".join(str(allowed).removeprefix("torch.") for allowed in TRITON_DTYPES)
+        if each not in DTYPES:
+            names = ", ".join(str(allowed).removeprefix("torch.") for allowed in DTYPES)
             return f"triton supports {names}, got {each}; use torch"
     return None
 

@@ -91,6 +91,19 @@ def test_an_epoch_goes_on_in_the_middle(start: Start) -> None:
     assert train(session) == pytest.approx(expected, abs=1e-6)
 
 
+def test_what_prepares_an_epoch_counts_as_training_time(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = with_device_step(start())
+    start_epoch = GraphedStep.start_epoch
+
+    def slowly(*arguments: Any) -> EpochTotals:
+        time.sleep(0.5)
+        return start_epoch(*arguments)
+
+    monkeypatch.setattr(GraphedStep, "start_epoch", slowly)
+    train_epoch(session, ProgressBar(session.log.console, 1, 1, 1))
+    assert session.state.epoch_seconds >= 0.5
+
+
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_trying_the_step_changes_nothing(start: Start, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)

@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
+from fastvit_kernels.cuda_graph import record_graph
+
 Timer = Callable[[], float]
 """runs a pass once or more; returns the milliseconds of one"""
 GPU_CALLS = 10
 """passes between two synchronisations; a synchronisation takes longer than a pass of a few microseconds"""
-WARM_UP_CALLS = 3
-"""passes before the capture, in which libraries allocate their workspaces"""
 
 
 # fastvit_train.utils.timing has this too; but the kernels work alone, and the import order forbids it here.
@@ -43,15 +43,7 @@ def graph_timer(run: Callable[[], object], device: torch.device, pool: Any) -> T
         RuntimeError: if `run` does what a capture forbids, such as a synchronisation.
     """
     with torch.cuda.device(device):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP_CALLS):
-                run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=side):
-            run()
+        graph = record_graph(run, pool)
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def milliseconds() -> float:

@@ -2,8 +2,8 @@
 
 Each program handles a block of tokens: it reads x once and writes only the result; the hidden units never reach device
 memory. The backward pass recomputes them from x in two kernels, one for the gradient of x and one for those of the
-parameters, for the reasons given in fused.py. There are no atomics, so the result is deterministic. The kernels read
-the parameters in their own dtype, so that autocast needs no kernels to convert them and their gradients.
+parameters, for the reasons given in fused.py. Neither uses atomic operations, so the result is deterministic. All
+kernels read the parameters in their own dtype, so that autocast needs no kernels to convert them and their gradients.
 
 The kernels are in mlp_kernels.py.
 """
