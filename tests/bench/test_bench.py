@@ -125,7 +125,7 @@ import time, pytest
 from fastvit_kernels import GELULinear, registry
 entry = registry.IMPLEMENTATIONS["fused"]
 def slowed(*arguments):
-    time.sleep(0.010)  # the row takes 3 to 5 ms, by machine
+    time.sleep(0.1)  # the row takes 3 to 5 ms on an idle machine
     return entry.function(*arguments)
 registry.IMPLEMENTATIONS["fused"] = entry._replace(function=slowed)
 """
@@ -138,7 +138,8 @@ def test_pytest_benchmark_distinguishes_a_slowed_implementation(tmp_path: Path) 
     chosen = ["--benchmark-only", row_id]
     chosen += ["--benchmark-storage", str(tmp_path / "storage"), "--benchmark-min-rounds", "40"]
     assert pytest_here(*chosen, "--benchmark-autosave").returncode == 0
-    against = ["--benchmark-compare", "--benchmark-compare-fail=median:60%"]
+    # The minimum, since other tests may use the machine: the median of an unchanged row has tripled.
+    against = ["--benchmark-compare", "--benchmark-compare-fail=min:300%"]
     same = pytest_here(*chosen, *against)
     assert same.returncode == 0, same.stdout
     slowed = pytest_here(*chosen, *against, "-p", "slowed", PYTHONPATH=f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}")
