@@ -1,6 +1,7 @@
 """Interleaved measurement: each round times every case once, so that other load on the machine affects all alike."""
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 
 from bench.benchmark_case import BenchmarkCase, device
 from bench.measure import PreparedCase
-from fastvit_train.utils.gpu_monitor import MIN_COUNTER_SECONDS
+from fastvit_train.utils.gpu_monitor import MIN_ENERGY_SECONDS
 from fastvit_train.utils.timing import quartiles, time_call, time_in_rounds
 
 MIN_ROUNDS, MAX_ROUNDS = 9, 41
@@ -87,10 +88,11 @@ def _measure_group(
 
 def _result(row: PreparedCase, block_seconds: list[float], seconds_metered: float) -> Result:
     _, median, _ = quartiles(block_seconds)
-    blocks = math.ceil(max(seconds_metered, MIN_COUNTER_SECONDS) / median) if device().type == "cuda" else 1
 
     def work() -> None:
-        for _ in range(blocks):
+        end = time.perf_counter() + max(seconds_metered, MIN_ENERGY_SECONDS)
+        row.block()
+        while device().type == "cuda" and time.perf_counter() < end:
             row.block()
 
     usage = row.meter_usage(work)

@@ -84,7 +84,7 @@ class PreparedCase:
             "first_call_seconds": self.first_call_seconds,
             **measure_memory(workload, self._graphs_mib),
             "energy_joules_per_image": None if usage.energy_joules is None else usage.energy_joules / images,
-            "energy_unmeasured": usage.unmeasured,
+            "energy_unmeasured": usage.energy_unmeasured,
             "mean_power_watts": usage.mean_power_watts,
             "gpu_utilization": usage.utilization,
             "sm_clock_mhz": usage.sm_clock_mhz,

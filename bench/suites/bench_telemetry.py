@@ -94,7 +94,7 @@ def build(enabled: bool, batch: int) -> Workload:
         usages.append(steps(meters[enabled]))
 
     def check() -> None:
-        assert (usages[-1].energy_joules is not None) == enabled, usages[-1].unmeasured
+        assert (usages[-1].joules is not None) == enabled, usages[-1].unmeasured
         timed_meter = make_meter(enabled)
         timed_meter.start()
         end = time.perf_counter() + CHECKED_SECONDS

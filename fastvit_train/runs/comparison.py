@@ -23,6 +23,7 @@ def _format_epochs(results: dict[str, Any]) -> str:
     return done if is_finished(results) else f"{done} of {results['planned_epochs']:d}"
 
 
+ENERGY_PER_IMAGE = "energy per image, mJ"
 SUMMARY_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "model": lambda s: s["model"],
     "data": lambda s: s["dataset"] if s["evaluated_on"] == "test" else f"{s['dataset']}, {s['evaluated_on']}",
@@ -36,6 +37,7 @@ SUMMARY_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "best epoch's accuracy": lambda s: f"{s['best_test_accuracy']:.2%}",
     "training time": lambda s: f"{s['train_seconds']:,.0f} s",
     "images/s": lambda s: f"{s['images_per_second']:,.0f}",
+    ENERGY_PER_IMAGE: lambda s: f"{1e3 * s['energy_joules_per_image']:.3g}",
     "mixed precision": lambda s: s["mixed_precision"],
     "device": lambda s: s["device"],
 }
@@ -63,19 +65,22 @@ def _flag(setting: str) -> str:
 def comparison_rows(runs: Sequence[RunResults]) -> list[list[str]]:
     """Return a header with the runs' names, a row per value of `SUMMARY_ROWS`, and a row per setting that differs.
 
+    The energy has a row if it was measured in one of the runs.
+
     Raises:
         UserError: if a value in a summary.json is missing or damaged.
     """
     head = ["", *(run.name for run in runs)]
-    results = [[name, *(_format_result(show, run) for run in runs)] for name, show in SUMMARY_ROWS.items()]
-    return [head, *results, *_setting_rows(runs)]
+    results = [[name, *(_format_result(name, run) for run in runs)] for name in SUMMARY_ROWS]
+    shown = [row for row in results if row[0] != ENERGY_PER_IMAGE or set(row[1:]) != {MISSING}]
+    return [head, *shown, *_setting_rows(runs)]
 
 
-def _format_result(show: Callable[[dict[str, Any]], str], run: RunResults) -> str:
+def _format_result(name: str, run: RunResults) -> str:
     try:
-        return show(run.results)
+        return SUMMARY_ROWS[name](run.results)
     except INVALID as error:
-        if not run.finished:
+        if not run.finished or name == ENERGY_PER_IMAGE:
             return MISSING
         raise UserError(
             f"a value is missing or damaged in the summary.json of {run.folder} ({error!r}); train that run again"
@@ -103,8 +108,8 @@ def table(runs: Sequence[RunResults]) -> Table:
     """Return the comparison as a table for the terminal."""
     head, *rows = comparison_rows(runs)
     result = Table(*map(escape, head))
-    for number, row in enumerate(rows, start=1):
-        result.add_row(*map(escape, row), end_section=number == len(SUMMARY_ROWS))
+    for row in rows:
+        result.add_row(*map(escape, row), end_section=row[0] == [*SUMMARY_ROWS][-1])
     return result
 
 

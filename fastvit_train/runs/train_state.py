@@ -57,8 +57,22 @@ class TrainState:
         """Add time and energy to those of the epoch under way."""
         self.epoch_seconds += usage.seconds
         self.energy_unmeasured = self.energy_unmeasured or usage.unmeasured
-        self.epoch_joules = _add(self.epoch_joules, usage.energy_joules)
+        self.epoch_joules = _add(self.epoch_joules, usage.joules)
         self.epoch_busy_seconds = _add(self.epoch_busy_seconds, usage.busy_seconds)
+
+    @property
+    def epoch_usage(self) -> Usage:
+        """The GPUs' usage in the epoch under way."""
+        return self._usage(self.epoch_seconds, self.epoch_joules, self.epoch_busy_seconds)
+
+    @property
+    def usage(self) -> Usage:
+        """The GPUs' usage in the completed epochs."""
+        return self._usage(self.train_seconds, self.energy_joules, self.busy_seconds)
+
+    def _usage(self, seconds: float, joules: float | None, busy_seconds: float | None) -> Usage:
+        utilization = busy_seconds / seconds if seconds and busy_seconds is not None else None
+        return Usage(seconds, joules, utilization, unmeasured=self.energy_unmeasured)
 
     def close_epoch(self) -> None:
         """Complete the epoch under way: add its totals to those of the run, and reset them."""

@@ -23,6 +23,7 @@ from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import atomic_io, memory
 from fastvit_train.utils.errors import counted
+from fastvit_train.utils.gpu_monitor import Usage
 
 TRACKER_PROJECT = "fastvit_train"
 
@@ -58,7 +59,7 @@ def record_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: fl
         "eval_seconds": eval_seconds,
         "peak_memory_mib": memory.peak_mib(session.accelerator.device),
         "skipped_steps": state.skipped_steps,
-        **_gpu_usage(seconds, state.epoch_joules, state.epoch_busy_seconds),
+        **_gpu_usage(state.epoch_usage),
     }
     if session.accelerator.is_main_process:
         session.metrics_buffer.add(session.folder.metrics, [metrics])
@@ -96,13 +97,12 @@ def log_target_reached(session: TrainSession) -> None:
     )
 
 
-def _gpu_usage(seconds: float, joules: float | None, busy_seconds: float | None) -> dict[str, float | None]:
+def _gpu_usage(usage: Usage) -> dict[str, float | None]:
     """Return energy, power and utilisation of the GPUs as metrics.jsonl has them; None if not measured."""
-    spent = seconds > 0
     return {
-        "energy_joules": joules if spent else None,
-        "mean_power_watts": joules / seconds if spent and joules is not None else None,
-        "gpu_utilization": busy_seconds / seconds if spent and busy_seconds is not None else None,
+        "energy_joules": usage.energy_joules,
+        "mean_power_watts": usage.mean_power_watts,
+        "gpu_utilization": usage.utilization,
     }
 
 
@@ -190,7 +190,7 @@ def _summary(session: TrainSession, evaluation: Evaluation) -> dict[str, Any]:
     state, config, accelerator = session.state, session.config, session.accelerator
     model = session.bare_model
     parameters = sum(p.numel() for p in model.parameters())
-    images = state.step * session.batch_size
+    images, usage = state.step * session.batch_size, state.usage
     return {
         "model": config.model.model,
         "dataset": session.dataset.name,
@@ -217,8 +217,9 @@ def _summary(session: TrainSession, evaluation: Evaluation) -> dict[str, Any]:
         "compile_seconds": session.compile_seconds,
         "images_per_second": images / state.train_seconds if state.train_seconds else None,
         "peak_memory_mib": memory.peak_mib(accelerator.device),
-        **_gpu_usage(state.train_seconds, state.energy_joules, state.busy_seconds),
-        "energy_unmeasured": state.energy_unmeasured,
+        **_gpu_usage(usage),
+        "energy_joules_per_image": None if usage.energy_joules is None else usage.energy_joules / images,
+        "energy_unmeasured": usage.energy_unmeasured,
         "attention": config.model.attention,
         "mixed_precision": accelerator.mixed_precision,
         "world_size": accelerator.num_processes,

@@ -17,8 +17,15 @@ import torch
 
 INTERVAL = 0.1
 """seconds between two samples"""
-MIN_COUNTER_SECONDS = 1.0
-"""The energy counter is updated about ten times per second; it is not precise enough for a shorter measurement."""
+MIN_ENERGY_SECONDS = 1.0
+"""Seconds of work from which on there is a figure of its energy.
+
+The energy counter is updated about every 100 ms (https://ml.energy/blog/energy/measurement/
+thermally-stable-profiling-for-accurate-gpu-energy-measurement), so that the energy of one second is off by up to a
+tenth, and that of 30 ms is either 0 or three times too much. Power, where there is no counter, is a mean over up to a
+second. Several short measurements can be added, as the counter's error does not grow with their number.
+"""
+COUNTER = "nvmlDeviceGetTotalEnergyConsumption"
 CLOCK_SM = 1  # NVML_CLOCK_SM
 
 
@@ -36,12 +43,29 @@ class Usage:
     """The GPU's usage during some seconds of work; what could not be measured is None, never 0."""
 
     seconds: float
-    energy_joules: float | None = None
+    joules: float | None = None
+    """to be added to those of other measurements; `energy_joules` is the figure of this one"""
     utilization: float | None = None
     """share of the time during which a kernel was running"""
     sm_clock_mhz: float | None = None
     unmeasured: str | None = None
-    """why energy_joules is None"""
+    """why joules is None"""
+
+    @property
+    def energy_joules(self) -> float | None:
+        """The energy; None if it was not measured, or in less than `MIN_ENERGY_SECONDS`."""
+        return None if self.energy_unmeasured else self.joules
+
+    @property
+    def energy_unmeasured(self) -> str | None:
+        """Why energy_joules is None."""
+        if self.joules is None:
+            return self.unmeasured or "not measured"
+        if self.seconds < MIN_ENERGY_SECONDS:
+            return (
+                f"the GPU's energy counter needs {MIN_ENERGY_SECONDS:g} s or more, and this took {self.seconds:.2g} s"
+            )
+        return None if self.joules > 0 else "the GPU's energy counter did not increase"
 
     @property
     def mean_power_watts(self) -> float | None:
@@ -66,10 +90,37 @@ class NotMeasurable(Exception):
     """The device can't be measured; the message is the reason."""
 
 
+class WorkEnergy:
+    """Energy of work that pauses, from a counter that moves in steps which may be longer than work and pauses.
+
+    What a step adds is divided between the work and the pauses since the step before by their shares of the time. So
+    the energy of the work is right to about one step, however often it pauses, if pauses shorter than a step take as
+    much power as the work.
+    """
+
+    def __init__(self, count: float) -> None:
+        self.joules = 0.0
+        self._count = count
+        """the counter, mJ"""
+        self._stepped = self._seen = time.perf_counter()
+        """when the counter was first seen at `_count`, and when it was last read, seconds"""
+        self._worked = 0.0
+        """seconds of work since `_stepped`"""
+
+    def add(self, count: float, now: float, working: bool) -> None:
+        """Add the reading `count`, mJ, at the time `now`; `working` is whether the time since the last one was work."""
+        self._worked += now - self._seen if working else 0.0
+        self._seen = now
+        if count != self._count:
+            self.joules += (count - self._count) / 1e3 * self._worked / (now - self._stepped)
+            self._count, self._stepped, self._worked = count, now, 0.0
+
+
 class Meter:
     """A stopwatch that also measures the GPU, with a thread that takes a sample every 0.1 seconds.
 
-    It never raises: if a call of NVML fails, the value is None and the reason is kept.
+    It can be started and stopped many times. It never raises: if a call of NVML fails, the value is None and the
+    reason is kept.
 
     Args:
         device: the device to measure.
@@ -83,50 +134,54 @@ class Meter:
         self.gpu: GpuId | None = None
         self._unmeasured: str | None = None
         self._samples: list[Sample] = []
-        self._counts: list[float | None] = []
         try:
             self.gpu = identify_gpu(device, enabled)
             self._nvml, self._handle = _open(self.gpu)
         except NotMeasurable as reason:
             self._unmeasured = str(reason)
-        self._has_counter = self._read("nvmlDeviceGetTotalEnergyConsumption") is not None
+        count = self._read(COUNTER)
+        self._counted = None if count is None else WorkEnergy(count)
 
     def start(self) -> None:
         """Start measuring."""
-        self._errors, self._samples, self._counts = {}, [], []
+        self._errors, self._samples = {}, []
+        self._joules_before = self._counted.joules if self._counted else 0.0
+        self._started = time.perf_counter()
         if self._handle is not None:
-            self._stopped = threading.Event()
+            self._stop = threading.Event()
             self._thread = threading.Thread(target=self._keep_sampling, name="nvml", daemon=True)
             self._thread.start()
-        self._started = time.perf_counter()
 
     def stop(self) -> Usage:
-        """Stop measuring and return the usage since `start`; the device must have finished its work."""
-        seconds = time.perf_counter() - self._started
+        """Stop measuring and return the usage since `start`; the device must have finished its work.
+
+        The joules of several measurements add up to the right sum; those of a short one have an error of a step of the
+        GPU's counter.
+        """
+        self._stopped = time.perf_counter()
+        seconds = self._stopped - self._started
         if self._handle is None:
             return Usage(seconds, unmeasured=self._unmeasured)
-        self._stopped.set()
+        self._stop.set()
         self._thread.join()
-        energy = self._energy_joules(seconds)
+        joules = self._joules()
         return Usage(
             seconds,
-            energy,
+            joules,
             # the first sample's utilisation is that of the time before `start`
             utilization=_mean([sample.utilization for sample in self._samples[1:]]),
             sm_clock_mhz=_mean([sample.sm_clock_mhz for sample in self._samples]),
-            unmeasured=None if energy is not None else self._why_unmeasured(),
+            unmeasured=None if joules is not None else "; ".join(self._errors.values()),
         )
 
-    def _why_unmeasured(self) -> str:
-        return "; ".join(self._errors.values()) or "the GPU's energy counter did not increase"
-
     def _keep_sampling(self) -> None:
-        self._read_counter()
+        self._read_counter(self._started, working=False)
         self._take_sample()
-        while not self._stopped.wait(INTERVAL):
+        while not self._stop.wait(INTERVAL):
+            self._read_counter(time.perf_counter(), working=True)
             self._take_sample()
+        self._read_counter(self._stopped, working=True)
         self._take_sample()
-        self._read_counter()
 
     def _take_sample(self) -> None:
         power = self._read("nvmlDeviceGetPowerUsage")
@@ -134,18 +189,17 @@ class Meter:
         clock = self._read("nvmlDeviceGetClockInfo", CLOCK_SM)
         self._samples.append(Sample(time.perf_counter(), power, None if rates is None else rates.gpu / 100, clock))
 
-    def _read_counter(self) -> None:
-        self._counts.append(self._read("nvmlDeviceGetTotalEnergyConsumption") if self._has_counter else None)
+    def _read_counter(self, now: float, working: bool) -> None:
+        if self._counted is not None:
+            count = self._read(COUNTER)
+            if count is not None:
+                self._counted.add(count, now, working)
 
-    def _energy_joules(self, seconds: float) -> float | None:
-        """Joules since `start`: from the counter, or integrated from the power if the measurement was short."""
-        counted, integrated = self._counted_joules(), self._integrated_joules()
-        preferred = (counted, integrated) if seconds >= MIN_COUNTER_SECONDS else (integrated, counted)
-        return next((joules for joules in preferred if joules is not None), None)
-
-    def _counted_joules(self) -> float | None:
-        before, after = self._counts
-        return None if before is None or after is None or after <= before else (after - before) / 1e3
+    def _joules(self) -> float | None:
+        """Joules since `start`, by the counter or, for GPUs without one, integrated from the power."""
+        if self._counted is None:
+            return self._integrated_joules()
+        return None if COUNTER in self._errors else self._counted.joules - self._joules_before
 
     def _integrated_joules(self) -> float | None:
         """Integrate the power by the trapezoidal rule; None if a sample has no power."""
@@ -220,11 +274,11 @@ def _mean(values: list[float | None]) -> float | None:
 
 def merge_usages(seconds: float, usages: list[Usage]) -> Usage:
     """Merge the usages of several GPUs during the same `seconds`; the energy is None if it is None for one of them."""
-    joules = [usage.energy_joules for usage in usages]
+    joules = [usage.joules for usage in usages]
     measured = [value for value in joules if value is not None]
     return Usage(
         seconds,
-        energy_joules=sum(measured) if len(measured) == len(joules) else None,
+        joules=sum(measured) if len(measured) == len(joules) else None,
         utilization=_mean([usage.utilization for usage in usages]),
         sm_clock_mhz=_mean([usage.sm_clock_mhz for usage in usages]),
         unmeasured=next((usage.unmeasured for usage in usages if usage.unmeasured), None),

@@ -109,6 +109,7 @@ def test_the_results_of_two_runs_match_their_summaries(runs: Path, tmp_path: Pat
     assert rows["test loss"][:2] == [f"{s['test_loss']:.4f}" for s in both]
     assert rows["parameters"][:2] == [f"{s['parameters']:,}" for s in both]
     assert rows["peak memory, MiB"][:2] == [f"{s['peak_memory_mib']:,.0f}" for s in both]
+    assert rows["energy, J"][:2] == rows["energy per image, mJ"][:2]
     assert rows["energy, J"][:2] == [f"— {s['energy_unmeasured']}" for s in both]
     gap = 100 * (both[1]["test_accuracy"] - both[0]["test_accuracy"])
     assert rows["accuracy"][2] == f"{gap:+.2f} points"

@@ -46,6 +46,12 @@ def test_a_run_in_training_is_compared_by_its_results_so_far(runs: Path, capsys:
     assert Path("curves.png").is_file()
 
 
+def test_energy_per_image_has_a_row_if_one_run_has_it(runs: Path, capsys: Capture) -> None:
+    assert "energy" not in compare(capsys, runs / "done", runs / "training", "--markdown")[0]
+    write_summary(runs / "done", energy_joules_per_image=0.001234)
+    assert "| energy per image, mJ | 1.23 | — |" in compare(capsys, runs / "done", runs / "training", "--markdown")[0]
+
+
 def test_what_is_not_a_run_is_passed_over_with_one_line(runs: Path, capsys: Capture) -> None:
     out, err = compare(capsys, *sorted(runs.iterdir()))
     assert err == "passed over, because there is no run in it: runs/notes, runs/x-2seeds.json\n"

@@ -37,7 +37,7 @@ def nvml(cards: list[Card], monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     see_gpu(monkeypatch, uuid="ours")
     monkeypatch.setattr(gpu_monitor, "INTERVAL", 0.002)
-    monkeypatch.setattr(gpu_monitor, "MIN_COUNTER_SECONDS", 0.0)
+    monkeypatch.setattr(gpu_monitor, "MIN_ENERGY_SECONDS", 0.0)
     return fake
 
 
@@ -65,7 +65,7 @@ def test_energy_is_the_difference_of_the_gpus_counter(nvml: FakeNvml) -> None:
     wait_until(lambda: nvml.calls.count("nvmlDeviceGetUtilizationRates") >= 5)  # the thread's
     usage = meter.stop()
     assert usage.seconds > 0
-    _, before, after = nvml.counter_seconds  # the first reading shows that there is a counter
+    _, before, *_, after = nvml.counter_seconds  # the first reading shows that there is a counter
     assert usage.energy_joules == pytest.approx(300 * (after - before), abs=2e-3)
     assert usage.mean_power_watts == pytest.approx(usage.energy_joules / usage.seconds)
     assert (usage.utilization, usage.sm_clock_mhz, usage.unmeasured) == (pytest.approx(0.8), 1980, None)
@@ -120,13 +120,27 @@ def test_a_counter_that_does_not_increase_is_not_used(nvml: FakeNvml, cards: lis
     assert usage.energy_joules is None and usage.unmeasured
 
 
-def test_a_short_measurement_integrates_the_power_as_the_counter_moves_in_steps(
-    nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu_monitor, "MIN_COUNTER_SECONDS", 1.0)
-    nvml.seconds = lambda: 0.0
-    usage, span = measured_with_span()
-    assert usage.energy_joules == pytest.approx(300 * span)
+def test_short_work_has_no_figure_but_adds_up_to_the_right_one(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epochs of 30 ms and evaluations of 8 ms, under a counter that is updated every 100 ms."""
+    now = 1000.0
+    monkeypatch.setattr(gpu_monitor, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(gpu_monitor, "INTERVAL", 1000)
+    monkeypatch.setattr(gpu_monitor, "MIN_ENERGY_SECONDS", 1.0)
+    nvml.seconds = lambda: now // 0.1 * 0.1
+    state, meter = TrainState(), Meter(CUDA)
+    for _ in range(50):
+        readings = len(nvml.counter_seconds)
+        meter.start()
+        wait_until(lambda before=readings: len(nvml.counter_seconds) > before)
+        now += 0.03
+        state.add_usage(meter.stop())
+        assert state.epoch_usage.energy_joules is None and state.epoch_usage.mean_power_watts is None
+        state.close_epoch()
+        now += 0.008
+    step_of_counter = 300 * 0.1
+    assert state.usage.seconds == pytest.approx(1.5)
+    assert state.usage.energy_joules == pytest.approx(300 * 1.5, abs=step_of_counter)
+    assert "needs 1 s or more, and this took 0.03 s" in str(Usage(0.03, 9.0).energy_unmeasured)
 
 
 def test_utilisation_alone_may_be_missing(nvml: FakeNvml, cards: list[Card]) -> None:
@@ -210,6 +224,7 @@ def test_a_run_reports_the_usage_of_its_gpu(
     small_config: Callable[..., TrainConfig], tmp_path: Path, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_gpu_meter(monkeypatch)
+    monkeypatch.setattr(gpu_monitor, "INTERVAL", 1000)  # two readings per measurement
     fit(small_config(epochs=2, save_every=2, stop_after=1))
     counter_seconds, nvml.counter_seconds = nvml.counter_seconds[1:], []  # the first reading shows that it exists
     summary = fit(small_config(epochs=2, save_every=2), resume="must")
@@ -223,8 +238,28 @@ def test_a_run_reports_the_usage_of_its_gpu(
     assert summary["gpu_utilization"] == pytest.approx(0.8) and summary["energy_unmeasured"] is None
     assert all(row["mean_power_watts"] == pytest.approx(row["energy_joules"] / row["seconds"]) for row in rows)
     assert all(row["peak_memory_mib"] > 0 for row in rows)
+    assert summary["energy_joules_per_image"] == pytest.approx(
+        summary["energy_joules"] / (summary["steps"] * summary["batch_size"])
+    )
     line = (tmp_path / "runs" / "run" / "train.log").read_text()
     assert " J  " in line and " W  GPU 80%  " in line and " MiB" in line
+
+
+def test_a_run_of_short_epochs_has_energy_and_its_epochs_have_none(
+    small_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meter = SimpleNamespace(gpu=None, start=lambda: None, stop=lambda: Usage(0.4, 120.0, 0.5))
+    monkeypatch.setattr(setup, "Meter", lambda device, enabled: meter)
+    fit(small_config(epochs=4, stop_after=2))
+    run = tmp_path / "runs" / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["energy_joules"] is None and "this took 0.8 s" in summary["energy_unmeasured"]
+    summary = fit(small_config(epochs=4), resume="must")
+    assert summary["energy_joules"] == pytest.approx(480) and summary["energy_unmeasured"] is None
+    assert summary["energy_joules_per_image"] == pytest.approx(480 / (summary["steps"] * summary["batch_size"]))
+    rows = read_jsonl(run / "metrics.jsonl")
+    assert [row["energy_joules"] for row in rows] == [row["mean_power_watts"] for row in rows] == [None] * 4
+    assert " J  " not in (run / "train.log").read_text()
 
 
 @pytest.mark.parametrize("switched_off", [False, True])

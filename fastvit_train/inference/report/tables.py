@@ -10,7 +10,7 @@ from fastvit_train.config.recipes import recipe
 from fastvit_train.config.validation import Mark
 from fastvit_train.inference.report.records import RunRecord
 from fastvit_train.models.resolve import fill_defaults
-from fastvit_train.runs.comparison import MISSING, SUMMARY_ROWS, differing_settings, format_setting
+from fastvit_train.runs.comparison import ENERGY_PER_IMAGE, MISSING, SUMMARY_ROWS, differing_settings, format_setting
 from fastvit_train.runs.results import INVALID, MAX_TEXT_LENGTH
 from fastvit_train.utils.errors import UserError, counted, printable
 
@@ -31,6 +31,7 @@ SUMMARY_KEYS = {
     "training time": "train_seconds",
     "images/s": "images_per_second",
     "peak memory, MiB": "peak_memory_mib",
+    ENERGY_PER_IMAGE: "energy_joules_per_image",
     ENERGY: "energy_joules",
 }
 """rows that show the difference between two runs, with the keys of their values in summary.json"""
@@ -82,7 +83,7 @@ def _result_cell(name: str, record: RunRecord) -> Cell:
     try:
         return Cell(printable(RESULT_ROWS[name](record.summary))[:MAX_TEXT_LENGTH])
     except INVALID:
-        why = record.summary.get("energy_unmeasured") if name == ENERGY else None
+        why = record.summary.get("energy_unmeasured") if name in (ENERGY_PER_IMAGE, ENERGY) else None
         return Cell(MISSING, printable(str(why or "not recorded"))[:MAX_TEXT_LENGTH])
 
 
