@@ -4,7 +4,6 @@ Sample order, learning rates and the weights of the moving average lie on the de
 of the epoch, next to the number of the step. Everything from the images to the losses is compiled as one function.
 """
 
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -174,7 +173,6 @@ def record_step(session: TrainSession) -> tuple[TrainSession, list[str]]:
         return session, []
     reason = why_not_recordable(config, accelerator, optimizer, session.train_loader)
     if reason is None:
-        started = time.perf_counter()
         tables = build_tables(session)
         tables.fill(session, tables.totals)
         tables.step.zero_()
@@ -182,8 +180,7 @@ def record_step(session: TrainSession) -> tuple[TrainSession, list[str]]:
         try:
             with _unchanged(session, tables), recompile_limit(RECOMPILE_LIMIT):
                 graph = record_graph(device_step(session, tables))
-            seconds = (session.compile_seconds or 0.0) + time.perf_counter() - started
-            return replace(session, graphed_step=GraphedStep(graph, tables), compile_seconds=seconds), []
+            return replace(session, graphed_step=GraphedStep(graph, tables)), []
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
     return session, [f"the step is compiled, but not launched as one CUDA graph: {reason}"]

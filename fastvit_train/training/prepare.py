@@ -44,6 +44,8 @@ class Trained:
     optimizer: AcceleratedOptimizer
     scheduler: Scheduler
     ema: ModelEmaV3 | None
+    whole_step: bool
+    """whether the step is to be recorded as one CUDA graph, so that nothing else has compiled it yet"""
     compile_seconds: float | None
 
 
@@ -62,7 +64,7 @@ def prepare(
         accelerator.prepare_model(ema.module, evaluation_mode=True)
     compile_seconds = take_first_passes(config, model, optimizer, ema, inputs, accelerator, whole_step)
     memory.reset_peak_memory(accelerator.device)
-    return Trained(model, prepared_optimizer, scheduler, ema, compile_seconds)
+    return Trained(model, prepared_optimizer, scheduler, ema, whole_step, compile_seconds)
 
 
 def take_first_passes(

@@ -1,5 +1,6 @@
 """Everything that a training run needs, built stage by stage and checked before anything is written."""
 
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -30,7 +31,7 @@ from fastvit_train.runs.train_state import TrainState
 from fastvit_train.training.graphed_step import record_step
 from fastvit_train.training.optim.optimizer import build_optimizer
 from fastvit_train.training.preemption import StatusExchange, StopSignalHandler
-from fastvit_train.training.prepare import Inputs, Trained, prepare
+from fastvit_train.training.prepare import Inputs, Trained, prepare, take_first_passes
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
 from fastvit_train.utils.errors import UserError, counted
@@ -103,7 +104,7 @@ def setup(
             None,
             stack,
         )  # fmt: skip
-        session, graph_messages = record_step(session)
+        session, graph_messages = record_or_warm_up(session, inputs, trained.whole_step)
         log_introduction(session, launch.threads, resuming, messages + damaged + graph_messages)
         return replace(session, resources=stack.pop_all())
 
@@ -210,6 +211,27 @@ def open_folder(folder: RunFolder, config: ResolvedConfig, state: TrainState, re
     else:
         folder.create(config.settings)
     log.attach(folder.root / "train.log")
+
+
+def record_or_warm_up(session: TrainSession, inputs: Inputs, whole_step: bool) -> tuple[TrainSession, list[str]]:
+    """Record the step as one CUDA graph; if that was planned and fails, compile the step that is taken instead.
+
+    Weights, optimizer and random state do not change.
+
+    Returns:
+        The session, and messages as `record_step` returns them.
+    """
+    started = time.perf_counter()
+    session, messages = record_step(session)
+    if session.graphed_step is None and whole_step:
+        optimizer = session.optimizer.optimizer
+        take_first_passes(
+            session.config, session.model, optimizer, session.ema, inputs, session.accelerator, whole_step=False
+        )
+    if whole_step:
+        seconds = (session.compile_seconds or 0.0) + time.perf_counter() - started
+        session = replace(session, compile_seconds=seconds)
+    return session, messages
 
 
 def log_introduction(session: TrainSession, threads: str, resuming: bool, messages: list[str]) -> None:

@@ -9,9 +9,10 @@ from typing import Any, cast
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.training import loop
+from fastvit_train.training import graphed_step, loop
 from fastvit_train.training.epoch_totals import EpochTotals
 from fastvit_train.training.graphed_step import GraphedStep, _unchanged, build_tables, device_step
 from fastvit_train.training.loop import train_epoch
@@ -226,6 +227,26 @@ def test_a_step_that_reads_a_value_falls_back(
     assert session.graphed_step is None
     assert "not launched as one CUDA graph: CUDA error: operation not permitted" in capsys.readouterr().out
     train(session)
+
+
+@pytest.mark.nullgpu
+def test_a_recording_that_fails_leaves_nothing_to_compile_and_changes_nothing(
+    start: Start, nan_is_fine: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before: list[torch.Tensor] = []
+
+    def fail(step: Callable[[], None]) -> None:
+        before.extend([torch.get_rng_state(), torch.cuda.get_rng_state()])
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(graphed_step, "record_graph", fail)
+    session = start(compile=True, optimizer="nmuon", precision="bf16", crop="resized", cutout=2, drop_rate=0.1)
+    assert session.graphed_step is None and before
+    assert torch.equal(torch.get_rng_state(), before[0]) and torch.equal(torch.cuda.get_rng_state(), before[1])
+    assert not session.optimizer.state
+    compiled = dict(counters["stats"])
+    train(session)
+    assert compiled and dict(counters["stats"]) == compiled
 
 
 def test_on_a_cpu_nothing_is_recorded(start: Start) -> None:
