@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from fastvit_train.distributed import env
 from fastvit_train.profiling.short_run import eager_copy
 from fastvit_train.profiling.speedups import autocast_dtype
 from fastvit_train.training.optim.optimizer import build_optimizer
@@ -142,8 +143,8 @@ def fsdp2_cost(session: TrainSession, world_size: int) -> RankCost:
 
 
 def check_no_process_group() -> None:
-    """Raise UserError if this process belongs to a process group."""
-    if dist.is_initialized():
+    """Raise UserError if this process belongs to a process group, or was launched to join one."""
+    if dist.is_initialized() or env.under_torchelastic() or env.launched_world_size() > 1:
         raise UserError(
             "plan runs in one process and only simulates the other ranks; start it without a launcher: "
             "python -m fastvit_train plan"

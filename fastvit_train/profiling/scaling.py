@@ -44,8 +44,9 @@ def plan_run(config: TrainConfig, options: PlanOptions) -> list[Plan]:
 
     Raises:
         UserError: for anything wrong with the options, the configuration or the data, or if this process belongs to a
-            process group.
+            process group or was launched to join one.
     """
+    collectives.check_no_process_group()
     options = check_options(options)
     create_output_folder(options.output)
     plans = []
@@ -96,7 +97,6 @@ def plan_model(config: TrainConfig, options: PlanOptions) -> Plan:
         options: as returned by `check_options`.
     """
     with short_run(config, options.steps) as session:
-        collectives.check_no_process_group()
         images, notes = _images_per_process(session, options)
         cost_counters, reasons = _available_strategies(session)
         notes += reasons

@@ -258,6 +258,19 @@ def test_a_real_process_group_is_rejected_and_kept(small_config: Config, tmp_pat
         assert dist.get_backend() == "gloo"
 
 
+@pytest.mark.parametrize("variable", [("WORLD_SIZE", "2"), ("TORCHELASTIC_RUN_ID", "1")], ids=["two", "torchrun"])
+def test_a_launched_process_is_rejected_before_anything_is_measured(
+    variable: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(*variable)
+    monkeypatch.setattr(scaling, "short_run", pytest.fail)
+    with pytest.raises(SystemExit, match="2"):
+        main(["plan", "--attention", "auto"])
+    assert "start it without a launcher" in one_line_error(capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_several_processes_are_rejected(tmp_path: Path) -> None:
     done = launch("plan", "--attention", "fused", processes=2, cwd=tmp_path)
