@@ -74,6 +74,11 @@ def test_the_gpus_shared_memory_limits_the_tokens(
     )
 
 
+def test_the_limit_of_tokens_breaks_no_compiled_graph() -> None:
+    limit = torch.compile(lambda x: x + triton_limits.max_tokens(99 * 1024), fullgraph=True, backend="eager")
+    assert limit(torch.zeros(())) == 128
+
+
 def test_turing_has_no_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_limits, "_shared_memory", lambda device: 64 * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))

@@ -163,10 +163,12 @@ def test_a_step_is_one_launch(
 ) -> None:
     recipe = {"optimizer": "nmuon", "crop": "shift", "flip": "alternating", "batch_size": 256, "precision": "bf16"}
     model = {"embed_dim": 48, "depth": 4, "num_heads": 4, "patch_size": 4, "image_size": 32, "attention": "triton"}
+    torch._dynamo.utils.counters.clear()
     with null_gpu.counted() as counts:
         session = start(compile=True, **recipe, **model, **settings)
     assert session.graphed_step is not None
     assert counts.violations == 0
+    assert not torch._dynamo.utils.counters["graph_break"]
     if not settings:
         assert sum(counts.captured.values()) <= 240
     seconds, step = [], loop._train_step

@@ -1,6 +1,5 @@
 """The `triton` implementation: select one of the two kernels for a shape, and state the limits of both."""
 
-import functools
 from typing import Any
 
 import torch
@@ -29,25 +28,19 @@ def why_unsupported(x: Tensor, num_heads: int, dtype: torch.dtype) -> str | None
     if dtype not in DTYPES:
         names = ", ".join(str(each).removeprefix("torch.") for each in DTYPES)
         return f"triton supports {names}, got {dtype}; use fused"
-    if dtype == torch.bfloat16 and x.is_cuda and not _has_bfloat16(x.device):
+    if dtype == torch.bfloat16 and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 0):
         return "triton supports bfloat16 on GPUs of compute capability 8.0 (Ampere) or newer; use float16"
     return None
 
 
 def max_tokens(shared_memory: int) -> int:
     """Return the longest supported sequence where a program may use `shared_memory` bytes."""
-    return max((tokens for needed, tokens in MAX_TOKENS.items() if needed <= shared_memory), default=0)
+    return max(tokens if needed <= shared_memory else 0 for needed, tokens in MAX_TOKENS.items())
 
 
-@functools.cache
 def _shared_memory(device: torch.device) -> int:
     properties: Any = torch.cuda.get_device_properties(device)  # some versions' annotations lack the field
     return int(properties.shared_memory_per_block_optin)
-
-
-@functools.cache
-def _has_bfloat16(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def triton_attention(
