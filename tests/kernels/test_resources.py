@@ -1,16 +1,18 @@
 """The Triton kernels compile ahead of time to machine code, without a GPU, within the limits of each chip."""
 
 import json
+import re
 import subprocess
 import sys
 from typing import Any
 
 import pytest
 
-from fastvit_kernels.resources import SHAPES
+from fastvit_kernels.resources.chips import CHIPS
+from fastvit_kernels.resources.estimate import microseconds, occupancy
+from fastvit_kernels.resources.machine_code import PIPES, Instruction, work
+from fastvit_kernels.resources.variants import SHAPES
 from tests.support import run
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +23,69 @@ def rows() -> list[dict[str, Any]]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.parametrize(
+    ("capability", "registers", "shared", "warps", "expected"),
+    [
+        # fused.forward of mc_vit_4_4_32 in bf16: 228 KiB / (38 KiB + 1 KiB) = 5 programs; registers would allow 7.
+        (90, 71, 38 * 1024, 4, (5, "shared memory", 20 / 64)),
+        # muon.update: 255 registers are 8 KiB of 32 bits per warp, so two warps on each of the four schedulers.
+        (80, 255, 64 * 1024, 8, (1, "registers", 8 / 64)),
+        # fused.backward_x in fp32 on a T4, which reserves no shared memory: 204 registers leave two warps a scheduler.
+        (75, 204, 60 * 1024, 8, (1, "registers", 8 / 32)),
+        # Without shared memory: 48 warps on an RTX 4090, 24 programs of one warp.
+        (89, 32, 0, 8, (6, "warps", 1.0)),
+        (89, 32, 0, 1, (24, "programs", 0.5)),
+        # 168 registers are 5,376 per warp: three warps on each scheduler, not 65,536 / 5,376 = 12.2 in all.
+        (86, 168, 0, 4, (3, "registers", 12 / 48)),
+    ],
+)
+def test_occupancy_computed_by_hand(
+    capability: int, registers: int, shared: int, warps: int, expected: tuple[int, str, float]
+) -> None:
+    assert occupancy(CHIPS[capability], registers, shared, warps) == expected
+
+
+LISTING = [
+    Instruction(0x00, "LDG.E.128", "R4, desc[UR6][R2.64]"),
+    Instruction(0x10, "HMMA.16816.F32.BF16", "R4, R8, R12, R4"),
+    Instruction(0x20, "MUFU.EX2", "R3, R3"),
+    Instruction(0x30, "BRA", "0x10"),
+    Instruction(0x40, "STS.64", "[R2], R4"),
+    Instruction(0x50, "BRA", "0x50"),
+]
+
+
+def test_a_loop_counts_as_often_as_it_is_executed() -> None:
+    nothing = dict.fromkeys(PIPES, 0)
+    expected = {
+        **nothing,
+        "tensor": 5,
+        "special": 5,
+        "memory": 2,
+        "control": 6,
+        "products": 5 * 2048,
+        "transactions": 6,
+    }
+    assert work(LISTING, (5,)) == (expected, True)
+
+
+def test_loops_count_once_if_the_compiler_made_others() -> None:
+    expected = {"tensor": 1, "special": 1, "memory": 2, "control": 2, "products": 2048, "transactions": 6}
+    for trips in ((), (5, 3)):
+        counts, known = work(LISTING, trips)
+        assert not known
+        assert {name: count for name, count in counts.items() if count} == expected
+
+
+def test_the_busiest_unit_bounds_the_time() -> None:
+    counts = dict.fromkeys((*PIPES, "control", "products", "transactions"), 0)
+    chip = CHIPS[90]  # 132 multiprocessors, 1,830 MHz, 3,350 GB/s
+    assert microseconds(chip, counts, 4, 1, 3_350_000) == (pytest.approx(1.0), "bandwidth")
+    # two programs of four warps per multiprocessor, each with 183 exponentials of 32 threads on 16 lanes
+    assert microseconds(chip, counts | {"special": 183}, 4, 133, 0) == (pytest.approx(8 * 366 / 1830), "special")
+
+
+@pytest.mark.slow
 def test_every_shape_compiles_for_every_chip_in_every_dtype(rows: list[dict[str, Any]]) -> None:
     for chip, limit in {75: 64, 80: 256, 86: 128, 89: 128, 90: 256, 120: 128}.items():
         shapes = {shape for shape, (tokens, _, _) in SHAPES.items() if tokens <= limit}
@@ -29,15 +94,18 @@ def test_every_shape_compiles_for_every_chip_in_every_dtype(rows: list[dict[str,
         assert seen == {(shape, dtype) for shape in shapes for dtype in dtypes}
 
 
+@pytest.mark.slow
 def test_shared_memory_is_within_the_limit_of_each_chip(rows: list[dict[str, Any]]) -> None:
     assert not [row for row in rows if not 0 < row["shared"] <= row["shared_limit"]]
 
 
+@pytest.mark.slow
 def test_low_precision_runs_on_the_tensor_cores(rows: list[dict[str, Any]]) -> None:
-    rows = [row for row in rows if row["dtype"] != "fp32" and row["capability"] >= 80]
-    assert not [row for row in rows if not row["tensor_core_instructions"]]
+    rows = [row for row in rows if (row["dtype"] != "fp32" or "muon" in row["kernel"]) and row["capability"] >= 80]
+    assert not [row for row in rows if not row["work"]["tensor"]]
 
 
+@pytest.mark.slow
 def test_spilled_registers(rows: list[dict[str, Any]]) -> None:
     """The default model spills next to nothing in low precision, and the others a bounded number of bytes."""
     for row in rows:
@@ -45,3 +113,38 @@ def test_spilled_registers(rows: list[dict[str, Any]]) -> None:
     low = [row for row in rows if row["dtype"] != "fp32" and row["capability"] >= 80]
     assert not [row for row in low if row["shape"] == "mc_vit_4_4_32" and not row["dropout"] and row["spilled"] > 64]
     assert max(row["spilled"] for row in low) <= 640  # 608 by Triton 3.8: two heads of 32 on sm_80
+
+
+@pytest.mark.slow
+def test_multiply_adds_of_the_tensor_cores_are_those_of_the_padded_products(rows: list[dict[str, Any]]) -> None:
+    """On an A100, where no warps share a product, loops counted as often as they are executed."""
+    scores, projection = 64 * 64 * 16, 64 * 64 * 16  # of one head, 12 channels padded to 16 and 48 to 64
+    expected = {
+        ("mc_vit_4_4_32", "fused.forward"): 4 * (3 * projection + 2 * scores),
+        ("mc_vit_4_4_32", "fused.backward_x"): 4 * (6 * projection + 5 * scores),
+        # 108 multiprocessors are 54 groups, of at most 5 samples each
+        ("mc_vit_4_4_32", "fused.backward_weight"): 5 * (6 * projection + 5 * scores),
+        ("mc_vit_4_4_32", "mlp.forward"): 2 * 64 * 64 * 192,
+        ("cct_7_3x1_32", "packed.forward"): 2 * 64 * 256 * 64,
+        ("cct_7_3x1_32", "packed.backward"): 5 * 256 * 256 * 64,
+    }
+    found = {
+        (row["shape"], row["kernel"]): row["work"]["products"] * row["warps"]
+        for row in rows
+        if row["capability"] == 80 and row["dtype"] == "bf16" and not row["dropout"]
+    }
+    assert {key: found[key] for key in expected} == expected
+
+
+@pytest.mark.slow
+def test_no_kernel_is_faster_than_memory_allows(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        assert 0 < row["occupancy"] <= 1
+        assert row["min_microseconds"] >= row["bytes"] / CHIPS[row["capability"]].bandwidth / 1e3 > 0
+
+
+@pytest.mark.slow
+def test_words_that_no_kernel_has_are_named() -> None:
+    done = run([sys.executable, "-m", "fastvit_kernels.resources", "mc_vit_4_4_32", "sm_70"])
+    assert done.returncode == 2
+    assert re.fullmatch(r"[^\n]*no kernel has all of: mc_vit_4_4_32 sm_70; words: [^\n]*sm_75[^\n]*\n", done.stderr)

@@ -17,16 +17,19 @@ The kernels are in fused_kernels.py.
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastvit_kernels.triton_kernels.fused_kernels import backward_weight_kernel, backward_x_kernel, forward_kernel
-from fastvit_kernels.triton_kernels.parts import LOG2_E, dot_precision, multiprocessors, padded
+from fastvit_kernels.triton_kernels.parts import (
+    LOG2_E,
+    dot_precision,
+    multiprocessors,
+    padded,
+    weight_gradient_groups,
+)
 
 MAX_DIM = 64
-PROGRAMS_PER_MULTIPROCESSOR = 2
-"""limited by the registers of the kernel for the gradients of the weights"""
 
 
 def fits(tokens: int, dim: int, num_heads: int, dtype: torch.dtype) -> bool:
@@ -100,11 +103,11 @@ def fused_attention_backward(
     strides = (*x.stride(), *dout.stride())
 
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    programs = min(batch, triton.cdiv(multiprocessors(x.device) * PROGRAMS_PER_MULTIPROCESSOR, num_heads))
-    dparameters = x.new_empty(programs, _numel(weight, bias), dtype=torch.float32)
+    groups = weight_gradient_groups(batch, num_heads, multiprocessors(x.device))
+    dparameters = x.new_empty(groups, _numel(weight, bias), dtype=torch.float32)
     with torch.cuda.device_of(x):
         backward_x_kernel[(batch,)](x, weight, bias, dout, dx, seed, *strides, *scalars, **meta)
-        backward_weight_kernel[(programs, num_heads)](
+        backward_weight_kernel[(groups, num_heads)](
             x, weight, bias, dout, dparameters, seed, *strides, batch, *scalars, **meta
         )
     return dx, dparameters.sum(0).to(weight.dtype)

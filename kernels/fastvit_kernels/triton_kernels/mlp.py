@@ -17,10 +17,8 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastvit_kernels.triton_kernels.mlp_kernels import backward_weight_kernel, backward_x_kernel, forward_kernel
-from fastvit_kernels.triton_kernels.parts import dot_precision, multiprocessors, padded
+from fastvit_kernels.triton_kernels.parts import dot_precision, multiprocessors, padded, weight_gradient_groups
 
-PROGRAMS_PER_MULTIPROCESSOR = 2
-"""limited by the registers of the kernel for the gradients of the parameters"""
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 FORWARD_TOKENS, BACKWARD_TOKENS, FLOAT32_TOKENS = 64, 32, 16
 """tokens in a block, chosen for the registers and spills that fastvit_kernels.resources reports"""
@@ -98,7 +96,7 @@ def residual_mlp_backward(
     dx = torch.empty_like(x)
     meta = constants(dim, hidden, gelu, dtype, BACKWARD_TOKENS)
     token_blocks, blocks = triton.cdiv(rows, meta["BLOCK_M"]), triton.cdiv(hidden, meta["BLOCK_H"])
-    groups = min(token_blocks, triton.cdiv(multiprocessors(x.device) * PROGRAMS_PER_MULTIPROCESSOR, blocks))
+    groups = weight_gradient_groups(token_blocks, blocks, multiprocessors(x.device))
     dlinear = x.new_empty(groups, sum(_linear_sizes(dim, hidden)), dtype=torch.float32)
     dnorm = x.new_empty(groups * blocks, 2 * dim, dtype=torch.float32)
     with torch.cuda.device_of(x):

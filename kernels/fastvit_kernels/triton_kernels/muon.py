@@ -7,6 +7,8 @@ times A, so the iterations run on G and on the polynomial alone, and A is needed
 Shape suffixes: S the shorter side, padded; L a tile of the longer side.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -29,6 +31,26 @@ def fits(weight: Tensor, merged: int) -> bool:
     return min(rows, columns) <= MAX_SHORT_SIDE and weight.dtype == torch.float32 and weight.is_contiguous()
 
 
+def constants(
+    shapes: tuple[tuple[int, int], ...], merged: int, nesterov: bool, quintic: tuple[float, float, float], steps: int
+) -> dict[str, Any]:
+    """Return the compile-time arguments and the launch options; `shapes` are (rows, columns) of stacked matrices."""
+    sides = [(rows // merged, columns) for rows, columns in shapes]
+    return {
+        "SHAPES": shapes,
+        "MERGED": merged,
+        "NESTEROV": nesterov,
+        "QUINTIC": quintic,
+        "STEPS": steps,
+        "S_PAD": padded(max(map(min, sides))),
+        "MAX_LONG": max(map(max, sides)),
+        "L_TILE": LONG_TILE,
+        "PRECISION": PRECISION,
+        "num_warps": 8,
+        "num_stages": 1,  # tiles in flight would cost registers
+    }
+
+
 def launch(
     weights: list[Tensor],
     gradients: list[Tensor],
@@ -47,7 +69,6 @@ def launch(
     for first in range(0, len(weights), MAX_PARAMETERS):
         part = slice(first, first + MAX_PARAMETERS)
         shapes = tuple((weight.shape[0], weight.shape[1:].numel()) for weight in weights[part])
-        sides = [(rows // merged, columns) for rows, columns in shapes]
         muon_kernel[(len(shapes) * merged,)](
             tuple(weights[part]),
             tuple(gradient.contiguous() for gradient in gradients[part]),
@@ -58,17 +79,7 @@ def launch(
             momentum,
             grad_scale,
             found_inf,
-            SHAPES=shapes,
-            MERGED=merged,
-            NESTEROV=nesterov,
-            QUINTIC=quintic,
-            STEPS=steps,
-            S_PAD=padded(max(map(min, sides))),
-            MAX_LONG=max(map(max, sides)),
-            L_TILE=LONG_TILE,
-            PRECISION=PRECISION,
-            num_warps=8,
-            num_stages=1,  # tiles in flight would cost registers
+            **constants(shapes, merged, nesterov, quintic, steps),
         )
 
 

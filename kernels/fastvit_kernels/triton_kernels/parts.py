@@ -46,6 +46,14 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
+def weight_gradient_groups(blocks: int, programs: int, multiprocessors: int) -> int:
+    """Return the number of groups that `blocks` of tokens are divided into; `programs` programs handle each group.
+
+    Two programs per multiprocessor have enough registers for the gradients of parameters.
+    """
+    return min(blocks, triton.cdiv(2 * multiprocessors, programs))
+
+
 @triton.jit
 def dot(a_MK, b_KN, PRECISION: tl.constexpr):
     """Multiply a @ b, accumulated in float32."""
