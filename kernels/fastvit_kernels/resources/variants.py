@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 
-from fastvit_kernels.mlp import MAX_MLP_DIM
 from fastvit_kernels.resources.chips import CHIPS
 from fastvit_kernels.triton_kernels import fused
 from fastvit_kernels.triton_kernels.attention import max_tokens
@@ -30,11 +29,10 @@ SHAPES = {
 }
 """(tokens, dim, heads)"""
 DROPOUT_SHAPES = [name for name in SHAPES if "vit" in name or "cct" in name]
-BLOCK_SHAPES = [name for name in SHAPES if "vit" in name and SHAPES[name][1] <= MAX_MLP_DIM]
-"""models whose MLP and optimizer our kernels support too"""
 FUSED = ("fused.forward", "fused.backward_x", "fused.backward_weight")
 PACKED = ("packed.forward", "packed.backward")
-MLP = ("mlp.forward", "mlp.backward_x", "mlp.backward_weight")
+OTHERS = ("mlp.forward", "mlp.backward_x", "mlp.backward_weight", "muon.update")
+"""only for models of 48 channels; they do not depend on the number of tokens, so those of c_vit_4_4_32 are the same"""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -63,6 +61,6 @@ def variants() -> Iterator[KernelVariant]:
         kernels = FUSED if fused.fits(*SHAPES[shape], DTYPES[dtype]) else PACKED
         for kernel, dropout in itertools.product(kernels, (False, True) if shape in DROPOUT_SHAPES else (False,)):
             yield KernelVariant(shape, kernel, dtype, capability, dropout)
-        if shape in BLOCK_SHAPES:
-            for kernel in (*MLP, "muon.update") if dtype == "fp32" else MLP:
+        if shape == "mc_vit_4_4_32":
+            for kernel in OTHERS if dtype == "fp32" else OTHERS[:-1]:
                 yield KernelVariant(shape, kernel, dtype, capability, False)

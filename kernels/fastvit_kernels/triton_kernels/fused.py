@@ -8,8 +8,8 @@ and bias stay in registers over all samples of a program. Each program writes th
 rows. Neither kernel uses atomic operations, so the result is deterministic.
 
 The backward pass takes three launches. With a kernel that writes packed dQKV it would recompute once instead of twice,
-but take four launches or more (that kernel, two products by cuBLAS, the sum for the bias, and conversions of the
-weight) and move 13 tensors of tokens instead of 7. These numbers were counted; nothing was timed.
+but take five launches or more (that kernel, two products by cuBLAS, the sum for the bias, and conversions of the
+weight) and move 16 tensors of tokens instead of 5. kernels/README.md compares the machine code; nothing was timed.
 
 The kernels are in fused_kernels.py.
 """
