@@ -37,8 +37,8 @@ def rows() -> list[dict[str, Any]]:
         # Without shared memory: 48 warps on an RTX 4090, 24 programs of one warp.
         (89, 32, 0, 8, (6, "warps", 1.0)),
         (89, 32, 0, 1, (24, "programs", 0.5)),
-        # 168 registers are 5,376 per warp: three warps on each scheduler, not 65,536 / 5,376 = 12.2 in all.
-        (86, 168, 0, 4, (3, "registers", 12 / 48)),
+        # 120 registers are 3,840 per warp: four warps on each scheduler, although 65,536 / 3,840 = 17.
+        (90, 120, 0, 1, (16, "registers", 16 / 64)),
     ],
 )
 def test_occupancy_computed_by_hand(
