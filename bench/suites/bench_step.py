@@ -19,7 +19,7 @@ from fastvit_train.config.schema import OptimConfig
 from fastvit_train.models import compile_model, pretrained_cfg
 from fastvit_train.models.compiling import compile_function
 from fastvit_train.profiling.roofline import count_flops
-from fastvit_train.training.optim.optimizer import build_optimizer, with_device_lr
+from fastvit_train.training.optim.optimizer import build_optimizer, device_lr, with_device_lr
 
 MODELS: dict[str, dict[str, tuple[int, ...]]] = {
     "cpu": {"c_vit_4_4_32": (256,), "mc_vit_4_4_32": (256,), "cvt_7_4_32": (32,), "cct_7_3x1_32": (32,)},
@@ -80,7 +80,7 @@ class Training:
     def record(self) -> Callable[[], None]:
         """Record the compiled step as one CUDA graph, as our trainer does; return what replays it."""
         loss = compile_function(self.loss, device())
-        learning_rates = torch.tensor([group["lr"] for group in self.optimizer.param_groups], device=device())
+        learning_rates = device_lr(self.optimizer, device())
 
         def step() -> None:
             loss().backward()

@@ -12,7 +12,7 @@ import fastvit_train.models.attention as attention
 from fastvit_train.models import compile_model, record_graph, set_attention
 from fastvit_train.models.compiling import check_compiler
 from fastvit_train.training.graphed_step import why_not_recordable
-from fastvit_train.training.optim.optimizer import build_optimizer, with_device_lr
+from fastvit_train.training.optim.optimizer import build_optimizer, device_lr, with_device_lr
 from fastvit_train.training.prepare import supports_cuda_graphs
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils.timing import quartiles, synchronize, time_in_rounds
@@ -138,7 +138,7 @@ def build_step(session: TrainSession, variant: Variant) -> Callable[[], None]:
     if compiled:
         check_compiler(device)
         compile_model(model, device, not recorded and supports_cuda_graphs(config, session.accelerator))
-    learning_rates = torch.tensor([group["lr"] for group in optimizer.param_groups], device=device)
+    learning_rates = device_lr(optimizer, device)
     images, labels = next(session.train_loader.micro_batches(0))
     images, labels = (tensor.repeat_interleave(variant.batch_factor, 0) for tensor in (images, labels))
     dtype = autocast_dtype(variant.precision or session.accelerator.mixed_precision)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -110,14 +111,11 @@ def train_epoch(session: TrainSession, bar: ProgressBar, phase: Phase = record_f
         UserError: if a loss is NaN or inf, or if a checkpoint cannot be saved.
     """
     state, steps, save_every = session.state, session.train_loader.steps_per_epoch, session.config.run.save_every
-    totals = restore_totals(session)
-    micro_batches = session.train_loader.micro_batches(state.epoch, state.step_in_epoch)
     session.model.train()
     session.meter.start()
-    if session.graphed_step is not None:  # its draws for the epoch count as training time, as those of micro_batches do
-        totals = session.graphed_step.start_epoch(session, totals)
+    launch_step, totals = _start_epoch(session, phase)
     while state.step_in_epoch < steps:
-        _train_step(session, micro_batches, totals, phase)
+        _train_step(session, launch_step)
         bar.update(state, totals.losses, totals.correct, session.batch_size)
         if save_every and state.step % save_every == 0 and state.step_in_epoch < steps:
             collect_totals(session, totals)
@@ -135,20 +133,30 @@ def train_epoch(session: TrainSession, bar: ProgressBar, phase: Phase = record_f
         collect_totals(session, totals)
 
 
-def _train_step(session: TrainSession, micro_batches: Iterator[Batch], totals: EpochTotals, phase: Phase) -> None:
-    """Take one optimizer step, and add its loss and correct predictions to `totals`."""
-    if session.graphed_step is None:
-        _launch_step(session, micro_batches, totals, phase)
-    else:
+def _start_epoch(session: TrainSession, phase: Phase) -> tuple[Callable[[], None], EpochTotals]:
+    """Prepare the rest of the epoch under way; returns what launches a step of it, and the totals that it adds to."""
+    state, graphed_step, totals = session.state, session.graphed_step, restore_totals(session)
+    if graphed_step is None:
+        micro_batches = session.train_loader.micro_batches(state.epoch, state.step_in_epoch)
+        return partial(_launch_operators, session, micro_batches, totals, phase), totals
+
+    def launch_graph() -> None:
         with phase("graph"):
-            session.graphed_step.graph.replay()
+            graphed_step.graph.replay()
+
+    return launch_graph, graphed_step.start_epoch(session, totals)
+
+
+def _train_step(session: TrainSession, launch_step: Callable[[], None]) -> None:
+    """Take one optimizer step."""
+    launch_step()
     session.state.step += 1
     session.state.step_in_epoch += 1
     session.scheduler.step_update(session.state.step)
 
 
-def _launch_step(session: TrainSession, micro_batches: Iterator[Batch], totals: EpochTotals, phase: Phase) -> None:
-    """Take an optimizer step operator by operator; `graphed_step.device_step` is the same as one function."""
+def _launch_operators(session: TrainSession, micro_batches: Iterator[Batch], totals: EpochTotals, phase: Phase) -> None:
+    """Launch a step operator by operator; `graphed_step.device_step` is the same as one function."""
     config, accelerator, state, model = session.config.optim, session.accelerator, session.state, session.model
     for _ in range(config.grad_accum):
         with phase("input"):

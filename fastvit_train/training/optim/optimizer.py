@@ -66,6 +66,11 @@ def works_in_graph(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, Muon | torch.optim.Adam | torch.optim.AdamW)
 
 
+def device_lr(optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor:
+    """Return the learning rates of the parameter groups on `device`, (parameter groups,)."""
+    return torch.tensor([group["lr"] for group in optimizer.param_groups], device=device)
+
+
 @contextmanager
 def with_device_lr(optimizer: torch.optim.Optimizer, learning_rates: Tensor) -> Iterator[None]:
     """Let the optimizer take its steps with learning rates that are on the device, (parameter groups,)."""
