@@ -57,10 +57,25 @@ def update_matrices(
         grad_scale: what the gradients must be divided by, a scalar tensor; None for 1.
         found_inf: a scalar tensor; if it is not 0, nothing changes.
     """
-    from fastvit_kernels.triton_kernels.muon import launch  # triton may not be installed
+    from fastvit_kernels.triton_kernels.muon import (
+        MAX_PARAMETERS,
+        constants,
+        muon_kernel,
+    )  # triton may not be installed
 
     with torch.cuda.device_of(weights[0]):
-        launch(
-            weights, gradients, averages, lr, merged, weight_decay, momentum, nesterov, quintic, steps,
-            grad_scale, found_inf,
-        )  # fmt: skip
+        for first in range(0, len(weights), MAX_PARAMETERS):
+            part = slice(first, first + MAX_PARAMETERS)
+            shapes = tuple((weight.shape[0], weight.shape[1:].numel()) for weight in weights[part])
+            muon_kernel[(len(shapes) * merged,)](
+                tuple(weights[part]),
+                tuple(gradient.contiguous() for gradient in gradients[part]),
+                tuple(averages[part]),
+                0.0 if isinstance(lr, Tensor) else lr,
+                lr if isinstance(lr, Tensor) else None,
+                weight_decay,
+                momentum,
+                grad_scale,
+                found_inf,
+                **constants(shapes, merged, nesterov, quintic, steps),
+            )

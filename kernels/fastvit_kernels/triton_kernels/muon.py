@@ -51,38 +51,6 @@ def constants(
     }
 
 
-def launch(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    averages: list[Tensor],
-    lr: float | Tensor,
-    merged: int,
-    weight_decay: float,
-    momentum: float,
-    nesterov: bool,
-    quintic: tuple[float, float, float],
-    steps: int,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    """See `fastvit_kernels.muon.update_matrices`."""
-    for first in range(0, len(weights), MAX_PARAMETERS):
-        part = slice(first, first + MAX_PARAMETERS)
-        shapes = tuple((weight.shape[0], weight.shape[1:].numel()) for weight in weights[part])
-        muon_kernel[(len(shapes) * merged,)](
-            tuple(weights[part]),
-            tuple(gradient.contiguous() for gradient in gradients[part]),
-            tuple(averages[part]),
-            0.0 if isinstance(lr, Tensor) else lr,
-            lr if isinstance(lr, Tensor) else None,
-            weight_decay,
-            momentum,
-            grad_scale,
-            found_inf,
-            **constants(shapes, merged, nesterov, quintic, steps),
-        )
-
-
 @triton.jit
 def muon_kernel(
     weights,
