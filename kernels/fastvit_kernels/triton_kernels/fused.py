@@ -52,7 +52,7 @@ def constants(
         "HAS_BIAS": has_bias,
         "DROPOUT": dropout_p > 0,
         "PRECISION": dot_precision(dtype),
-        "num_warps": 8 if padded(tokens) > 64 or dtype == torch.float32 or dropout_p else 4,
+        "num_warps": 8 if padded(tokens) > 64 or dtype == torch.float32 else 4,
     }
 
 

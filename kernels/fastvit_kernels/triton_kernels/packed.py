@@ -34,10 +34,13 @@ class Tiles(NamedTuple):
 
 
 def forward_tiles(tokens: int, dtype: torch.dtype) -> Tiles:
-    """Chosen for the 64 rows of a tensor core instruction and the spills that fastvit_kernels.resources reports."""
+    """Chosen by the spills and times that fastvit_kernels.resources reports.
+
+    Each warp has the 16 rows of a tensor core instruction; with fewer, several warps would compute the same products.
+    """
     if dtype == torch.float32:
         return Tiles(16, 8)
-    return Tiles(min(padded(tokens), 64), 4 if padded(tokens) <= 128 else 8)
+    return Tiles(min(padded(tokens), 64), 4) if padded(tokens) <= 128 else Tiles(128, 8)
 
 
 def backward_tiles(tokens: int, dtype: torch.dtype) -> Tiles:
