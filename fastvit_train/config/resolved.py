@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
@@ -46,7 +47,6 @@ class ResolvedConfig:
         run = replace(self.run, exp_name=exp_name)
         return replace(self, settings=replace(self.settings, run=run), run_dir=Path(run.runs_dir) / exp_name)
 
-    def with_attention(self, attention: str) -> "ResolvedConfig":
-        """Return the same configuration with another attention implementation."""
-        model = replace(self.model, attention=attention)
-        return replace(self, settings=replace(self.settings, model=model))
+    def with_model(self, **changes: Any) -> "ResolvedConfig":
+        """Return the same configuration with other settings of the model, such as its attention."""
+        return replace(self, settings=replace(self.settings, model=replace(self.model, **changes)))

@@ -36,8 +36,8 @@ class ModelConfig:
     """one of our models or any timm model name"""
     attention: Annotated[Text, Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = "auto"
     """naive, fused, sdpa, compiled, cpp, triton, or auto, which measures and takes the fastest"""
-    mlp: Annotated[Literal["torch", "triton"], Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = "torch"
-    """triton: LayerNorm and MLP of our models in one GPU kernel each way, up to 64 channels; not measured yet"""
+    block: Annotated[Literal["auto", "torch", "cpp", "triton"], Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = "auto"
+    """cpp: one CPU kernel per block, triton: a GPU kernel for half of it, torch: operators, auto: cpp where it fits"""
     weights: Annotated[Text | None, Mark.MAY_CHANGE, Mark.PATH] = None
     """initialize from this .pth or .safetensors file; the compact family's and the upstream's layouts are converted"""
     num_classes: Count | None = None

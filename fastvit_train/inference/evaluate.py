@@ -4,7 +4,7 @@ import json
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import Accelerator
 from rich.markup import escape
@@ -20,7 +20,7 @@ from fastvit_train.distributed.accelerator import device_name, start_accelerator
 from fastvit_train.distributed.cpu_threads import all_cores
 from fastvit_train.distributed.process_state import unchanged
 from fastvit_train.inference.trained_model import TrainedModel, load_run, non_finite_error
-from fastvit_train.models import check_attention, set_attention, warm_up
+from fastvit_train.models import check_attention, set_attention, set_block, warm_up
 from fastvit_train.models.attention import AUTO, COMPILING, choose_attention
 from fastvit_train.models.evaluator import Evaluation, evaluate_model
 from fastvit_train.runs import findings
@@ -90,6 +90,7 @@ def evaluate_run(
     rank_info = RankInfo(accelerator.device, accelerator.process_index, accelerator.num_processes)
     loader = build_eval_loader(config, data, rank_info)
     name = _set_attention(loaded, config.model.attention, loader, accelerator)
+    set_block(loaded.model, config.model.block)
     model = accelerator.prepare_model(loaded.model, device_placement=True, evaluation_mode=True)
     if name in COMPILING:
         warm_up(model, 0, loader.batch_size, loaded.image_size, accelerator.device)
@@ -138,7 +139,7 @@ def _configure(
     recorded = loaded.config.model.attention if loaded.config is not None else loaded.attention
     settings = TrainConfig(
         run=RunConfig(eval_batch_size=batch_size),
-        model=ModelConfig(loaded.architecture, attention or recorded),
+        model=ModelConfig(loaded.architecture, attention or recorded, "torch" if attention else _block(loaded)),
         data=replace(data, data_dir=data_dir or data.data_dir),
     )
     mean, std = loaded.normalisation
@@ -151,6 +152,11 @@ def _configure(
         std=std,
         last_epoch=0,
     )
+
+
+def _block(loaded: TrainedModel) -> Literal["torch", "cpp"]:
+    """Return how the blocks were computed when the model was trained, if it was trained by a kernel for all passes."""
+    return "cpp" if loaded.config is not None and loaded.config.model.block == "cpp" else "torch"
 
 
 def _check_classes(loaded: TrainedModel, dataset: DatasetSpec) -> None:

@@ -158,7 +158,7 @@ def load_run(
         if checkpoint is not None:
             chosen = find_checkpoint(folder, str(checkpoint), ema=config.optim.ema is not None)
         path = folder / FINAL if chosen is None else chosen.path
-        weights = replace(config.model, weights=str(path), attention=AUTO, mlp="torch", patch_init="random")
+        weights = replace(config.model, weights=str(path), attention=AUTO, block="torch", patch_init="random")
         model = build_model(weights, config.image_size, config.num_classes)
         size = config.image_size
         architecture = config.model.model

@@ -4,13 +4,12 @@ from fastvit_kernels.cuda_graph import record_graph
 from fastvit_kernels.muon import can_update, update_matrices
 from fastvit_train.models.attention import check_attention, pick_attention, plain_attention, set_attention, warm_up
 from fastvit_train.models.attention_maps import AttentionMaps, attention_maps, patch_filters, position_similarity
+from fastvit_train.models.blocks import check_block, set_block
 from fastvit_train.models.build import (
     build_model,
-    check_mlp,
     check_model,
     check_timm_folder,
     native_image_size,
-    set_mlp,
 )
 from fastvit_train.models.compiling import compile_model
 from fastvit_train.models.convert import pretrained_cfg
@@ -26,7 +25,7 @@ __all__ = [
     "build_model",
     "can_update",
     "check_attention",
-    "check_mlp",
+    "check_block",
     "check_model",
     "check_timm_folder",
     "compile_model",
@@ -38,7 +37,7 @@ __all__ = [
     "pretrained_cfg",
     "record_graph",
     "set_attention",
-    "set_mlp",
+    "set_block",
     "update_matrices",
     "warm_up",
     "whiten_patches",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastvit_kernels
+from fastvit_train.models.blocks import composed
 from fastvit_train.utils.errors import UserError
 
 
@@ -65,7 +66,8 @@ def attention_maps(model: nn.Module, inputs_BCHW: Tensor) -> AttentionMaps:
         )
         hooks.append(hook)
     try:
-        model.eval()(inputs_BCHW)
+        with composed(model):
+            model.eval()(inputs_BCHW)
     finally:
         for hook in hooks:
             hook.remove()

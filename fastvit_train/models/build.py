@@ -12,19 +12,19 @@ import torch
 from timm.models import PretrainedCfg
 from torch import nn
 
-import fastvit_kernels
 from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models.attention import set_attention
+from fastvit_train.models.blocks import set_block
 from fastvit_train.models.convert import checkpoint_filter_fn, convert_by_timm, misfit, reset_heads_if_other_classes
 from fastvit_train.models.registry import OUR_MODELS
-from fastvit_train.models.vit import Block, ConvTokenizer, ViT
+from fastvit_train.models.vit import ConvTokenizer, ViT
 from fastvit_train.runs.weights_file import read_weights
 from fastvit_train.utils import machine
 from fastvit_train.utils.errors import UserError, did_you_mean
 from fastvit_train.utils.safe_load import read_json
 
 log = logging.getLogger(__name__)
-NOT_SIZES = ("model", "attention", "mlp", "weights", "num_classes", "image_size", "patch_init")
+NOT_SIZES = ("model", "attention", "block", "weights", "num_classes", "image_size", "patch_init")
 LOAD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError)
 
 
@@ -65,7 +65,7 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
 
     Raises:
         UserError: if sizes do not fit together, if the model does not have an option, if it does not support the
-            attention or the MLP, or if the weights do not fit.
+            attention or the block, or if the weights do not fit.
     """
     sizes = {key: value for key, value in asdict(config).items() if value is not None and key not in NOT_SIZES}
     options: dict[str, Any] = {**sizes, "num_classes": num_classes}
@@ -80,7 +80,7 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
         raise UserError(f"{config.model} cannot be built with {options}: {error}") from None
     _check_patches(model, config, image_size)
     set_attention(model, config.attention)
-    set_mlp(model, config.mlp)
+    set_block(model, config.block)
     if config.weights is not None:
         _load_weights(model, Path(config.weights), functools.partial(timm.create_model, config.model, **options))
     return model
@@ -161,42 +161,3 @@ def _load_weights(model: nn.Module, path: Path, rebuild: Callable[..., nn.Module
         log.warning(
             "%s has another number of classes: its classifier is not loaded; the model's is initialized randomly", path
         )
-
-
-def check_mlp(name: str) -> None:
-    """Raise UserError unless the MLP implementation `name` can run here."""
-    try:
-        fastvit_kernels.check_mlp(name)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def set_mlp(model: nn.Module, name: str) -> None:
-    """Set the implementation of the MLP, with its norm and residual connection, in every block of `model`.
-
-    The parameters and the state dict do not change.
-
-    Raises:
-        UserError: if "triton" does not support the model; the message says why.
-    """
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
-    if name == "triton":
-        if not isinstance(model, ViT):
-            raise UserError(f"--mlp triton is for our own models, not for {type(model).__name__}; use --mlp torch")
-        reasons = {reason for block in blocks for reason in _unsupported(block)}
-        if reasons:
-            raise UserError(f"--mlp triton does not support {', '.join(sorted(reasons))}; use --mlp torch")
-    for block in blocks:
-        block.mlp.implementation = name
-
-
-def _unsupported(block: Block) -> list[str]:
-    """List what `block` computes that the kernel does not."""
-    dim, drop, hidden_drop = block.mlp.fc1.in_features, block.mlp.drop.p, block.mlp.fc2.drop
-    extras = {
-        f"more than {fastvit_kernels.MAX_MLP_DIM} channels (embed_dim {dim})": dim > fastvit_kernels.MAX_MLP_DIM,
-        f"dropout (drop_rate {max(drop, hidden_drop)})": max(drop, hidden_drop) > 0,
-        "stochastic depth (drop_path_rate)": not isinstance(block.drop_path, nn.Identity),
-        "the compact family's residual_norm": block.residual_norm,
-    }
-    return [extra for extra, present in extras.items() if present]

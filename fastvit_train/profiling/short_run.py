@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.models import set_attention, set_mlp
+from fastvit_train.models import set_attention, set_block
 from fastvit_train.training.loop import Phase, train_epoch
 from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
@@ -59,9 +59,9 @@ def time_epoch(session: TrainSession, bar: ProgressBar, phase: Phase) -> float:
 
 
 def eager_copy(session: TrainSession) -> nn.Module:
-    """Copy the run's model in training mode: uncompiled, with an attention and an MLP that run on every device."""
+    """Copy the run's model in training mode: uncompiled, with an attention and blocks that run on every device."""
     model = copy.deepcopy(session.bare_model).train()  # a copy is not compiled
     with suppress(UserError):  # some of timm's models only have their own attention
         set_attention(model, "fused")
-    set_mlp(model, "torch")
+    set_block(model, "torch")
     return model

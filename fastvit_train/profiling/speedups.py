@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import fastvit_train.models.attention as attention
-from fastvit_train.models import compile_model, record_graph, set_attention
+from fastvit_train.models import compile_model, record_graph, set_attention, set_block
 from fastvit_train.models.compiling import check_compiler
 from fastvit_train.training.graphed_step import why_not_recordable
 from fastvit_train.training.optim.optimizer import build_optimizer, device_lr, with_device_lr
@@ -131,6 +131,7 @@ def build_step(session: TrainSession, variant: Variant) -> Callable[[], None]:
     config, device = session.config, session.accelerator.device
     model = copy.deepcopy(session.bare_model).train()
     if variant.attention is not None:
+        set_block(model, "torch")
         set_attention(model, variant.attention)
     optimizer = build_optimizer(model, config.optim)
     compiled = config.run.compile if variant.compiled is None else variant.compiled

@@ -115,9 +115,10 @@ class RunFolder:
         defaults = to_plain(TrainConfig()).items()
         return {**{key: value for key, value in defaults if key.replace("_", "-") not in settings}, **settings}
 
-    def recorded_attention(self) -> str:
-        """Return the attention that the run here was started with."""
-        return str(self.read_config()["attention"])
+    def recorded_implementations(self) -> dict[str, str]:
+        """Return the attention and the block that the run here was started with."""
+        config = self.read_config()
+        return {name: str(config[name]) for name in ("attention", "block")}
 
     def create(self, config: TrainConfig) -> None:
         """Remove an earlier run from the folder and write config.yaml; UserError if it cannot be written.

@@ -83,7 +83,7 @@ def take_first_passes(
     """
     device, compiled = accelerator.device, config.run.compile
     passes: list[float] = []
-    if compiled or config.model.attention in COMPILING or config.model.mlp == "triton":
+    if compiled or config.model.attention in COMPILING or config.model.block == "triton":
         eval_batch, size = inputs.eval_loader.batch_size, config.image_size
         passes.append(warm_up(model, 0 if whole_step else inputs.micro_batch, eval_batch, size, device))
         if ema is not None:

@@ -17,8 +17,9 @@ from fastvit_train.data.loader import RankInfo, check_batch_size, fit_batch_size
 from fastvit_train.distributed import env, parallelize, preflight, sync
 from fastvit_train.distributed.accelerator import deterministic, device_name, own_precision, start_accelerator
 from fastvit_train.distributed.cpu_threads import all_cores
-from fastvit_train.models.attention import AUTO, check_attention, choose_attention
-from fastvit_train.models.build import build_model, check_mlp
+from fastvit_train.models.attention import AUTO, check_attention, choose_attention, set_attention
+from fastvit_train.models.blocks import check_block, choose_block
+from fastvit_train.models.build import build_model
 from fastvit_train.models.compiling import check_compiler
 from fastvit_train.models.resolve import resolve
 from fastvit_train.models.whitening import whiten
@@ -84,7 +85,7 @@ def setup(
         if resolved.model.patch_init == "whiten":
             whiten(model, resolved, inputs.dataset)
         set_seed(resolved.run.seed, device_specific=True)  # dropout must differ between ranks, weights must not
-        resolved, messages = resolve_attention(resolved, model, inputs, launch.accelerator)
+        resolved, messages = resolve_implementations(resolved, model, inputs, launch.accelerator)
         trained = prepare(resolved, model, optimizer, inputs, launch.accelerator)
         may_rename = config.run.exp_name is None and not (resuming or overwrite)
         resolved, lock_messages = lock_run(resolved, launch.accelerator, stack, may_rename)
@@ -135,10 +136,14 @@ def check_folder(
     resuming = is_resuming(config, folder, launch, resume, overwrite)
     recorded_in = None
     if resuming and config.model.attention == AUTO:
-        attention = sync.broadcast_from_rank0(accelerator, folder.recorded_attention)
-        config, recorded_in = config.with_attention(attention), folder.config
+        recorded = sync.broadcast_from_rank0(accelerator, folder.recorded_implementations)
+        if config.model.block != AUTO:
+            recorded = {**recorded, "block": config.model.block}
+        if recorded["block"] == "cpp":
+            recorded = {**recorded, "attention": "cpp"}
+        config, recorded_in = config.with_model(**recorded), folder.config
     check_attention(config.model, recorded_in)
-    check_mlp(config.model.mlp)
+    check_block(config.model)
     if config.run.compile or env.compiles():
         check_compiler(accelerator.device)
     check_batch_size(config.run.batch_size, accelerator.num_processes, config.optim.grad_accum)
@@ -178,20 +183,30 @@ def load_inputs(config: ResolvedConfig, accelerator: Accelerator, imitate_data: 
     )
 
 
-def resolve_attention(
+def resolve_implementations(
     config: ResolvedConfig, model: nn.Module, inputs: Inputs, accelerator: Accelerator
 ) -> tuple[ResolvedConfig, list[str]]:
-    """Replace "auto" by the attention that suits this machine best; returns the configuration and the measurements.
+    """Replace "auto" by the block and the attention that suit this machine best.
 
     A deterministic run does not measure: the result may differ from machine to machine, and the implementations round
     differently.
+
+    Returns:
+        The configuration, and what was measured or went wrong, in words.
     """
+    failures: list[str] = []
+    if config.model.block == AUTO:
+        block, failures = choose_block(config.model, model, accelerator, config.run.deterministic)
+        config = config.with_model(block=block)
+    if config.model.block == "cpp":
+        set_attention(model, "cpp")
+        config = config.with_model(attention="cpp")
     if config.model.attention != AUTO:
-        return config, []
+        return config, failures
     measure = not config.run.deterministic
     compiled = config.run.compile or env.compiles()
     name, messages = choose_attention(model, inputs.micro_batch, config.image_size, accelerator, measure, compiled)
-    return config.with_attention(name), messages
+    return config.with_model(attention=name), failures + messages
 
 
 def load_checkpoint(
@@ -238,8 +253,8 @@ def log_introduction(session: TrainSession, threads: str, resuming: bool, messag
     """Log what is about to be trained, on what, and how."""
     config, accelerator, dataset, log = session.config, session.accelerator, session.dataset, session.log
     parameters = sum(p.numel() for p in session.bare_model.parameters())
-    mlp = "" if config.model.mlp == "torch" else f", MLP {config.model.mlp}"
-    log.line(f"{config.model.model}: {counted(parameters, 'parameter')}, attention {config.model.attention}{mlp}")
+    block = "" if config.model.block == "torch" else f", block {config.model.block}"
+    log.line(f"{config.model.model}: {counted(parameters, 'parameter')}, attention {config.model.attention}{block}")
     for line in messages:
         log.line(line)
     if session.compile_seconds is not None:

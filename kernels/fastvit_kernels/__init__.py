@@ -5,6 +5,15 @@ per head), so every checkpoint works with every implementation.
 """
 
 from fastvit_kernels.autotune import Choice, Mode, choose, preferred
+from fastvit_kernels.block import (
+    BLOCKS,
+    BlockParameters,
+    BlockSettings,
+    check_block,
+    draw_seed,
+    transformer_block,
+    why_block_unsupported,
+)
 from fastvit_kernels.cpp.gelu import GELULinear
 from fastvit_kernels.mlp import MAX_MLP_DIM, check_mlp, residual_mlp
 from fastvit_kernels.module import SelfAttention, can_swap_attention, swap_attention
@@ -13,8 +22,11 @@ from fastvit_kernels.registry import AUTO, COMPILING, check_implementation, impl
 
 __all__ = [
     "AUTO",
+    "BLOCKS",
     "COMPILING",
     "MAX_MLP_DIM",
+    "BlockParameters",
+    "BlockSettings",
     "Choice",
     "GELULinear",
     "Mode",
@@ -22,12 +34,16 @@ __all__ = [
     "attention",
     "attention_weights",
     "can_swap_attention",
+    "check_block",
     "check_implementation",
     "check_mlp",
     "choose",
+    "draw_seed",
     "implementations",
     "preferred",
     "residual_mlp",
     "swap_attention",
+    "transformer_block",
+    "why_block_unsupported",
     "why_unsupported",
 ]

@@ -117,8 +117,8 @@ def test_dropout_is_between_the_two_layers_and_only_in_training(seed: int) -> No
 
 
 def test_if_the_compiler_fails_it_warns_once_and_uses_torch(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    def fails(name: str, dtype: torch.dtype) -> None:
-        raise ValueError(f"{name} cannot be compiled (CppCompileError: no omp.h)")
+    def fails(names: tuple[str, ...], dtype: torch.dtype, **constants: int) -> None:
+        raise ValueError(f"{names[-1]} cannot be compiled (CppCompileError: no omp.h)")
 
     monkeypatch.setattr(cpp_gelu, "cpp_library", fails)
     cpp_gelu._compile_error.cache_clear()

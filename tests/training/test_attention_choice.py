@@ -11,6 +11,7 @@ import fastvit_kernels
 from fastvit_train.cli.main import main
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.inference.evaluate import evaluate_run
+from fastvit_train.models.vit import Block
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.loop import fit
 from fastvit_train.utils.errors import UserError
@@ -50,7 +51,7 @@ def test_auto_is_the_default_and_its_pick_is_recorded_and_kept(
 ) -> None:
     choose_always(monkeypatch, "naive")
     assert TrainConfig().model.attention == "auto"
-    fit(small_config(attention="auto", stop_after=1))
+    fit(small_config(attention="auto", block="torch", stop_after=1))
     assert recorded(tmp_path) == "naive"
     assert "attention auto: naive; ms per" in (tmp_path / "runs" / "run" / "train.log").read_text()
     choose_always(monkeypatch, "sdpa")  # what another measurement might say
@@ -70,7 +71,7 @@ def test_auto_measures_under_the_conditions_of_the_run(
 
     monkeypatch.setattr(fastvit_kernels, "choose", choose)
     with pytest.raises(UserError, match="enough"):
-        fit(small_config(attention="auto", compile=compile))
+        fit(small_config(attention="auto", block="torch", compile=compile))
     assert modes == ["compiled" if compile else "eager"]
 
 
@@ -148,3 +149,63 @@ def test_what_cant_run_here_is_one_line(
     message = one_line_error(capsys.readouterr().err)
     assert message.startswith("attention implementation 'triton' needs a GPU; with TRITON_INTERPRET")
     assert not list(tmp_path.iterdir())
+
+
+def test_on_a_cpu_blocks_are_one_kernel_unless_an_attention_is_named(
+    small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[object] = []
+    one_kernel = Block._by_kernel
+    monkeypatch.setattr(Block, "_by_kernel", lambda self, x: calls.append(x) or one_kernel(self, x))
+
+    def run(**options: object) -> tuple[str, str]:
+        fit(small_config(**{"attention": "auto", "epochs": 1, **options}), overwrite=True)
+        config = yaml.safe_load((tmp_path / "runs" / "run" / "config.yaml").read_text())
+        return config["block"], config["attention"]
+
+    assert run() == ("cpp", "cpp")
+    by_kernel, passes = losses(tmp_path), len(calls)
+    assert passes > 0
+    assert "attention cpp, block cpp" in (tmp_path / "runs" / "run" / "train.log").read_text()
+    assert run(attention="fused") == ("torch", "fused")
+    assert losses(tmp_path) == pytest.approx(by_kernel, abs=1e-4) and len(calls) == passes
+    assert run(drop_rate=0.1, attention="cpp") == ("torch", "cpp")  # a dropout that the kernel does not have
+    assert run(deterministic=True)[0] == "torch"
+
+
+def test_a_resumed_run_computes_its_blocks_as_before_unless_another_way_is_named(
+    small_config: Config, tmp_path: Path
+) -> None:
+    whole = losses(tmp_path) if fit(small_config(attention="auto")) else []
+    fit(small_config(attention="auto", stop_after=1), overwrite=True)
+    fit(small_config(attention="auto"), resume="must")
+    assert losses(tmp_path) == whole
+    fit(small_config(attention="auto", block="torch", stop_after=1), overwrite=True)
+    fit(small_config(attention="auto"), resume="must")
+    assert yaml.safe_load((tmp_path / "runs" / "run" / "config.yaml").read_text())["block"] == "torch"
+
+
+def test_a_block_that_contradicts_the_attention_or_does_not_fit_is_refused(
+    small_config: Config, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="--block cpp computes attention itself: leave --attention sdpa out"):
+        fit(small_config(attention="sdpa", block="cpp"))
+    with pytest.raises(UserError, match="--block cpp does not support dropout .drop_rate 0.1.; use --block torch"):
+        fit(small_config(attention="auto", block="cpp", drop_rate=0.1))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_a_working_compiler_a_run_trains_and_says_so_in_a_line(
+    small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(names: tuple[str, ...], dtype: torch.dtype, **constants: int) -> None:
+        raise ValueError(f"{names[-1]} cannot be compiled (CppCompileError: no omp.h); use fused")
+
+    choose_always(monkeypatch, "fused")
+    monkeypatch.setattr("fastvit_kernels.cpp.block.cpp_library", fails)
+    fit(small_config(attention="auto", epochs=1))
+    log = (tmp_path / "runs" / "run" / "train.log").read_text()
+    assert (
+        log.count("blocks are composed from operators: block.cpp cannot be compiled (CppCompileError: no omp.h)") == 1
+    )
+    assert "attention fused" in log

@@ -53,7 +53,7 @@ def _run(name: str, qkv: Tensor, num_heads: int, dropout_p: float, seed: Tensor 
     batch, tokens, width = qkv.shape
     seed_bits = int(seed) & 0xFFFFFFFF if seed is not None else 0
     call = _Call(batch, tokens, num_heads, dropout_p, seed_bits, torch.get_num_threads())
-    library = cpp_library("attention.cpp", qkv.dtype, HEAD_DIM=width // 3 // num_heads)
+    library = cpp_library(("heads.h", "attention.cpp"), qkv.dtype, HEAD_DIM=width // 3 // num_heads)
     getattr(library, name)(ctypes.byref(call), *map(pointer, (qkv, *tensors)))
 
 

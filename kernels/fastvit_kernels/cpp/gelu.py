@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from fastvit_kernels.cpp.library import cpp_library, pointer, why_unavailable
 from fastvit_kernels.registry import compute_dtype
 
-SOURCE = "gelu.cpp"
+SOURCES = ("gelu.h", "gelu.cpp")
 
 
 class GELULinear(nn.Linear):
@@ -65,7 +65,7 @@ def _has_kernel(dtype: torch.dtype) -> bool:
 def _compile_error(dtype: torch.dtype) -> str | None:
     """Why the kernel cannot be compiled, with a warning the first time, or None if it can."""
     try:
-        cpp_library(SOURCE, dtype)
+        cpp_library(SOURCES, dtype, EXACT_GELU=0)
     except ValueError as error:
         warnings.warn(f"GELU uses torch's operators, which are slower: {error}", stacklevel=4)
         return str(error)
@@ -90,7 +90,7 @@ class _GELULinear(torch.autograd.Function):
 
 def _run(name: str, x: Tensor, *tensors: Tensor) -> None:
     words = -(-x.numel() * x.element_size() // 4)
-    library = cpp_library(SOURCE, x.dtype)
+    library = cpp_library(SOURCES, x.dtype, EXACT_GELU=0)
     getattr(library, name)(ctypes.c_int64(words), torch.get_num_threads(), *map(pointer, (x, *tensors)))
 
 

@@ -31,22 +31,24 @@ def _on_path(compiler: str, path: str | None) -> bool:
 
 
 @functools.cache
-def cpp_library(name: str, dtype: torch.dtype, **constants: int) -> ctypes.CDLL:
-    """Compile the source `name`, a file next to this one, for bfloat16 or float32 and with `constants` defined.
+def cpp_library(names: tuple[str, ...], dtype: torch.dtype, **constants: int) -> ctypes.CDLL:
+    """Compile the files `names`, next to this one, together, for bfloat16 or float32 and with `constants` defined.
 
     Raises:
         ValueError: if it cannot be compiled.
     """
     constants = {"BFLOAT16": int(dtype == torch.bfloat16), **constants}
     defines = "".join(f"#define {key} {value}\n" for key, value in constants.items())
-    sources = (FOLDER / source for source in ("vectors.h", name))
+    sources = (FOLDER / source for source in ("vectors.h", *names))
     try:
         return torch_private.load_cpp_library(
             defines + "".join(path.read_text(encoding="utf-8") for path in sources), FLAGS
         )
     except Exception as error:  # of many types: an old compiler, a missing header, a cache that cannot be written
         reason = " ".join(str(error).split())
-        raise ValueError(f"{name} cannot be compiled ({type(error).__name__}: {reason[:200]}); use fused") from error
+        raise ValueError(
+            f"{names[-1]} cannot be compiled ({type(error).__name__}: {reason[:200]}); use fused"
+        ) from error
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:

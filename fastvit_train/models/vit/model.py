@@ -10,134 +10,14 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastvit_kernels
+from fastvit_train.models.vit.block import Block, Mlp
+from fastvit_train.models.vit.tokenizers import ConvTokenizer, PatchTokenizer
 
 Size = int | tuple[int, int]
-
-
-class DropPath(nn.Module):
-    """Zero whole samples of a residual branch with probability `rate` (Huang et al. 2016), and scale the rest.
-
-    The probability is a tensor, so that blocks that differ only in it share their compiled code.
-    """
-
-    keep_prob: Tensor
-
-    def __init__(self, rate: float) -> None:
-        super().__init__()
-        self.register_buffer("keep_prob", torch.tensor(1 - rate), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        kept = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) < self.keep_prob
-        return x * kept / self.keep_prob
-
-
-class PatchTokenizer(nn.Module):
-    """Project non-overlapping patches to tokens."""
-
-    def __init__(self, in_chans: int, embed_dim: int, image_size: tuple[int, int], patch_size: int) -> None:
-        super().__init__()
-        if patch_size < 1 or any(side % patch_size for side in image_size):
-            raise ValueError(
-                f"image size {'x'.join(map(str, image_size))} is not a multiple of patch size {patch_size}"
-            )
-        self.patch_size = patch_size
-        self.grid_size = self.grid(image_size)
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=patch_size)
-
-    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Return the rows and columns of patches of an image, (height, width) in pixels."""
-        return image_size[0] // self.patch_size, image_size[1] // self.patch_size
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        return self.proj(images_BCHW).flatten(2).transpose(1, 2)
-
-
-class ConvTokenizer(nn.Module):
-    """Compute tokens by convolutions without bias, each followed by ReLU and 3x3/2 max-pooling (CCT)."""
-
-    def __init__(
-        self, in_chans: int, embed_dim: int, image_size: tuple[int, int], kernel_size: int, num_layers: int
-    ) -> None:
-        super().__init__()
-        stride, padding = max(1, kernel_size // 2 - 1), max(1, kernel_size // 2)
-        channels = [in_chans, *[64] * (num_layers - 1), embed_dim]
-        self.convs = nn.ModuleList(
-            nn.Conv2d(channels[i], channels[i + 1], kernel_size, stride, padding, bias=False) for i in range(num_layers)
-        )
-        self.kernel_size, self.stride, self.padding = kernel_size, stride, padding
-        self.grid_size = self.grid(image_size)
-
-    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
-        """Return the rows and columns of tokens of an image, (height, width) in pixels."""
-        height, width = image_size
-        for _ in self.convs:
-            height, width = self._pooled(height), self._pooled(width)
-        return height, width
-
-    def _pooled(self, side: int) -> int:
-        """Return the side of a map after a convolution and its max-pooling."""
-        return ((side + 2 * self.padding - self.kernel_size) // self.stride) // 2 + 1
-
-    def _maps(self, x_BCHW: Tensor) -> Tensor:
-        for conv in self.convs:
-            x_BCHW = F.max_pool2d(F.relu(conv(x_BCHW)), kernel_size=3, stride=2, padding=1)
-        return x_BCHW
-
-    def forward(self, images_BCHW: Tensor) -> Tensor:
-        return self._maps(images_BCHW).flatten(2).transpose(1, 2)
-
-
-class Mlp(nn.Module):
-    """Two linear layers with a GELU in between; `hidden_drop` is the compact family's dropout after the GELU."""
-
-    implementation = "torch"
-    """how a block computes its norm, MLP and residual connection, see `set_mlp`"""
-
-    def __init__(self, dim: int, hidden_dim: int, gelu: str, hidden_drop: float, drop: float) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.fc2 = fastvit_kernels.GELULinear(hidden_dim, dim, gelu, hidden_drop)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.fc1(x)))
-
-
-class Block(nn.Module):
-    """Pre-norm attention and MLP; with `residual_norm` the second norm is applied to the residual stream itself."""
-
-    def __init__(
-        self, dim: int, attn: fastvit_kernels.SelfAttention, mlp: Mlp, drop_path_rate: float, residual_norm: bool
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = mlp
-        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
-        self.residual_norm = residual_norm
-
-    def forward(self, x_BND: Tensor) -> Tensor:
-        x_BND = x_BND + self.drop_path(self.attn(self.norm1(x_BND)))
-        if self.mlp.implementation == "triton":
-            return self._residual_mlp(x_BND)
-        normed_BND = self.norm2(x_BND)
-        residual_BND = normed_BND if self.residual_norm else x_BND
-        return residual_BND + self.drop_path(self.mlp(normed_BND))
-
-    def _residual_mlp(self, x_BND: Tensor) -> Tensor:
-        norm, fc1, fc2 = self.norm2, self.mlp.fc1, self.mlp.fc2
-        return fastvit_kernels.residual_mlp(
-            x_BND, norm.weight, norm.bias, fc1.weight, fc1.bias, fc2.weight, fc2.bias,
-            eps=norm.eps, gelu=fc2.approximate, implementation="triton",
-        )  # fmt: skip
 
 
 class ViT(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit_train.config.schema import ModelConfig
-from fastvit_train.models import build_model, check_mlp, set_mlp
+from fastvit_train.models import build_model, check_block, set_block
 from fastvit_train.utils.errors import UserError
 from tests.kernels.accuracy import assert_accurate, logits_and_gradients
 
@@ -29,21 +29,21 @@ def test_logits_and_gradients_are_those_of_torchs_operators(name: str, triton_de
     names = list(model.state_dict())
     exact = logits_and_gradients(copy.deepcopy(model).double(), images.double(), lambda logits: logits.square().sum())
     baseline = logits_and_gradients(model, images, lambda logits: logits.square().sum())
-    set_mlp(model, "triton")
+    set_block(model, "triton")
     called = []
     model.blocks[0].mlp.register_forward_hook(lambda *args: called.append(args))
     results = logits_and_gradients(model, images, lambda logits: logits.square().sum())
     for each in zip(results, baseline, exact, strict=True):
         assert_accurate(*each)
     assert not called and list(model.state_dict()) == names
-    set_mlp(model, "torch")
+    set_block(model, "torch")
     again = logits_and_gradients(model, images, lambda logits: logits.square().sum())
     assert called and torch.equal(again[0][0], baseline[0][0])
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(triton_device: str, seed: int) -> None:
     model, images = build("mc_vit_4_4_32").to(triton_device), torch.randn(2, 3, 32, 32, device=triton_device)
-    set_mlp(model, "triton")
+    set_block(model, "triton")
 
     def gradients() -> list[Tensor]:
         return logits_and_gradients(model, images, lambda logits: logits.square().sum())[1]
@@ -60,18 +60,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(triton_device: str, see
         ({"drop_rate": 0.1}, r"dropout \(drop_rate 0.1\)"),
         ({"drop_path_rate": 0.1}, "stochastic depth"),
         ({"model": "vit_lite_7_4_32"}, "embed_dim 256.*stochastic depth.*residual_norm"),
-        ({"model": "vit_tiny_patch16_224", "attention": "timm"}, "our own models, not for VisionTransformer"),
+        ({"model": "vit_tiny_patch16_224", "attention": "timm"}, "VisionTransformer, only our own models"),
     ],
 )
 def test_models_that_the_kernel_does_not_support_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason) as raised:
-        build_model(ModelConfig(**{"attention": "fused", "depth": 2, **options}, mlp="triton"), 32, 10)
-    assert str(raised.value).endswith("use --mlp torch") and "\n" not in str(raised.value)
+        build_model(ModelConfig(**{"attention": "fused", "depth": 2, **options}, block="triton"), 32, 10)
+    assert str(raised.value).endswith("use --block torch") and "\n" not in str(raised.value)
 
 
 def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"MLP implementation 'triton' needs a GPU.*; available here: torch"):
-        check_mlp("triton")
-    check_mlp("torch")
+        check_block(ModelConfig(block="triton"))
+    check_block(ModelConfig(block="torch"))

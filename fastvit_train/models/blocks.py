@@ -1,0 +1,136 @@
+"""How the blocks of our models are computed: composed from operators, or by a kernel."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+import fastvit_kernels
+from fastvit_train.config.schema import ModelConfig
+from fastvit_train.models.vit import Block, ViT
+from fastvit_train.utils.errors import UserError
+
+AUTO = fastvit_kernels.AUTO
+
+
+def check_block(config: ModelConfig) -> None:
+    """Raise UserError unless the blocks that `config` names can run here, and with its attention."""
+    name = config.block
+    if name == "cpp" and config.attention not in (AUTO, "cpp"):
+        raise UserError(
+            f"--block cpp computes attention itself: leave --attention {config.attention} out, or use --block torch"
+        )
+    try:
+        if name == "triton":
+            fastvit_kernels.check_mlp(name)
+        elif name != AUTO:
+            fastvit_kernels.check_block(name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def set_block(model: nn.Module, name: str) -> None:
+    """Set how every block of `model` is computed; "auto" is the same as "torch" until a device is known.
+
+    The parameters and the state dict do not change.
+
+    Raises:
+        UserError: if the kernel does not support the model; the message says why.
+    """
+    if name in _LIMITS and (reasons := _why_unsupported(model, name)):
+        raise UserError(f"--block {name} does not support {', '.join(reasons)}; use --block torch")
+    for block in _blocks(model):
+        block.implementation = "torch" if name == AUTO else name
+
+
+@contextmanager
+def composed(model: nn.Module) -> Iterator[None]:
+    """Within this context, compose the blocks of `model` from operators, so that hooks on their parts are called."""
+    blocks = _blocks(model)
+    names = [block.implementation for block in blocks]
+    try:
+        for block in blocks:
+            block.implementation = "torch"
+        yield
+    finally:
+        for block, name in zip(blocks, names, strict=True):
+            block.implementation = name
+
+
+def choose_block(
+    config: ModelConfig, model: nn.Module, accelerator: Accelerator, deterministic: bool
+) -> tuple[str, list[str]]:
+    """Make `model` compute its blocks by the CPU kernel where it fits, the same on all ranks.
+
+    Args:
+        config: settings of the model.
+        model: on any device.
+        accelerator: rank 0 tries the kernel on its device, under its autocast.
+        deterministic: compose blocks from operators, which round alike on more machines.
+
+    Returns:
+        The name, and what went wrong, in words.
+    """
+    result: list[tuple[str, list[str]]] = [("torch", [])]
+    fits = accelerator.device.type == "cpu" and config.attention in (AUTO, "cpp") and not deterministic
+    if accelerator.is_main_process and fits and not _why_unsupported(model, "cpp"):
+        with accelerator.autocast():
+            result = [_try_kernel(model)]
+    name, messages = broadcast_object_list(result)[0]
+    set_block(model, name)
+    return name, messages
+
+
+def _try_kernel(model: nn.Module) -> tuple[str, list[str]]:
+    """Compile the kernel and run it once."""
+    if fastvit_kernels.implementations()["cpp"] is not None:
+        return "torch", []  # without a compiler; GELU and the attention say so
+    probe = copy.deepcopy(_blocks(model)[0]).eval()
+    probe.implementation = "cpp"
+    try:
+        with torch.no_grad():
+            probe(torch.zeros(1, 1, probe.mlp.fc1.in_features, dtype=probe.mlp.fc1.weight.dtype))
+    except ValueError as error:
+        return "torch", [f"blocks are composed from operators: {error}"]
+    return "cpp", []
+
+
+def _blocks(model: nn.Module) -> list[Block]:
+    return [module for module in model.modules() if isinstance(module, Block)]
+
+
+def _why_unsupported(model: nn.Module, name: str) -> list[str]:
+    if not isinstance(model, ViT):
+        return [f"{type(model).__name__}, only our own models"]
+    tokens = model.pos_embed.shape[1]
+    return sorted({reason for block in _blocks(model) for reason in _LIMITS[name](block, tokens)})
+
+
+def _dropout(block: Block) -> float:
+    return max(block.mlp.drop.p, block.mlp.fc2.drop)
+
+
+def _limits_of_triton(block: Block, tokens: int) -> list[str]:
+    dim, most = block.mlp.fc1.in_features, fastvit_kernels.MAX_MLP_DIM
+    extras = {
+        f"more than {most} channels (embed_dim {dim})": dim > most,
+        f"dropout (drop_rate {_dropout(block)})": _dropout(block) > 0,
+        "stochastic depth (drop_path_rate)": not isinstance(block.drop_path, nn.Identity),
+        "the compact family's residual_norm": block.residual_norm,
+    }
+    return [extra for extra, present in extras.items() if present]
+
+
+def _limits_of_cpp(block: Block, tokens: int) -> list[str]:
+    x = torch.empty(1, tokens, block.mlp.fc1.in_features, dtype=torch.float32)
+    reason = fastvit_kernels.why_block_unsupported(x, block.mlp.fc1.out_features, block.attn.num_heads)
+    dropout = [f"dropout (drop_rate {_dropout(block)})"] if _dropout(block) > 0 else []
+    return [*dropout, *([reason] if reason else [])]
+
+
+_LIMITS: dict[str, Callable[[Block, int], list[str]]] = {"triton": _limits_of_triton, "cpp": _limits_of_cpp}
+"""what a block computes that a kernel does not support"""

@@ -1,0 +1,226 @@
+"""A transformer block in one CPU kernel each way: the same function, gradients and random draws as its operators."""
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import fastvit_kernels
+from fastvit_kernels import BlockParameters, BlockSettings, transformer_block
+from fastvit_train.models.vit import Block, Mlp
+from tests.kernels.accuracy import assert_accurate
+
+# (batch, tokens, dim, heads, hidden): odd batches and numbers of tokens, one token, tiles of two and of three vectors
+SMALL = (3, 9, 48, 4, 192)
+SHAPES = [
+    (3, 64, 48, 4, 192), (5, 65, 48, 4, 192), (7, 17, 48, 4, 192), (1, 1, 48, 4, 192), (2, 50, 96, 6, 192),
+    (3, 33, 96, 4, 144), (5, 64, 128, 2, 128), (1, 197, 192, 3, 768), (1, 256, 256, 4, 512), (3, 64, 384, 6, 1536),
+]  # fmt: skip
+DTYPES = [torch.float32, torch.bfloat16]
+Shape = tuple[int, int, int, int, int]
+
+
+def draw(shape: Shape, bias: bool = True) -> tuple[Tensor, BlockParameters]:
+    """Draw tokens that are not centered, and parameters that keep their variance."""
+    batch, tokens, dim, _, hidden = shape
+
+    def linear(outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+        return torch.randn(outputs, inputs) * inputs**-0.5, torch.randn(outputs) / 3
+
+    norms = [(1 + torch.randn(dim) / 3, torch.randn(dim) / 3) for _ in range(2)]
+    qkv_weight, qkv_bias = linear(3 * dim, dim)
+    parameters = BlockParameters(
+        *norms[0], qkv_weight, qkv_bias if bias else None, *linear(dim, dim),
+        *norms[1], *linear(hidden, dim), *linear(dim, hidden),
+    )  # fmt: skip
+    return torch.randn(batch, tokens, dim) * 2 + 0.5, parameters
+
+
+def passes(
+    name: str,
+    x: Tensor,
+    parameters: BlockParameters,
+    settings: BlockSettings,
+    scales: tuple[Tensor, Tensor] | None,
+    upstream: Tensor,
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = False,
+) -> list[Tensor]:
+    """Return the output and the gradients of x and all parameters, in float64."""
+    arguments = [t if t is None else t.detach().to(dtype).requires_grad_() for t in (x, *parameters)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = transformer_block(arguments[0], BlockParameters(*arguments[1:]), settings, scales, implementation=name)
+    gradients = torch.autograd.grad(out, [t for t in arguments if t is not None], upstream.to(out.dtype))
+    return [t.detach().double() for t in (out, *gradients)]
+
+
+@contextmanager
+def set_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def nan_memory() -> Iterator[None]:
+    """Let torch.empty return NaN, so that reading what was never written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def accuracy_cases() -> Iterator[Any]:
+    options = itertools.product(["tanh", "none"], [False, True], [False, True], [False, True])
+    for dtype, (gelu, residual_norm, bias, scaled) in itertools.product(DTYPES, options):
+        quick = (gelu == "none") == residual_norm == scaled == (not bias)  # ours, and the compact family's
+        marks = [] if quick else [pytest.mark.slow]
+        yield pytest.param(SMALL, dtype, gelu, residual_norm, bias, scaled, marks=marks)
+    for shape, dtype, compact in itertools.product(SHAPES, DTYPES, [False, True]):
+        gelu = "none" if compact else "tanh"
+        yield pytest.param(shape, dtype, gelu, compact, not compact, compact, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "gelu", "residual_norm", "bias", "scaled"), list(accuracy_cases()), ids=str)
+def test_error_is_at_most_twice_that_of_torchs_operators(
+    shape: Shape, dtype: torch.dtype, gelu: str, residual_norm: bool, bias: bool, scaled: bool,
+    nan_memory: None, seed: int,
+) -> None:  # fmt: skip
+    squares = []
+    settings = BlockSettings(shape[3], 1e-5, 1e-6, gelu, residual_norm)
+    for threads in (1, 2, 3):
+        x, parameters = draw(shape, bias)
+        scales = (torch.rand(shape[0]) * 2, (torch.rand(shape[0]) * 2).round()) if scaled else None
+        upstream = torch.randn(x.shape)
+        exact_scales = None if scales is None else (scales[0].double(), scales[1].double())
+        exact = passes("torch", x, parameters, settings, exact_scales, upstream, torch.float64)
+        for_both = (x, parameters, settings, scales, upstream)
+        chain = passes("torch", *for_both, autocast=dtype == torch.bfloat16)
+        with set_threads(threads):
+            ours = passes("cpp", *for_both, autocast=dtype == torch.bfloat16)
+        squares.append(
+            [[float((a - b).square().sum()) for a, b in zip(results, exact, strict=True)] for results in (ours, chain)]
+        )
+    ours_sum, chain_sum = torch.tensor(squares, dtype=torch.float64).sum(0)
+    names = ["output", "x", *(n for n, p in parameters._asdict().items() if p is not None)]
+    floor = 2e-7 * torch.tensor([float(t.norm()) for t in exact])  # of exact sums, such as a last bias's
+    for what, error, limit in zip(names, ours_sum.sqrt(), 2 * chain_sum.sqrt() + floor, strict=True):
+        assert error <= limit, f"{what}: root of the summed squares {error:.2e}, allowed {limit:.2e}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_each_number_of_threads_gives_the_same_bits_again(dtype: torch.dtype, threads: int, seed: int) -> None:
+    x, parameters = draw((9, 21, 48, 4, 192))
+    arguments = (x, parameters, BlockSettings(4), None, torch.randn(x.shape))
+    with set_threads(threads):
+        first, *others = (passes("cpp", *arguments, autocast=dtype == torch.bfloat16) for _ in range(4))
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+def module(attn_drop: float = 0.0, drop_path: float = 0.0, residual_norm: bool = False) -> Block:
+    attn = fastvit_kernels.SelfAttention(nn.Linear(48, 144), nn.Linear(48, 48), 4, attn_drop, implementation="cpp")
+    return Block(48, attn, Mlp(48, 96, "tanh", 0.0, 0.0), drop_path, residual_norm)
+
+
+def outputs(block: Block, name: str, x: Tensor, seed: int) -> list[Tensor]:
+    block.implementation = name
+    torch.manual_seed(seed)
+    out = block(x)
+    return [out.detach(), *torch.autograd.grad(out.square().sum(), list(block.parameters()))]
+
+
+def assert_alike(results: list[Tensor], others: list[Tensor]) -> None:
+    for result, other in zip(results, others, strict=True):
+        torch.testing.assert_close(result, other, rtol=2e-4, atol=2e-4 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize(("attn_drop", "drop_path"), [(0.3, 0.0), (0.0, 0.5), (0.3, 0.5)])
+def test_dropout_and_stochastic_depth_draw_what_the_operators_draw(
+    attn_drop: float, drop_path: float, seed: int
+) -> None:
+    block, x = module(attn_drop, drop_path), torch.randn(6, 19, 48)
+    dropped = outputs(block, "cpp", x, seed)
+    assert_alike(dropped, outputs(block, "torch", x, seed))
+    assert not torch.allclose(dropped[0], outputs(block, "cpp", x, seed + 1)[0])
+    block.eval()
+    assert torch.equal(outputs(block, "cpp", x, 1)[0], outputs(block, "cpp", x, 2)[0])
+
+
+def test_a_dropped_branch_adds_exactly_nothing(seed: int) -> None:
+    x, parameters = draw(SMALL)
+    zero, one = torch.zeros(3), torch.ones(3)
+    assert torch.equal(transformer_block(x, parameters, BlockSettings(4), (zero, zero), implementation="cpp"), x)
+    assert not torch.allclose(transformer_block(x, parameters, BlockSettings(4), (one, zero), implementation="cpp"), x)
+
+
+def test_compiled_as_a_whole_and_recomputed_it_is_the_same(seed: int) -> None:
+    block, x = module(), torch.randn(4, 9, 48)
+    expected = outputs(block, "cpp", x, seed)
+    out = checkpoint(block, x, use_reentrant=False)
+    recomputed = [out, *torch.autograd.grad(out.square().sum(), list(block.parameters()))]
+    assert all(torch.equal(a, b) for a, b in zip(recomputed, expected, strict=True))
+    block.compile(fullgraph=True, backend="aot_eager")
+    assert_alike(outputs(block, "cpp", x, seed), expected)
+
+
+def test_it_saves_less_for_the_backward_pass_and_nothing_without_gradients(seed: int) -> None:
+    block, x = module(), torch.randn(8, 64, 48)
+    sizes = {}
+    for name in ("torch", "cpp"):
+        block.implementation, saved = name, []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            block(x)
+        kept = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+        sizes[name] = sum(kept.values())
+    assert sizes["cpp"] < 0.6 * sizes["torch"]
+    with torch.no_grad():
+        out = fastvit_kernels.transformer_block(
+            x, block._parameters_of_kernel(), BlockSettings(4), implementation="cpp"
+        )
+    assert not out.requires_grad
+
+
+def test_its_operations_are_counted_like_those_of_its_operators(seed: int) -> None:
+    block, x = module(), torch.randn(2, 9, 48, requires_grad=True)
+    counts = []
+    for name in ("torch", "cpp"):
+        block.implementation = name
+        with FlopCounterMode(display=False) as counter:
+            block(x).sum().backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+def test_what_the_kernel_does_not_support_is_composed_from_operators_or_refused(seed: int) -> None:
+    block, x = module().double(), torch.randn(2, 9, 48, dtype=torch.float64)
+    block.attn.implementation = "fused"
+    assert torch.equal(outputs(block, "cpp", x, 1)[0], outputs(block, "torch", x, 1)[0])
+    x, parameters = draw((2, 9, 40, 4, 160))
+    with pytest.raises(ValueError, match="does not support embed_dim 40 .*multiples of 16.*; use torch"):
+        transformer_block(x, parameters, BlockSettings(4), implementation="cpp")
+    with pytest.raises(ValueError, match="unknown block implementation 'cuda'; allowed: torch, cpp"):
+        transformer_block(x, parameters, BlockSettings(4), implementation="cuda")
+
+
+def test_in_bfloat16_throughout_it_is_as_accurate_as_the_operators(seed: int) -> None:
+    x, parameters = draw(SMALL)
+    upstream = torch.randn(x.shape)
+    names = ("cpp", "torch")
+    ours, chain = (passes(n, x, parameters, BlockSettings(4), None, upstream, torch.bfloat16) for n in names)
+    rounded = [t if t is None else t.bfloat16().double() for t in (x, *parameters)]
+    exact = passes(
+        "torch", rounded[0], BlockParameters(*rounded[1:]), BlockSettings(4), None, upstream.bfloat16(), torch.float64
+    )
+    for each in zip(ours, chain, exact, strict=True):
+        assert_accurate(*([t] for t in each))
