@@ -42,6 +42,8 @@ class Train(Settings):
     """replace the run that the folder already holds"""
     repeat: int = 1
     """train N times with consecutive seeds, and report mean and spread"""
+    together: bool = False
+    """train the seeds of --repeat at the same time; with --compile on one GPU, their steps are one CUDA graph"""
     dry_run: bool = False
     """do not train: show settings and shapes, measure a few steps, and estimate memory, time and disk space"""
 
@@ -55,10 +57,10 @@ def train(command: Train) -> None:
 
     if command.dry_run:
         dry_run(config)
-    elif command.repeat == 1:
+    elif command.repeat == 1 and not command.together:
         fit(config, resume=command.resume, overwrite=command.overwrite)
     else:
-        fit_seeds(config, command.repeat, resume=command.resume, overwrite=command.overwrite)
+        fit_seeds(config, command.repeat, resume=command.resume, overwrite=command.overwrite, together=command.together)
     leave_process_group()
 
 

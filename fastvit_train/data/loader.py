@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -83,6 +84,7 @@ class TrainLoader:
     ) -> None:
         self._images = images
         self._labels = labels.to(rank_info.device)
+        self._config = config
         self._preprocess = preprocess
         self._augment = Augment(config, len(labels), seed, rank_info.device)
         self._batch_size = batch_size
@@ -92,6 +94,13 @@ class TrainLoader:
         self.steps_per_epoch = len(labels) // batch_size
         self.augmented: Callable[[Tensor, Tensor], Tensor] = self._augmented
         """maps images and their sample indices to the model's input; may be replaced by its compiled form"""
+
+    def with_seed(self, seed: int) -> Self:
+        """Return the loader of another run with the same images, which both read from the same memory."""
+        return type(self)(
+            self._images, self._labels, self._config, self._preprocess, self._batch_size, self._grad_accum, seed,
+            self._rank_info,
+        )  # fmt: skip
 
     def sample_order(self, epoch: int) -> Tensor:
         """Return the sample indices of all ranks, (steps, grad_accum, batch_size / grad_accum)."""

@@ -4,6 +4,8 @@ import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import torch
@@ -29,3 +31,43 @@ def unchanged() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if gpus:
             torch.cuda.set_rng_state_all(gpus)
+
+
+class RandomStates:
+    """Random states of PyTorch, on the CPU and the GPUs, for several runs that take turns in this process.
+
+    All start with the state at the beginning. One of them is in use at a time, at first that of run 0, and again after
+    the context. On a GPU, CUDA graphs can contain a switch; it does not make the host wait.
+    """
+
+    def __init__(self, runs: int) -> None:
+        if runs > 1 and torch.cuda.is_available():
+            torch.cuda.init()  # before it, there are no generators
+        self._gpus = torch.cuda.default_generators if runs > 1 else ()
+        self._cpu_states = [torch.get_rng_state() for _ in range(runs)]
+        self._gpu_states = [
+            [gpu.clone_state() if run else gpu.graphsafe_get_state() for gpu in self._gpus] for run in range(runs)
+        ]
+        self._in_use = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.switch_to(0)
+
+    def switch_to(self, run: int) -> None:
+        """Use the states of the run with this index from now on."""
+        if run == self._in_use:
+            return
+        self._cpu_states[self._in_use] = torch.get_rng_state()
+        torch.set_rng_state(self._cpu_states[run])
+        for gpu, state in zip(self._gpus, self._gpu_states[run], strict=True):
+            gpu.graphsafe_set_state(state)
+        self._in_use = run
+
+    def of_gpu(self, device: torch.device) -> list[torch.Generator]:
+        """Return generators with the states of all runs on a GPU, for `CUDAGraph.register_generator_state`."""
+        return [states[device.index or 0] for states in self._gpu_states if states]

@@ -1,6 +1,6 @@
 """Models by name: importing this package registers ours with timm."""
 
-from fastvit_kernels.cuda_graph import record_graph
+from fastvit_kernels.cuda_graph import record_graph, side_by_side
 from fastvit_kernels.muon import can_update, update_matrices
 from fastvit_train.models.attention import check_attention, pick_attention, plain_attention, set_attention, warm_up
 from fastvit_train.models.attention_maps import AttentionMaps, attention_maps, patch_filters, position_similarity
@@ -38,6 +38,7 @@ __all__ = [
     "record_graph",
     "set_attention",
     "set_block",
+    "side_by_side",
     "update_matrices",
     "warm_up",
     "whiten_patches",

@@ -33,13 +33,15 @@ class Log:
     def __init__(self, enabled: bool) -> None:
         self.console = Terminal(quiet=not enabled, soft_wrap=True)
         self.enabled = enabled
+        self.prefix = ""
+        """begins the lines in the terminal: which of several runs they are about"""
         self._path: Path | None = None
 
     def attach(self, path: Path) -> None:
         self._path = path
 
     def line(self, text: str) -> None:
-        self.console.print(text, markup=False)
+        self.console.print(f"{self.prefix}{text}", markup=False)
         if self.enabled and self._path is not None:
             with suppress(OSError):  # a full disk is reported when a checkpoint cannot be written
                 atomic_io.append(self._path, text + "\n")

@@ -4,8 +4,8 @@ Sample order, learning rates and the weights of the moving average lie on the de
 of the epoch, next to the number of the step. Everything from the images to the losses is compiled as one function.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.data.loader import TrainLoader
 from fastvit_train.distributed import env
-from fastvit_train.models import record_graph
+from fastvit_train.distributed.process_state import RandomStates
+from fastvit_train.models import record_graph, side_by_side
 from fastvit_train.models.compiling import compile_function
 from fastvit_train.training.epoch_totals import EpochTotals
 from fastvit_train.training.optim.optimizer import with_device_lr, works_in_graph
@@ -134,7 +135,8 @@ def _update_ema(session: TrainSession, weight: Tensor) -> None:
 class GraphedStep:
     """A recorded training step."""
 
-    graph: torch.cuda.CUDAGraph
+    launch: Callable[[], object]
+    """takes the step; for runs that train together, the last one's takes those of all, and the others' do nothing"""
     tables: StepTables
 
     def start_epoch(self, session: TrainSession, totals: EpochTotals) -> EpochTotals:
@@ -160,30 +162,69 @@ def why_not_recordable(
     return None
 
 
-def record_step(session: TrainSession) -> tuple[TrainSession, list[str]]:
-    """Record the training step of a session that is ready to train, if it was compiled for one GPU.
+def record_steps(
+    sessions: Sequence[TrainSession], random_states: RandomStates
+) -> tuple[Sequence[TrainSession], list[str]]:
+    """Record the training steps of sessions that are ready to train, as branches of one graph, if it can be done.
 
-    Weights, optimizer, random state and totals do not change.
+    Weights, optimizers, random states and totals do not change.
+
+    Args:
+        sessions: one run, or several that differ in their seeds only.
+        random_states: those of the runs.
 
     Returns:
-        The session with the recorded step, and messages: why a compiled run on a GPU has none.
+        The sessions with the recorded steps, or all of them without, and messages that say why.
     """
-    config, accelerator, optimizer = session.config, session.accelerator, session.optimizer.optimizer
-    if not config.run.compile or accelerator.device.type != "cuda":
-        return session, []
-    reason = why_not_recordable(config, accelerator, optimizer, session.train_loader)
+    first, together = sessions[0], len(sessions) > 1
+    reason = why_not_recordable(first.config, first.accelerator, first.optimizer.optimizer, first.train_loader)
+    if not first.config.run.compile or first.accelerator.device.type != "cuda":
+        if not together:
+            return sessions, []
+        reason = reason or "--compile is not given"
     if reason is None:
-        tables = build_tables(session)
-        tables.fill(session, tables.totals)
-        tables.step.zero_()
-        session.model.train()
         try:
-            with _unchanged(session, tables), recompile_limit(RECOMPILE_LIMIT):
-                graph = record_graph(device_step(session, tables))
-            return replace(session, graphed_step=GraphedStep(graph, tables)), []
+            return _record_steps(sessions, random_states), []
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]
-    return session, [f"the step is compiled, but not launched as one CUDA graph: {reason}"]
+    what = "the seeds take their steps in turn, not in" if together else "the step is compiled, but not launched as"
+    return sessions, [f"{what} one CUDA graph: {reason}"]
+
+
+def _record_steps(sessions: Sequence[TrainSession], random_states: RandomStates) -> list[TrainSession]:
+    tables = [build_tables(session) for session in sessions]
+    steps = []
+    with ExitStack() as stack:
+        for run, (session, own) in enumerate(zip(sessions, tables, strict=True)):
+            random_states.switch_to(run)
+            own.fill(session, own.totals)
+            own.step.zero_()
+            session.model.train()
+            stack.enter_context(_unchanged(session, own))
+            stack.callback(random_states.switch_to, run)  # before its state is restored
+            steps.append(_with_random_state(device_step(session, own), random_states, run))
+        stack.enter_context(recompile_limit(RECOMPILE_LIMIT))
+        whole = steps[0] if len(steps) == 1 else side_by_side(steps)
+        graph = record_graph(whole, generators=random_states.of_gpu(sessions[0].accelerator.device))
+    launches = [*[_launch_nothing] * (len(sessions) - 1), graph.replay]
+    return [
+        replace(session, graphed_step=GraphedStep(launch, own))
+        for session, launch, own in zip(sessions, launches, tables, strict=True)
+    ]
+
+
+def _with_random_state(step: Callable[[], None], random_states: RandomStates, run: int) -> Callable[[], None]:
+    """Return the step of the run with this index, which draws from its random state."""
+
+    def own_step() -> None:
+        random_states.switch_to(run)
+        step()
+
+    return own_step
+
+
+def _launch_nothing() -> None:
+    """Stand for the launch of a graph that the last of several runs launches."""
 
 
 @contextmanager

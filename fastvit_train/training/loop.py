@@ -1,7 +1,7 @@
 """The training loop."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ from torch.profiler import record_function
 from fastvit_train.config import recipes
 from fastvit_train.config.overrides import override
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.distributed.process_state import unchanged
+from fastvit_train.distributed.process_state import RandomStates, unchanged
 from fastvit_train.models.evaluator import Evaluation, evaluate_model
 from fastvit_train.runs.run_folder import ResumeMode
 from fastvit_train.training import metrics
@@ -21,8 +21,8 @@ from fastvit_train.training.checkpointing import apply_save_error_policy, name_l
 from fastvit_train.training.epoch_totals import EpochTotals, collect_totals, restore_totals
 from fastvit_train.training.preemption import StopSignalHandler, StopTraining, stopped
 from fastvit_train.training.progress_bar import ProgressBar
-from fastvit_train.training.session import TrainSession
-from fastvit_train.training.setup import setup
+from fastvit_train.training.session import TrainSession, take_turns
+from fastvit_train.training.setup import setup_together
 from fastvit_train.utils.errors import UserError
 
 Phase = Callable[[str], AbstractContextManager[Any]]
@@ -53,38 +53,60 @@ def train(
 
 def fit(config: TrainConfig, *, resume: ResumeMode = "never", overwrite: bool = False) -> dict[str, Any]:
     """Train the model that `config` describes; everything else is as in `train`."""
-    with unchanged(), StopSignalHandler() as stop_signals:
+    return fit_together([config], resume=resume, overwrite=overwrite)[0]
+
+
+def fit_together(
+    configs: Sequence[TrainConfig], *, resume: ResumeMode = "never", overwrite: bool = False
+) -> list[dict[str, Any]]:
+    """Train models whose settings differ in seed and exp_name only, step by step in turn; see `train`.
+
+    With --compile on one GPU, their steps are branches of one CUDA graph. Each run has the result that it would have
+    alone. A signal or an error stops all of them.
+    """
+    with unchanged(), StopSignalHandler() as stop_signals, RandomStates(len(configs)) as random_states:
         try:
-            session = setup(config, resume, overwrite, stop_signals)
+            sessions = setup_together(configs, resume, overwrite, random_states, stop_signals)
         except Exception as error:  # such as the error of a compiler process that the same signal ended
             if stop_signals.received and not isinstance(error, UserError):
                 message = f"stopped before the first step; the signal also caused {error!r}"
                 raise stopped(stop_signals.received, message) from None
             raise
         try:
-            return _train(session)
+            with _progress_bar(sessions[0]) as bar:
+                return take_turns([_train(session, bar) for session in sessions], random_states, stop_signals)
         except Exception as error:
             # An error of one rank alone reaches rank 0 as the loss of that rank, if at all.
-            if session.accelerator.is_main_process or not getattr(error, "on_all_ranks", False):
-                session.folder.remove_unless_resumable()
+            if sessions[0].accelerator.is_main_process or not getattr(error, "on_all_ranks", False):
+                for session in sessions:
+                    session.folder.remove_unless_resumable()
             raise
         finally:
-            session.close()
+            sessions[0].close()  # and with it all of them
 
 
-def _train(session: TrainSession) -> dict[str, Any]:
-    """Train and evaluate epoch by epoch, and write the results; returns the summary."""
+def _progress_bar(session: TrainSession) -> ProgressBar:
+    """Build the progress bar of a run, or of several runs that train together."""
+    epochs = session.config.run.epochs
+    total_steps = epochs * session.train_loader.steps_per_epoch
+    return ProgressBar(session.log.console, total_steps, epochs, session.accelerator.num_processes)
+
+
+def _train(session: TrainSession, bar: ProgressBar) -> Generator[None, None, dict[str, Any]]:
+    """Train and evaluate epoch by epoch, and write the results; returns the summary.
+
+    It yields wherever a run waits for those that train together with it.
+    """
     config, state, accelerator = session.config, session.state, session.accelerator
-    total_steps = config.run.epochs * session.train_loader.steps_per_epoch
     metrics.start_trackers(session)
     evaluation = None
     try:
-        with ProgressBar(session.log.console, total_steps, config.run.epochs, accelerator.num_processes) as bar:
-            while state.epoch < config.last_epoch:
-                session.status_exchange.start_phase()
-                train_epoch(session, bar)
-                session.status_exchange.start_phase()
-                evaluation = _evaluate_epoch(session)
+        while state.epoch < config.last_epoch:
+            session.status_exchange.start_phase()
+            yield from take_steps(session, bar)
+            session.status_exchange.start_phase()
+            evaluation = _evaluate_epoch(session)
+            yield
     except StopTraining as stop:
         save_checkpoint(session)
         message = f"{stop} at step {state.step}; {name_last_checkpoint(session)}, --resume auto continues from it"
@@ -110,16 +132,25 @@ def train_epoch(session: TrainSession, bar: ProgressBar, phase: Phase = record_f
         StopTraining: on all ranks, after a signal; `session.state` is complete, so that a checkpoint can be saved.
         UserError: if a loss is NaN or inf, or if a checkpoint cannot be saved.
     """
+    for _ in take_steps(session, bar, phase):
+        pass
+
+
+def take_steps(session: TrainSession, bar: ProgressBar, phase: Phase = record_function) -> Iterator[None]:
+    """Train as `train_epoch` does; yields after each step, and before and after what is not training time."""
     state, steps, save_every = session.state, session.train_loader.steps_per_epoch, session.config.run.save_every
     session.model.train()
     session.meter.start()
     launch_step, totals = _start_epoch(session, phase)
     while state.step_in_epoch < steps:
         _train_step(session, launch_step)
+        yield  # the last of several runs launches the steps of all
         bar.update(state, totals.losses, totals.correct, session.batch_size)
         if save_every and state.step % save_every == 0 and state.step_in_epoch < steps:
             collect_totals(session, totals)
+            yield
             save_checkpoint(session)
+            yield
             session.meter.start()
         with phase("waiting"):
             try:
@@ -131,6 +162,7 @@ def train_epoch(session: TrainSession, bar: ProgressBar, phase: Phase = record_f
                 break  # collect_totals raises the error
     with phase("waiting"):
         collect_totals(session, totals)
+    yield
 
 
 def _start_epoch(session: TrainSession, phase: Phase) -> tuple[Callable[[], None], EpochTotals]:
@@ -142,7 +174,7 @@ def _start_epoch(session: TrainSession, phase: Phase) -> tuple[Callable[[], None
 
     def launch_graph() -> None:
         with phase("graph"):
-            graphed_step.graph.replay()
+            graphed_step.launch()
 
     return launch_graph, graphed_step.start_epoch(session, totals)
 

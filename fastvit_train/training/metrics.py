@@ -1,4 +1,4 @@
-"""Files that a run writes: metrics after each epoch; summary, weights for timm and curves at the end."""
+"""Lines that a run logs, and files that it writes: metrics, and at the end summary, weights for timm and curves."""
 
 import json
 import platform
@@ -39,6 +39,36 @@ def finish_trackers(session: TrainSession) -> None:
     """Finish the trackers; the ranks stay connected for another run."""
     for tracker in session.accelerator.trackers:
         tracker.finish()
+
+
+def log_introduction(session: TrainSession, threads: str, resuming: bool, messages: list[str]) -> None:
+    """Log what is about to be trained, on what, and how."""
+    config, accelerator, dataset, log = session.config, session.accelerator, session.dataset, session.log
+    parameters = sum(p.numel() for p in session.bare_model.parameters())
+    block = "" if config.model.block == "torch" else f", block {config.model.block}"
+    log.line(f"{config.model.model}: {counted(parameters, 'parameter')}, attention {config.model.attention}{block}")
+    for line in messages:
+        log.line(line)
+    if session.compile_seconds is not None:
+        compiled = "model" if config.run.compile else "kernels"
+        log.line(f"first passes, including compilation of the {compiled}: {session.compile_seconds:.1f} s")
+    log.line(
+        f"{dataset.name}: {counted(len(dataset.train.labels), 'training image')}, "
+        f"{counted(len(dataset.test.labels), 'evaluation image')} ({dataset.evaluated_on}), "
+        f"{counted(len(dataset.classes), 'class')}"
+    )
+    for line in dataset.notes:
+        log.line(line)
+    log.line(
+        f"{device_name(accelerator.device)}; world size {accelerator.num_processes}; "
+        f"mixed precision {accelerator.mixed_precision}; {threads}"
+    )
+    if session.batch_size != config.run.batch_size:
+        log.line(
+            f"batch size {session.batch_size} instead of {config.run.batch_size}: the training set has no more images"
+        )
+    if resuming:
+        log.line(f"resuming {session.folder.root} after epoch {session.state.epoch}, step {session.state.step}")
 
 
 def record_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: float) -> None:

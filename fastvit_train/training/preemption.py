@@ -10,7 +10,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -54,6 +55,7 @@ class StopSignalHandler:
     def __init__(self) -> None:
         self.received = 0
         """number of the signal; 0 if there was none"""
+        self._held: int | None = None
         self._before: dict[int, Any] = {}
         self._launched = False
 
@@ -90,6 +92,20 @@ class StopSignalHandler:
 
     def _record(self, number: int, frame: FrameType | None) -> None:
         self.received = self.received or number
+
+    @property
+    def reported(self) -> int:
+        """Number of the signal that runs act on: inside `hold`, the one that was received before it."""
+        return self.received if self._held is None else self._held
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep `reported` as it is inside the context, so that several runs see the same in their turns."""
+        self._held = self.received
+        try:
+            yield
+        finally:
+            self._held = None
 
     def _exit_on_second_signal(self, reader: socket.socket) -> None:
         """End the process on the second signal; runs in a thread of its own, until the socket is closed."""
@@ -159,7 +175,7 @@ class StatusExchange:
         """
         self._batches += 1
         is_due = self._batches >= self._next_exchange
-        if is_due or (self._world_size == 1 and self._stop_signals.received):
+        if is_due or (self._world_size == 1 and self._stop_signals.reported):
             return self.exchange_now(is_nonfinite)
         return True
 
@@ -171,7 +187,7 @@ class StatusExchange:
     def exchange_now(self, is_nonfinite: Callable[[], Tensor] | None = None) -> bool:
         """Exchange without waiting until it is due; otherwise as `after_batch`."""
         now = time.perf_counter()
-        status = torch.tensor([self._stop_signals.received, 0, self._batches_until_next(now)], device=self._device)
+        status = torch.tensor([self._stop_signals.reported, 0, self._batches_until_next(now)], device=self._device)
         if is_nonfinite is not None:
             status[1] = is_nonfinite()
         statuses = self._gather(status).tolist()

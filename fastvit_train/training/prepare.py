@@ -1,6 +1,7 @@
 """The stage of a run's setup that prepares what the optimizer changes: compiled, wrapped for the launch, warmed up."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from accelerate import Accelerator
@@ -34,6 +35,10 @@ class Inputs:
     batch_size: int
     micro_batch: int
     """images per forward pass of one rank"""
+
+    def with_seed(self, seed: int) -> Self:
+        """Return the inputs of another run, which share the images."""
+        return replace(self, train_loader=self.train_loader.with_seed(seed))
 
 
 @dataclass(frozen=True)

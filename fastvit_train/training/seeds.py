@@ -14,7 +14,7 @@ from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed import env
 from fastvit_train.runs.run_folder import ResumeMode
 from fastvit_train.runs.run_names import default_group, find_group
-from fastvit_train.training.loop import fit
+from fastvit_train.training.loop import fit, fit_together
 from fastvit_train.utils.atomic_io import as_save_error, write_atomically
 from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import UserError, counted
@@ -31,7 +31,7 @@ SPREAD = {
 
 
 def fit_seeds(
-    config: TrainConfig, repeat: int, *, resume: ResumeMode = "never", overwrite: bool = False
+    config: TrainConfig, repeat: int, *, resume: ResumeMode = "never", overwrite: bool = False, together: bool = False
 ) -> dict[str, Any]:
     """Train with `repeat` seeds, starting at `config.run.seed`, each into its own folder; see `fit`.
 
@@ -39,25 +39,29 @@ def fit_seeds(
         config: the settings of all runs; `-seedN` is appended to exp_name.
         repeat: number of seeds.
         resume, overwrite: as in `fit`, for each run.
+        together: train all at the same time, step by step, as `fit_together` does; otherwise one after the other.
 
     Returns:
         The content of NAME-REPEATseeds.json in the runs' directory: the runs, and for each value its mean and its
         standard deviation (n - 1) over the seeds that have it.
 
     Raises:
-        UserError: if `repeat` is not positive, or as in `fit`.
+        UserError: if `repeat` is not positive, if they can't train together, or as in `fit`.
     """
     if repeat < 1:
         raise UserError(f"--repeat {repeat} is out of range; allowed: 1 or more")
+    if together:
+        _check_together(config, repeat)
     seeds = range(config.run.seed, config.run.seed + repeat)
     name = config.run.exp_name
     if name is None:
         newest, free = find_group(Path(config.run.runs_dir), default_group(config), seeds)
         name = newest if overwrite or resume != "never" else free
-    summaries = []
-    for seed in seeds:
-        run = replace(config.run, seed=seed, exp_name=f"{name}-seed{seed}")
-        summaries.append(fit(replace(config, run=run), resume=resume, overwrite=overwrite))
+    configs = [replace(config, run=replace(config.run, seed=seed, exp_name=f"{name}-seed{seed}")) for seed in seeds]
+    if together:
+        summaries = fit_together(configs, resume=resume, overwrite=overwrite)
+    else:
+        summaries = [fit(config, resume=resume, overwrite=overwrite) for config in configs]
     results = {"runs": [f"{name}-seed{summary['seed']}" for summary in summaries], **spread(summaries)}
     if env.is_rank0():
         path = Path(config.run.runs_dir) / f"{name}-{repeat}seeds.json"
@@ -68,6 +72,18 @@ def fit_seeds(
         runs = shlex.join(str(Path(config.run.runs_dir) / run) for run in results["runs"])
         console.print(f"written to {path}; next: fastvit compare {runs}", markup=False)
     return results
+
+
+def _check_together(config: TrainConfig, repeat: int) -> None:
+    """Raise UserError if runs of several seeds cannot train at the same time in this process."""
+    if repeat == 1:
+        raise UserError("--together is for several seeds; give their number, as in --repeat 5 --together")
+    if env.launched_world_size() > 1 or env.uses_fsdp():
+        raise UserError("--together trains all seeds in one process; start only one, without FSDP, or leave it out")
+    if config.data.stream == "always":
+        raise UserError("--together needs the images in memory; leave it or --stream always out")
+    if "wandb" in config.run.track:
+        raise UserError("--track wandb can follow one run at a time; leave it or --together out")
 
 
 def spread(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:

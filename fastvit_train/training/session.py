@@ -1,8 +1,9 @@
-"""All that a training run holds while it trains."""
+"""All that a training run holds while it trains; and how several runs take turns."""
 
-from contextlib import ExitStack
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -13,15 +14,19 @@ from torch import nn
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.data.datasets import DatasetSpec
 from fastvit_train.data.loader import EvalLoader, TrainLoader
+from fastvit_train.distributed.process_state import RandomStates
 from fastvit_train.runs.log import Log, MetricsBuffer
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.runs.train_state import TrainState
-from fastvit_train.training.preemption import StatusExchange
+from fastvit_train.training.preemption import StatusExchange, StopSignalHandler
+from fastvit_train.utils.errors import Interrupted, Preempted, counted
 from fastvit_train.utils.gpu_monitor import Meter
 from fastvit_train.utils.timing import SlowdownDetector
 
 if TYPE_CHECKING:
     from fastvit_train.training.graphed_step import GraphedStep
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -66,3 +71,38 @@ class TrainSession:
     def close(self) -> None:
         """Release the run's folder and restore what `setup` changed in this process."""
         self.resources.close()
+
+
+def take_turns(
+    runs: Sequence[Generator[None, None, Result]], random_states: RandomStates, stop_signals: StopSignalHandler
+) -> list[Result]:
+    """Advance each of `runs` to its next yield, in rounds, until they end; all end in the same round.
+
+    Args:
+        runs: they yield equally often.
+        random_states: those of the runs.
+        stop_signals: what it reports does not change during a round, so that all runs stop in the same one.
+
+    Returns:
+        The result of each run.
+
+    Raises:
+        Preempted, Interrupted: after a signal, when all runs have stopped.
+    """
+    while True:
+        results: list[Result] = []
+        stops: list[Preempted | Interrupted] = []
+        with stop_signals.hold() if len(runs) > 1 else nullcontext():
+            for index, run in enumerate(runs):
+                random_states.switch_to(index)
+                try:
+                    next(run)
+                except StopIteration as end:
+                    results.append(end.value)
+                except (Preempted, Interrupted) as stop:
+                    stops.append(stop)
+        if stops:
+            others = f"; so do the runs of {counted(len(stops) - 1, 'other seed')}" if len(stops) > 1 else ""
+            raise type(stops[0])(f"{stops[0]}{others}") from None
+        if results:
+            return results

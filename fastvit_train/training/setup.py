@@ -1,6 +1,7 @@
 """Everything that a training run needs, built stage by stage and checked before anything is written."""
 
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -15,8 +16,9 @@ from fastvit_train.data.datasets import check_files
 from fastvit_train.data.inputs import build_eval_loader, build_train_loader, load_data
 from fastvit_train.data.loader import RankInfo, check_batch_size, fit_batch_size
 from fastvit_train.distributed import env, parallelize, preflight, sync
-from fastvit_train.distributed.accelerator import deterministic, device_name, own_precision, start_accelerator
+from fastvit_train.distributed.accelerator import deterministic, own_precision, start_accelerator
 from fastvit_train.distributed.cpu_threads import all_cores
+from fastvit_train.distributed.process_state import RandomStates
 from fastvit_train.models.attention import AUTO, check_attention, choose_attention, set_attention
 from fastvit_train.models.blocks import check_block, choose_block
 from fastvit_train.models.build import build_model
@@ -29,13 +31,14 @@ from fastvit_train.runs.lock import RunLock
 from fastvit_train.runs.log import Log, MetricsBuffer
 from fastvit_train.runs.run_folder import ResumeMode, RunFolder
 from fastvit_train.runs.train_state import TrainState
-from fastvit_train.training.graphed_step import record_step
+from fastvit_train.training.graphed_step import record_steps
+from fastvit_train.training.metrics import log_introduction
 from fastvit_train.training.optim.optimizer import build_optimizer
 from fastvit_train.training.preemption import StatusExchange, StopSignalHandler
 from fastvit_train.training.prepare import Inputs, Trained, prepare, take_first_passes
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
-from fastvit_train.utils.errors import UserError, counted
+from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.gpu_monitor import Meter
 from fastvit_train.utils.timing import SlowdownDetector
 
@@ -48,6 +51,19 @@ class Launch:
     log: Log
     threads: str
     """the CPU threads, in words"""
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A run that is ready to train, but for the recording of its step; and what its log begins with."""
+
+    session: TrainSession
+    inputs: Inputs
+    whole_step: bool
+    """whether the step is to be recorded"""
+    threads: str
+    resuming: bool
+    messages: list[str]
 
 
 def setup(
@@ -70,44 +86,114 @@ def setup(
     Raises:
         UserError: if something is wrong with the settings, the data, the launch or the run's folder.
     """
+    return setup_together([config], resume, overwrite, RandomStates(1), stop_signals, imitate_data)[0]
+
+
+def setup_together(
+    configs: Sequence[TrainConfig],
+    resume: ResumeMode,
+    overwrite: bool,
+    random_states: RandomStates,
+    stop_signals: StopSignalHandler | None = None,
+    imitate_data: bool = False,
+) -> list[TrainSession]:
+    """Build the runs that `configs` describe as `setup` does, for training together.
+
+    Args:
+        configs: settings that differ in seed and exp_name only.
+        resume, overwrite, stop_signals, imitate_data: as in `setup`.
+        random_states: those of the runs.
+
+    Returns:
+        The sessions, which share the images. To close one of them is to close all.
+
+    Raises:
+        UserError: as `setup`; or if runs that are resumed have not taken the same number of steps.
+    """
     with ExitStack() as stack:
-        resolved = resolve(config)
-        launch = start_launch(resolved, stack)
-        resolved = choose_name(config, resolved, launch.accelerator, find=overwrite or resume != "never")
-        folder = RunFolder(resolved.run_dir)
-        try:
-            resolved, resuming = check_folder(resolved, folder, launch, resume, overwrite)
-        except UserError:
-            check_files(resolved.data)  # a mistake in the data is reported before that in the run's name
-            raise
-        model, optimizer = build_trainable(resolved)  # before the data: a wrong size is reported before a download
-        inputs = load_inputs(resolved, launch.accelerator, imitate_data)
-        if resolved.model.patch_init == "whiten":
-            whiten(model, resolved, inputs.dataset)
-        set_seed(resolved.run.seed, device_specific=True)  # dropout must differ between ranks, weights must not
-        resolved, messages = resolve_implementations(resolved, model, inputs, launch.accelerator)
-        trained = prepare(resolved, model, optimizer, inputs, launch.accelerator)
-        may_rename = config.run.exp_name is None and not (resuming or overwrite)
-        resolved, lock_messages = lock_run(resolved, launch.accelerator, stack, may_rename)
-        folder, messages = RunFolder(resolved.run_dir), messages + lock_messages
-        if resuming != is_resuming(resolved, folder, launch, resume, overwrite):
-            raise UserError(f"{folder.root} has changed while this run was being set up; start it again")
-        state, damaged = load_checkpoint(folder, trained, inputs, launch) if resuming else (TrainState(), [])
-        sync.broadcast_from_rank0(
-            launch.accelerator, lambda: open_folder(folder, resolved, state, resuming, launch.log)
+        runs: list[Ready] = []
+        for index, config in enumerate(configs):
+            random_states.switch_to(index)
+            shared = runs[0].inputs if runs else None
+            runs.append(set_up(config, resume, overwrite, stop_signals, imitate_data, shared, stack))
+        if len(runs) > 1:
+            check_same_step(runs)
+            share_terminal(runs)
+        sessions, messages = record_or_warm_up(runs, random_states)
+        for run, session in zip(runs, sessions, strict=True):
+            log_introduction(session, run.threads, run.resuming, run.messages + messages)
+        resources = stack.pop_all()
+        return [replace(session, resources=resources) for session in sessions]
+
+
+def set_up(
+    config: TrainConfig,
+    resume: ResumeMode,
+    overwrite: bool,
+    stop_signals: StopSignalHandler | None,
+    imitate_data: bool,
+    shared: Inputs | None,
+    stack: ExitStack,
+) -> Ready:
+    """Build one run, up to the recording of its step; `stack` releases what this opens.
+
+    Args:
+        config, resume, overwrite, stop_signals, imitate_data: as in `setup`.
+        shared: inputs of another run on the same images; by default they are loaded.
+        stack: if it ends with an error, it also removes the run's folder, unless the run can be resumed.
+    """
+    resolved = resolve(config)
+    launch = start_launch(resolved, stack)
+    resolved = choose_name(config, resolved, launch.accelerator, find=overwrite or resume != "never")
+    folder = RunFolder(resolved.run_dir)
+    try:
+        resolved, resuming = check_folder(resolved, folder, launch, resume, overwrite)
+    except UserError:
+        check_files(resolved.data)  # a mistake in the data is reported before that in the run's name
+        raise
+    model, optimizer = build_trainable(resolved)  # before the data: a wrong size is reported before a download
+    inputs = shared.with_seed(resolved.run.seed) if shared else load_inputs(resolved, launch.accelerator, imitate_data)
+    if resolved.model.patch_init == "whiten":
+        whiten(model, resolved, inputs.dataset)
+    set_seed(resolved.run.seed, device_specific=True)  # dropout must differ between ranks, weights must not
+    resolved, messages = resolve_implementations(resolved, model, inputs, launch.accelerator)
+    trained = prepare(resolved, model, optimizer, inputs, launch.accelerator)
+    may_rename = config.run.exp_name is None and not (resuming or overwrite)
+    resolved, lock_messages = lock_run(resolved, launch.accelerator, stack, may_rename)
+    folder, messages = RunFolder(resolved.run_dir), messages + lock_messages
+    if resuming != is_resuming(resolved, folder, launch, resume, overwrite):
+        raise UserError(f"{folder.root} has changed while this run was being set up; start it again")
+    state, damaged = load_checkpoint(folder, trained, inputs, launch) if resuming else (TrainState(), [])
+    sync.broadcast_from_rank0(launch.accelerator, lambda: open_folder(folder, resolved, state, resuming, launch.log))
+    stack.push(lambda kind, *_: folder.remove_unless_resumable() if kind else None)
+    session = TrainSession(
+        resolved, folder, launch.log, launch.accelerator, trained.model, trained.optimizer, trained.scheduler,
+        inputs.dataset, inputs.train_loader, inputs.eval_loader, inputs.batch_size, state,
+        trained.compile_seconds, Meter(launch.accelerator.device, resolved.run.telemetry),
+        StatusExchange(launch.accelerator, stop_signals or StopSignalHandler()), MetricsBuffer(), trained.ema,
+        SlowdownDetector(),
+        None,
+        stack,
+    )  # fmt: skip
+    return Ready(session, inputs, trained.whole_step, launch.threads, resuming, messages + damaged)
+
+
+def check_same_step(runs: Sequence[Ready]) -> None:
+    """Raise UserError unless all runs have taken the same number of steps."""
+    steps = {run.session.folder.root.name: run.session.state.step for run in runs}
+    if len(set(steps.values())) > 1:
+        raise UserError(
+            "--together needs runs that have taken the same number of steps, not "
+            f"{', '.join(f'{step} ({name})' for name, step in steps.items())}; leave it out to continue one by one"
         )
-        session = TrainSession(
-            resolved, folder, launch.log, launch.accelerator, trained.model, trained.optimizer, trained.scheduler,
-            inputs.dataset, inputs.train_loader, inputs.eval_loader, inputs.batch_size, state,
-            trained.compile_seconds, Meter(launch.accelerator.device, resolved.run.telemetry),
-            StatusExchange(launch.accelerator, stop_signals or StopSignalHandler()), MetricsBuffer(), trained.ema,
-            SlowdownDetector(),
-            None,
-            stack,
-        )  # fmt: skip
-        session, graph_messages = record_or_warm_up(session, inputs, trained.whole_step)
-        log_introduction(session, launch.threads, resuming, messages + damaged + graph_messages)
-        return replace(session, resources=stack.pop_all())
+
+
+def share_terminal(runs: Sequence[Ready]) -> None:
+    """Let the lines of each run say in the terminal which seed they are about."""
+    for run in runs:
+        run.session.log.prefix = f"seed {run.session.config.run.seed}: "
+        run.session.log.console = runs[0].session.log.console  # it can have one progress bar only
+        run.messages.append(f"{len(runs)} seeds train together: seconds, energy and memory are those of all of them")
 
 
 def start_launch(config: ResolvedConfig, stack: ExitStack) -> Launch:
@@ -228,52 +314,20 @@ def open_folder(folder: RunFolder, config: ResolvedConfig, state: TrainState, re
     log.attach(folder.root / "train.log")
 
 
-def record_or_warm_up(session: TrainSession, inputs: Inputs, whole_step: bool) -> tuple[TrainSession, list[str]]:
+def record_or_warm_up(runs: Sequence[Ready], random_states: RandomStates) -> tuple[Sequence[TrainSession], list[str]]:
     """Record the step as one CUDA graph; if that was planned and fails, compile the step that is taken instead.
 
-    Weights, optimizer and random state do not change.
+    Weights, optimizers and random states do not change.
 
     Returns:
-        The session, and messages as `record_step` returns them.
+        The sessions, and messages as `record_steps` returns them.
     """
     started = time.perf_counter()
-    session, messages = record_step(session)
-    if session.graphed_step is None and whole_step:
-        optimizer = session.optimizer.optimizer
-        take_first_passes(
-            session.config, session.model, optimizer, session.ema, inputs, session.accelerator, whole_step=False
-        )
-    if whole_step:
-        seconds = (session.compile_seconds or 0.0) + time.perf_counter() - started
-        session = replace(session, compile_seconds=seconds)
-    return session, messages
-
-
-def log_introduction(session: TrainSession, threads: str, resuming: bool, messages: list[str]) -> None:
-    """Log what is about to be trained, on what, and how."""
-    config, accelerator, dataset, log = session.config, session.accelerator, session.dataset, session.log
-    parameters = sum(p.numel() for p in session.bare_model.parameters())
-    block = "" if config.model.block == "torch" else f", block {config.model.block}"
-    log.line(f"{config.model.model}: {counted(parameters, 'parameter')}, attention {config.model.attention}{block}")
-    for line in messages:
-        log.line(line)
-    if session.compile_seconds is not None:
-        compiled = "model" if config.run.compile else "kernels"
-        log.line(f"first passes, including compilation of the {compiled}: {session.compile_seconds:.1f} s")
-    log.line(
-        f"{dataset.name}: {counted(len(dataset.train.labels), 'training image')}, "
-        f"{counted(len(dataset.test.labels), 'evaluation image')} ({dataset.evaluated_on}), "
-        f"{counted(len(dataset.classes), 'class')}"
-    )
-    for line in dataset.notes:
-        log.line(line)
-    log.line(
-        f"{device_name(accelerator.device)}; world size {accelerator.num_processes}; "
-        f"mixed precision {accelerator.mixed_precision}; {threads}"
-    )
-    if session.batch_size != config.run.batch_size:
-        log.line(
-            f"batch size {session.batch_size} instead of {config.run.batch_size}: the training set has no more images"
-        )
-    if resuming:
-        log.line(f"resuming {session.folder.root} after epoch {session.state.epoch}, step {session.state.step}")
+    sessions, messages = record_steps([run.session for run in runs], random_states)
+    if not runs[0].whole_step:
+        return sessions, messages
+    for run in runs if sessions[0].graphed_step is None else ():
+        own, optimizer = run.session, run.session.optimizer.optimizer
+        take_first_passes(own.config, own.model, optimizer, own.ema, run.inputs, own.accelerator, whole_step=False)
+    seconds = time.perf_counter() - started
+    return [replace(s, compile_seconds=(s.compile_seconds or 0.0) + seconds) for s in sessions], messages

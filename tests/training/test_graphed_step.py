@@ -4,8 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -53,8 +52,7 @@ def train(session: TrainSession, epochs: int = 1) -> list[float]:
 def with_device_step(session: TrainSession) -> TrainSession:
     """Replace the step by the function that a GPU records, without the recording."""
     tables = build_tables(session)
-    graph = SimpleNamespace(replay=device_step(session, tables))
-    return replace(session, graphed_step=GraphedStep(cast(torch.cuda.CUDAGraph, graph), tables))
+    return replace(session, graphed_step=GraphedStep(device_step(session, tables), tables))
 
 
 def weights(session: TrainSession) -> torch.Tensor:
@@ -83,7 +81,7 @@ def test_an_epoch_goes_on_in_the_middle(start: Start) -> None:
     session.graphed_step.start_epoch(session, session.graphed_step.tables.totals)
     first = session.graphed_step.tables
     for _ in range(2):
-        session.graphed_step.graph.replay()
+        session.graphed_step.launch()
     state = session.state
     state.step = state.step_in_epoch = 2
     state.epoch_losses, state.epoch_correct = first.totals.losses[:2].tolist(), float(first.totals.correct)
@@ -117,7 +115,7 @@ def test_trying_the_step_changes_nothing(start: Start, settings: dict[str, Any])
     session.model.train()
     with _unchanged(session, tables):
         for _ in range(3):
-            session.graphed_step.graph.replay()
+            session.graphed_step.launch()
         assert not torch.equal(weights(session), before)
     assert torch.equal(weights(session), before)
     torch.manual_seed(0)
@@ -131,7 +129,7 @@ def test_an_epoch_may_be_shorter_than_the_trials(start: Start) -> None:
     tables.fill(session, tables.totals)
     with _unchanged(session, tables):
         for _ in range(3):
-            session.graphed_step.graph.replay()
+            session.graphed_step.launch()
     assert len(train(session, epochs=2)) == 2
 
 
@@ -184,7 +182,7 @@ def test_a_step_is_one_launch(
     session.graphed_step.start_epoch(session, session.graphed_step.tables.totals)
     with null_gpu.counted() as counts:
         for _ in range(5):
-            loop._train_step(session, session.graphed_step.graph.replay)
+            loop._train_step(session, session.graphed_step.launch)
     assert counts.calls["cudaGraphLaunch"] == 5
     assert sum(counts.launched.values()) == counts.synchronisations == counts.violations == 0
     assert sorted(seconds)[len(seconds) // 2] < 0.3e-3
@@ -237,7 +235,7 @@ def test_a_recording_that_fails_leaves_nothing_to_compile_and_changes_nothing(
 ) -> None:
     before: list[torch.Tensor] = []
 
-    def fail(step: Callable[[], None]) -> None:
+    def fail(step: Callable[[], None], **_: object) -> None:
         before.extend([torch.get_rng_state(), torch.cuda.get_rng_state()])
         raise RuntimeError("no")
 
