@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.benchmark_case import CALLS, DTYPES, BenchmarkCase, Workload, assert_close, device
 from bench.suites.bench_attention import replayed, why_unavailable
-from bench.suites.bench_step import EAGER, MODELS, Training
+from bench.suites.bench_step import EAGER, MODELS, Training, attention_of
 from fastvit_train.profiling.roofline import count_flops
 
 LATENCY, THROUGHPUT = "inference latency", "inference throughput"
@@ -55,7 +55,7 @@ def cases() -> Iterator[BenchmarkCase]:
                 row,
                 batch,
                 partial(build, name, implementation, compiled, graph, dtype),
-                why_unavailable(implementation),
+                why_unavailable(attention_of(implementation)),
                 quick_check=(operation, name, dtype, row) == (LATENCY, "mc_vit_4_4_32", "bf16", "fused"),
             )
 

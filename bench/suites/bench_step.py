@@ -16,7 +16,7 @@ from bench.benchmark_case import CALLS, DTYPES, BenchmarkCase, Workload, assert_
 from bench.suites.bench_attention import why_unavailable
 from fastvit_kernels.cuda_graph import record_graph
 from fastvit_train.config.schema import OptimConfig
-from fastvit_train.models import compile_model, pretrained_cfg
+from fastvit_train.models import compile_model, pretrained_cfg, set_block
 from fastvit_train.models.compiling import compile_function
 from fastvit_train.profiling.roofline import count_flops
 from fastvit_train.training.optim.optimizer import build_optimizer, device_lr, with_device_lr
@@ -26,13 +26,20 @@ MODELS: dict[str, dict[str, tuple[int, ...]]] = {
     "cuda": {"c_vit_4_4_32": (256, 4096), "mc_vit_4_4_32": (256, 4096), "cvt_7_4_32": (256,), "cct_7_3x1_32": (256,)},
 }
 """for each model its batch sizes"""
-EAGER = ("naive", "fused", "sdpa", "compiled", "cpp", "triton")
-COMPILED = ("naive", "fused", "sdpa", "cpp", "triton")
-MAIN = {(name, False) for name in ("naive", "fused", "sdpa", "cpp", "triton")} | {("cpp", True), ("triton", True)}
+BLOCK = "block cpp"
+"""the row whose blocks are one kernel each, attention included"""
+EAGER = ("naive", "fused", "sdpa", "compiled", "cpp", BLOCK, "triton")
+COMPILED = ("naive", "fused", "sdpa", "cpp", BLOCK, "triton")
+MAIN = {(name, False) for name in EAGER if name != "compiled"} | {(name, True) for name in ("cpp", BLOCK, "triton")}
 """implementation, and whether the model is compiled, for each row of the comparison that is timed by default"""
 GRAPHED = ("sdpa", "triton")
 """implementations for which the compiled step, optimizer included, is also recorded as one CUDA graph on a GPU"""
 OPERATION = "training step"
+
+
+def attention_of(implementation: str) -> str:
+    """Return the attention of a row; the blocks' kernel includes `cpp`."""
+    return "cpp" if implementation == BLOCK else implementation
 
 
 class Training:
@@ -40,7 +47,7 @@ class Training:
 
     Args:
         name: name of the model.
-        implementation: its attention implementation.
+        implementation: its attention implementation, or `BLOCK`.
         compiled: whether to compile the model.
         dtype: "fp32", or "bf16" for autocast to bfloat16.
         batch: number of images.
@@ -50,7 +57,8 @@ class Training:
     def __init__(self, name: str, implementation: str, compiled: bool, dtype: str, batch: int, **settings: Any) -> None:
         draws = torch.Generator().manual_seed(0)
         torch.manual_seed(0)
-        self.model = timm.create_model(name, attention=implementation, **settings).to(device())
+        self.model = timm.create_model(name, attention=attention_of(implementation), **settings).to(device())
+        set_block(self.model, "cpp" if implementation == BLOCK else "torch")
         self.dtype = dtype
         self.optimizer = build_optimizer(self.model, OptimConfig())
         size = pretrained_cfg(self.model)["input_size"][-1]
@@ -148,7 +156,7 @@ def cases() -> Iterator[BenchmarkCase]:
             implementation + (", model compiled" if compiled else ", step graphed" if graphed else ""),
             batch,
             partial(build, name, implementation, compiled, dtype, graphed=graphed),
-            why_unavailable(implementation),
+            why_unavailable(attention_of(implementation)),
             main=name == "mc_vit_4_4_32" and batch == 256 and (graphed or (implementation, compiled) in MAIN),
             quick_check=(name, implementation, compiled) == ("mc_vit_4_4_32", "cpp", False),
         )

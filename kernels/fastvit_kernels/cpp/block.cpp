@@ -42,7 +42,6 @@ struct Call {
 // What the forward pass keeps for the backward pass; null in inference.
 struct Saved {
     int32_t *qkv, *attended;  // (rows, 3 * W), (rows, W)
-    float *statistics;        // (rows, STATISTICS)
     float *softmax;           // (batch, HEADS, 2, tokens): shift and factor
 };
 
@@ -276,7 +275,6 @@ static void forward_group(
     if (!saved.qkv) return;
     std::memcpy(saved.qkv + first_row * 3 * W, to.qkv.data(), rows * 3 * W * sizeof(int32_t));
     std::memcpy(saved.attended + first_row * W, to.attended.data(), rows * W * sizeof(int32_t));
-    std::memcpy(saved.statistics + first_row * STATISTICS, to.statistics.data(), rows * STATISTICS * sizeof(float));
 }
 
 extern "C" void forward(const Call* call, const Parameters* p, const float* x, float* out, const Saved* saved) {
@@ -306,7 +304,7 @@ struct BackwardWeights {
 struct BackwardBuffers {
     std::vector<int32_t> attended, normed, dout, dattended, dqkv, dhidden;
     std::vector<Words> paired_normed, paired_dout, paired_active, paired_dhidden, paired_dqkv;
-    std::vector<float> y, dnormed, dy;
+    std::vector<float> y, dnormed, dy, statistics;
     std::vector<float> gradients = std::vector<float>(TOTAL);
     Workspace heads;
 
@@ -314,7 +312,8 @@ struct BackwardBuffers {
         : attended(rows * W), normed(rows * W), dout(rows * W), dattended(rows * W), dqkv(rows * 3 * W),
           dhidden(rows * HIDDEN_W), paired_normed(rows * W / LANES), paired_dout(rows * W / LANES),
           paired_active(rows * HIDDEN_W / LANES), paired_dhidden(rows * HIDDEN_W / LANES),
-          paired_dqkv(rows * 3 * W / LANES), y(rows * DIM), dnormed(rows * DIM), dy(rows * DIM), heads(tokens) {}
+          paired_dqkv(rows * 3 * W / LANES), y(rows * DIM), dnormed(rows * DIM), dy(rows * DIM),
+          statistics(rows * STATISTICS), heads(tokens) {}
 };
 
 // The number of rows to the end of the last tile.
@@ -453,11 +452,14 @@ static void backward_group(
     dout += first_row * DIM;
     dx += first_row * DIM;
     int32_t* qkv = saved.qkv + first_row * 3 * W;
-    const float* statistics1 = saved.statistics + first_row * STATISTICS;
-    const float* statistics2 = statistics1 + 2;
+    float *statistics1 = to.statistics.data(), *statistics2 = statistics1 + 2;
     std::memcpy(to.attended.data(), saved.attended + first_row * W, rows * W * sizeof(int32_t));
     std::fill(to.attended.begin() + rows * W, to.attended.end(), 0);
     add_projection(group, weights.proj, p, to.attended.data(), x, to.y.data());
+    for (int64_t row = 0; row < rows; ++row) {
+        moments(x + row * DIM, call.eps1, statistics1 + row * STATISTICS);
+        moments(to.y.data() + row * DIM, call.eps2, statistics2 + row * STATISTICS);
+    }
 
     const Norm norm2 = {p.norm2_weight, p.norm2_bias};
     normalise_again(norm2, to.y.data(), statistics2, rows, to.normed.data(), to.paired_normed);

@@ -1,7 +1,7 @@
 """A transformer block for CPUs as one C++ kernel each way.
 
 A thread takes a few samples through the whole block while they lie in its cache. For the backward pass the kernel keeps
-the packed projections, the attention's output and a few numbers per token, and computes the rest again.
+the packed projections, the attention's output and two numbers per token and head, and computes the rest again.
 """
 
 import ctypes
@@ -91,7 +91,7 @@ def block(
     numbers: Sequence[float],
     dtype: torch.dtype,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute a block, see `fastvit_kernels.transformer_block`.
 
     Args:
@@ -105,8 +105,8 @@ def block(
         save: keep what the backward pass needs.
 
     Returns:
-        The block's output, and what is kept: packed projections, attention's output, statistics of the norms and of the
-        softmax; empty without `save`.
+        The block's output, and what is kept: packed projections, attention's output and the statistics of its softmax;
+        empty without `save`.
     """
     x = x.contiguous()
     out, *saved = _empty(x, num_heads, dtype, save)
@@ -114,7 +114,7 @@ def block(
         x, parameters, scales, seed, num_heads, exact_gelu, residual_norm, numbers, dtype
     )
     library.forward(call, addresses, pointer(x), pointer(out), _addresses(*saved))
-    return out, saved[0], saved[1], saved[2], saved[3]
+    return out, saved[0], saved[1], saved[2]
 
 
 def _empty(x: Tensor, num_heads: int, dtype: torch.dtype, save: bool) -> tuple[Tensor, ...]:
@@ -124,7 +124,6 @@ def _empty(x: Tensor, num_heads: int, dtype: torch.dtype, save: bool) -> tuple[T
         x.new_empty(x.shape),
         x.new_empty(kept, tokens, 3 * dim, dtype=dtype),
         x.new_empty(kept, tokens, dim, dtype=dtype),
-        x.new_empty(kept, tokens, 4),
         x.new_empty(kept, num_heads, 2, tokens),
     )
 
