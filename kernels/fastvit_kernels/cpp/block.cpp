@@ -412,17 +412,24 @@ static void backward_attended(
         Floats delta = {};
 #pragma GCC unroll 32
         for (int w = 0; w < WORDS; ++w) delta = multiply_words(delta, grads[w], results[w]);
-        all_dots(work.scores.data(), queries, k, tokens);
-        all_dots(work.slopes.data(), grads, v, tokens);
-        for (int64_t j = 0; j < tokens; ++j) {
-            const Floats kept = dropout.factor(i * tokens + j, tokens);
-            const Floats p = exponential(multiply_add(work.scores[j], fill(scale), -shift)) * factor;
-            narrow(&work.weight_rows[j * GROUPS], p * kept);
-            work.slopes[j] = p * multiply_add(work.slopes[j], kept, -delta) * scale;
-            narrow(&work.slope_rows[j * GROUPS], work.slopes[j]);
-        }
-        work.slopes[tokens] = Floats{};
-        pack_tokens(work.packed, tokens, [&](int64_t j) { return work.slopes[j]; });
+        // Local copies, since the compiler must assume that a store of words changes any other memory.
+        Floats *scores = work.scores.data(), *slopes = work.slopes.data();
+        int32_t *weight_rows = work.weight_rows.data(), *slope_rows = work.slope_rows.data();
+        all_dots(scores, queries, k, tokens);
+        all_dots(slopes, grads, v, tokens);
+        const auto differentiate = [=](int64_t j, Floats kept) __attribute__((always_inline)) {
+            const Floats p = exponential(multiply_add(scores[j], fill(scale), -shift)) * factor;
+            const Floats slope = p * multiply_add(slopes[j], kept, -delta) * fill(scale);
+            slopes[j] = slope;
+            narrow(weight_rows + j * GROUPS, p * kept);
+            narrow(slope_rows + j * GROUPS, slope);
+        };
+        if (dropout.threshold)
+            for (int64_t j = 0; j < tokens; ++j) differentiate(j, dropout.factor(i * tokens + j, tokens));
+        else
+            for (int64_t j = 0; j < tokens; ++j) differentiate(j, fill(1.0f));
+        slopes[tokens] = Floats{};
+        pack_tokens(work.packed, tokens, [=](int64_t j) { return slopes[j]; });
         Floats sums[HEAD_DIM];
         weighted_sum(sums, work.packed, work.paired, tokens);
         store_lanes(sums, dq, i, tokens);
