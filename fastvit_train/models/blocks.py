@@ -12,6 +12,7 @@ from torch import nn
 import fastvit_kernels
 from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models.vit import Block, ViT
+from fastvit_train.models.vit.from_timm import block_from_timm, is_timm_block, why_not_plain
 from fastvit_train.utils.errors import UserError
 
 AUTO = fastvit_kernels.AUTO
@@ -36,15 +37,25 @@ def check_block(config: ModelConfig) -> None:
 def set_block(model: nn.Module, name: str) -> None:
     """Set how every block of `model` is computed; "auto" is the same as "torch" until a device is known.
 
-    The parameters and the state dict do not change.
+    For "cpp", the blocks of timm's plain Vision Transformers are replaced by ours. The parameters and the state dict
+    do not change.
 
     Raises:
         UserError: if the kernel does not support the model; the message says why.
     """
     if name in _LIMITS and (reasons := _why_unsupported(model, name)):
         raise UserError(f"--block {name} does not support {', '.join(reasons)}; use --block torch")
+    if name == "cpp" and not isinstance(model, ViT):
+        _replace_timms_blocks(model)
     for block in _blocks(model):
         block.implementation = "torch" if name == AUTO else name
+
+
+def _replace_timms_blocks(model: nn.Module) -> None:
+    fastvit_kernels.swap_attention(model, "cpp")
+    for name, module in list(model.named_modules()):
+        if is_timm_block(module):
+            model.set_submodule(name, block_from_timm(module))
 
 
 @contextmanager
@@ -76,7 +87,8 @@ def choose_block(
         The name, and what went wrong, in words.
     """
     result: list[tuple[str, list[str]]] = [("torch", [])]
-    fits = accelerator.device.type == "cpu" and config.attention in (AUTO, "cpp") and not deterministic
+    on_cpu = accelerator.device.type == "cpu" and isinstance(model, ViT)
+    fits = on_cpu and config.attention in (AUTO, "cpp") and not deterministic
     if accelerator.is_main_process and fits and not _why_unsupported(model, "cpp"):
         with accelerator.autocast():
             result = [_try_kernel(model)]
@@ -105,9 +117,19 @@ def _blocks(model: nn.Module) -> list[Block]:
 
 def _why_unsupported(model: nn.Module, name: str) -> list[str]:
     if not isinstance(model, ViT):
-        return [f"{type(model).__name__}, only our own models"]
+        return _why_timms_unsupported(model, name)
     tokens = model.pos_embed.shape[1]
     return sorted({reason for block in _blocks(model) for reason in _LIMITS[name](block, tokens)})
+
+
+def _why_timms_unsupported(model: nn.Module, name: str) -> list[str]:
+    if any(isinstance(module, Block) for module in model.modules()):
+        return []  # replaced before
+    timms = [module for module in model.modules() if is_timm_block(module)]
+    if name != "cpp" or not timms or not fastvit_kernels.can_swap_attention(model):
+        plain = " and timm's plain Vision Transformers" if name == "cpp" else ""
+        return [f"{type(model).__name__}, only our own models{plain}"]
+    return sorted({reason for block in timms for reason in why_not_plain(block)})
 
 
 def _dropout(block: Block) -> float:

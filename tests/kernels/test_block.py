@@ -130,7 +130,7 @@ def test_each_number_of_threads_gives_the_same_bits_again(dtype: torch.dtype, th
 
 def module(attn_drop: float = 0.0, drop_path: float = 0.0, residual_norm: bool = False) -> Block:
     attn = fastvit_kernels.SelfAttention(nn.Linear(48, 144), nn.Linear(48, 48), 4, attn_drop, implementation="cpp")
-    return Block(48, attn, Mlp(48, 96, "tanh", 0.0, 0.0), drop_path, residual_norm)
+    return Block(48, attn, Mlp(48, 192, "tanh", 0.0, 0.0), drop_path, residual_norm)
 
 
 def outputs(block: Block, name: str, x: Tensor, seed: int) -> list[Tensor]:

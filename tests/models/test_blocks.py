@@ -75,3 +75,45 @@ def test_without_a_gpu_it_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"MLP implementation 'triton' needs a GPU.*; available here: torch"):
         check_block(ModelConfig(block="triton"))
     check_block(ModelConfig(block="torch"))
+
+
+def timms_vit(**options: Any) -> nn.Module:
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 4, "num_classes": 5}
+    return timm.create_model("vit_tiny_patch16_224", **{**sizes, **options})
+
+
+def test_timms_blocks_are_replaced_by_the_kernel_with_the_same_parameters(seed: int) -> None:
+    timms = timms_vit(drop_path_rate=0.2).eval()
+    ours, images = copy.deepcopy(timms), torch.randn(3, 3, 32, 32)
+    parameters = {key: id(p) for key, p in ours.named_parameters()}
+    set_block(ours, "cpp")
+    assert {key: id(p) for key, p in ours.named_parameters()} == parameters
+    assert list(ours.state_dict()) == list(timms.state_dict())
+    assert not any(type(module).__module__ == "timm.models.vision_transformer" for module in ours.blocks)
+
+    def compute(model: nn.Module, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        return logits_and_gradients(model, images, lambda logits: logits.square().sum())
+
+    exact = compute(copy.deepcopy(timms).double(), images.double())
+    for each in zip(compute(ours, images), compute(timms, images), exact, strict=True):
+        assert_accurate(*each)
+    assert [block.drop_path.keep_prob.item() for block in ours.blocks[1:]] == pytest.approx([0.8])
+    set_block(ours, "cpp")  # again
+    set_block(ours, "torch")
+    for each in zip(compute(ours, images), compute(timms, images), exact, strict=True):
+        assert_accurate(*each)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"init_values": 0.1}, "layer scale"),
+        ({"proj_drop_rate": 0.1}, "dropout"),
+        ({"qk_norm": True}, "VisionTransformer, only our own models and timm's plain Vision Transformers"),
+        ({"act_layer": "relu"}, "another MLP than two linear layers with GELU"),
+    ],
+)
+def test_blocks_of_timm_that_compute_something_else_are_refused(options: dict[str, Any], reason: str) -> None:
+    model = timms_vit(**options)
+    with pytest.raises(UserError, match=f"--block cpp does not support {reason}; use --block torch"):
+        set_block(model, "cpp")
