@@ -149,7 +149,7 @@ class RunConfig:
     precision: Annotated[Precision | None, Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = None
     """mixed precision; default: what `accelerate launch` sets, which is `no` (fp32) without --mixed_precision"""
     compile: Annotated[bool, Mark.MAY_CHANGE] = False
-    """use torch.compile, and on one GPU launch each step as a CUDA graph; the time for this is reported separately"""
+    """use torch.compile, and on GPUs launch each step as a CUDA graph; the time for this is reported separately"""
     deterministic: Annotated[bool, Mark.MAY_CHANGE] = False
     """compute the same bits in every run, on a GPU too; slower"""
     save_every: Annotated[NonNegativeInt, Mark.MAY_CHANGE] = 0

@@ -2,14 +2,17 @@
 
 import math
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, broadcast
 from accelerate.utils.constants import FSDP_MODEL_NAME, OPTIMIZER_NAME
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from fastvit_train.utils.errors import UserError
 
@@ -21,9 +24,11 @@ SHARDABLE = (torch.optim.Adam, torch.optim.AdamW)
 
 
 def prepare(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, use_ddp: bool = True
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     """Prepare `model` and `optimizer` for this launch: unchanged, replicated on all ranks (DDP) or sharded (FSDP2).
+
+    Without `use_ddp`, replicas begin with the same weights, and a step that calls `average_gradients` keeps them equal.
 
     Raises:
         UserError: if FSDP2 cannot train them.
@@ -34,22 +39,60 @@ def prepare(
         # As with one rank, keep weights and reductions in fp32 under autocast; do not cast everything to low precision.
         plugin.mixed_precision_policy = None
         model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+    if not use_ddp:
+        model = accelerator.prepare_model(model, evaluation_mode=True)
+        broadcast(model.state_dict())
+        return model, accelerator.prepare_optimizer(optimizer)
     accelerator.ddp_handler = ddp_settings(model, accelerator.gradient_accumulation_steps)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")  # Accelerate still uses the old name
         return accelerator.prepare(model, optimizer)
 
 
+def wrap_in_ddp(model: nn.Module, grad_accum: int) -> DistributedDataParallel:
+    """Wrap a model that was prepared without DDP as `prepare` would have done."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated")
+        return DistributedDataParallel(model, **ddp_settings(model, grad_accum).to_kwargs())
+
+
 def ddp_settings(model: nn.Module, grad_accum: int) -> DistributedDataParallelKwargs:
     """Return the DDP settings that follow from `model`, so that DDP does not have to search for them in each step."""
-    norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return DistributedDataParallelKwargs(
-        broadcast_buffers=norms,  # only batch norms have buffers that training changes
-        bucket_cap_mb=min(math.ceil(gradients / 2**20), MAX_BUCKET_MIB),
+        broadcast_buffers=_has_batch_norm(model),  # no other layers have buffers that training changes
+        bucket_cap_mb=min(math.ceil(_gradient_mib(model)), MAX_BUCKET_MIB),
         gradient_as_bucket_view=True,
         static_graph=grad_accum == 1,  # with gradient accumulation it fails or stops reducing: pytorch #143580
     )
+
+
+def _has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+def _gradient_mib(model: nn.Module) -> float:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) / 2**20
+
+
+def why_ddp_is_needed(model: nn.Module) -> str | None:
+    """What DDP does for replicas of `model` that `average_gradients` does not, or None if it is nothing."""
+    if _has_batch_norm(model):
+        return "DDP copies the statistics of batch norms from rank 0 in every step"
+    if (mib := _gradient_mib(model)) > MAX_BUCKET_MIB:
+        return f"DDP sums gradients of {mib:.0f} MiB during the backward pass, and up to {MAX_BUCKET_MIB} MiB after it"
+    return None
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], world_size: int) -> None:
+    """Replace the gradients by their mean over all ranks, as DDP does with a single bucket: in one all-reduce.
+
+    Unlike DDP, this can be part of a CUDA graph without further conditions.
+    """
+    pairs = [(p, p.grad) for p in parameters if p.grad is not None]
+    mean = torch.cat([gradient.flatten() for _, gradient in pairs]).div_(world_size)
+    dist.all_reduce(mean)
+    for (p, _), part in zip(pairs, mean.split([p.numel() for p, _ in pairs]), strict=True):
+        p.grad = part.view_as(p)
 
 
 def check_shardable(blocks: list[str] | None, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -23,11 +23,16 @@ def run_on_all_ranks(accelerator: Accelerator, action: Callable[[], Result]) -> 
         result = action()
     except UserError as error:
         failure = error
-    first = next((error for error in gather_object([failure]) if error is not None), None)
+    first = first_of_ranks(failure)
     if first is not None:
         first.on_all_ranks = True
         raise first
     return cast(Result, result)
+
+
+def first_of_ranks(value: Result | None) -> Result | None:
+    """Return on all ranks the first `value` of a rank that is not None."""
+    return next((value for value in gather_object([value]) if value is not None), None)
 
 
 def broadcast_from_rank0(accelerator: Accelerator, action: Callable[[], Result]) -> Result:

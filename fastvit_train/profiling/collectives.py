@@ -4,7 +4,6 @@ The process is rank 0 of torch's fake process group, which can have any size. Th
 the values that they return are useless, but each is called as in real training, with tensors of the same sizes.
 """
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from fastvit_train.distributed import env
+from fastvit_train.distributed import env, parallelize
 from fastvit_train.profiling.short_run import eager_copy
 from fastvit_train.profiling.speedups import autocast_dtype
 from fastvit_train.training.optim.optimizer import build_optimizer
@@ -163,9 +162,7 @@ def _wrap_in_ddp(session: TrainSession, model: nn.Module) -> nn.Module:
         done.set_result(bucket.buffer())
         return done
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # newer versions of torch rename some of DDP's settings
-        ddp = DistributedDataParallel(model, **session.accelerator.ddp_handler.to_kwargs())
+    ddp = parallelize.wrap_in_ddp(model, session.config.optim.grad_accum)
     ddp.register_comm_hook(None, all_reduce)
     return ddp
 

@@ -1,9 +1,10 @@
 """`plan`: how a run scales, from its step measured on one process and collectives counted on simulated ones."""
 
 import copy
+import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.inputs import build_train_loader
 from fastvit_train.data.loader import RankInfo
 from fastvit_train.distributed import accelerator, parallelize
+from fastvit_train.distributed.process_state import RandomStates
 from fastvit_train.models import OUR_MODELS, check_model
 from fastvit_train.profiling import collectives
 from fastvit_train.profiling.collectives import RankCost
@@ -21,6 +23,7 @@ from fastvit_train.profiling.scaling_options import PlanOptions
 from fastvit_train.profiling.scaling_table import format_sources, plan_curves, plan_table
 from fastvit_train.profiling.short_run import create_output_folder, make_progress_bar, short_run, time_epoch
 from fastvit_train.runs.plots.figures import plot_scaling
+from fastvit_train.training.graphed_step import record_steps, without_graph
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
 from fastvit_train.utils.atomic_io import as_save_error, write_atomically
@@ -99,8 +102,8 @@ def plan_model(config: TrainConfig, options: PlanOptions) -> Plan:
     with short_run(config, options.steps) as session:
         images, notes = _images_per_process(session, options)
         cost_counters, reasons = _available_strategies(session)
-        notes += reasons
-        steps = _measure_steps(session, images, options.steps)
+        notes += reasons + _graph_notes(session, cost_counters)
+        steps = _measure_steps(session, images, cost_counters, options.steps)
         rows = _estimate_rows(session, steps, cost_counters, options)
         return Plan(
             session.config.model.model,
@@ -116,8 +119,6 @@ def plan_model(config: TrainConfig, options: PlanOptions) -> Plan:
 def _images_per_process(session: TrainSession, options: PlanOptions) -> tuple[dict[int, int], list[str]]:
     """Return the number of images per process for each world size, and notes about what is missing."""
     notes = ["activations are counted without --compile"] if session.config.run.compile else []
-    if session.graphed_step is not None:
-        notes.append("one process launches its step as a CUDA graph; the step for several is measured without one")
     if options.scaling == "weak":
         return dict.fromkeys(options.world_sizes, session.batch_size), notes
     accum, total = session.config.optim.grad_accum, session.batch_size
@@ -137,31 +138,54 @@ def _available_strategies(session: TrainSession) -> tuple[dict[str, CostCounter]
     return {**cost_counters, FSDP2: collectives.fsdp2_cost}, []
 
 
+def _is_graph(session: TrainSession, strategy: str) -> bool:
+    """Whether the step is one CUDA graph on each of several ranks."""
+    return (
+        session.graphed_step is not None
+        and strategy == DDP
+        and parallelize.why_ddp_is_needed(session.bare_model) is None
+    )
+
+
+def _graph_notes(session: TrainSession, strategies: Iterable[str]) -> list[str]:
+    """Say which steps are measured without a CUDA graph, if the step of one process is one."""
+    others = [strategy for strategy in strategies if not _is_graph(session, strategy)]
+    if session.graphed_step is None or not others:
+        return []
+    return [f"the step is measured as one CUDA graph, but for {' and '.join(others)}, which launch kernel by kernel"]
+
+
 def _estimate_rows(
     session: TrainSession,
-    steps: dict[int, MeasuredStep],
+    steps: dict[tuple[str, int], MeasuredStep],
     cost_counters: dict[str, CostCounter],
     options: PlanOptions,
 ) -> list[Row]:
     network = options.network
-    single = estimate_row(SINGLE, 1, collectives.single_process_cost(session), steps[1], network)
+    single = estimate_row(SINGLE, 1, collectives.single_process_cost(session), steps[SINGLE, 1], network)
     return [single] + [
-        estimate_row(strategy, n, count_cost(session, n), steps[n], network, single.images_per_second)
-        for strategy, count_cost in cost_counters.items()
-        for n in steps
+        estimate_row(strategy, n, cost_counters[strategy](session, n), step, network, single.images_per_second)
+        for (strategy, n), step in steps.items()
         if n > 1
     ]
 
 
-def _measure_steps(session: TrainSession, images: dict[int, int], steps: int) -> dict[int, MeasuredStep]:
-    """Measure, in one process, the step of a process for each world size; several processes record no CUDA graph."""
-    single = measure_step(session, images[1], steps)
-    measured = {} if session.graphed_step else {images[1]: single}
-    without_graph = replace(session, graphed_step=None)
-    for processes, count in images.items():
-        if processes > 1 and count not in measured:
-            measured[count] = measure_step(without_graph, count, steps)
-    return {processes: single if processes == 1 else measured[count] for processes, count in images.items()}
+def _measure_steps(
+    session: TrainSession, images: dict[int, int], strategies: Iterable[str], steps: int
+) -> dict[tuple[str, int], MeasuredStep]:
+    """Measure, in one process, the step of a process for each strategy and world size, as a CUDA graph if it is one."""
+
+    @functools.cache
+    def measure(count: int, is_graph: bool) -> MeasuredStep:
+        return measure_step(session if is_graph else without_graph(session), count, steps)
+
+    single = {(SINGLE, 1): measure(images[1], session.graphed_step is not None)}
+    return single | {
+        (strategy, n): measure(count, _is_graph(session, strategy))
+        for strategy in strategies
+        for n, count in images.items()
+        if n > 1
+    }
 
 
 def measure_step(session: TrainSession, images: int, steps: int) -> MeasuredStep:
@@ -169,7 +193,11 @@ def measure_step(session: TrainSession, images: int, steps: int) -> MeasuredStep
     rank = RankInfo(session.accelerator.device)
     loader = build_train_loader(session.config, session.dataset, images, rank)
     loader.steps_per_epoch = min(steps, loader.steps_per_epoch)
-    session = replace(session, train_loader=loader, batch_size=images)
+    resized, session = images != session.batch_size, replace(session, train_loader=loader, batch_size=images)
+    if session.graphed_step is not None and resized:
+        (session,), messages = record_steps([session], RandomStates(1))
+        for line in messages:
+            session.log.line(line)
     bar = make_progress_bar(session)
     time_epoch(session, bar, record_function)  # warm-up
     rounds = [time_epoch(session, bar, record_function) for _ in range(ROUNDS)]

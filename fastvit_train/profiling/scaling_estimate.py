@@ -60,7 +60,7 @@ class Plan:
     parameters: int
     device: str
     steps: list[MeasuredStep]
-    """one for each number of images per process, in decreasing order; with a CUDA graph, one process has its own"""
+    """one for each number of images per process, in decreasing order, with and without a CUDA graph"""
     rows: list[Row]
     notes: list[str]
     """what is missing, and why"""

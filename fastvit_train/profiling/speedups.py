@@ -135,7 +135,7 @@ def build_step(session: TrainSession, variant: Variant) -> Callable[[], None]:
         set_attention(model, variant.attention)
     optimizer = build_optimizer(model, config.optim)
     compiled = config.run.compile if variant.compiled is None else variant.compiled
-    recorded = compiled and not why_not_recordable(config, session.accelerator, optimizer, session.train_loader)
+    recorded = compiled and not why_not_recordable(config, session.accelerator, model, optimizer, session.train_loader)
     if compiled:
         check_compiler(device)
         compile_model(model, device, not recorded and supports_cuda_graphs(config, session.accelerator))

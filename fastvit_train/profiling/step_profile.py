@@ -22,6 +22,7 @@ from fastvit_train.distributed import env
 from fastvit_train.profiling.roofline import count_flops, matmul_ceiling
 from fastvit_train.profiling.short_run import create_output_folder, eager_copy, make_progress_bar, short_run, time_epoch
 from fastvit_train.profiling.speedups import Candidate, autocast_dtype, measure_candidates
+from fastvit_train.training.graphed_step import without_graph
 from fastvit_train.training.loop import train_epoch
 from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
@@ -167,7 +168,7 @@ def _measure(session: TrainSession, trace: Path) -> Profile:
 def _time_phases(session: TrainSession, bar: ProgressBar) -> PhaseTimer:
     """Measure the phases on the device; a step that is one CUDA graph is launched in its parts instead."""
     if session.graphed_step is not None:
-        session = replace(session, graphed_step=None)
+        session = without_graph(session)
         time_epoch(session, bar, PhaseTimer(session.accelerator.device, synchronized=False))  # compiles the parts
     timer = PhaseTimer(session.accelerator.device, synchronized=True)
     time_epoch(session, bar, timer)

@@ -7,15 +7,16 @@ of the epoch, next to the number of the step. Everything from the images to the 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.data.loader import TrainLoader
-from fastvit_train.distributed import env
+from fastvit_train.distributed import env, parallelize, sync
 from fastvit_train.distributed.process_state import RandomStates
 from fastvit_train.models import record_graph, side_by_side
 from fastvit_train.models.compiling import compile_function
@@ -35,7 +36,7 @@ class StepTables:
     step: Tensor
     """number of the step in the epoch, int64 (1,)"""
     samples: Tensor
-    """sample indices, int64 (steps, images per step)"""
+    """sample indices of this rank, int64 (steps, images per step)"""
     learning_rates: Tensor
     """float32 (steps, parameter groups)"""
     ema_weights: Tensor
@@ -57,10 +58,10 @@ class StepTables:
 def build_tables(session: TrainSession) -> StepTables:
     """Allocate the tables for the epochs of a run."""
     steps, device = session.train_loader.steps_per_epoch, session.accelerator.device
-    groups = len(session.optimizer.param_groups)
+    groups, images = len(session.optimizer.param_groups), session.batch_size // session.accelerator.num_processes
     return StepTables(
         torch.zeros(1, dtype=torch.int64, device=device),
-        torch.zeros(steps, session.batch_size, dtype=torch.int64, device=device),
+        torch.zeros(steps, images, dtype=torch.int64, device=device),
         torch.zeros(steps, groups, device=device),
         torch.zeros(steps, device=device),
         EpochTotals.zeros(steps, device),
@@ -82,12 +83,13 @@ def _schedules(session: TrainSession, steps: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(learning_rates), torch.tensor(ema_weights)
 
 
-def device_step(session: TrainSession, tables: StepTables) -> Callable[[], None]:
+def device_step(session: TrainSession, tables: StepTables) -> Callable[..., None]:
     """Return a function that takes the optimizer step whose number is in `tables`, without a value from the host.
 
-    It does what `loop.train_epoch` does in a step, and on any device.
+    It does what `loop.train_epoch` does in a step, and on any device. With `exchange=False` no rank waits for another,
+    and each takes the step with its own gradients.
     """
-    model, optimizer, accelerator = session.model, session.optimizer, session.accelerator
+    model, optimizer, accelerator = session.bare_model, session.optimizer, session.accelerator
     config = session.config.optim
 
     def compute_loss() -> Tensor:
@@ -101,8 +103,10 @@ def device_step(session: TrainSession, tables: StepTables) -> Callable[[], None]
     if session.config.run.compile:
         compute_loss = compile_function(compute_loss, accelerator.device)
 
-    def step() -> None:
+    def step(exchange: bool = True) -> None:
         accelerator.backward(compute_loss())
+        if exchange and accelerator.num_processes > 1:
+            parallelize.average_gradients(model.parameters(), accelerator.num_processes)
         if config.clip_grad is not None:
             accelerator.clip_grad_norm_(model.parameters(), config.clip_grad)
         learning_rates = tables.learning_rates.index_select(0, tables.step)[0]
@@ -146,13 +150,19 @@ class GraphedStep:
 
 
 def why_not_recordable(
-    config: ResolvedConfig, accelerator: Accelerator, optimizer: torch.optim.Optimizer, loader: TrainLoader
+    config: ResolvedConfig,
+    accelerator: Accelerator,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loader: TrainLoader,
 ) -> str | None:
-    """Why the whole training step of a compiled run cannot be one CUDA graph, or None if it can."""
+    """Why the whole training step of a compiled run cannot be one CUDA graph, or None if it can, on all ranks alike."""
     if accelerator.device.type != "cuda":
         return "it does not run on a CUDA GPU"
-    if accelerator.num_processes > 1 or env.uses_fsdp():
-        return "several processes exchange gradients or weights"
+    if env.uses_fsdp():
+        return "FSDP gathers the weights of each block when it needs them"
+    if accelerator.num_processes > 1 and (reason := parallelize.why_ddp_is_needed(model)):
+        return reason
     if config.optim.grad_accum > 1:
         return "--grad-accum takes several passes per step"
     if not loader.is_resident:
@@ -177,40 +187,75 @@ def record_steps(
         The sessions with the recorded steps, or all of them without, and messages that say why.
     """
     first, together = sessions[0], len(sessions) > 1
-    reason = why_not_recordable(first.config, first.accelerator, first.optimizer.optimizer, first.train_loader)
-    if not first.config.run.compile or first.accelerator.device.type != "cuda":
+    config, accelerator, optimizer = first.config, first.accelerator, first.optimizer.optimizer
+    reason = why_not_recordable(config, accelerator, first.bare_model, optimizer, first.train_loader)
+    if not config.run.compile or accelerator.device.type != "cuda":
         if not together:
             return sessions, []
         reason = reason or "--compile is not given"
     if reason is None:
-        try:
-            return _record_steps(sessions, random_states), []
-        except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
+        tables = [build_tables(session) for session in sessions]
+        graph, reason = _record_on_all_ranks(sessions, tables, random_states)
+        if graph is not None:
+            first.resources.callback(graph.reset)  # NCCL cannot end before the graphs that contain its calls
+            launches = [*[_launch_nothing] * (len(sessions) - 1), graph.replay]
+            return [
+                replace(session, graphed_step=GraphedStep(launch, own))
+                for session, launch, own in zip(sessions, launches, tables, strict=True)
+            ], []
+        sessions = [without_graph(session) for session in sessions]
     what = "the seeds take their steps in turn, not in" if together else "the step is compiled, but not launched as"
     return sessions, [f"{what} one CUDA graph: {reason}"]
 
 
-def _record_steps(sessions: Sequence[TrainSession], random_states: RandomStates) -> list[TrainSession]:
-    tables = [build_tables(session) for session in sessions]
-    steps = []
+def without_graph(session: TrainSession) -> TrainSession:
+    """Return a session that launches kernel by kernel the step that is recorded in `session`, or was to be."""
+    model = session.bare_model
+    if session.accelerator.num_processes > 1:
+        model = parallelize.wrap_in_ddp(model, session.config.optim.grad_accum)
+    return replace(session, graphed_step=None, model=model)
+
+
+def _record_on_all_ranks(
+    sessions: Sequence[TrainSession], tables: Sequence[StepTables], random_states: RandomStates
+) -> tuple[torch.cuda.CUDAGraph | None, str | None]:
+    """Record the steps on all ranks; returns the graph, or None and, on all ranks, why one of them could not.
+
+    Several ranks first try it without the exchange of gradients, and agree whether all of them succeeded: a rank that
+    failed alone would leave the others waiting in an exchange.
+    """
+    steps, graph = [device_step(session, own) for session, own in zip(sessions, tables, strict=True)], None
+    for exchange in (False, True) if sessions[0].accelerator.num_processes > 1 else (True,):
+        graph, reason = None, None  # this frees the memory of the trial
+        try:
+            graph = _record(sessions, tables, [partial(step, exchange) for step in steps], random_states)
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+        if (reason := sync.first_of_ranks(reason)) is not None:
+            return None, reason
+    return graph, None
+
+
+def _record(
+    sessions: Sequence[TrainSession],
+    tables: Sequence[StepTables],
+    steps: Sequence[Callable[[], None]],
+    random_states: RandomStates,
+) -> torch.cuda.CUDAGraph:
+    """Record `steps` of the sessions as branches of one graph."""
+    branches = []
     with ExitStack() as stack:
-        for run, (session, own) in enumerate(zip(sessions, tables, strict=True)):
+        for run, (session, own, step) in enumerate(zip(sessions, tables, steps, strict=True)):
             random_states.switch_to(run)
             own.fill(session, own.totals)
             own.step.zero_()
             session.model.train()
             stack.enter_context(_unchanged(session, own))
             stack.callback(random_states.switch_to, run)  # before its state is restored
-            steps.append(_with_random_state(device_step(session, own), random_states, run))
+            branches.append(_with_random_state(step, random_states, run))
         stack.enter_context(recompile_limit(RECOMPILE_LIMIT))
-        whole = steps[0] if len(steps) == 1 else side_by_side(steps)
-        graph = record_graph(whole, generators=random_states.of_gpu(sessions[0].accelerator.device))
-    launches = [*[_launch_nothing] * (len(sessions) - 1), graph.replay]
-    return [
-        replace(session, graphed_step=GraphedStep(launch, own))
-        for session, launch, own in zip(sessions, launches, tables, strict=True)
-    ]
+        whole = branches[0] if len(branches) == 1 else side_by_side(branches)
+        return record_graph(whole, generators=random_states.of_gpu(sessions[0].accelerator.device))
 
 
 def _with_random_state(step: Callable[[], None], random_states: RandomStates, run: int) -> Callable[[], None]:

@@ -1,4 +1,4 @@
-"""The stage of a run's setup that prepares what the optimizer changes: compiled, wrapped for the launch, warmed up."""
+"""The stages of a run's setup that build what the optimizer changes: compiled, wrapped for the launch, warmed up."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -6,6 +6,7 @@ from typing import Self
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import set_seed
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -15,11 +16,13 @@ from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.data.datasets import DatasetSpec
 from fastvit_train.data.loader import EvalLoader, TrainLoader
 from fastvit_train.distributed import env, parallelize
-from fastvit_train.models.attention import COMPILING, warm_up
+from fastvit_train.models.attention import AUTO, COMPILING, choose_attention, set_attention, warm_up
+from fastvit_train.models.blocks import choose_block
+from fastvit_train.models.build import build_model
 from fastvit_train.models.compiling import compile_function, compile_model
 from fastvit_train.training.graphed_step import why_not_recordable
 from fastvit_train.training.optim.muon import Muon
-from fastvit_train.training.optim.optimizer import build_schedule
+from fastvit_train.training.optim.optimizer import build_optimizer, build_schedule
 from fastvit_train.utils import memory
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.timing import time_call
@@ -54,16 +57,51 @@ class Trained:
     compile_seconds: float | None
 
 
+def build_trainable(config: ResolvedConfig) -> tuple[nn.Module, Optimizer]:
+    """Build the model, with the same weights on every rank, and its optimizer."""
+    set_seed(config.run.seed)
+    model = build_model(config.model, config.image_size, config.num_classes)
+    return model, build_optimizer(model, config.optim)
+
+
+def resolve_implementations(
+    config: ResolvedConfig, model: nn.Module, inputs: Inputs, accelerator: Accelerator
+) -> tuple[ResolvedConfig, list[str]]:
+    """Replace "auto" by the block and the attention that suit this machine best.
+
+    A deterministic run does not measure: the result may differ from machine to machine, and the implementations round
+    differently.
+
+    Returns:
+        The configuration, and what was measured or went wrong, in words.
+    """
+    failures: list[str] = []
+    if config.model.block == AUTO:
+        block, failures = choose_block(config.model, model, accelerator, config.run.deterministic)
+        config = config.with_model(block=block)
+    if config.model.block == "cpp":
+        set_attention(model, "cpp")
+        config = config.with_model(attention="cpp")
+    if config.model.attention != AUTO:
+        return config, failures
+    measure = not config.run.deterministic
+    compiled = config.run.compile or env.compiles()
+    name, messages = choose_attention(model, inputs.micro_batch, config.image_size, accelerator, measure, compiled)
+    return config.with_model(attention=name), failures + messages
+
+
 def prepare(
     config: ResolvedConfig, model: nn.Module, optimizer: Optimizer, inputs: Inputs, accelerator: Accelerator
 ) -> Trained:
     """Compile the model if asked for, build schedule and moving average, and let Accelerate prepare all of it."""
-    whole_step = config.run.compile and not why_not_recordable(config, accelerator, optimizer, inputs.train_loader)
+    whole_step = config.run.compile and not why_not_recordable(
+        config, accelerator, model, optimizer, inputs.train_loader
+    )
     if config.run.compile:
         compile_model(model, accelerator.device, not whole_step and supports_cuda_graphs(config, accelerator))
     scheduler = build_schedule(optimizer, config.optim, config.run.epochs, inputs.train_loader.steps_per_epoch)
     ema = build_ema(model, config, accelerator)
-    model, prepared_optimizer = parallelize.prepare(accelerator, model, optimizer)
+    model, prepared_optimizer = parallelize.prepare(accelerator, model, optimizer, use_ddp=not whole_step)
     if ema is not None:
         # after the model: the order determines their names in a checkpoint
         accelerator.prepare_model(ema.module, evaluation_mode=True)

@@ -54,7 +54,7 @@ class TrainSession:
     ema: ModelEmaV3 | None
     slowdown: SlowdownDetector
     graphed_step: "GraphedStep | None"
-    """the recorded training step of a compiled run on one GPU"""
+    """the recorded training step of a compiled run on GPUs"""
     resources: ExitStack
     """the lock of the run's folder, threads and switches to restore"""
 

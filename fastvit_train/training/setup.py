@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
-from torch.optim import Optimizer
 
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.config.schema import TrainConfig
@@ -19,9 +17,8 @@ from fastvit_train.distributed import env, parallelize, preflight, sync
 from fastvit_train.distributed.accelerator import deterministic, own_precision, start_accelerator
 from fastvit_train.distributed.cpu_threads import all_cores
 from fastvit_train.distributed.process_state import RandomStates
-from fastvit_train.models.attention import AUTO, check_attention, choose_attention, set_attention
-from fastvit_train.models.blocks import check_block, choose_block
-from fastvit_train.models.build import build_model
+from fastvit_train.models.attention import AUTO, check_attention
+from fastvit_train.models.blocks import check_block
 from fastvit_train.models.compiling import check_compiler
 from fastvit_train.models.resolve import resolve
 from fastvit_train.models.whitening import whiten
@@ -33,9 +30,15 @@ from fastvit_train.runs.run_folder import ResumeMode, RunFolder
 from fastvit_train.runs.train_state import TrainState
 from fastvit_train.training.graphed_step import record_steps
 from fastvit_train.training.metrics import log_introduction
-from fastvit_train.training.optim.optimizer import build_optimizer
 from fastvit_train.training.preemption import StatusExchange, StopSignalHandler
-from fastvit_train.training.prepare import Inputs, Trained, prepare, take_first_passes
+from fastvit_train.training.prepare import (
+    Inputs,
+    Trained,
+    build_trainable,
+    prepare,
+    resolve_implementations,
+    take_first_passes,
+)
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
 from fastvit_train.utils.errors import UserError
@@ -247,13 +250,6 @@ def is_resuming(config: ResolvedConfig, folder: RunFolder, launch: Launch, resum
     )
 
 
-def build_trainable(config: ResolvedConfig) -> tuple[nn.Module, Optimizer]:
-    """Build the model, with the same weights on every rank, and its optimizer."""
-    set_seed(config.run.seed)
-    model = build_model(config.model, config.image_size, config.num_classes)
-    return model, build_optimizer(model, config.optim)
-
-
 def load_inputs(config: ResolvedConfig, accelerator: Accelerator, imitate_data: bool = False) -> Inputs:
     """Load the data set and fit the batch size to it."""
     ranks, grad_accum = accelerator.num_processes, config.optim.grad_accum
@@ -267,32 +263,6 @@ def load_inputs(config: ResolvedConfig, accelerator: Accelerator, imitate_data: 
         batch_size,
         micro_batch=batch_size // ranks // grad_accum,
     )
-
-
-def resolve_implementations(
-    config: ResolvedConfig, model: nn.Module, inputs: Inputs, accelerator: Accelerator
-) -> tuple[ResolvedConfig, list[str]]:
-    """Replace "auto" by the block and the attention that suit this machine best.
-
-    A deterministic run does not measure: the result may differ from machine to machine, and the implementations round
-    differently.
-
-    Returns:
-        The configuration, and what was measured or went wrong, in words.
-    """
-    failures: list[str] = []
-    if config.model.block == AUTO:
-        block, failures = choose_block(config.model, model, accelerator, config.run.deterministic)
-        config = config.with_model(block=block)
-    if config.model.block == "cpp":
-        set_attention(model, "cpp")
-        config = config.with_model(attention="cpp")
-    if config.model.attention != AUTO:
-        return config, failures
-    measure = not config.run.deterministic
-    compiled = config.run.compile or env.compiles()
-    name, messages = choose_attention(model, inputs.micro_batch, config.image_size, accelerator, measure, compiled)
-    return config.with_model(attention=name), failures + messages
 
 
 def load_checkpoint(
@@ -326,8 +296,8 @@ def record_or_warm_up(runs: Sequence[Ready], random_states: RandomStates) -> tup
     sessions, messages = record_steps([run.session for run in runs], random_states)
     if not runs[0].whole_step:
         return sessions, messages
-    for run in runs if sessions[0].graphed_step is None else ():
-        own, optimizer = run.session, run.session.optimizer.optimizer
+    for own, run in zip(sessions, runs, strict=True) if sessions[0].graphed_step is None else ():
+        optimizer = own.optimizer.optimizer
         take_first_passes(own.config, own.model, optimizer, own.ema, run.inputs, own.accelerator, whole_step=False)
     seconds = time.perf_counter() - started
     return [replace(s, compile_seconds=(s.compile_seconds or 0.0) + seconds) for s in sessions], messages

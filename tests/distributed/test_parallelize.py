@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.distributed.parallelize import check_checkpoint, ddp_settings
+from fastvit_train.distributed.parallelize import check_checkpoint, ddp_settings, why_ddp_is_needed
 from fastvit_train.inference.trained_model import load_run
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.loop import fit
@@ -212,6 +212,20 @@ def test_gradients_are_one_bucket_as_long_as_they_are_small(mib: float, bucket: 
     settings = ddp_settings(layers(nn.Identity(), round((mib * 2**18) ** 0.5)), 1)
     assert settings.bucket_cap_mb == bucket
     assert settings.gradient_as_bucket_view and not settings.find_unused_parameters
+
+
+@pytest.mark.parametrize(
+    ("norm", "width", "reason"),
+    [
+        (nn.LayerNorm(4), 4, None),
+        (nn.Identity(), 2560, None),  # exactly 25 MiB
+        (nn.Identity(), 2561, "DDP sums gradients of 25 MiB during the backward pass"),
+        (nn.BatchNorm2d(4), 4, "DDP copies the statistics of batch norms from rank 0"),
+    ],
+)
+def test_ddp_is_needed_for_statistics_and_for_large_gradients(norm: nn.Module, width: int, reason: str | None) -> None:
+    found = why_ddp_is_needed(layers(norm, width))
+    assert found is None if reason is None else str(found).startswith(reason)
 
 
 def test_the_graph_is_static_only_where_every_backward_pass_sums() -> None:

@@ -124,16 +124,17 @@ def test_one_process_holds_what_a_training_allocates(small_config: Config) -> No
 
 @pytest.mark.slow
 @pytest.mark.nullgpu
-def test_only_a_single_process_is_taken_to_launch_a_graph(small_config: Config) -> None:
+def test_one_process_and_ddp_are_taken_to_launch_a_graph_and_fsdp_is_not(small_config: Config) -> None:
     """Where kernels take no time, a step takes what its launches cost the host."""
-    config = small(small_config, compile=True, attention="triton")
-    plan = scaling.plan_model(config, check_options(PlanOptions(world_sizes=(2, 4), steps=3)))
-    single, several = plan.steps
-    assert single.images == several.images and single.seconds < several.seconds / 2
-    rows = {(row.strategy, row.processes): row for row in plan.rows}
-    for processes in (2, 4):
-        row = rows[DDP, processes]
-        assert row.step_seconds - row.communication_seconds == pytest.approx(several.seconds)
+    config = small(small_config, compile=True, attention="triton", optimizer="adamw")
+    plan = scaling.plan_model(config, check_options(PlanOptions(world_sizes=(2, 4), steps=3, scaling="strong")))
+    assert [step.images for step in plan.steps] == [240, 120, 60, 120, 60]
+    single, *graphs, half, quarter = (step.seconds for step in plan.steps)
+    assert max(single, *graphs) < min(half, quarter) / 2
+    rows = {(row.strategy, row.processes): row.step_seconds - row.communication_seconds for row in plan.rows}
+    expected = {(DDP, 2): graphs[0], (DDP, 4): graphs[1], (FSDP2, 2): half, (FSDP2, 4): quarter}
+    assert {key: rows[key] for key in expected} == pytest.approx(expected)
+    assert plan.notes[-1].startswith("the step is measured as one CUDA graph, but for FSDP2")
 
 
 def test_what_is_given_replaces_the_preset_of_the_link() -> None:
