@@ -14,7 +14,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from fastvit_kernels.cpp.library import cpp_library, pointer
 
-SOURCES = ("heads.h", "matmul.h", "gelu.h", "block.cpp")
+PASSES = ("block_kernel/common.h", "block_kernel/forward.cpp", "block_kernel/backward.cpp")
+SOURCES = ("heads.h", "matmul.h", "gelu.h", *PASSES)
 MAX_DIM, MAX_TOKENS = 384, 256
 
 
@@ -32,7 +33,7 @@ def why_unsupported(tokens: int, dim: int, hidden: int, num_heads: int, dtype: t
 
 
 class _Call(ctypes.Structure):
-    """The struct `Call` of block.cpp."""
+    """The struct `Call` of block_kernel/common.h."""
 
     _fields_ = (
         ("batch", ctypes.c_int64),

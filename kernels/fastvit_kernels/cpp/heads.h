@@ -1,5 +1,5 @@
-// Attention of one head of one sample, shared by attention.cpp and block.cpp, which are compiled after vectors.h and this
-// file with HEAD_DIM defined as the number of channels of a head.
+// Attention of one head of one sample, shared by attention.cpp and block_kernel/, which are compiled after vectors.h and
+// this file with HEAD_DIM defined as the number of channels of a head.
 //
 // A head's data fits into the L1 cache. The lanes of a vector hold queries, so a softmax runs along an array and
 // nothing is summed across lanes. For the gradients of keys and values, which are sums over queries, the lanes hold
