@@ -205,10 +205,6 @@ def test_without_a_working_compiler_a_run_trains_and_says_so_in_a_line(
     monkeypatch.setattr("fastvit_kernels.cpp.block.cpp_library", fails)
     fit(small_config(attention="auto", epochs=1))
     log = (tmp_path / "runs" / "run" / "train.log").read_text()
-    assert (
-        log.count(
-            "blocks are composed from operators: block_kernel/backward.cpp cannot be compiled (CppCompileError: no omp.h)"
-        )
-        == 1
-    )
+    line = "blocks are composed from operators: block_kernel/backward.cpp cannot be compiled (CppCompileError: no omp"
+    assert log.count(line) == 1
     assert "attention fused" in log
