@@ -99,15 +99,15 @@ def choose_block(
 
 def _try_kernel(model: nn.Module) -> tuple[str, list[str]]:
     """Compile the kernel and run it once."""
-    if fastvit_kernels.implementations()["cpp"] is not None:
-        return "torch", []  # without a compiler; GELU and the attention say so
+    if lacking := fastvit_kernels.implementations()["cpp"]:
+        return "torch", [f"blocks are composed from operators, which is slower: their kernel {lacking}"]
     probe = copy.deepcopy(_blocks(model)[0]).eval()
     probe.implementation = "cpp"
     try:
         with torch.no_grad():
             probe(torch.zeros(1, 1, probe.mlp.fc1.in_features, dtype=probe.mlp.fc1.weight.dtype))
     except ValueError as error:
-        return "torch", [f"blocks are composed from operators: {error}"]
+        return "torch", [f"blocks are composed from operators, which is slower: {error}"]
     return "cpp", []
 
 
@@ -123,7 +123,7 @@ def _why_unsupported(model: nn.Module, name: str) -> list[str]:
 
 
 def _why_timms_unsupported(model: nn.Module, name: str) -> list[str]:
-    if any(isinstance(module, Block) for module in model.modules()):
+    if name == "cpp" and _blocks(model):
         return []  # replaced before
     timms = [module for module in model.modules() if is_timm_block(module)]
     if name != "cpp" or not timms or not fastvit_kernels.can_swap_attention(model):

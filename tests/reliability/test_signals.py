@@ -91,9 +91,9 @@ def test_a_run_that_a_signal_stopped_resumes_exactly(
 @pytest.mark.parametrize(
     ("where", "number"),
     [
-        ("training.setup.build_model", signal.SIGTERM),
+        ("training.prepare.build_model", signal.SIGTERM),
         ("training.loop._train_step", signal.SIGINT),
-        pytest.param("training.setup.build_model", signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param("training.prepare.build_model", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("training.loop.evaluate_model", signal.SIGTERM, marks=pytest.mark.slow),
         ("utils.atomic_io.write_checksums", signal.SIGTERM),
     ],

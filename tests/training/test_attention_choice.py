@@ -80,6 +80,7 @@ def test_a_resumed_run_takes_another_attention_if_it_is_named(small_config: Conf
     assert fit(small_config(attention="fused"), resume="must")["attention"] == "fused"
 
 
+@pytest.mark.slow
 def test_a_recorded_attention_that_cant_run_here_is_said_to_be_recorded(
     small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -173,6 +174,7 @@ def test_on_a_cpu_blocks_are_one_kernel_unless_an_attention_is_named(
     assert run(deterministic=True)[0] == "torch"
 
 
+@pytest.mark.slow
 def test_a_resumed_run_computes_its_blocks_as_before_unless_another_way_is_named(
     small_config: Config, tmp_path: Path
 ) -> None:
@@ -201,10 +203,17 @@ def test_without_a_working_compiler_a_run_trains_and_says_so_in_a_line(
     def fails(names: tuple[str, ...], dtype: torch.dtype, **constants: int) -> None:
         raise ValueError(f"{names[-1]} cannot be compiled (CppCompileError: no omp.h); use fused")
 
+    def log() -> str:
+        fit(small_config(attention="auto", epochs=1), overwrite=True)
+        return (tmp_path / "runs" / "run" / "train.log").read_text()
+
     choose_always(monkeypatch, "fused")
     monkeypatch.setattr("fastvit_kernels.cpp.block.cpp_library", fails)
-    fit(small_config(attention="auto", epochs=1))
-    log = (tmp_path / "runs" / "run" / "train.log").read_text()
-    line = "blocks are composed from operators: block_kernel/backward.cpp cannot be compiled (CppCompileError: no omp"
-    assert log.count(line) == 1
-    assert "attention fused" in log
+    broken = log()
+    assert (
+        broken.count("which is slower: block_kernel/backward.cpp cannot be compiled (CppCompileError: no omp.h)") == 1
+    )
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    missing = log()
+    assert missing.count("which is slower: their kernel needs a C++ compiler, and no-such-compiler was not found") == 1
+    assert all("attention fused" in each and "block cpp" not in each for each in (broken, missing))
