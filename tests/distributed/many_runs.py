@@ -28,13 +28,13 @@ prepare = parallelize.prepare
 
 
 def prepare_counted(
-    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, use_ddp: bool
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
     def count(group: Any, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
         buckets[-1] += 1
         return allreduce_hook(group, bucket)
 
-    model, optimizer = prepare(accelerator, model, optimizer)
+    model, optimizer = prepare(accelerator, model, optimizer, use_ddp)
     if isinstance(model, DistributedDataParallel):
         model.register_comm_hook(None, count)
     return model, optimizer
