@@ -150,3 +150,13 @@ def timms(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("timms") / "model"
     save_for_hf(timm.create_model(f"local-dir:{trained}", pretrained=True), folder, safe_serialization=True)
     return folder
+
+
+@pytest.fixture
+def nan_memory() -> Iterator[None]:
+    """Let torch.empty return NaN, so that reading what was never written shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -37,8 +37,7 @@ def check_block(config: ModelConfig) -> None:
 def set_block(model: nn.Module, name: str) -> None:
     """Set how every block of `model` is computed; "auto" is the same as "torch" until a device is known.
 
-    For "cpp", the blocks of timm's plain Vision Transformers are replaced by ours. The parameters and the state dict
-    do not change.
+    "cpp" replaces the blocks of timm's plain Vision Transformers by our `Block`. The parameters do not change.
 
     Raises:
         UserError: if the kernel does not support the model; the message says why.

@@ -70,16 +70,6 @@ def set_threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-@pytest.fixture
-def nan_memory() -> Iterator[None]:
-    """Let torch.empty return NaN, so that reading what was never written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def accuracy_cases() -> Iterator[Any]:
     options = itertools.product(["tanh", "none"], [False, True], [False, True], [False, True])
     for dtype, (gelu, residual_norm, bias, scaled) in itertools.product(DTYPES, options):

@@ -1,7 +1,7 @@
 """LayerNorm, MLP and residual connection in Triton kernels; without a GPU they run in Triton's interpreter."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -48,16 +48,6 @@ def passes(function: Callable[..., Tensor], arguments: list[Tensor], upstream: T
 
 def cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
-
-
-@pytest.fixture
-def nan_memory() -> Iterator[None]:
-    """Let torch.empty return NaN, so that reading what was never written shows."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("gelu", ["tanh", "none"])

@@ -1,4 +1,4 @@
-"""Blocks of timm's plain Vision Transformers as ours."""
+"""Convert the blocks of timm's plain Vision Transformers to our `Block`."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def why_not_plain(block: Any) -> list[str]:
 
 
 def block_from_timm(block: Any) -> Block:
-    """Return our block with the modules and parameters of timm's plain `block`, under the same names.
+    """Return a `Block` that holds the modules and parameters of timm's `block`. Their names stay the same.
 
     Its attention must already be a `fastvit_kernels.SelfAttention`, see `fastvit_kernels.swap_attention`.
     """

@@ -14,7 +14,7 @@ static void backward_head(
         load_lanes(grads, dout, i, tokens);
         all_dots(work.scores.data(), queries, k, tokens);
         all_dots(work.slopes.data(), grads, v, tokens);
-        Floats largest, sum, sums[HEAD_DIM], delta = {};
+        Floats largest, sum, delta = {};
         softmax(work.scores, tokens, scale, largest, sum);
         const Floats inverse = fill(1.0f) / sum;
         for (int64_t start = 0; start < tokens; start += CHUNK) {
@@ -32,13 +32,7 @@ static void backward_head(
             work.slopes[j] = work.scores[j] * (work.slopes[j] - delta) * scale;
             narrow(&work.slope_rows[j * GROUPS], work.slopes[j]);
         }
-        work.slopes[tokens] = Floats{};
-        pack_tokens(work.packed, tokens, [&](int64_t j) { return work.slopes[j]; });
-        weighted_sum(sums, work.packed, work.paired, tokens);
-        store_lanes(sums, dq, i, tokens);
-        const int64_t offset = i / PER_WORD * HEAD_DIM;
-        add_weighted(work.dv, work.weight_rows, work.paired_dout.data() + offset, tokens);
-        add_weighted(work.dk, work.slope_rows, work.paired_q.data() + offset, tokens);
+        add_gradients(work, dq, i, tokens);
     }
     flush(work.dk, dk, tokens);
     flush(work.dv, dv, tokens);

@@ -130,18 +130,8 @@ def _empty(x: Tensor, num_heads: int, dtype: torch.dtype, save: bool) -> tuple[T
 
 
 @block.register_fake
-def _(
-    x: Tensor,
-    parameters: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    seed: Tensor | None,
-    num_heads: int,
-    exact_gelu: bool,
-    residual_norm: bool,
-    numbers: Sequence[float],
-    dtype: torch.dtype,
-    save: bool,
-) -> tuple[Tensor, ...]:
+def _(x: Tensor, parameters: Any, scales: Any, seed: Any, num_heads: int, *settings: Any) -> tuple[Tensor, ...]:
+    *_, dtype, save = settings
     return _empty(x, num_heads, dtype, save)
 
 

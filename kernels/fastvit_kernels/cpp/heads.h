@@ -201,6 +201,20 @@ static inline void pack_tokens(std::vector<Words>& packed, int64_t tokens, Funct
     }
 }
 
+// Writes dq of the queries from `first` on, and adds their part of dk and dv, from the gradients of their scores (slopes,
+// slope_rows) and their weights (weight_rows), with keys, queries and dout paired.
+static inline void add_gradients(Workspace& work, const Rows& dq, int64_t first, int64_t tokens) {
+    Floats sums[HEAD_DIM];
+    const Floats* slopes = work.slopes.data();
+    work.slopes[tokens] = Floats{};
+    pack_tokens(work.packed, tokens, [=](int64_t j) { return slopes[j]; });
+    weighted_sum(sums, work.packed, work.paired, tokens);
+    store_lanes(sums, dq, first, tokens);
+    const int64_t offset = first / PER_WORD * HEAD_DIM;
+    add_weighted(work.dv, work.weight_rows, work.paired_dout.data() + offset, tokens);
+    add_weighted(work.dk, work.slope_rows, work.paired_q.data() + offset, tokens);
+}
+
 // What a backward pass needs to compute a head's probabilities again, for each query: exp(scale * score - shift) * factor.
 struct Softmax {
     float *shift, *factor;  // (tokens); null if not needed

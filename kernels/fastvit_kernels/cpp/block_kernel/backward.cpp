@@ -24,9 +24,6 @@ struct BackwardBuffers {
           statistics(rows * STATISTICS), heads(tokens) {}
 };
 
-// The number of rows to the end of the last tile.
-static inline int64_t tiled(int64_t rows, int64_t tile) { return (rows + tile - 1) / tile * tile; }
-
 // Writes scale * gradient as rows and as pairs, with zeros after the last row, and adds up the gradient of the bias.
 static void put_gradient(
     const Group& group, const float* gradient, const float* scales, BackwardBuffers& to, float* dbias) {
@@ -136,14 +133,7 @@ static void backward_attended(
             for (int64_t j = 0; j < tokens; ++j) differentiate(j, dropout.factor(i * tokens + j, tokens));
         else
             for (int64_t j = 0; j < tokens; ++j) differentiate(j, fill(1.0f));
-        slopes[tokens] = Floats{};
-        pack_tokens(work.packed, tokens, [=](int64_t j) { return slopes[j]; });
-        Floats sums[HEAD_DIM];
-        weighted_sum(sums, work.packed, work.paired, tokens);
-        store_lanes(sums, dq, i, tokens);
-        const int64_t offset = i / PER_WORD * HEAD_DIM;
-        add_weighted(work.dv, work.weight_rows, work.paired_dout.data() + offset, tokens);
-        add_weighted(work.dk, work.slope_rows, work.paired_q.data() + offset, tokens);
+        add_gradients(work, dq, i, tokens);
     }
     flush(work.dk, dk, tokens);
     flush(work.dv, dv, tokens);
