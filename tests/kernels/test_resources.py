@@ -158,3 +158,17 @@ def test_words_that_no_kernel_has_are_named() -> None:
     done = run([sys.executable, "-m", "fastvit_kernels.resources", "mc_vit_4_4_32", "sm_70"])
     assert done.returncode == 2
     assert re.fullmatch(r"[^\n]*no kernel has all of: mc_vit_4_4_32 sm_70; words: [^\n]*sm_75[^\n]*\n", done.stderr)
+
+
+@pytest.mark.slow
+def test_the_table_shows_what_the_rows_hold() -> None:
+    words = ["mc_vit_4_4_32", "fused.forward", "bf16", "sm_90", "dropout"]
+    command = [sys.executable, "-m", "fastvit_kernels.resources", *words]
+    [row] = json.loads(run([*command, "--json"]).stdout)
+    done = run(command)
+    assert done.returncode == 0, done.stderr
+    _, line = done.stdout.splitlines()
+    assert f"{row['registers']} registers" in line
+    assert f"{row['spilled']} spilled" in line
+    assert f"{row['work']['tensor']} tensor" in line
+    assert f"at least {row['min_microseconds']:.1f} us" in line

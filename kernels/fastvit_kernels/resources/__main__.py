@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    counts = ", ".join(f"{count} {name}" for name, count in row["instructions"].items())
+    counts = ", ".join(f"{count} {name}" for name, count in row["work"].items())
     return (
         f"{row['shape']:<20} {row['kernel']:<21} {row['dtype']} sm_{row['capability']}"
         f"{' dropout' if row['dropout'] else '':<8} {row['warps']} warps {row['registers']:>3} registers "
