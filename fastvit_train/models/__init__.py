@@ -1,7 +1,7 @@
 """Models by name: importing this package registers ours with timm."""
 
 from fastvit_kernels.cuda_graph import record_graph, side_by_side
-from fastvit_kernels.muon import can_update, update_matrices
+from fastvit_kernels.muon import MuonStep, can_update, update_matrices
 from fastvit_train.models.attention import check_attention, pick_attention, plain_attention, set_attention, warm_up
 from fastvit_train.models.attention_maps import AttentionMaps, attention_maps, patch_filters, position_similarity
 from fastvit_train.models.blocks import check_block, set_block
@@ -20,6 +20,7 @@ from fastvit_train.models.whitening import whiten_patches
 __all__ = [
     "OUR_MODELS",
     "AttentionMaps",
+    "MuonStep",
     "ViT",
     "attention_maps",
     "build_model",

@@ -1,23 +1,51 @@
-"""Muon's update of small matrices on a GPU, many in one launch."""
+"""Muon's update of small matrices, many in one call: a Triton kernel for GPUs, a C++ kernel for CPUs."""
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastvit_kernels.cpp import muon as cpp_muon
 from fastvit_kernels.registry import implementations
+
+
+class MuonStep(NamedTuple):
+    """The settings of a step of Muon."""
+
+    lr: float | Tensor
+    """learning rate, a float or a scalar tensor on the device; the update's root mean square is 0.2 times that"""
+    merged: int
+    """number of matrices that are stacked in each weight"""
+    weight_decay: float
+    """decoupled, as in AdamW"""
+    momentum: float
+    """of the moving average of gradients"""
+    nesterov: bool
+    """use Nesterov momentum"""
+    quintic: tuple[float, float, float]
+    """coefficients of x, x^3 and x^5 in the Newton-Schulz iteration"""
+    iterations: int
+    """of Newton-Schulz"""
+    grad_scale: Tensor | None = None
+    """what the gradients must be divided by, a scalar; None for 1"""
+    found_inf: Tensor | None = None
+    """a scalar; if it is not 0, nothing changes"""
 
 
 def can_update(weight: Tensor, merged: int) -> bool:
     """Whether `update_matrices` supports the `merged` matrices that are stacked in `weight`.
 
-    They must be on a GPU that Triton's kernels support, float32, contiguous, and up to 64 wide or high.
+    They must be float32 and contiguous, and up to 64 wide or high on a GPU that Triton's kernels support, or up to 256
+    on a CPU with a C++ compiler.
     """
+    if weight.is_cpu:
+        return cpp_muon.fits(weight, merged) and cpp_muon.is_available()
     if not weight.is_cuda or not _has_triton():
         return False
-    from fastvit_kernels.triton_kernels.muon import fits  # triton may not be installed
+    from fastvit_kernels.triton_kernels import muon as triton_muon  # triton may not be installed
 
-    return fits(weight, merged)
+    return triton_muon.fits(weight, merged)
 
 
 @functools.cache
@@ -25,57 +53,19 @@ def _has_triton() -> bool:
     return implementations()["triton"] is None
 
 
-def update_matrices(
-    weights: list[Tensor],
-    gradients: list[Tensor],
-    averages: list[Tensor],
-    lr: float | Tensor,
-    *,
-    merged: int,
-    weight_decay: float,
-    momentum: float,
-    nesterov: bool,
-    quintic: tuple[float, float, float],
-    steps: int,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    """Take a step of Muon, in place, without waiting for the GPU; products are computed in about float32's precision.
+def update_matrices(weights: list[Tensor], gradients: list[Tensor], averages: list[Tensor], step: MuonStep) -> None:
+    """Take a step of Muon, in place, without waiting for a GPU; products are computed in about float32's precision.
 
     Args:
         weights: matrices that `can_update` accepts, of any shapes, (out, in); all dimensions after the first count as
             one.
         gradients: of the weights.
         averages: the moving averages of the gradients.
-        lr: learning rate, a float or a scalar tensor on the GPU. The root mean square of the update is 0.2 times that.
-        merged: number of matrices that are stacked in each weight.
-        weight_decay: decoupled, as in AdamW.
-        momentum: of the moving average.
-        nesterov: use Nesterov momentum.
-        quintic: coefficients of x, x^3 and x^5 in the Newton-Schulz iteration.
-        steps: Newton-Schulz iterations.
-        grad_scale: what the gradients must be divided by, a scalar tensor; None for 1.
-        found_inf: a scalar tensor; if it is not 0, nothing changes.
+        step: the settings.
     """
-    from fastvit_kernels.triton_kernels.muon import (
-        MAX_PARAMETERS,
-        constants,
-        muon_kernel,
-    )  # triton may not be installed
+    if weights[0].is_cpu:
+        cpp_muon.update(weights, gradients, averages, step)
+        return
+    from fastvit_kernels.triton_kernels import muon as triton_muon  # triton may not be installed
 
-    with torch.cuda.device_of(weights[0]):
-        for first in range(0, len(weights), MAX_PARAMETERS):
-            part = slice(first, first + MAX_PARAMETERS)
-            shapes = tuple((weight.shape[0], weight.shape[1:].numel()) for weight in weights[part])
-            muon_kernel[(len(shapes) * merged,)](
-                tuple(weights[part]),
-                tuple(gradient.contiguous() for gradient in gradients[part]),
-                tuple(averages[part]),
-                0.0 if isinstance(lr, Tensor) else lr,
-                lr if isinstance(lr, Tensor) else None,
-                weight_decay,
-                momentum,
-                grad_scale,
-                found_inf,
-                **constants(shapes, merged, nesterov, quintic, steps),
-            )
+    triton_muon.update(weights, gradients, averages, step)

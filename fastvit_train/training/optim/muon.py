@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from fastvit_train.distributed.parallelize import gather_shards, local_tensor, shard_like
-from fastvit_train.models import can_update, update_matrices
+from fastvit_train.models import MuonStep, can_update, update_matrices
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
@@ -85,7 +85,7 @@ class Muon(torch.optim.Optimizer):
             trained: list[Tensor] = [p for p in group["params"] if p.grad is not None]
             matrices = [p for p in trained if p.ndim >= 2 and not group["use_fallback"]]
             fits = [local_tensor(p) is p and can_update(p, group["merged"]) for p in matrices]
-            self._update_in_one_launch([p for p, fit in zip(matrices, fits, strict=True) if fit], group)
+            self._update_together([p for p, fit in zip(matrices, fits, strict=True) if fit], group)
             others = [p for p, fit in zip(matrices, fits, strict=True) if not fit]
             for shape in {(p.shape, p.dtype, p.device): None for p in others}:
                 self._muon_step([p for p in others if (p.shape, p.dtype, p.device) == shape], group)
@@ -117,25 +117,23 @@ class Muon(torch.optim.Optimizer):
                 self.state[p]["momentum"] = torch.zeros_like(p)
         return [local_tensor(self.state[p]["momentum"]) for p in params]
 
-    def _update_in_one_launch(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Update small matrices on a GPU."""
+    def _update_together(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Update matrices that our kernels support."""
         if not params:
             return
         grad_scale, found_inf = self._scaling()
-        update_matrices(
-            params,
-            _local_gradients(params),
-            self._momenta(params),
+        step = MuonStep(
             group["lr"],
-            merged=group["merged"],
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
-            quintic=QUINTIC,
-            steps=group["ns_steps"],
-            grad_scale=grad_scale,
-            found_inf=found_inf,
+            group["merged"],
+            group["weight_decay"],
+            group["momentum"],
+            group["nesterov"],
+            QUINTIC,
+            group["ns_steps"],
+            grad_scale,
+            found_inf,
         )
+        update_matrices(params, _local_gradients(params), self._momenta(params), step)
 
     def _muon_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Update matrices of one shape."""

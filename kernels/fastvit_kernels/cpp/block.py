@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from fastvit_kernels.cpp.library import cpp_library, pointer
+from fastvit_kernels.cpp.library import addresses, cpp_library, pointer
 
 PASSES = ("block_kernel/common.h", "block_kernel/forward.cpp", "block_kernel/backward.cpp")
 SOURCES = ("heads.h", "matmul.h", "gelu.h", *PASSES)
@@ -48,11 +48,6 @@ class _Call(ctypes.Structure):
     )
 
 
-def _addresses(*tensors: Tensor | None) -> ctypes.Array[ctypes.c_void_p]:
-    """Addresses of the tensors' first elements; null for None and for an empty tensor."""
-    return (ctypes.c_void_p * len(tensors))(*(t.data_ptr() if t is not None and t.numel() else None for t in tensors))
-
-
 def _prepare(
     x: Tensor,
     parameters: Sequence[Tensor],
@@ -76,8 +71,8 @@ def _prepare(
         RESIDUAL_NORM=int(residual_norm),
     )
     seed_bits = int(seed) & 0xFFFFFFFF if seed is not None else 0
-    call = _Call(batch, tokens, *numbers, seed_bits, torch.get_num_threads(), *_addresses(*(scales or (None, None))))
-    return library, ctypes.byref(call), _addresses(*parameters)
+    call = _Call(batch, tokens, *numbers, seed_bits, torch.get_num_threads(), *addresses(scales or (None, None)))
+    return library, ctypes.byref(call), addresses(parameters)
 
 
 @torch.library.custom_op("fastvit_kernels::block", mutates_args=())
@@ -111,10 +106,10 @@ def block(
     """
     x = x.contiguous()
     out, *saved = _empty(x, num_heads, dtype, save)
-    library, call, addresses = _prepare(
+    library, call, parts = _prepare(
         x, parameters, scales, seed, num_heads, exact_gelu, residual_norm, numbers, dtype
     )
-    library.forward(call, addresses, pointer(x), pointer(out), _addresses(*saved))
+    library.forward(call, parts, pointer(x), pointer(out), addresses(saved))
     return out, saved[0], saved[1], saved[2]
 
 
@@ -152,10 +147,10 @@ def block_backward(
     """Return the gradient of x, and those of all parameters one after the other in one tensor."""
     x, dout = x.contiguous(), dout.contiguous()
     dx, gradients = x.new_empty(x.shape), x.new_empty(_total(parameters))
-    library, call, addresses = _prepare(
+    library, call, parts = _prepare(
         x, parameters, scales, seed, num_heads, exact_gelu, residual_norm, numbers, dtype
     )
-    library.backward(call, addresses, pointer(x), pointer(dout), _addresses(*saved), pointer(dx), pointer(gradients))
+    library.backward(call, parts, pointer(x), pointer(dout), addresses(saved), pointer(dx), pointer(gradients))
     return dx, gradients
 
 

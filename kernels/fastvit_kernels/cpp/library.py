@@ -5,6 +5,7 @@ import functools
 import os
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -49,6 +50,12 @@ def cpp_library(names: tuple[str, ...], dtype: torch.dtype, **constants: int) ->
         raise ValueError(
             f"{names[-1]} cannot be compiled ({type(error).__name__}: {reason[:200]}); use fused"
         ) from error
+
+
+def addresses(tensors: Iterable[Tensor | None]) -> ctypes.Array[ctypes.c_void_p]:
+    """Addresses of the tensors' first elements; null for None and for an empty tensor."""
+    pointers = [None if tensor is None or not tensor.numel() else tensor.data_ptr() for tensor in tensors]
+    return (ctypes.c_void_p * len(pointers))(*pointers)
 
 
 def pointer(tensor: Tensor) -> ctypes.c_void_p:

@@ -16,17 +16,18 @@ constexpr int gradient_rows(int channels) { return channels % 6 == 0 ? 6 : 4; }
 
 static inline int64_t padded_rows(int64_t rows) { return (rows + 23) / 24 * 24; }
 
-// sums[r][c] += sum over s of left[r * LEFT_ROW + s * LEFT_STEP] * right[c + s * RIGHT_STEP]
-template <int LEFT_ROW, int LEFT_STEP, int RIGHT_STEP, int R, int C>
+// sums[r][c] += sum over s of left[r * left_row + s * left_step] * right[c + s * right_step]
+template <int R, int C>
 static inline __attribute__((always_inline)) void add_products(
-    Floats (&sums)[R][C], const int32_t* left, const Words* right, int64_t steps) {
+    Floats (&sums)[R][C], const int32_t* left, int64_t left_row, int64_t left_step, const Words* right,
+    int64_t right_step, int64_t steps) {
     for (int64_t s = 0; s < steps; ++s) {
         Words column[C];
 #pragma GCC unroll 3
-        for (int c = 0; c < C; ++c) column[c] = right[s * RIGHT_STEP + c];
+        for (int c = 0; c < C; ++c) column[c] = right[s * right_step + c];
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
-            const int32_t word = left[r * LEFT_ROW + s * LEFT_STEP];
+            const int32_t word = left[r * left_row + s * left_step];
 #pragma GCC unroll 3
             for (int c = 0; c < C; ++c) sums[r][c] = multiply_word(sums[r][c], column[c], word);
         }
@@ -69,7 +70,7 @@ struct Packed {
     // Adds to the sums of the tile at this row and vector.
     inline __attribute__((always_inline)) void tile(
         Floats (&sums)[ROWS][COLUMNS], const int32_t* rows, int64_t row, int v) const {
-        add_products<K, 1, COLUMNS>(sums, rows + row * K, words.data() + v * K, K);
+        add_products(sums, rows + row * K, K, 1, words.data() + v * K, COLUMNS, K);
     }
 
     // Calls use(row, vector, sums) for each tile of the product of `rows` with the weight.
@@ -92,7 +93,7 @@ static void add_gradient(float* gradient, const std::vector<Words>& left, const 
     for (int v = 0; v < V; v += C)
         for (int o = 0; o < O; o += R) {
             Floats sums[R][C] = {};
-            add_products<1, O, V>(sums, words + o, right.data() + v, (rows + PER_WORD - 1) / PER_WORD);
+            add_products(sums, words + o, 1, O, right.data() + v, V, (rows + PER_WORD - 1) / PER_WORD);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r)
 #pragma GCC unroll 3

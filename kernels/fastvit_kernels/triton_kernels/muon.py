@@ -7,7 +7,7 @@ times A, so the iterations run on G and on the polynomial alone, and A is needed
 Shape suffixes: S the shorter side, padded; L a tile of the longer side.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -15,6 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastvit_kernels.triton_kernels.parts import dot, padded
+
+if TYPE_CHECKING:
+    from fastvit_kernels.muon import MuonStep
 
 MAX_SHORT_SIDE = 64
 """larger square tiles do not fit in the registers of a program"""
@@ -29,6 +32,26 @@ def fits(weight: Tensor, merged: int) -> bool:
     """Whether the kernel supports the `merged` matrices that are stacked in `weight`."""
     rows, columns = weight.shape[0] // merged, weight.shape[1:].numel()
     return min(rows, columns) <= MAX_SHORT_SIDE and weight.dtype == torch.float32 and weight.is_contiguous()
+
+
+def update(weights: list[Tensor], gradients: list[Tensor], averages: list[Tensor], step: "MuonStep") -> None:
+    """See `fastvit_kernels.muon.update_matrices`."""
+    with torch.cuda.device_of(weights[0]):
+        for first in range(0, len(weights), MAX_PARAMETERS):
+            part = slice(first, first + MAX_PARAMETERS)
+            shapes = tuple((weight.shape[0], weight.shape[1:].numel()) for weight in weights[part])
+            muon_kernel[(len(shapes) * step.merged,)](
+                tuple(weights[part]),
+                tuple(gradient.contiguous() for gradient in gradients[part]),
+                tuple(averages[part]),
+                0.0 if isinstance(step.lr, Tensor) else step.lr,
+                step.lr if isinstance(step.lr, Tensor) else None,
+                step.weight_decay,
+                step.momentum,
+                step.grad_scale,
+                step.found_inf,
+                **constants(shapes, step.merged, step.nesterov, step.quintic, step.iterations),
+            )
 
 
 def constants(
