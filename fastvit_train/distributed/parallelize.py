@@ -1,10 +1,12 @@
 """DDP and FSDP2: their settings, and checks of what FSDP2 can train."""
 
+import functools
 import math
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
+import accelerate.optimizer
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -23,6 +25,12 @@ SHARDABLE = (torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that update each element by itself, so that shards need no exchange; ours declare `shardable = True`."""
 
 
+def _find_packages_once() -> None:
+    """Let Accelerate's optimizer, which looks for a package on the disk twice in every step, remember the answer."""
+    if search := getattr(accelerate.optimizer, "is_lomo_available", None):  # not in every version
+        accelerate.optimizer.is_lomo_available = functools.cache(search)
+
+
 def prepare(
     accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer, use_ddp: bool = True
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -33,6 +41,7 @@ def prepare(
     Raises:
         UserError: if FSDP2 cannot train them.
     """
+    _find_packages_once()
     if accelerator.distributed_type == DistributedType.FSDP:
         plugin = accelerator.state.fsdp_plugin
         check_shardable(plugin.transformer_cls_names_to_wrap, model, optimizer)

@@ -83,12 +83,10 @@ def transformer_block(
         raise ValueError(f"cpp does not support {reason}; use torch")
     if seed is None and settings.dropout_p:
         seed = draw_seed()
-    bias = x.new_empty(0) if parameters.qkv_bias is None else parameters.qkv_bias
-    tensors = [tensor.float().contiguous() for tensor in parameters._replace(qkv_bias=bias) if tensor is not None]
     out, *_ = cpp.block(
         x.float(),
-        tensors,
-        [] if scales is None else [scale.float() for scale in scales],
+        *(None if tensor is None else tensor.float().contiguous() for tensor in parameters),
+        *((None, None) if scales is None else (scale.float() for scale in scales)),
         seed,
         settings.num_heads,
         settings.gelu == "none",

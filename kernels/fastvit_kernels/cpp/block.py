@@ -50,14 +50,15 @@ class _Call(ctypes.Structure):
 
 def _prepare(
     x: Tensor,
-    parameters: Sequence[Tensor],
-    scales: Sequence[Tensor],
+    parameters: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
     seed: Tensor | None,
     num_heads: int,
     exact_gelu: bool,
     residual_norm: bool,
     numbers: Sequence[float],
     dtype: torch.dtype,
+    hidden: int,
 ) -> tuple[ctypes.CDLL, Any, Any]:
     """Return the library for these sizes, and its first two arguments: the call and the parameters."""
     batch, tokens, dim = x.shape
@@ -66,20 +67,33 @@ def _prepare(
         dtype,
         DIM=dim,
         HEAD_DIM=dim // num_heads,
-        HIDDEN=parameters[8].shape[0],
+        HIDDEN=hidden,
         EXACT_GELU=int(exact_gelu),
         RESIDUAL_NORM=int(residual_norm),
     )
     seed_bits = int(seed) & 0xFFFFFFFF if seed is not None else 0
-    call = _Call(batch, tokens, *numbers, seed_bits, torch.get_num_threads(), *addresses(scales or (None, None)))
+    call = _Call(batch, tokens, *numbers, seed_bits, torch.get_num_threads(), *addresses(scales))
     return library, ctypes.byref(call), addresses(parameters)
 
 
+# The parameters are arguments of their own, because autograd takes longer for a list of tensors than for each of them.
 @torch.library.custom_op("fastvit_kernels::block", mutates_args=())
 def block(
     x: Tensor,
-    parameters: Sequence[Tensor],
-    scales: Sequence[Tensor],
+    norm1_weight: Tensor,
+    norm1_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor,
+    norm2_weight: Tensor,
+    norm2_bias: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    attention_scale: Tensor | None,
+    mlp_scale: Tensor | None,
     seed: Tensor | None,
     num_heads: int,
     exact_gelu: bool,
@@ -92,8 +106,8 @@ def block(
 
     Args:
         x: tokens, (batch, tokens, dim), float32.
-        parameters: the twelve of a block, float32 and contiguous; qkv_bias is empty if there is none.
-        scales: (batch,) for each branch, float32; or none.
+        norm1_weight to fc2_bias: the parameters, float32 and contiguous.
+        attention_scale, mlp_scale: the factors of each sample's branches, (batch,), float32.
         seed: for dropout of attention weights.
         num_heads, exact_gelu, residual_norm: the block's settings.
         numbers: eps of both norms, and the dropout probability of attention weights.
@@ -104,12 +118,16 @@ def block(
         The block's output, and what is kept: packed projections, attention's output and the statistics of its softmax;
         empty without `save`.
     """
-    x = x.contiguous()
+    parameters = (
+        norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
+        norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
+    )  # fmt: skip
+    x, hidden = x.contiguous(), fc1_weight.shape[0]
     out, *saved = _empty(x, num_heads, dtype, save)
-    library, call, parts = _prepare(
-        x, parameters, scales, seed, num_heads, exact_gelu, residual_norm, numbers, dtype
+    library, call, weights = _prepare(
+        x, parameters, (attention_scale, mlp_scale), seed, num_heads, exact_gelu, residual_norm, numbers, dtype, hidden
     )
-    library.forward(call, parts, pointer(x), pointer(out), addresses(saved))
+    library.forward(call, weights, pointer(x), pointer(out), addresses(saved))
     return out, saved[0], saved[1], saved[2]
 
 
@@ -125,8 +143,8 @@ def _empty(x: Tensor, num_heads: int, dtype: torch.dtype, save: bool) -> tuple[T
 
 
 @block.register_fake
-def _(x: Tensor, parameters: Any, scales: Any, seed: Any, num_heads: int, *settings: Any) -> tuple[Tensor, ...]:
-    *_, dtype, save = settings
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *_, num_heads, exact_gelu, residual_norm, numbers, dtype, save = arguments
     return _empty(x, num_heads, dtype, save)
 
 
@@ -135,77 +153,78 @@ def block_backward(
     dout: Tensor,
     saved: Sequence[Tensor],
     x: Tensor,
-    parameters: Sequence[Tensor],
-    scales: Sequence[Tensor],
+    parameters: Sequence[Tensor | None],
+    scales: Sequence[Tensor | None],
     seed: Tensor | None,
     num_heads: int,
     exact_gelu: bool,
     residual_norm: bool,
     numbers: Sequence[float],
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor]:
-    """Return the gradient of x, and those of all parameters one after the other in one tensor."""
+    hidden: int,
+) -> list[Tensor]:
+    """Return the gradient of x, and those of the parameters; that of a bias which is None is empty."""
     x, dout = x.contiguous(), dout.contiguous()
-    dx, gradients = x.new_empty(x.shape), x.new_empty(_total(parameters))
-    library, call, parts = _prepare(
-        x, parameters, scales, seed, num_heads, exact_gelu, residual_norm, numbers, dtype
+    gradients = _empty_gradients(x, parameters)
+    library, call, weights = _prepare(
+        x, parameters, scales, seed, num_heads, exact_gelu, residual_norm, numbers, dtype, hidden
     )
-    library.backward(call, parts, pointer(x), pointer(dout), addresses(saved), pointer(dx), pointer(gradients))
-    return dx, gradients
+    dx, *of_parameters = gradients
+    library.backward(
+        call, weights, pointer(x), pointer(dout), addresses(saved), pointer(dx), addresses(of_parameters)
+    )
+    return gradients
 
 
-def _sizes(parameters: Sequence[Tensor]) -> list[int]:
-    """Numbers of elements; without a bias, the kernel's gradients have room for one all the same."""
-    sizes = [parameter.numel() for parameter in parameters]
-    sizes[3] = parameters[2].shape[0]
-    return sizes
-
-
-def _total(parameters: Sequence[Tensor]) -> int:
-    return sum(_sizes(parameters))
+def _empty_gradients(x: Tensor, parameters: Sequence[Tensor | None]) -> list[Tensor]:
+    return [x.new_empty(0 if tensor is None else tensor.shape) for tensor in (x, *parameters)]
 
 
 @block_backward.register_fake
 def _(
-    dout: Tensor, saved: Sequence[Tensor], x: Tensor, parameters: Sequence[Tensor], *settings: Any
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty(_total(parameters))
+    dout: Tensor, saved: Sequence[Tensor], x: Tensor, parameters: Sequence[Tensor | None], *settings: Any
+) -> list[Tensor]:
+    return _empty_gradients(x, parameters)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, parameters, scales, seed, *ctx.settings, save = inputs
+    *tensors, num_heads, exact_gelu, residual_norm, numbers, dtype, save = inputs
     if not save:
         raise RuntimeError("a block's gradient needs what its forward pass saves: call it with save=True")
-    ctx.parts = len(parameters), len(scales)
-    ctx.save_for_backward(x, seed, *parameters, *scales, *output[1:])
+    ctx.settings = num_heads, exact_gelu, residual_norm, numbers, dtype
+    ctx.save_for_backward(*tensors, *output[1:])
     ctx.set_materialize_grads(False)
 
 
 def _autograd(ctx: Any, dout: Tensor, *unused: Tensor | None) -> tuple[Any, ...]:
-    x, seed, *others = ctx.saved_tensors
-    parts, scales_end = ctx.parts[0], sum(ctx.parts)
-    parameters, scales, saved = others[:parts], others[parts:scales_end], others[scales_end:]
-    dx, gradients = block_backward(dout, saved, x, parameters, scales, seed, *ctx.settings)
-    pieces = [
-        piece[: parameter.numel()].view(parameter.shape)
-        for piece, parameter in zip(gradients.split(_sizes(parameters)), parameters, strict=True)
-    ]
-    return dx, pieces, [None] * len(scales), *[None] * 7
+    x, *parameters, attention_scale, mlp_scale, seed, qkv, attended, softmax = ctx.saved_tensors
+    gradients = block_backward(
+        dout,
+        [qkv, attended, softmax],
+        x,
+        parameters,
+        [attention_scale, mlp_scale],
+        seed,
+        *ctx.settings,
+        parameters[8].shape[0],
+    )
+    by_input = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)]
+    return *by_input, *[None] * 9
 
 
 block.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def _flops(x_shape: tuple[int, ...], parameters: Any, *settings: Any, **kwargs: Any) -> int:
+def _flops(x_shape: tuple[int, ...], *arguments: Any, **kwargs: Any) -> int:
     batch, tokens, dim = x_shape
-    hidden = parameters[8][0]
+    hidden = arguments[8][0]
     return 2 * batch * tokens * (4 * dim**2 + 2 * dim * hidden) + 4 * batch * tokens**2 * dim
 
 
 def _flops_backward(
     dout_shape: Any, saved: Any, x_shape: tuple[int, ...], parameters: Any, *settings: Any, **kwargs: Any
 ) -> int:
-    return 2 * _flops(x_shape, parameters)
+    return 2 * _flops(x_shape, *parameters)
 
 
 register_flop_formula(torch.ops.fastvit_kernels.block)(_flops)

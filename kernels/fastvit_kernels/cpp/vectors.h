@@ -257,9 +257,20 @@ static inline Floats widen(const int32_t* words) {
 #endif
 }
 
-// e^x for x up to 88, and e^-87 for x below -87. The error is at most two units in the last place (Cephes' expf); for
-// bfloat16 a hundredth of one.
+// e^x for x up to 88, and for bfloat16 0, for float32 e^-87 where x is below -87. The error is at most two units in the last
+// place (Cephes' expf); for bfloat16 a hundredth of one.
 static inline Floats exponential(Floats x) {
+#if BFLOAT16 && defined(__AVX512DQ__)
+    // 2^whole * 2^rest, with 0 <= rest < 1, for which a polynomial of least relative error (2^-18) is enough.
+    const __m512 power = (__m512)(x * fill(1.44269504f));
+    const Floats rest = (Floats)_mm512_reduce_ps(power, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    Floats y = fill(1.353416778e-2f);
+    y = multiply_add(y, rest, fill(5.201146007e-2f));
+    y = multiply_add(y, rest, fill(2.414427549e-1f));
+    y = multiply_add(y, rest, fill(6.930038333e-1f));
+    y = multiply_add(y, rest, fill(1.000002623f));
+    return (Floats)_mm512_scalef_ps((__m512)y, power);  // rounds power down
+#else
     x = larger(x, fill(-87.0f));
     // Adding 1.5 * 2^23 rounds to an integer; the lowest bits then also contain 127, the exponent's bias.
     const Floats magic = fill(12582912.0f + 127.0f);
@@ -281,4 +292,5 @@ static inline Floats exponential(Floats x) {
     y = multiply_add(y, x, fill(1.0f));
     y = multiply_add(y, x, fill(1.0f));
     return y * (Floats)((Words)shifted << 23);
+#endif
 }

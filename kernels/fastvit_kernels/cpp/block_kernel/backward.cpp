@@ -228,10 +228,10 @@ static void backward_group(
     dbias1.add_to(gradient(NORM1_BIAS));
 }
 
-// Writes the gradients of x, and of all parameters one after the other, (TOTAL).
+// Writes the gradients of x and of the parameters.
 extern "C" void backward(
     const Call* call, const Parameters* p, const float* x, const float* dout, const Saved* saved, float* dx,
-    float* gradients) {
+    float* const* gradients) {
     BackwardWeights weights;
     std::vector<const float*> parts(call->threads);
 #pragma omp parallel num_threads(call->threads)
@@ -246,11 +246,16 @@ extern "C" void backward(
         parts[omp_get_thread_num()] = buffers.gradients.data();
         for_each_group(
             *call, [&](const Group& group) { backward_group(group, *p, weights, x, dout, *saved, dx, buffers); });
-#pragma omp for schedule(static)
-        for (int64_t i = 0; i < TOTAL; ++i) {
-            float sum = 0.0f;
-            for (int t = 0; t < omp_get_num_threads(); ++t) sum += parts[t][i];
-            gradients[i] = sum;
+        for (int parameter = 0; parameter < 12; ++parameter) {
+            if (!gradients[parameter]) continue;
+            const int64_t start = start_of(parameter);
+#pragma omp for schedule(static) nowait
+            for (int64_t i = 0; i < SIZES[parameter]; ++i) {
+                float sum = 0.0f;
+                for (int t = 0; t < omp_get_num_threads(); ++t) sum += parts[t][start + i];
+                gradients[parameter][i] = sum;
+            }
         }
+#pragma omp barrier  // before a thread's sums cease to exist
     }
 }
