@@ -161,7 +161,8 @@ def test_muon_updates_shards_as_it_does_whole_matrices(seed: int, tmp_path: Path
                 shard.grad = distribute_tensor(p.grad.clone(), mesh, [Shard(0)])
             ours.step()
             theirs.step()
-        assert all(torch.equal(p, shard.full_tensor()) for p, shard in zip(whole, sharded, strict=True))
+        for p, shard in zip(whole, sharded, strict=True):  # a kernel updates whole matrices, operators update shards
+            assert torch.allclose(p, shard.full_tensor(), rtol=0, atol=1e-6)
     finally:
         dist.destroy_process_group()
 

@@ -42,10 +42,10 @@ struct Packed {
 
     Words& at(int k, int v) { return words[(v / COLUMNS * K + k) * COLUMNS + v % COLUMNS]; }
 
-    // From a weight (LANES * V, K * PER_WORD) for products x W^T. All threads of the team call this.
+    // From a weight (LANES * V, K * PER_WORD) for products x W^T. All threads of the team call this, and a barrier follows.
     void transposed(const float* weight) {
         constexpr int width = K * PER_WORD;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int v = 0; v < V; ++v)
             for (int first = 0; first < width; first += LANES) {
                 Words square[LANES];
@@ -56,10 +56,10 @@ struct Packed {
             }
     }
 
-    // From a weight (K * PER_WORD, LANES * V) for products x W. All threads of the team call this.
+    // From a weight (K * PER_WORD, LANES * V) for products x W. All threads of the team call this, and a barrier follows.
     void straight(const float* weight) {
         constexpr int width = V * LANES;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
         for (int k = 0; k < K; ++k)
             for (int v = 0; v < V; ++v) {
                 const float* row = weight + k * PER_WORD * width + v * LANES;

@@ -242,6 +242,7 @@ extern "C" void backward(
         weights.fc1_back.straight(p->fc1_weight);
         weights.proj_back.straight(p->proj_weight);
         weights.qkv.straight(p->qkv_weight);
+#pragma omp barrier
         BackwardBuffers buffers(rows_of_group(*call), call->tokens);
         parts[omp_get_thread_num()] = buffers.gradients.data();
         for_each_group(

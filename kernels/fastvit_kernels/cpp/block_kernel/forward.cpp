@@ -88,6 +88,7 @@ extern "C" void forward(const Call* call, const Parameters* p, const float* x, f
         weights.proj.transposed(p->proj_weight);
         weights.fc1.transposed(p->fc1_weight);
         weights.fc2.transposed(p->fc2_weight);
+#pragma omp barrier
         ForwardBuffers buffers(rows_of_group(*call), call->tokens);
         for_each_group(*call, [&](const Group& group) { forward_group(group, *p, weights, x, out, *saved, buffers); });
     }
