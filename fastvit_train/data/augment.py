@@ -3,7 +3,7 @@
 All random numbers of an epoch are drawn at once, from (seed, epoch); a batch picks its samples' rows. The augmentation
 of a sample therefore depends neither on its position in the batch nor on the world size.
 
-Shape suffixes: B batch, C channels, H height, W width, S samples of the whole data set, T tries.
+Shape suffixes: B batch, C channels, H height, W width, R rows of all channels, S samples of the data set, T tries.
 """
 
 import hashlib
@@ -146,15 +146,17 @@ def resized_crop(
     Bilinear interpolation is separable, so it is computed as two batched products with interpolation matrices.
     """
     rows_BHH = _interpolation(top_B, height_B, images_BCHW.shape[-2])
-    columns_BWW = _interpolation(left_B, width_B, images_BCHW.shape[-1])
-    if flip_B is not None:
-        columns_BWW = torch.where(flip_B[:, None, None], columns_BWW.flip(1), columns_BWW)
-    return rows_BHH[:, None] @ images_BCHW.float() @ columns_BWW.transpose(1, 2)[:, None]
+    columns_BWW = _interpolation(left_B, width_B, images_BCHW.shape[-1], flip_B)
+    # The channels of an image share its matrices; of both products, only the second needs a copy of them per channel.
+    resized_BRW = torch.bmm(images_BCHW.flatten(1, 2).float(), columns_BWW.transpose(1, 2))
+    return rows_BHH[:, None] @ resized_BRW.view_as(images_BCHW)
 
 
-def _interpolation(start_B: Tensor, length_B: Tensor, size: int) -> Tensor:
+def _interpolation(start_B: Tensor, length_B: Tensor, size: int, flip_B: Tensor | None = None) -> Tensor:
     """Return weights (batch, size, size): [b, i, j] is that of input pixel j in output pixel i (centres at i + 0.5)."""
     pixels = torch.arange(size, device=start_B.device)
     source_BS = (pixels + 0.5) * (length_B / size)[:, None] - 0.5
     source_BS = start_B[:, None] + source_BS.clamp(min=0).minimum(length_B[:, None] - 1)
-    return (1 - (source_BS[:, :, None] - pixels).abs()).clamp(min=0)
+    if flip_B is not None:
+        source_BS = torch.where(flip_B[:, None], source_BS.flip(1), source_BS)
+    return (source_BS[:, :, None] - pixels).abs_().neg_().add_(1).clamp_(min=0)
