@@ -183,7 +183,8 @@ def _set_attention(loaded: TrainedModel, name: str, loader: EvalLoader, accelera
 def metrics(evaluated: EvaluatedRun) -> dict[str, Any]:
     """Return the contents of evaluation.json.
 
-    Accuracies, precision and recall are fractions, the loss is in nats; a class without images has recall None.
+    Accuracies, their standard errors, precision and recall are fractions, the loss is in nats; a class without images
+    has recall None.
     """
     result, dataset, chosen = evaluated.evaluation, evaluated.dataset, evaluated.run.checkpoint
     per_class = zip(
@@ -201,6 +202,9 @@ def metrics(evaluated: EvaluatedRun) -> dict[str, Any]:
         "evaluated_on": dataset.evaluated_on,
         "images": result.samples,
         "accuracy": result.accuracy,
+        "accuracy_error": result.accuracy_error,
+        "balanced_accuracy": result.balanced_accuracy,
+        "balanced_accuracy_error": result.balanced_accuracy_error,
         "majority_share": result.majority_share,
         "top5_accuracy": result.top5_accuracy,
         "loss": result.loss,
@@ -244,7 +248,8 @@ def show(evaluated: EvaluatedRun, output: Path | None) -> None:
     top5 = f", top-5 {values['top5_accuracy']:.2%}" if len(values["classes"]) > 5 else ""  # otherwise always 100%
     log.line(
         f"{values['source']}: {values['dataset']} ({values['evaluated_on']}, {counted(values['images'], 'image')}) "
-        f"accuracy {values['accuracy']:.2%}{top5}, loss {values['loss']:.6f}, "
+        f"accuracy {_with_error(values, 'accuracy')}, balanced {_with_error(values, 'balanced_accuracy')}{top5}, "
+        f"loss {values['loss']:.6f}, "
         f"calibration error {values['expected_calibration_error']:.2%}, attention {values['attention']}"
     )
     log.console.print(_table(values))
@@ -256,6 +261,10 @@ def show(evaluated: EvaluatedRun, output: Path | None) -> None:
     )
     written = sync.broadcast_from_rank0(accelerator, lambda: _write(evaluated, values, folder))
     log.line(f"written to {folder}: {', '.join(written)}")
+
+
+def _with_error(values: dict[str, Any], name: str) -> str:
+    return f"{values[name]:.2%} ± {100 * values[f'{name}_error']:.2f}"
 
 
 def _write(evaluated: EvaluatedRun, values: dict[str, Any], folder: Path) -> list[str]:

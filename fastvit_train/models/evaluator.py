@@ -47,6 +47,23 @@ class Evaluation:
         return (self.predicted == self.labels).double().mean().item()
 
     @property
+    def accuracy_error(self) -> float:
+        """Standard error of the accuracy, from the number of images: sqrt(p (1 - p) / N)."""
+        return (self.accuracy * (1 - self.accuracy) / self.samples) ** 0.5
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean recall of the classes that have images."""
+        return self.recall().nanmean().item()
+
+    @property
+    def balanced_accuracy_error(self) -> float:
+        """Standard error of the balanced accuracy, from the number of images of each class."""
+        recall, images = self.recall(), self.labels.bincount(minlength=self.num_classes)
+        variances = (recall * (1 - recall) / images)[images > 0]
+        return variances.sum().sqrt().item() / len(variances)
+
+    @property
     def majority_share(self) -> float:
         """Fraction of images in the most frequent class: the accuracy of always guessing that class."""
         return self.labels.bincount().max().item() / self.samples

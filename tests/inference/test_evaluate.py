@@ -51,6 +51,8 @@ def test_the_metrics_follow_their_definitions(seed: int) -> None:
     assert result.precision()[2].item() == pytest.approx(pairs[2, 2] / predicted_as_2)
     assert result.recall()[2].item() == pytest.approx(pairs[2, 2] / labels.tolist().count(2))
     assert result.recall()[6].isnan()
+    recalls = [pairs[true, true] / labels.tolist().count(true) for true in range(6)]
+    assert result.balanced_accuracy == pytest.approx(sum(recalls) / 6)
     error = 0.0
     for number in range(15):
         inside = [
@@ -62,6 +64,18 @@ def test_the_metrics_follow_their_definitions(seed: int) -> None:
             gap = sum(right for _, right in inside) / len(inside) - sum(sure for sure, _ in inside) / len(inside)
             error += len(inside) / 500 * abs(gap)
     assert error > 0.02 and result.calibration_error() == pytest.approx(error)
+
+
+def test_standard_errors_are_the_spread_over_many_draws(seed: int) -> None:
+    """Many sets of images are drawn, with 20 to 200 of a class; their accuracies spread as one set's error says."""
+    labels = torch.arange(3).repeat_interleave(torch.tensor([200, 60, 20]))
+    chances = torch.tensor([0.9, 0.6, 0.3])[labels]
+    results = [evaluation_of(torch.eye(3)[(labels + (torch.rand(280) > chances)) % 3], labels) for _ in range(1000)]
+    for name in ("accuracy", "balanced_accuracy"):
+        errors = torch.tensor([getattr(result, f"{name}_error") for result in results])
+        spread = torch.tensor([getattr(result, name) for result in results]).std()
+        # Within a class all images have the same chance; the accuracy's error assumes that of all images.
+        assert errors.mean().item() == pytest.approx(spread.item(), rel=0.1 if name == "balanced_accuracy" else 0.3), name
 
 
 def test_ties_and_nan_do_not_count_as_correct() -> None:
