@@ -131,9 +131,8 @@ def take_first_passes(
         passes.append(warm_up(model, 0 if whole_step else inputs.micro_batch, eval_batch, size, device))
         if ema is not None:
             passes.append(warm_up(ema.module, 0, eval_batch, size, device))
-    if device.type == "cuda" and not whole_step:
-        if compiled and inputs.train_loader.is_resident:
-            passes.append(compile_augmentation(inputs, device))
+    if device.type == "cuda" and compiled and not whole_step and inputs.train_loader.is_resident:
+        passes.append(compile_augmentation(inputs, device))
     if isinstance(optimizer, Muon) and not whole_step and not env.uses_fsdp():
         seconds = time_call(optimizer.compile_kernels, device)
         if device.type == "cuda":  # C++ kernels, of which every run has some, are not reported

@@ -3,7 +3,6 @@
 import functools
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fastvit_kernels.cpp import muon as cpp_muon

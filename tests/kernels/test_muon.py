@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fastvit_kernels.cpp.muon as cpp_muon
 import fastvit_kernels.triton_kernels.muon as triton_muon
-from fastvit_kernels.muon import MuonStep, can_update, update_matrices
+from fastvit_kernels.muon import MuonStep, can_update
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 MERGED = {1: [(48, 48), (192, 48), (48, 200), (8, 3, 3, 3)], 3: [(144, 48), (48, 5)]}

@@ -144,7 +144,7 @@ def _empty(x: Tensor, num_heads: int, dtype: torch.dtype, save: bool) -> tuple[T
 
 @block.register_fake
 def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    *_, num_heads, exact_gelu, residual_norm, numbers, dtype, save = arguments
+    *_, num_heads, _gelu, _residual_norm, _numbers, dtype, save = arguments
     return _empty(x, num_heads, dtype, save)
 
 
@@ -170,9 +170,7 @@ def block_backward(
         x, parameters, scales, seed, num_heads, exact_gelu, residual_norm, numbers, dtype, hidden
     )
     dx, *of_parameters = gradients
-    library.backward(
-        call, weights, pointer(x), pointer(dout), addresses(saved), pointer(dx), addresses(of_parameters)
-    )
+    library.backward(call, weights, pointer(x), pointer(dout), addresses(saved), pointer(dx), addresses(of_parameters))
     return gradients
 
 
