@@ -26,7 +26,8 @@ class PatchTokenizer(nn.Module):
 
     def forward(self, images_BCHW: Tensor) -> Tensor:
         # The kernels of `proj` do not overlap: a matrix product is faster, and its tokens are contiguous.
-        (rows, columns), size = self.grid(images_BCHW.shape[2:]), self.patch_size
+        (height, width), size = images_BCHW.shape[2:], self.patch_size
+        rows, columns = self.grid((height, width))
         patches = images_BCHW.unflatten(3, (columns, size)).unflatten(2, (rows, size)).permute(0, 2, 4, 1, 3, 5)
         patches_BNK = patches.flatten(3).flatten(1, 2)
         return F.linear(patches_BNK, self.proj.weight.flatten(1), self.proj.bias)
