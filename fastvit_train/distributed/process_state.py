@@ -42,7 +42,7 @@ class RandomStates:
 
     def __init__(self, runs: int) -> None:
         if runs > 1 and torch.cuda.is_available():
-            torch.cuda.init()  # before it, there are no generators
+            torch.cuda.init()  # creates the generators
         self._gpus = torch.cuda.default_generators if runs > 1 else ()
         self._cpu_states = [torch.get_rng_state() for _ in range(runs)]
         self._gpu_states = [

@@ -22,8 +22,8 @@ MIN_ENERGY_SECONDS = 1.0
 
 The energy counter is updated about every 100 ms (https://ml.energy/blog/energy/measurement/
 thermally-stable-profiling-for-accurate-gpu-energy-measurement), so that the energy of one second is off by up to a
-tenth, and that of 30 ms is either 0 or three times too much. Power, where there is no counter, is a mean over up to a
-second. Several short measurements can be added, as the counter's error does not grow with their number.
+tenth, and that of 30 ms is either 0 or three times too much. GPUs without the counter report power instead, as a mean
+over up to a second. Several short measurements can be added, as the counter's error does not grow with their number.
 """
 COUNTER = "nvmlDeviceGetTotalEnergyConsumption"
 CLOCK_SM = 1  # NVML_CLOCK_SM

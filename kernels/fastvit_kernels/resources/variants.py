@@ -47,7 +47,7 @@ class KernelVariant(NamedTuple):
 
     @property
     def words(self) -> set[str]:
-        """The words by which it is selected and printed."""
+        """What selects this kernel on the command line: its shape, name, dtype, capability, and dropout."""
         return {self.shape, self.kernel, self.dtype, f"sm_{self.capability}", *(["dropout"] if self.dropout else [])}
 
 
