@@ -21,11 +21,13 @@ from fastvit_train.utils.errors import UserError, counted
 
 SPREAD = {
     "accuracy": "test_accuracy",
+    "balanced accuracy": "balanced_test_accuracy",
     "training, s": "train_seconds",
     "evaluation, s": "eval_seconds",
     "first passes and compiling, s": "compile_seconds",
     "to the target, s": "seconds_to_target",
     "to the target, epochs": "epochs_to_target",
+    "cores used by others": "cores_used_by_others",
 }
 """values of the summary that are compared over the seeds, by their titles"""
 
@@ -112,6 +114,6 @@ def table(results: dict[str, Any]) -> Table:
         statistic = results[key]
         if statistic["values"]:
             shown = (statistic["mean"], statistic["std"], min(statistic["values"]), max(statistic["values"]))
-            words = [("" if x is None else f"{x:.2%}" if key == "test_accuracy" else f"{x:,.1f}") for x in shown]
+            words = [("" if x is None else f"{x:.2%}" if key.endswith("accuracy") else f"{x:,.1f}") for x in shown]
             result.add_row(name, *words)
     return result

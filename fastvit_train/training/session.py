@@ -21,6 +21,7 @@ from fastvit_train.runs.train_state import TrainState
 from fastvit_train.training.preemption import StatusExchange, StopSignalHandler
 from fastvit_train.utils.errors import Interrupted, Preempted, counted
 from fastvit_train.utils.gpu_monitor import Meter
+from fastvit_train.utils.machine import OtherProcesses
 from fastvit_train.utils.timing import SlowdownDetector
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class TrainSession:
     metrics_buffer: MetricsBuffer
     ema: ModelEmaV3 | None
     slowdown: SlowdownDetector
+    other_processes: OtherProcesses
     graphed_step: "GraphedStep | None"
     """the recorded training step of a compiled run on GPUs"""
     resources: ExitStack

@@ -43,6 +43,7 @@ from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import memory
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.gpu_monitor import Meter
+from fastvit_train.utils.machine import OtherProcesses
 from fastvit_train.utils.timing import SlowdownDetector
 
 
@@ -174,7 +175,7 @@ def set_up(
         inputs.dataset, inputs.train_loader, inputs.eval_loader, inputs.batch_size, state,
         trained.compile_seconds, Meter(launch.accelerator.device, resolved.run.telemetry),
         StatusExchange(launch.accelerator, stop_signals or StopSignalHandler()), MetricsBuffer(), trained.ema,
-        SlowdownDetector(),
+        SlowdownDetector(), OtherProcesses(),
         None,
         stack,
     )  # fmt: skip

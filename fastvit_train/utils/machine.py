@@ -1,7 +1,9 @@
 """What this process may use of the machine: cores and memory, within its CPU affinity and its container's limits."""
 
 import os
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import psutil
@@ -26,6 +28,28 @@ def total_memory() -> int:
 def available_memory() -> int:
     """Return the bytes of memory that this process can still allocate."""
     return max(0, min([psutil.virtual_memory().available, *(limit - used for limit, used in _memory_limits())]))
+
+
+class OtherProcesses:
+    """Measures, from its construction on, how many cores the processes keep busy that this one did not start."""
+
+    def __init__(self) -> None:
+        self.started, self._others = time.perf_counter(), _seconds_of_others()
+
+    def cores(self) -> float:
+        """Return the mean number of cores since the construction, 0 on a quiet machine."""
+        return max(0.0, _seconds_of_others() - self._others) / (time.perf_counter() - self.started)
+
+
+def _seconds_of_others() -> float:
+    """Return the seconds that cores have worked for other processes, and for other virtual machines ("steal")."""
+    machine, own = psutil.cpu_times(), 0.0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        with suppress(psutil.Error):  # it has just ended
+            times = process.cpu_times()
+            own += times.user + times.system + times.children_user + times.children_system
+    working = ("user", "nice", "system", "irq", "softirq", "steal")
+    return sum(getattr(machine, name, 0.0) for name in working) - own
 
 
 def _cpu_quotas() -> Iterator[float]:

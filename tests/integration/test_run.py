@@ -31,6 +31,7 @@ from tests.support.pictures import record_pictures
 SmallConfig = Callable[..., TrainConfig]
 SUMMARY_KEYS = {
     "model", "dataset", "parameters", "epochs", "steps", "test_accuracy", "best_test_accuracy", "test_loss",
+    "balanced_test_accuracy", "cores_used_by_others",
     "train_seconds", "compile_seconds", "images_per_second", "peak_memory_mib", "energy_joules", "attention",
     "mixed_precision", "world_size", "device", "versions",
 }  # fmt: skip

@@ -1,5 +1,8 @@
 """The cores and the memory of a container, from the files of both versions of control groups."""
 
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -82,3 +85,15 @@ def test_less_than_one_core_and_a_small_affinity(container, monkeypatch: pytest.
     assert machine.usable_cores() == 3
     container("0::/\n", {"cpu.max": "50000 100000"})
     assert machine.usable_cores() == 1
+
+
+def test_what_this_process_and_its_children_do_is_not_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine's cores have worked for three seconds: for one of them here, in a child; the others are counted."""
+    worked = psutil.cpu_times()
+    monkeypatch.setattr(psutil, "cpu_times", lambda: worked)  # as it is when called
+    others = machine.OtherProcesses()
+    busy = "import time\nwhile time.process_time() < 1: pass"
+    subprocess.run([sys.executable, "-c", busy], check=True)
+    worked = worked._replace(user=worked.user + 2, system=worked.system + 1)
+    seconds = others.cores() * (time.perf_counter() - others.started)
+    assert seconds == pytest.approx(2, abs=0.3)
