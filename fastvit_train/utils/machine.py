@@ -44,7 +44,10 @@ class OtherProcesses:
 def _seconds_of_others() -> float:
     """Return the seconds that cores have worked for other processes, and for other virtual machines ("steal")."""
     machine, own = psutil.cpu_times(), 0.0
-    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+    processes = [psutil.Process()]
+    with suppress(psutil.Error):  # not every system shows them
+        processes += processes[0].children(recursive=True)
+    for process in processes:
         with suppress(psutil.Error):  # it has just ended
             times = process.cpu_times()
             own += times.user + times.system + times.children_user + times.children_system
