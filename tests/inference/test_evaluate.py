@@ -135,7 +135,7 @@ def test_a_run_and_its_timm_folder_are_evaluated_alike(
     summary = json.loads((trained / "summary.json").read_text())
     main(["eval", str(trained), "--output", str(tmp_path / "a"), "--attention", "naive"])
     line = capsys.readouterr().out
-    assert f"digits (test, 359 images) accuracy {summary['test_accuracy']:.2%}, top-5 " in line
+    assert f"digits (test, 359 images) accuracy {summary['test_accuracy']:.2%} ± " in line and ", top-5 " in line
     main(["eval", f"local-dir:{timms}", "--dataset", "digits", "--output", str(tmp_path / "b"), "--batch-size", "50"])
     first, second = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in "ab")
     assert first["accuracy"] == second["accuracy"] == summary["test_accuracy"] > 0.6
