@@ -24,7 +24,7 @@ def test_eval_prints_its_figures_first(trained: Path, capsys: pytest.CaptureFixt
         main(["eval", str(trained), "--output", "/dev/null/x"])
     out, err = capsys.readouterr()
     accuracy = json.loads((trained / "summary.json").read_text())["test_accuracy"]
-    assert f"accuracy {accuracy:.2%}, top-5" in out and "by class" in out and "img/s" in out
+    assert f"accuracy {accuracy:.2%} ± " in out and "top-5" in out and "by class" in out and "img/s" in out
     assert stop.value.code == 2 and "/dev/null/x cannot be written; choose another --output" in one_line_error(err)
     assert "written to" not in out
 
