@@ -1,6 +1,7 @@
 """The Accelerator of this process, determinism, and the name of its device."""
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -104,7 +105,11 @@ def own_precision(precision: str | None) -> Iterator[None]:
 
 def leave_process_group() -> None:
     """Leave torch's process group. A command does this last."""
-    PartialState().destroy_process_group()
+    state = PartialState()
+    state.destroy_process_group()
+    if state.num_processes > 1:
+        # A thread of gloo that drops its last tensor while the interpreter ends aborts the process; let it do so before.
+        time.sleep(0.1)
 
 
 @contextmanager
