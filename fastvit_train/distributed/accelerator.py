@@ -108,7 +108,7 @@ def leave_process_group() -> None:
     state = PartialState()
     state.destroy_process_group()
     if state.num_processes > 1:
-        # A thread of gloo that drops its last tensor while the interpreter ends aborts the process; let it do so before.
+        # If a thread of gloo drops its last tensor while the interpreter ends, it aborts the process: let it do so now.
         time.sleep(0.1)
 
 
