@@ -25,6 +25,7 @@ SHARDABLE = (torch.optim.Adam, torch.optim.AdamW)
 """Optimizers that update each element by itself, so that shards need no exchange; ours declare `shardable = True`."""
 
 
+@functools.cache
 def _find_packages_once() -> None:
     """Let Accelerate's optimizer, which looks for a package on the disk twice in every step, remember the answer."""
     if search := getattr(accelerate.optimizer, "is_lomo_available", None):  # not in every version

@@ -3,6 +3,7 @@
 import functools
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastvit_kernels.cpp import muon as cpp_muon
@@ -39,12 +40,18 @@ def can_update(weight: Tensor, merged: int) -> bool:
     on a CPU with a C++ compiler.
     """
     if weight.is_cpu:
-        return cpp_muon.fits(weight, merged) and cpp_muon.is_available()
+        return fits(weight, merged, cpp_muon.MAX_SHORT_SIDE) and cpp_muon.is_available()
     if not weight.is_cuda or not _has_triton():
         return False
     from fastvit_kernels.triton_kernels import muon as triton_muon  # triton may not be installed
 
-    return triton_muon.fits(weight, merged)
+    return fits(weight, merged, triton_muon.MAX_SHORT_SIDE)
+
+
+def fits(weight: Tensor, merged: int, max_short_side: int) -> bool:
+    """Whether a kernel for matrices of up to `max_short_side` wide or high supports those stacked in `weight`."""
+    rows, columns = weight.shape[0] // merged, weight.shape[1:].numel()
+    return min(rows, columns) <= max_short_side and weight.dtype == torch.float32 and weight.is_contiguous()
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Evaluation: metrics follow their definitions, and are the same on every world size and from every source."""
 
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -135,7 +136,8 @@ def test_a_run_and_its_timm_folder_are_evaluated_alike(
     summary = json.loads((trained / "summary.json").read_text())
     main(["eval", str(trained), "--output", str(tmp_path / "a"), "--attention", "naive"])
     line = capsys.readouterr().out
-    assert f"digits (test, 359 images) accuracy {summary['test_accuracy']:.2%} ± " in line and ", top-5 " in line
+    figures = rf"{summary['test_accuracy']:.2%} ± \d\.\d\d, balanced \d\d\.\d\d% ± \d\.\d\d, top-5 "
+    assert re.search(rf"digits \(test, 359 images\) accuracy {figures}", line)
     main(["eval", f"local-dir:{timms}", "--dataset", "digits", "--output", str(tmp_path / "b"), "--batch-size", "50"])
     first, second = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in "ab")
     assert first["accuracy"] == second["accuracy"] == summary["test_accuracy"] > 0.6

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fastvit_kernels.cpp.muon as cpp_muon
 import fastvit_kernels.triton_kernels.muon as triton_muon
-from fastvit_kernels.muon import MuonStep, can_update
+from fastvit_kernels.muon import MuonStep, can_update, fits
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 MERGED = {1: [(48, 48), (192, 48), (48, 200), (8, 3, 3, 3)], 3: [(144, 48), (48, 5)]}
@@ -102,10 +102,11 @@ def test_more_matrices_than_a_launch_takes(seed: int, triton_device: str, monkey
 
 
 def test_what_the_kernel_supports() -> None:
-    assert triton_muon.fits(torch.zeros(64, 1000), 1) and triton_muon.fits(torch.zeros(192, 65), 3)
-    assert not triton_muon.fits(torch.zeros(192, 65), 1)  # its square would not fit into the registers
-    assert not triton_muon.fits(torch.zeros(48, 48, dtype=torch.bfloat16), 1)
-    assert not triton_muon.fits(torch.zeros(48, 96).mT, 1)
+    limit = triton_muon.MAX_SHORT_SIDE
+    assert fits(torch.zeros(64, 1000), 1, limit) and fits(torch.zeros(192, 65), 3, limit)
+    assert not fits(torch.zeros(192, 65), 1, limit)  # its square would not fit into the registers
+    assert not fits(torch.zeros(48, 48, dtype=torch.bfloat16), 1, limit)
+    assert not fits(torch.zeros(48, 96).mT, 1, limit)
     assert can_update(torch.zeros(48, 48), 1) and not can_update(torch.zeros(48, 48, dtype=torch.bfloat16), 1)
     assert not can_update(torch.zeros(512, 512), 1)  # torch's products are faster
 

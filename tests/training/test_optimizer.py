@@ -147,7 +147,13 @@ def test_muon_never_waits_for_a_scaler(monkeypatch: pytest.MonkeyPatch) -> None:
     scaler.update()
 
 
-def test_muon_updates_shards_as_it_does_whole_matrices(seed: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernel", [False, True], ids=["operators", "kernel"])
+def test_muon_updates_shards_as_it_does_whole_matrices(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel: bool
+) -> None:
+    """By operators to the bit; the kernel takes whole matrices only and rounds differently."""
+    if not kernel:
+        monkeypatch.setattr("fastvit_train.training.optim.muon.can_update", lambda *_: False)
     whole = [torch.nn.Parameter(torch.randn(*shape)) for shape in ((24, 8), (24, 8), (8,))]
     ours = Muon(whole, lr=0.02, weight_decay=0.1, nesterov=True)
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.FileStore(str(tmp_path / "store"), 1))
@@ -161,8 +167,11 @@ def test_muon_updates_shards_as_it_does_whole_matrices(seed: int, tmp_path: Path
                 shard.grad = distribute_tensor(p.grad.clone(), mesh, [Shard(0)])
             ours.step()
             theirs.step()
-        for p, shard in zip(whole, sharded, strict=True):  # a kernel updates whole matrices, operators update shards
-            assert torch.allclose(p, shard.full_tensor(), rtol=0, atol=1e-6)
+        for p, shard in zip(whole, sharded, strict=True):
+            if kernel:
+                assert torch.allclose(p, shard.full_tensor(), rtol=0, atol=1e-6)
+            else:
+                assert torch.equal(p, shard.full_tensor())
     finally:
         dist.destroy_process_group()
 

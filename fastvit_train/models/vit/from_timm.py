@@ -1,4 +1,4 @@
-"""Convert the blocks of timm's plain Vision Transformers to our `Block`."""
+"""Conversion of timm's Vision Transformer blocks to `Block`."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def why_not_plain(block: Any) -> list[str]:
 
 
 def block_from_timm(block: Any) -> Block:
-    """Return a `Block` that holds the modules and parameters of timm's `block`. Their names stay the same.
+    """Return a `Block` with the modules of timm's `block`, and so with its parameters and their names.
 
     Its attention must already be a `fastvit_kernels.SelfAttention`, see `fastvit_kernels.swap_attention`.
     """

@@ -58,16 +58,17 @@ def _prepare(
     residual_norm: bool,
     numbers: Sequence[float],
     dtype: torch.dtype,
-    hidden: int,
 ) -> tuple[ctypes.CDLL, Any, Any]:
     """Return the library for these sizes, and its first two arguments: the call and the parameters."""
     batch, tokens, dim = x.shape
+    fc1_weight = parameters[8]
+    assert fc1_weight is not None
     library = cpp_library(
         SOURCES,
         dtype,
         DIM=dim,
         HEAD_DIM=dim // num_heads,
-        HIDDEN=hidden,
+        HIDDEN=fc1_weight.shape[0],
         EXACT_GELU=int(exact_gelu),
         RESIDUAL_NORM=int(residual_norm),
     )
@@ -122,10 +123,10 @@ def block(
         norm1_weight, norm1_bias, qkv_weight, qkv_bias, proj_weight, proj_bias,
         norm2_weight, norm2_bias, fc1_weight, fc1_bias, fc2_weight, fc2_bias,
     )  # fmt: skip
-    x, hidden = x.contiguous(), fc1_weight.shape[0]
+    x = x.contiguous()
     out, *saved = _empty(x, num_heads, dtype, save)
     library, call, weights = _prepare(
-        x, parameters, (attention_scale, mlp_scale), seed, num_heads, exact_gelu, residual_norm, numbers, dtype, hidden
+        x, parameters, (attention_scale, mlp_scale), seed, num_heads, exact_gelu, residual_norm, numbers, dtype
     )
     library.forward(call, weights, pointer(x), pointer(out), addresses(saved))
     return out, saved[0], saved[1], saved[2]
@@ -161,14 +162,11 @@ def block_backward(
     residual_norm: bool,
     numbers: Sequence[float],
     dtype: torch.dtype,
-    hidden: int,
 ) -> list[Tensor]:
     """Return the gradient of x, and those of the parameters; that of a bias which is None is empty."""
     x, dout = x.contiguous(), dout.contiguous()
     gradients = _empty_gradients(x, parameters)
-    library, call, weights = _prepare(
-        x, parameters, scales, seed, num_heads, exact_gelu, residual_norm, numbers, dtype, hidden
-    )
+    library, call, weights = _prepare(x, parameters, scales, seed, num_heads, exact_gelu, residual_norm, numbers, dtype)
     dx, *of_parameters = gradients
     library.backward(call, weights, pointer(x), pointer(dout), addresses(saved), pointer(dx), addresses(of_parameters))
     return gradients
@@ -204,7 +202,6 @@ def _autograd(ctx: Any, dout: Tensor, *unused: Tensor | None) -> tuple[Any, ...]
         [attention_scale, mlp_scale],
         seed,
         *ctx.settings,
-        parameters[8].shape[0],
     )
     by_input = [g if needed else None for g, needed in zip(gradients, ctx.needs_input_grad, strict=False)]
     return *by_input, *[None] * 9

@@ -18,12 +18,6 @@ MAX_SHORT_SIDE = 256
 """Larger matrices do not fit in a processor's second-level cache, and torch's products are faster."""
 
 
-def fits(weight: Tensor, merged: int) -> bool:
-    """Whether the kernel supports the `merged` matrices that are stacked in `weight`."""
-    rows, columns = weight.shape[0] // merged, weight.shape[1:].numel()
-    return min(rows, columns) <= MAX_SHORT_SIDE and weight.dtype == torch.float32 and weight.is_contiguous()
-
-
 @functools.cache
 def is_available() -> bool:
     """Whether the kernel can be compiled on this machine; the first call compiles it."""

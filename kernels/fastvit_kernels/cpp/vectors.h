@@ -257,8 +257,8 @@ static inline Floats widen(const int32_t* words) {
 #endif
 }
 
-// e^x for x up to 88, and for bfloat16 0, for float32 e^-87 where x is below -87. The error is at most two units in the last
-// place (Cephes' expf); for bfloat16 a hundredth of one.
+// e^x for x up to 88. Where x is below -87, the result is at most e^-87. The error is at most two units in the last place
+// (Cephes' expf); for bfloat16 a hundredth of one.
 static inline Floats exponential(Floats x) {
 #if BFLOAT16 && defined(__AVX512DQ__)
     // 2^whole * 2^rest, with 0 <= rest < 1, for which a polynomial of least relative error (2^-18) is enough.

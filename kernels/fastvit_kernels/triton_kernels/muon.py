@@ -28,12 +28,6 @@ PRECISION = "tf32x3"
 """three products of TensorFloat-32, about as accurate as one of float32, which would not use the tensor cores"""
 
 
-def fits(weight: Tensor, merged: int) -> bool:
-    """Whether the kernel supports the `merged` matrices that are stacked in `weight`."""
-    rows, columns = weight.shape[0] // merged, weight.shape[1:].numel()
-    return min(rows, columns) <= MAX_SHORT_SIDE and weight.dtype == torch.float32 and weight.is_contiguous()
-
-
 def update(weights: list[Tensor], gradients: list[Tensor], averages: list[Tensor], step: "MuonStep") -> None:
     """See `fastvit_kernels.muon.update_matrices`."""
     with torch.cuda.device_of(weights[0]):
