@@ -45,7 +45,8 @@ class ProgressBar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bar.stop()
+        if self._shown:  # rich up to 13 ends even a disabled bar with an empty line
+            self._bar.stop()
 
     def update(self, state: train_state.TrainState, losses: Tensor, correct: Tensor, images_per_step: int) -> None:
         """Show this rank's mean loss (nats) and accuracy in the epoch so far, and the images/s of all ranks."""
