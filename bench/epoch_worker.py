@@ -38,7 +38,9 @@ Epoch = Callable[[], tuple[float, int]]
 def config(batch: int, holdout: float, runs_dir: str = "runs") -> TrainConfig:
     """Return the upstream's recipe on synthetic images, which the typical script also trains on."""
     settings: dict[str, Any] = {"dataset": "synthetic", "holdout": holdout, "batch_size": batch, "epochs": 10**6}
-    return override(recipe("upstream-cifar10"), {**settings, "seed": SEED, "runs_dir": runs_dir, "exp_name": "bench"}, "the bench")
+    return override(
+        recipe("upstream-cifar10"), {**settings, "seed": SEED, "runs_dir": runs_dir, "exp_name": "bench"}, "the bench"
+    )
 
 
 def typical(batch: int, holdout: float) -> tuple[Epoch, int]:

@@ -56,8 +56,8 @@ class ModelConfig:
     """width of the MLP divided by embed_dim"""
     qkv_bias: bool | None = None
     """add a bias to query, key and value"""
-    pos_embed: Literal["learned", "sine"] | None = None
-    """position embedding"""
+    pos_embed: Literal["learned", "sine", "conv"] | None = None
+    """position embedding; conv adds a depthwise 3x3 convolution of the tokens before each block instead"""
     initializer_range: Positive | None = None
     """standard deviation of the initial weights"""
     patch_init: Literal["random", "whiten"] = "random"

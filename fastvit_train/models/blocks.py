@@ -117,7 +117,8 @@ def _blocks(model: nn.Module) -> list[Block]:
 def _why_unsupported(model: nn.Module, name: str) -> list[str]:
     if not isinstance(model, ViT):
         return _why_timms_unsupported(model, name)
-    tokens = model.pos_embed.shape[1]
+    rows, columns = model.patch_embed.grid_size
+    tokens = rows * columns + model.num_prefix_tokens
     return sorted({reason for block in _blocks(model) for reason in _LIMITS[name](block, tokens)})
 
 

@@ -30,6 +30,7 @@ default_cfgs = generate_default_cfgs(
     {
         "c_vit_4_4_32.untrained": _cfg(HALF, HALF),
         "mc_vit_4_4_32.untrained": _cfg(HALF, HALF),
+        "mc_vit_conv_4_4_32.untrained": _cfg(HALF, HALF),
         "vit_lite_7_4_32.untrained": _cfg(CIFAR10_MEAN, CIFAR10_STD),
         "cvt_7_4_32.untrained": _cfg(CIFAR10_MEAN, CIFAR10_STD),
         "cct_2_3x2_32.untrained": _cfg(CIFAR10_MEAN, CIFAR10_STD, "patch_embed.convs.0"),
@@ -70,6 +71,12 @@ def c_vit_4_4_32(pretrained: bool = False, **kwargs: Any) -> ViT:
 def mc_vit_4_4_32(pretrained: bool = False, **kwargs: Any) -> ViT:
     """The upstream's mc-ViT: sequence pooling; 119,147 parameters."""
     return _create("mc_vit_4_4_32", pretrained, {**UPSTREAM, "pooling": "seq"}, kwargs)
+
+
+@register_model
+def mc_vit_conv_4_4_32(pretrained: bool = False, **kwargs: Any) -> ViT:
+    """mc-ViT with positions by convolutions: 117,995 parameters."""
+    return _create("mc_vit_conv_4_4_32", pretrained, {**UPSTREAM, "pooling": "seq", "pos_embed": "conv"}, kwargs)
 
 
 @register_model

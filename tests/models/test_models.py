@@ -1,17 +1,22 @@
 """The models' sizes, timm's interface, and the settings that users can change."""
 
+import itertools
+
 import pytest
 import timm
 import torch
 from timm.optim import param_groups_layer_decay
+from torch import nn
 
 from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models import OUR_MODELS, build_model, check_attention, check_model
+from fastvit_train.models.vit import ViT
 from fastvit_train.utils.errors import UserError
 
 PARAMETERS = {
     "c_vit_4_4_32": 119_098,
     "mc_vit_4_4_32": 119_147,
+    "mc_vit_conv_4_4_32": 117_995,
     "vit_lite_7_4_32": 3_716_874,
     "cvt_7_4_32": 3_716_619,
     "cct_2_3x2_32": 283_723,
@@ -51,7 +56,7 @@ def test_timm_interface(name: str, seed: int) -> None:
     assert torch.equal(model(images), model.forward_head(model.forward_features(images), pre_logits=True))
 
 
-@pytest.mark.parametrize("name", ["c_vit_4_4_32", "cct_2_3x2_32"])
+@pytest.mark.parametrize("name", ["c_vit_4_4_32", "cct_2_3x2_32", "mc_vit_conv_4_4_32"])
 def test_gradient_checkpointing_changes_no_gradient(name: str, seed: int) -> None:
     model = timm.create_model(name).eval()
     images = torch.randn(2, 3, 32, 32)
@@ -62,6 +67,29 @@ def test_gradient_checkpointing_changes_no_gradient(name: str, seed: int) -> Non
         model(images).square().sum().backward()
         gradients.append(model.patch_embed.state_dict(keep_vars=True).popitem()[1].grad.clone())
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("pooling", ["seq", "cls"])
+def test_positions_by_convolutions(pooling: str, seed: int) -> None:
+    model = ViT(img_size=(12, 20), pooling=pooling, depth=1, pos_embed="conv").double()
+    conv = model.pos_convs[0].conv
+    nn.init.normal_(conv.bias)
+    prefix, (rows, columns) = model.num_prefix_tokens, model.patch_embed.grid_size
+    tokens = torch.randn(2, prefix + rows * columns, 48, dtype=torch.float64)
+    expected = tokens.clone()
+    for row, column in itertools.product(range(rows), range(columns)):
+        expected[:, prefix + row * columns + column] += conv.bias
+        for down, right in itertools.product(range(3), range(3)):
+            i, j = row + down - 1, column + right - 1
+            if 0 <= i < rows and 0 <= j < columns:
+                neighbour = tokens[:, prefix + i * columns + j]
+                expected[:, prefix + row * columns + column] += conv.weight[:, 0, down, right] * neighbour
+    torch.testing.assert_close(model.pos_convs[0](tokens), expected)
+    images = torch.randn(2, 3, 12, 20, dtype=torch.float64)
+    x = model.patch_embed(images)
+    x = x if model.cls_token is None else torch.cat((model.cls_token.expand(2, -1, -1), x), 1)
+    assert torch.equal(model.forward_features(images), model.norm(model.blocks[0](model.pos_convs[0](x))))
+    assert model.pos_embed is None
 
 
 def test_every_size_is_settable() -> None:

@@ -1,7 +1,8 @@
 """One Vision Transformer for small images; its options cover the upstream's two models and the compact family.
 
 Sources: ViT, Dosovitskiy et al. 2021 (https://arxiv.org/abs/2010.11929); sequence pooling and the
-convolutional tokenizer, Hassani et al. 2021 (https://arxiv.org/abs/2104.05704).
+convolutional tokenizer, Hassani et al. 2021 (https://arxiv.org/abs/2104.05704); positions by convolutions, Chu et al.
+2021 (https://arxiv.org/abs/2102.10882).
 
 Shape suffixes: B batch, N tokens, D embed_dim, C image channels, H image height, W image width.
 """
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastvit_kernels
 from fastvit_train.models.vit.block import Block, Mlp
+from fastvit_train.models.vit.positions import ConvPositions, sine_positions
 from fastvit_train.models.vit.tokenizers import ConvTokenizer, PatchTokenizer
 
 Size = int | tuple[int, int]
@@ -37,7 +39,8 @@ class ViT(nn.Module):
         residual_norm: apply the second LayerNorm to the residual stream itself (compact family).
         final_norm: apply a LayerNorm after the last block.
         gelu: "tanh" (the upstream's) or "none" (exact).
-        pos_embed: "learned" or "sine" (fixed).
+        pos_embed: "learned", "sine" (fixed), or "conv": before each block, a depthwise 3x3 convolution of the patches'
+            tokens is added to them, and the model has no `pos_embed`.
         init: "upstream" draws all weights and positions from N(0, initializer_range); "compact" is the published
             family's: Kaiming for the tokenizer, positions with std 0.2, a class token of zeros.
         initializer_range: standard deviation of the initial weights.
@@ -68,7 +71,7 @@ class ViT(nn.Module):
         residual_norm: bool = False,
         final_norm: bool = True,
         gelu: Literal["tanh", "none"] = "tanh",
-        pos_embed: Literal["learned", "sine"] = "learned",
+        pos_embed: Literal["learned", "sine", "conv"] = "learned",
         init: Literal["upstream", "compact"] = "upstream",
         initializer_range: float = 0.02,
         drop_rate: float = 0.0,
@@ -83,7 +86,7 @@ class ViT(nn.Module):
             raise ValueError(
                 f"mlp_ratio {mlp_ratio} gives an MLP of width {embed_dim} x {mlp_ratio}, which rounds to 0; raise it"
             )
-        _check_choice("pos_embed", pos_embed, ("learned", "sine"))
+        _check_choice("pos_embed", pos_embed, ("learned", "sine", "conv"))
         image_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
@@ -99,7 +102,9 @@ class ViT(nn.Module):
         )
         tokens = self.patch_embed.grid_size[0] * self.patch_embed.grid_size[1] + self.num_prefix_tokens
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if pooling == "cls" else None
-        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=pos_embed == "learned")
+        self.pos_embed = None
+        if pos_embed != "conv":
+            self.pos_embed = nn.Parameter(torch.zeros(1, tokens, embed_dim), requires_grad=pos_embed == "learned")
         self.pos_drop = nn.Dropout(drop_rate)
         self.blocks = nn.ModuleList(
             Block(
@@ -124,6 +129,9 @@ class ViT(nn.Module):
             )
             for i in range(depth)
         )
+        self.pos_convs = nn.ModuleList(
+            ConvPositions(embed_dim, self.patch_embed.grid_size) for _ in range(depth if pos_embed == "conv" else 0)
+        )
         self.norm = nn.LayerNorm(embed_dim) if final_norm else nn.Identity()
         self.attention_pool = nn.Linear(embed_dim, 1) if pooling == "seq" else None
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
@@ -140,9 +148,9 @@ class ViT(nn.Module):
                 if isinstance(module, nn.Conv2d):
                     module.reset_parameters()  # the bias keeps torch's default initialization
                     nn.init.kaiming_normal_(module.weight)
-        if not self.pos_embed.requires_grad:
+        if self.pos_embed is not None and not self.pos_embed.requires_grad:
             self.pos_embed.data.copy_(sine_positions(*self.pos_embed.shape[1:]))
-        else:
+        elif self.pos_embed is not None:
             nn.init.trunc_normal_(self.pos_embed, std=0.2 if init == "compact" else std)
         if self.cls_token is not None and init == "upstream":
             nn.init.trunc_normal_(self.cls_token, std=std)
@@ -152,8 +160,10 @@ class ViT(nn.Module):
         x_BND = self.patch_embed(images_BCHW)
         if self.cls_token is not None:
             x_BND = torch.cat((self.cls_token.expand(x_BND.shape[0], -1, -1), x_BND), dim=1)
-        x_BND = self.pos_drop(x_BND + self.pos_embed)
-        for block in self.blocks:
+        x_BND = self.pos_drop(x_BND if self.pos_embed is None else x_BND + self.pos_embed)
+        for i, block in enumerate(self.blocks):
+            if self.pos_convs:
+                x_BND = self.pos_convs[i](x_BND)
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x_BND = checkpoint(block, x_BND, use_reentrant=False)
             else:
@@ -185,7 +195,7 @@ class ViT(nn.Module):
         if global_pool is not None:
             self.global_pool = self._checked_pool(global_pool)
         self.num_classes = num_classes
-        self.head = nn.Linear(self.embed_dim, num_classes).to(self.pos_embed) if num_classes else nn.Identity()
+        self.head = nn.Linear(self.embed_dim, num_classes).to(next(self.parameters())) if num_classes else nn.Identity()
 
     def _checked_pool(self, global_pool: str | None) -> str:
         if global_pool not in (None, "", self.pooling):
@@ -200,7 +210,7 @@ class ViT(nn.Module):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Return timm's layer groups, for layer-wise learning rates."""
         blocks: str | list[tuple[str, Iterable[int] | None]] = [
-            (r"^blocks\.(\d+)", None),
+            (r"^(?:blocks|pos_convs)\.(\d+)", None),
             (r"^norm|^attention_pool", (99999,)),
         ]
         return {"stem": r"^cls_token|^pos_embed|^patch_embed", "blocks": blocks}
@@ -208,13 +218,6 @@ class ViT(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.grad_checkpointing = enable
-
-
-def sine_positions(tokens: int, dim: int) -> Tensor:
-    """Return fixed positions (tokens, dim): sine on even channels, cosine on odd ones (Vaswani et al. 2017, 3.5)."""
-    channels = torch.arange(dim)
-    angles = torch.arange(tokens).unsqueeze(1) / 10000 ** (2 * (channels // 2) / dim)
-    return torch.where(channels % 2 == 0, angles.sin(), angles.cos())
 
 
 def _check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
