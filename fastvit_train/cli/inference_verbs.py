@@ -226,6 +226,8 @@ class Compare:
     """file for the picture"""
     x_axis: Literal["auto", "epoch", "step", "time"] = "auto"
     """what the curves are drawn over; auto: the step for runs of up to three epochs, otherwise the epoch"""
+    rows: tuple[str, ...] = ()
+    """names of the rows to print, in this order, without dashes; default: all"""
     markdown: bool = False
     """print the table as Markdown"""
     json: bool = False
@@ -240,6 +242,8 @@ def compare(command: Compare) -> None:
     formats = [name for name in ("markdown", "json", "csv") if getattr(command, name)]
     if len(formats) > 1:
         raise UserError(f"compare prints one format; give only one of {', '.join(f'--{name}' for name in formats)}")
+    if command.rows and (command.json or command.csv):
+        raise UserError(f"--{formats[0]} prints the results in full: omit --rows")
     from fastvit_train.runs import comparison, results
     from fastvit_train.runs.plots.curves import plot_curves
 
@@ -248,12 +252,13 @@ def compare(command: Compare) -> None:
         raise UserError(f"{others[0]} is not a run: it has no config.yaml; give the folders of runs, as in: runs/*")
     _print_passed_over(others)
     runs = results.read_runs([Path(name) for name in named])
-    shown = comparison.FORMATS[formats[0]](runs) if formats else comparison.table(runs)
-    started = [run.folder for run in runs if run.results.get("epochs")]
-    if formats:
-        print(shown)
+    if command.json or command.csv:
+        print(comparison.RECORDS[formats[0]](runs))
+    elif command.markdown:
+        print(comparison.markdown_table(runs, command.rows))
     else:
-        Terminal().print(shown)
+        Terminal().print(comparison.table(runs, command.rows))
+    started = [run.folder for run in runs if run.results.get("epochs")]
     if started:
         plot_curves(started, command.output, comparison.dataset_names(runs), command.x_axis)
     written = f"written to {command.output}" if started else "no epoch has ended yet, so no curves were drawn"

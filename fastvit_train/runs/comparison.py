@@ -13,7 +13,7 @@ from fastvit_train.config.overrides import marked
 from fastvit_train.config.validation import Mark
 from fastvit_train.runs.results import INVALID, MAX_TEXT_LENGTH, RunResults, is_finished
 from fastvit_train.utils import markdown
-from fastvit_train.utils.errors import UserError, printable
+from fastvit_train.utils.errors import UserError, did_you_mean, printable
 
 MISSING = "—"
 
@@ -42,6 +42,13 @@ SUMMARY_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "device": lambda s: s["device"],
 }
 """rows of the comparison: the name of each, and a function that formats its value from a run's results"""
+EVALUATION_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "balanced accuracy by eval": lambda e: f"{e['balanced_accuracy']:.2%} ± {100 * e['balanced_accuracy_error']:.2f}",
+    "images of eval": lambda e: f"{e['images']:,} of {e['dataset']}",
+}
+"""the same for what `eval` wrote into the run's folder"""
+OPTIONAL_ROWS = (ENERGY_PER_IMAGE, *EVALUATION_ROWS)
+"""rows that are shown if one of the runs has a value"""
 SHOWN_SETTINGS = ("model", "dataset", "recipe")
 """settings that have a row among the results"""
 
@@ -63,24 +70,42 @@ def _flag(setting: str) -> str:
 
 
 def comparison_rows(runs: Sequence[RunResults]) -> list[list[str]]:
-    """Return a header with the runs' names, a row per value of `SUMMARY_ROWS`, and a row per setting that differs.
-
-    The energy has a row if it was measured in one of the runs.
+    """Return a header with the runs' names, a row per result, and a row per setting that differs.
 
     Raises:
         UserError: if a value in a summary.json is missing or damaged.
     """
     head = ["", *(run.name for run in runs)]
-    results = [[name, *(_format_result(name, run) for run in runs)] for name in SUMMARY_ROWS]
-    shown = [row for row in results if row[0] != ENERGY_PER_IMAGE or set(row[1:]) != {MISSING}]
+    results = [[name, *(_format_result(name, run) for run in runs)] for name in (*SUMMARY_ROWS, *EVALUATION_ROWS)]
+    shown = [row for row in results if row[0] not in OPTIONAL_ROWS or set(row[1:]) != {MISSING}]
     return [head, *shown, *_setting_rows(runs)]
+
+
+def select_rows(rows: list[list[str]], names: Sequence[str]) -> list[list[str]]:
+    """Return the header of `rows` and those that are called `names`, in that order; all of them if `names` is empty.
+
+    A setting is called without its dashes: `lr`. Of a result and a setting of one name, the result is returned.
+
+    Raises:
+        UserError: if there is no row of that name.
+    """
+    if not names:
+        return rows
+    head, *others = rows
+    by_name = {row[0].removeprefix("--"): row for row in reversed(others)}  # a flag is not accepted as a value
+    if unknown := [name for name in names if name not in by_name]:
+        hint = did_you_mean(unknown[0], by_name)
+        raise UserError(f"the comparison has no row {unknown[0]!r}{hint}; --rows allows: {', '.join(reversed(by_name))}")
+    return [head, *(by_name[name] for name in names)]
 
 
 def _format_result(name: str, run: RunResults) -> str:
     try:
+        if name in EVALUATION_ROWS:
+            return EVALUATION_ROWS[name](run.evaluation)
         return SUMMARY_ROWS[name](run.results)
     except INVALID as error:
-        if not run.finished or name == ENERGY_PER_IMAGE:
+        if not run.finished or name in OPTIONAL_ROWS:
             return MISSING
         raise UserError(
             f"a value is missing or damaged in the summary.json of {run.folder} ({error!r}); train that run again"
@@ -104,18 +129,18 @@ def dataset_names(runs: Sequence[RunResults]) -> str:
     return ", ".join(dict.fromkeys(run.results["dataset"] for run in runs))
 
 
-def table(runs: Sequence[RunResults]) -> Table:
-    """Return the comparison as a table for the terminal."""
-    head, *rows = comparison_rows(runs)
+def table(runs: Sequence[RunResults], rows: Sequence[str] = ()) -> Table:
+    """Return the comparison as a table for the terminal; see `select_rows`."""
+    head, *body = select_rows(comparison_rows(runs), rows)
     result = Table(*map(escape, head))
-    for row in rows:
+    for row in body:
         result.add_row(*map(escape, row), end_section=row[0] == [*SUMMARY_ROWS][-1])
     return result
 
 
-def markdown_table(runs: Sequence[RunResults]) -> str:
-    """Return the comparison as a Markdown table."""
-    return markdown.table([[markdown.text(cell) for cell in row] for row in comparison_rows(runs)])
+def markdown_table(runs: Sequence[RunResults], rows: Sequence[str] = ()) -> str:
+    """Return the comparison as a Markdown table; see `select_rows`."""
+    return markdown.table([[markdown.text(cell) for cell in row] for row in select_rows(comparison_rows(runs), rows)])
 
 
 def json_records(runs: Sequence[RunResults]) -> str:
@@ -157,5 +182,5 @@ def csv_records(runs: Sequence[RunResults]) -> str:
     return output.getvalue().rstrip("\n")
 
 
-FORMATS = {"markdown": markdown_table, "json": json_records, "csv": csv_records}
+RECORDS = {"json": json_records, "csv": csv_records}
 """how to print a comparison for other programs, by the name of the flag"""

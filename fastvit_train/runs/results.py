@@ -28,6 +28,8 @@ class RunResults:
     """see `read_results`"""
     settings: dict[str, Any]
     """see `RunFolder.read_config`; empty if the folder has no config.yaml"""
+    evaluation: dict[str, Any]
+    """what `eval` wrote about the last weights; empty if it was not called"""
 
     @property
     def finished(self) -> bool:
@@ -61,6 +63,7 @@ def read_runs(folders: Sequence[Path]) -> list[RunResults]:
             folder,
             read_results(folder),
             RunFolder(folder).read_config() if os.path.exists(RunFolder(folder).config) else {},
+            _read_evaluation(folder),
         )
         for folder in folders
     ]
@@ -113,6 +116,15 @@ def read_summary(run: Path) -> dict[str, Any]:
             f"{run} is not a finished run: its summary.json and metrics.jsonl cannot be read ({error!r}); "
             "give the folder of a finished run"
         ) from None
+
+
+def _read_evaluation(run: Path) -> dict[str, Any]:
+    file = RunFolder(run).evaluation
+    try:
+        evaluation = read_json(file) if file.exists() else {}
+        return {**evaluation, **({"dataset": _checked_text(evaluation["dataset"])} if evaluation else {})}
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{file} cannot be read ({error!r}); repeat: fastvit eval {run}") from None
 
 
 def _checked_text(text: str) -> str:

@@ -43,6 +43,10 @@ class RunFolder:
         return self.root / "summary.json"
 
     @property
+    def evaluation(self) -> Path:
+        return self.root / "eval" / "evaluation.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

@@ -52,6 +52,29 @@ def test_energy_per_image_has_a_row_if_one_run_has_it(runs: Path, capsys: Captur
     assert "| energy per image, mJ | 1.23 | — |" in compare(capsys, runs / "done", runs / "training", "--markdown")[0]
 
 
+def test_a_separate_evaluation_has_a_row_if_one_run_has_it(runs: Path, capsys: Capture) -> None:
+    folders = (runs / "done", runs / "training", "--markdown")
+    assert "by eval" not in compare(capsys, *folders)[0]
+    (runs / "done" / "eval").mkdir()
+    file = runs / "done" / "eval" / "evaluation.json"
+    evaluation = {"dataset": "other images", "images": 1234, "balanced_accuracy": 0.5, "balanced_accuracy_error": 0.01}
+    file.write_text(json.dumps(evaluation))
+    lines = compare(capsys, *folders)[0].splitlines()
+    assert "| balanced accuracy by eval | 50.00% ± 1.00 | — |" in lines
+    assert "| images of eval | 1,234 of other images | — |" in lines
+    file.write_text("{")
+    with pytest.raises(SystemExit):
+        main(["compare", *map(str, folders)])
+    assert "evaluation.json cannot be read" in one_line_error(capsys.readouterr().err)
+
+
+def test_rows_are_selected_in_the_order_given(runs: Path, capsys: Capture) -> None:
+    out, _ = compare(capsys, runs / "done", runs / "training", "--markdown", "--rows", "lr", "epochs", "train loss")
+    assert [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")][2:] == [
+        "--lr", "epochs", "train loss",
+    ]  # fmt: skip
+
+
 def test_what_is_not_a_run_is_passed_over_with_one_line(runs: Path, capsys: Capture) -> None:
     out, err = compare(capsys, *sorted(runs.iterdir()))
     assert err == "passed over, because there is no run in it: runs/notes, runs/x-2seeds.json\n"
@@ -70,6 +93,8 @@ def test_a_run_before_its_first_epoch_has_no_curves(runs: Path, capsys: Capture)
     [
         (["runs/notes", "runs/x-2seeds.json"], "runs/notes is not a run: it has no config.yaml"),
         (["runs/typo", "runs/done"], "runs/typo is not a finished run"),
+        (["runs/done", "--rows", "epoch"], "has no row 'epoch' (did you mean epochs?); --rows allows: model, data, rec"),
+        (["runs/done", "--csv", "--rows", "epochs"], "--csv prints the results in full: omit --rows"),
         (["runs/done", "--json", "--csv"], "compare prints one format; give only one of --json, --csv"),
     ],
 )
