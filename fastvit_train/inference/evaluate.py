@@ -29,6 +29,7 @@ from fastvit_train.runs.plots.figures import plot_confusion
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.utils import atomic_io, memory
 from fastvit_train.utils.errors import UserError, counted
+from fastvit_train.utils.safe_load import read_json
 
 MAX_BATCH_SIZE = 10**6
 MAX_CLASSES_SHOWN = 20
@@ -198,6 +199,7 @@ def metrics(evaluated: EvaluatedRun) -> dict[str, Any]:
         "model": evaluated.run.architecture,
         "source": evaluated.run.source,
         "checkpoint": None if chosen is None else {"name": chosen.name, "epoch": chosen.epoch, "step": chosen.step},
+        "steps": _steps(evaluated.run) if chosen is None else chosen.step,
         "dataset": dataset.name,
         "evaluated_on": dataset.evaluated_on,
         "images": result.samples,
@@ -225,6 +227,14 @@ def metrics(evaluated: EvaluatedRun) -> dict[str, Any]:
         ],
         "confusion": result.confusion().tolist() if result.num_classes <= MAX_CONFUSION_CLASSES else None,
     }
+
+
+def _steps(run: TrainedModel) -> int | None:
+    """Return how many steps the final weights were trained for; None if they are not a run's."""
+    try:
+        return None if run.folder is None else read_json(RunFolder(run.folder).summary)["steps"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def _none_if_negative(value: float) -> float | None:

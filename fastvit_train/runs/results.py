@@ -29,7 +29,7 @@ class RunResults:
     settings: dict[str, Any]
     """see `RunFolder.read_config`; empty if the folder has no config.yaml"""
     evaluation: dict[str, Any]
-    """what `eval` wrote about the last weights; empty if it was not called"""
+    """what `eval` wrote about the last weights; empty if it has not seen them"""
 
     @property
     def finished(self) -> bool:
@@ -57,16 +57,18 @@ def read_runs(folders: Sequence[Path]) -> list[RunResults]:
     Raises:
         UserError: if one of them is not a run, or if a file of it is damaged.
     """
-    return [
-        RunResults(
-            printable(folder.resolve().name),
-            folder,
-            read_results(folder),
-            RunFolder(folder).read_config() if os.path.exists(RunFolder(folder).config) else {},
-            _read_evaluation(folder),
-        )
-        for folder in folders
-    ]
+    return [_read_run(RunFolder(folder)) for folder in folders]
+
+
+def _read_run(folder: RunFolder) -> RunResults:
+    results = read_results(folder.root)
+    return RunResults(
+        printable(folder.root.resolve().name),
+        folder.root,
+        results,
+        folder.read_config() if os.path.exists(folder.config) else {},
+        _read_evaluation(folder.evaluation, results),
+    )
 
 
 def read_results(run: Path) -> dict[str, Any]:
@@ -118,13 +120,16 @@ def read_summary(run: Path) -> dict[str, Any]:
         ) from None
 
 
-def _read_evaluation(run: Path) -> dict[str, Any]:
-    file = RunFolder(run).evaluation
+def _read_evaluation(file: Path, results: dict[str, Any]) -> dict[str, Any]:
+    """Return what `eval` wrote, if the run has not been trained further since."""
+    if not file.exists():
+        return {}
     try:
-        evaluation = read_json(file) if file.exists() else {}
-        return {**evaluation, **({"dataset": _checked_text(evaluation["dataset"])} if evaluation else {})}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{file} cannot be read ({error!r}); repeat: fastvit eval {run}") from None
+        evaluation = read_json(file)
+        is_current = evaluation.get("steps", results.get("steps")) == results.get("steps")
+        return {**evaluation, "dataset": _checked_text(evaluation["dataset"])} if is_current else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{file} cannot be read ({error!r}); repeat `eval`, or remove that file") from None
 
 
 def _checked_text(text: str) -> str:

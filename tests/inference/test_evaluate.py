@@ -141,6 +141,7 @@ def test_a_run_and_its_timm_folder_are_evaluated_alike(
     main(["eval", f"local-dir:{timms}", "--dataset", "digits", "--output", str(tmp_path / "b"), "--batch-size", "50"])
     first, second = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in "ab")
     assert first["accuracy"] == second["accuracy"] == summary["test_accuracy"] > 0.6
+    assert (first["steps"], second["steps"]) == (summary["steps"], None)
     assert first["loss"] == pytest.approx(summary["test_loss"], abs=1e-5)
     assert first["confusion"] == second["confusion"]
     assert sum(map(sum, first["confusion"])) == first["images"] == 359
