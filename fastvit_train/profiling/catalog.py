@@ -197,7 +197,7 @@ def _format_mflops(flops: float | None) -> str:
 
 def show_recipes() -> None:
     """Print a table of the recipes."""
-    table = _make_table("recipe", "model", "data set", "epochs", "batch", "optim", "parameters", "MFLOPs")
+    table = _make_table("recipe", "model", "data set", "epochs", "batch", "parameters", "MFLOPs")
     for name in RECIPES:
         config = resolve(recipe(name))
         parameters, _, flops = _count_sizes(config.model, config.image_size, config.num_classes)
@@ -205,7 +205,7 @@ def show_recipes() -> None:
             name,
             config.model.model,
             config.data.dataset,
-            *(str(config.run.epochs), str(config.run.batch_size), config.optim.optimizer),
+            *(str(config.run.epochs), str(config.run.batch_size)),
             *(f"{parameters:,}", _format_mflops(flops)),
         )
     descriptions = {name: inspect.getdoc(make) or "" for name, make in RECIPES.items()}
@@ -219,7 +219,7 @@ def show_recipes() -> None:
 def _make_table(first_column: str, *columns: str) -> Table:
     table = Table(first_column, box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in columns:
-        table.add_column(column, justify="left" if column in ("model", "data set", "optim") else "right")
+        table.add_column(column, justify="left" if column in ("model", "data set") else "right")
     return table
 
 

@@ -95,7 +95,9 @@ def select_rows(rows: list[list[str]], names: Sequence[str]) -> list[list[str]]:
     by_name = {row[0].removeprefix("--"): row for row in reversed(others)}  # a flag is not accepted as a value
     if unknown := [name for name in names if name not in by_name]:
         hint = did_you_mean(unknown[0], by_name)
-        raise UserError(f"the comparison has no row {unknown[0]!r}{hint}; --rows allows: {', '.join(reversed(by_name))}")
+        raise UserError(
+            f"the comparison has no row {unknown[0]!r}{hint}; --rows allows: {', '.join(reversed(by_name))}"
+        )
     return [head, *(by_name[name] for name in names)]
 
 

@@ -20,10 +20,10 @@ from fastvit_train.config.recipes import RECIPES
 CASES = [
     (["ev"], {"eval"}),
     (["--rec"], {"--recipe"}),
-    (["--recipe", "fas"], {"fast-cifar10"}),
+    (["--recipe", "qui"], {"quickstart"}),
     (["train", "--recipe", ""], set(RECIPES)),
     (["--model", ""], set(MODELS)),
-    (["plan", "--models", "mc"], {"mc_vit_4_4_32"}),
+    (["plan", "--models", "mc_vit_4"], {"mc_vit_4_4_32"}),
     (["--dataset", "ci"], {"cifar10", "cifar100"}),
     (["--optimizer", "adah"], {"adahessian"}),
     (["--epochs", "3", "--attention", "sd"], {"sdpa"}),
@@ -73,7 +73,7 @@ def test_bash(script: Callable[[str], Path]) -> None:
         *CASES,
         ([""], {*VERBS, *own_flags, "-h"}),
         (["--"], own_flags),
-        (["--recipe", "=", "fas"], {"fast-cifar10"}),
+        (["--recipe", "=", "qui"], {"quickstart"}),
         (["--recipe", "="], set(RECIPES)),
         (["eval", "--rec"], set()),
     ]
@@ -111,7 +111,7 @@ def test_zsh(script: Callable[[str], Path]) -> None:
         _read_until(ours, "ready\r")
         for typed, completed in (
             ("ev", "eval"),
-            ("--recipe fas", "--recipe fast-cifar10"),
+            ("--recipe qui", "--recipe quickstart"),
             ("eval --att", "eval --attention"),
             ("recipes upstream-cifar100", "recipes upstream-cifar100"),
             ("eval weigh", "eval weights.txt"),

@@ -96,7 +96,10 @@ def test_a_run_before_its_first_epoch_has_no_curves(runs: Path, capsys: Capture)
     [
         (["runs/notes", "runs/x-2seeds.json"], "runs/notes is not a run: it has no config.yaml"),
         (["runs/typo", "runs/done"], "runs/typo is not a finished run"),
-        (["runs/done", "--rows", "epoch"], "has no row 'epoch' (did you mean epochs?); --rows allows: model, data, rec"),
+        (
+            ["runs/done", "--rows", "epoch"],
+            "has no row 'epoch' (did you mean epochs?); --rows allows: model, data, rec",
+        ),
         (["runs/done", "--csv", "--rows", "epochs"], "--csv prints the results in full: omit --rows"),
         (["runs/done", "--json", "--csv"], "compare prints one format; give only one of --json, --csv"),
     ],
