@@ -150,6 +150,8 @@ class RunConfig:
     """mixed precision; default: what `accelerate launch` sets, which is `no` (fp32) without --mixed_precision"""
     compile: Annotated[bool, Mark.MAY_CHANGE] = False
     """use torch.compile, and on GPUs launch each step as a CUDA graph; the time for this is reported separately"""
+    grad_checkpointing: Annotated[bool, Mark.MAY_CHANGE] = False
+    """compute the activations of each block again in the backward pass instead of keeping them: less memory, slower"""
     deterministic: Annotated[bool, Mark.MAY_CHANGE] = False
     """compute the same bits in every run, on a GPU too; slower"""
     save_every: Annotated[NonNegativeInt, Mark.MAY_CHANGE] = 0

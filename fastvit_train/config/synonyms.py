@@ -22,6 +22,7 @@ FLAGS = {
     "gradient-clipping",
     "grad-accum": "gradient-accumulation-steps gradient-accumulation grad-accum-steps accumulate-grad-batches "
     "accum-iter accum-steps accumulation-steps accumulate update-freq num-micro-batches",
+    "grad-checkpointing": "gradient-checkpointing activation-checkpointing use-checkpoint checkpoint-activations",
     "compile": "torchcompile torch-compile use-compile jit torchscript",
     "image-size": "img-size input-size imgsz img resolution res crop-size train-crop-size image-res input-res size",
     "num-classes": "nb-classes n-classes nclasses classes nc num-labels n-labels output-dim out-dim num-outputs",

@@ -59,8 +59,13 @@ def time_epoch(session: TrainSession, bar: ProgressBar, phase: Phase) -> float:
 
 
 def eager_copy(session: TrainSession) -> nn.Module:
-    """Copy the run's model in training mode: uncompiled, with an attention and blocks that run on every device."""
+    """Copy the run's model in training mode: uncompiled, with an attention and blocks that run on every device.
+
+    It keeps its activations: those that --grad-checkpointing computes again are not counted as work.
+    """
     model = copy.deepcopy(session.bare_model).train()  # a copy is not compiled
+    if session.config.run.grad_checkpointing:
+        model.set_grad_checkpointing(False)  # type: ignore[operator]
     with suppress(UserError):  # some of timm's models only have their own attention
         set_attention(model, "fused")
     set_block(model, "torch")

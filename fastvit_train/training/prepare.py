@@ -61,7 +61,23 @@ def build_trainable(config: ResolvedConfig) -> tuple[nn.Module, Optimizer]:
     """Build the model, with the same weights on every rank, and its optimizer."""
     set_seed(config.run.seed)
     model = build_model(config.model, config.image_size, config.num_classes)
+    if config.run.grad_checkpointing:
+        checkpoint_blocks(model)
     return model, build_optimizer(model, config.optim)
+
+
+def checkpoint_blocks(model: nn.Module) -> None:
+    """Let each block of `model` compute its activations again in the backward pass (Chen et al. 2016).
+
+    Raises:
+        UserError: if the model does not support it.
+    """
+    try:
+        model.set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):  # timm's models raise both
+        raise UserError(
+            f"{type(model).__name__} does not support --grad-checkpointing; omit it, or choose another --model"
+        ) from None
 
 
 def resolve_implementations(

@@ -155,7 +155,11 @@ def nan_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.nullgpu
-@pytest.mark.parametrize("settings", [{}, {"ema": 0.99, "clip_grad": 1.0}], ids=["plain", "ema and clipping"])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"ema": 0.99, "clip_grad": 1.0}, {"grad_checkpointing": True}],
+    ids=["plain", "ema and clipping", "grad_checkpointing"],
+)
 def test_a_step_is_one_launch(
     start: Start, nan_is_fine: None, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
 ) -> None:
