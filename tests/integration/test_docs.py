@@ -51,6 +51,19 @@ def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= MAX_README_LINES
 
 
+def test_the_readmes_table_is_what_compare_prints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command on the page about CIFAR-10, with the results that are kept here."""
+    command = next(line for line in commands(ROOT / "docs" / "cifar10.md", "bash") if "--markdown" in line)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(ROOT / "bench" / "results" / "cifar10")
+    main(shlex.split(command.partition(MODULE)[2]))
+    *table, _ = capsys.readouterr().out.splitlines()
+    readme = (ROOT / "README.md").read_text()
+    assert len(table) == 10 and "\n".join(table) in readme.replace("**", "")
+
+
 @pytest.mark.parametrize("page", [*ALL_PAGES, *BENCH_PAGES], ids=page_name)
 def test_every_relative_link_leads_to_a_file(page: Path) -> None:
     for target in relative_links(page):
