@@ -90,6 +90,8 @@ def test_positions_by_convolutions(pooling: str, seed: int) -> None:
     x = x if model.cls_token is None else torch.cat((model.cls_token.expand(2, -1, -1), x), 1)
     assert torch.equal(model.forward_features(images), model.norm(model.blocks[0](model.pos_convs[0](x))))
     assert model.pos_embed is None
+    (gradient,) = torch.autograd.grad(model.float()(images.float()).sum(), conv.weight)
+    assert gradient.stride() == conv.weight.stride()  # DDP warns of others, and copies them
 
 
 def test_every_size_is_settable() -> None:

@@ -4,6 +4,7 @@ Shape suffixes: B batch, N tokens, D embed_dim, H rows of patches, W columns of 
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -21,7 +22,9 @@ class ConvPositions(nn.Module):
     def forward(self, x_BND: Tensor) -> Tensor:
         others = x_BND.shape[1] - self.grid_size[0] * self.grid_size[1]
         maps_BDHW = x_BND[:, others:].unflatten(1, self.grid_size).permute(0, 3, 1, 2)  # a view: channels_last
-        added_BND = self.conv(maps_BDHW).permute(0, 2, 3, 1).flatten(1, 2)
+        weight = self.conv.weight.flatten(1).view_as(self.conv.weight)  # so its gradient is contiguous, as DDP needs it
+        maps_BDHW = F.conv2d(maps_BDHW, weight, self.conv.bias, padding=1, groups=self.conv.groups)
+        added_BND = maps_BDHW.permute(0, 2, 3, 1).flatten(1, 2)
         if not others:
             return x_BND + added_BND
         return torch.cat((x_BND[:, :others], x_BND[:, others:] + added_BND), dim=1)
