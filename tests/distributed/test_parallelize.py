@@ -139,6 +139,18 @@ def test_sharded_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("file", ["multi_gpu.yaml", "fsdp2.yaml"])
+def test_checkpointed_blocks_and_positions_by_convolutions_in_two_processes(
+    small_config: SmallConfig, tmp_path: Path, file: str
+) -> None:
+    settings = {"stop_after": 1, "pos_embed": "conv", "patch_size": 4}
+    fit(small_config(exp_name="alone", **AUGMENTED, **settings))
+    runs = {"runs_dir": str(tmp_path / "runs"), **settings, "grad_checkpointing": True}
+    train_in_several(file, 2, {**runs, "exp_name": "two"})
+    assert_same_run(tmp_path / "runs" / "two", tmp_path / "runs" / "alone", steps=5)
+
+
+@pytest.mark.slow
 def test_sharded_in_bf16_computes_what_ddp_does(tmp_path: Path) -> None:
     common = {"runs_dir": str(tmp_path), "stop_after": 1, "optimizer": "adamw"}
     train_in_several("fsdp2.yaml", 2, {**common, "exp_name": "sharded"}, precision="bf16")
