@@ -1,8 +1,8 @@
 """Named settings: a recipe is a function that returns a configuration."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
+from fastvit_train.config.overrides import override
 from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from fastvit_train.utils.errors import UserError, did_you_mean
 
@@ -56,31 +56,23 @@ def best_cifar10() -> TrainConfig:
 
 def fast_conv_cifar10() -> TrainConfig:
     """mc-ViT with positions by convolutions, fewer than 120,000 parameters: more accurate, in 6 epochs."""
-    return _with_conv_positions("fast-conv-cifar10", replace(fast_cifar10(), run=replace(fast_cifar10().run, epochs=6)))
+    changes = {"recipe": "fast-conv-cifar10", "model": "mc_vit_conv_4_4_32", "epochs": 6}
+    return override(fast_cifar10(), changes, "the recipe")
 
 
 def best_conv_cifar10() -> TrainConfig:
     """The highest accuracy with fewer than 120,000 parameters, in 100 epochs: positions by convolutions."""
-    return _with_conv_positions("best-conv-cifar10", best_cifar10())
+    return override(best_cifar10(), {"recipe": "best-conv-cifar10", "model": "mc_vit_conv_4_4_32"}, "the recipe")
 
 
 def fast_cifar100() -> TrainConfig:
     """fast-cifar10 on CIFAR-100; not run yet."""
-    return _on_cifar100("fast-cifar100", fast_cifar10())
+    return override(fast_cifar10(), {"recipe": "fast-cifar100", "dataset": "cifar100"}, "the recipe")
 
 
 def best_cifar100() -> TrainConfig:
     """best-cifar10 on CIFAR-100; not run yet."""
-    return _on_cifar100("best-cifar100", best_cifar10())
-
-
-def _with_conv_positions(name: str, base: TrainConfig) -> TrainConfig:
-    model = replace(base.model, model="mc_vit_conv_4_4_32")
-    return replace(base, run=replace(base.run, recipe=name), model=model)
-
-
-def _on_cifar100(name: str, base: TrainConfig) -> TrainConfig:
-    return replace(base, run=replace(base.run, recipe=name), data=replace(base.data, dataset="cifar100"))
+    return override(best_cifar10(), {"recipe": "best-cifar100", "dataset": "cifar100"}, "the recipe")
 
 
 def cvt_cifar10() -> TrainConfig:

@@ -37,7 +37,7 @@ def check_block(config: ModelConfig) -> None:
 def set_block(model: nn.Module, name: str) -> None:
     """Set how every block of `model` is computed; "auto" is the same as "torch" until a device is known.
 
-    With "cpp", each block of timm's plain Vision Transformers becomes a `Block` with the same parameters.
+    If `name` is "cpp", the blocks of timm's plain Vision Transformers are replaced with `Block`. Parameters do not change.
 
     Raises:
         UserError: if the kernel does not support the model; the message says why.

@@ -205,8 +205,10 @@ def show_recipes() -> None:
             name,
             config.model.model,
             config.data.dataset,
-            *(str(config.run.epochs), str(config.run.batch_size)),
-            *(f"{parameters:,}", _format_mflops(flops)),
+            str(config.run.epochs),
+            str(config.run.batch_size),
+            f"{parameters:,}",
+            _format_mflops(flops),
         )
     descriptions = {name: inspect.getdoc(make) or "" for name, make in RECIPES.items()}
     note = (

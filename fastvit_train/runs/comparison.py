@@ -87,7 +87,7 @@ def select_rows(rows: list[list[str]], names: Sequence[str]) -> list[list[str]]:
     A setting is called without its dashes: `lr`. Of a result and a setting of one name, the result is returned.
 
     Raises:
-        UserError: if there is no row of that name.
+        UserError: if no row has one of the names.
     """
     if not names:
         return rows

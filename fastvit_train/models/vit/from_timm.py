@@ -1,4 +1,4 @@
-"""Conversion of timm's Vision Transformer blocks to `Block`."""
+"""Convert timm's Vision Transformer blocks to `Block`."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ def why_not_plain(block: Any) -> list[str]:
 
 
 def block_from_timm(block: Any) -> Block:
-    """Return a `Block` with the modules of timm's `block`, and so with its parameters and their names.
+    """Return a `Block` that uses the modules of timm's `block`. The names of the parameters do not change.
 
     Its attention must already be a `fastvit_kernels.SelfAttention`, see `fastvit_kernels.swap_attention`.
     """
