@@ -37,7 +37,8 @@ def check_block(config: ModelConfig) -> None:
 def set_block(model: nn.Module, name: str) -> None:
     """Set how every block of `model` is computed; "auto" is the same as "torch" until a device is known.
 
-    If `name` is "cpp", the blocks of timm's plain Vision Transformers are replaced with `Block`. Parameters do not change.
+    If `name` is "cpp", the blocks of timm's plain Vision Transformers are replaced with `Block`.
+    The parameters do not change.
 
     Raises:
         UserError: if the kernel does not support the model; the message says why.
