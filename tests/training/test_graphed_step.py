@@ -56,8 +56,10 @@ def with_device_step(session: TrainSession) -> TrainSession:
 
 
 def weights(session: TrainSession) -> torch.Tensor:
+    """Return all weights but one: softmax ignores the pooling's bias, and AdamW takes steps along its gradient's noise."""
     models = [session.bare_model, *([session.ema.module] if session.ema else [])]
-    return torch.cat([p.detach().flatten() for model in models for p in model.parameters()])
+    named = [item for model in models for item in model.named_parameters()]
+    return torch.cat([p.detach().flatten() for name, p in named if name != "attention_pool.bias"])
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
@@ -68,8 +70,7 @@ def test_the_recorded_function_is_the_step_of_the_loop(start: Start, settings: d
     torch.manual_seed(0)
     assert train(with_device_step(sessions[1]), epochs=2) == pytest.approx(expected, abs=1e-5)
     assert sessions[1].optimizer.param_groups[0]["lr"] == sessions[0].optimizer.param_groups[0]["lr"]
-    difference = (weights(sessions[1]) - weights(sessions[0])).abs()
-    assert difference.quantile(0.99) < 1e-6 and difference.max() < 1e-3  # Adam amplifies the noise of tiny gradients
+    assert (weights(sessions[1]) - weights(sessions[0])).abs().max() < 2e-6
     assert not torch.equal(weights(sessions[0]), weights(start("untrained", **settings)))
 
 
