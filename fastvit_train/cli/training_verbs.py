@@ -46,6 +46,8 @@ class Train(Settings):
     """train the seeds of --repeat at the same time; with --compile on one GPU, their steps are one CUDA graph"""
     dry_run: bool = False
     """do not train: show settings and shapes, measure a few steps, and estimate memory, time and disk space"""
+    preview: Path | None = None
+    """do not train: draw the augmented images of the first step into this PNG file"""
 
 
 def train(command: Train) -> None:
@@ -53,10 +55,15 @@ def train(command: Train) -> None:
     from fastvit_train.distributed.accelerator import leave_process_group
     from fastvit_train.profiling.estimate import dry_run
     from fastvit_train.training.loop import fit
+    from fastvit_train.training.preview import preview
     from fastvit_train.training.seeds import fit_seeds
 
+    if command.dry_run and command.preview:
+        raise UserError("--dry-run and --preview can't be combined; give one of them")
     if command.dry_run:
         dry_run(config)
+    elif command.preview:
+        preview(config, command.preview)
     elif command.repeat == 1 and not command.together:
         fit(config, resume=command.resume, overwrite=command.overwrite)
     else:

@@ -13,15 +13,18 @@ from fastvit_train.config.validation import (
     Fraction,
     ImageSide,
     LayerCount,
+    Magnitude,
     Mark,
     MlpRatio,
     NonNegative,
     NonNegativeInt,
+    OperationCount,
     Positive,
     PositiveFraction,
     Precision,
     Seed,
     Text,
+    UnitFraction,
     Width,
 )
 
@@ -88,6 +91,8 @@ class DataConfig:
     """color that transparent parts of images are composed on: white, black, gray, or one such as #ffcc00"""
     stream: Annotated[Literal["auto", "always", "never"], Mark.MAY_CHANGE] = "auto"
     """decode the images of a folder again in every epoch; auto does so only if they do not fit in memory"""
+    sampler: Literal["shuffle", "balanced"] = "shuffle"
+    """balanced: draw equally many images of each class, those of rare classes repeatedly"""
     crop: Literal["none", "shift", "resized"] = "none"
     """shift by whole pixels with reflected borders, or random resized crop"""
     shift: NonNegativeInt = 4
@@ -98,6 +103,20 @@ class DataConfig:
     """horizontal flip; alternating flips each image in every other epoch"""
     cutout: NonNegativeInt = 0
     """side of the square that cutout blanks, in pixels"""
+    auto_augment: Literal["none", "trivial", "rand"] = "none"
+    """change each image by operations of random strength, as TrivialAugment or RandAugment do"""
+    rand_ops: OperationCount = 2
+    """RandAugment: number of operations per image"""
+    rand_magnitude: Magnitude = 9
+    """RandAugment: strength of the operations"""
+    color_jitter: UnitFraction = 0.0
+    """change brightness, contrast and saturation by up to this fraction"""
+    random_erasing: UnitFraction = 0.0
+    """probability that a rectangle of the image is erased"""
+    mixup: NonNegative = 0.0
+    """blend each image with another; the value is both parameters of the shares' beta distribution, such as 0.2"""
+    cutmix: NonNegative = 0.0
+    """paste a part of another image into each; the parameters are as with mixup, such as 1"""
 
 
 @dataclass(frozen=True)
@@ -120,6 +139,8 @@ class OptimConfig:
     """fraction of all steps over which the learning rate rises to its peak"""
     label_smoothing: Fraction = 0.0
     """probability mass spread over the other classes"""
+    class_weights: Annotated[Text | None, Mark.PATH] = None
+    """weights of the classes in the loss: auto for as much weight on each class, or a JSON file of weights by name"""
     clip_grad: NonNegative | None = None
     """maximum gradient norm"""
     ema: Fraction | None = None

@@ -46,7 +46,13 @@ FLAGS = {
     "crop-scale": "scale min-scale rrc-scale",
     "crop": "random-crop randomcrop random-resized-crop padding pad",
     "flip": "hflip horizontal-flip random-flip fliplr random-horizontal-flip",
-    "cutout": "reprob re-prob random-erase random-erasing cutout-length erasing",
+    "cutout": "cutout-length",
+    "random-erasing": "reprob re-prob random-erase erasing",
+    "mixup": "mixup-alpha",
+    "cutmix": "cutmix-alpha",
+    "auto-augment": "aa randaugment rand-augment randaug trivialaugment",
+    "class-weights": "class-weight",
+    "sampler": "balanced-sampler weighted-sampler",
     "seed": "random-seed manual-seed rng-seed random-state torch-seed",
     "save-every": "save-steps save-interval checkpoint-every checkpoint-interval save-freq save-period save-frequency",
     "keep": "save-total-limit checkpoint-hist save-top-k keep-checkpoints max-to-keep",
@@ -94,9 +100,9 @@ ADVICE = {
     "images are read as RGB, so that there are always 3 channels": "channels in-chans in-channels num-channels "
     "input-channels n-channels in-c ch nb-channels input-nc grayscale",
     "the mean and the standard deviation come with the model": "mean std norm-mean norm-std normalize",
-    "this augmentation is not available; allowed: --crop, --flip and --cutout": "mixup mixup-alpha cutmix cutmix-alpha "
-    "aa auto-augment autoaugment randaugment rand-augment randaug trivialaugment color-jitter augment augmentation aug "
-    "vflip ra-sampler repeated-aug",
+    "allowed: --crop, --flip, --cutout, --auto-augment, --color-jitter, --random-erasing, --mixup, --cutmix": (
+        "augment augmentation aug vflip ra-sampler repeated-aug"
+    ),
     "the model is evaluated after every epoch": "eval-every val-interval eval-interval eval-steps evaluation-strategy "
     "eval-strategy check-val-every-n-epoch val-check-interval eval-freq validate-every val-every",
     "the losses of all steps are in steps.jsonl in the run's folder": "log-interval logging-steps print-freq log-every "

@@ -1,21 +1,20 @@
 """Augmentation of whole batches on the device, with separate random numbers for each sample.
 
 All random numbers of an epoch are drawn at once, from (seed, epoch); a batch picks its samples' rows. The augmentation
-of a sample therefore depends neither on its position in the batch nor on the world size.
+of a sample therefore depends neither on its position in the batch nor on the world size. Images that are mixed are
+drawn from the whole training set, for the same reason.
 
-Shape suffixes: B batch, C channels, H height, W width, R rows of all channels, S samples of the data set, T tries.
+Shape suffixes: B batch, C channels, H height, W width, N images to augment, S samples of an epoch.
 """
 
 import hashlib
-import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
-
-CROP_TRIES = 10  # as in torchvision's RandomResizedCrop
-CROP_RATIO = (3 / 4, 4 / 3)
+from fastvit_train.data import auto_augment, color, crops, erasing, mixing
 
 
 def generator(seed: int, *purpose: int | str) -> torch.Generator:
@@ -39,124 +38,119 @@ class Augment:
         # (Jordan 2024, https://arxiv.org/abs/2404.00498).
         self._first_flips_S = torch.rand(num_samples, generator=generator(seed, "flip")) < 0.5
         self._draws: dict[str, Tensor] = {}
+        self._partners_S: Tensor | None = None
+        self.mixes = bool(config.mixup or config.cutmix)
+        """whether each image is mixed with another one"""
 
     def start_epoch(self, epoch: int) -> None:
         """Draw the random numbers of `epoch` for all samples, into the same memory for every epoch."""
-        config, draws = self._config, {}
-        stream = generator(self._seed, "augment", epoch)
+        draws = self._draw(epoch, generator(self._seed, "augment", epoch))
+        self._partners_S = draws.get("partner")
+        for name, draw in draws.items():
+            self._draws.setdefault(name, torch.empty_like(draw, device=self._device)).copy_(draw)
+
+    def _draw(self, epoch: int, stream: torch.Generator) -> dict[str, Tensor]:
+        """Return the random numbers of `epoch` by what they decide, each with a row for every sample, on the CPU."""
+        config, samples, draws = self._config, self._num_samples, {}
 
         def uniform(columns: int) -> Tensor:
-            return torch.rand(self._num_samples, columns, generator=stream)
+            return torch.rand(samples, columns, generator=stream)
 
+        # New draws come last: those before them, and with them older runs, stay as they were.
         if config.crop != "none":
             draws["position"] = uniform(2)
         if config.crop == "resized":
-            draws["shape"] = uniform(2 * CROP_TRIES)
+            draws["shape"] = uniform(2 * crops.CROP_TRIES)
         if config.flip == "random":
             draws["flip"] = uniform(1)[:, 0] < 0.5
         if config.flip == "alternating":
             draws["flip"] = self._first_flips_S ^ bool(epoch % 2)
         if config.cutout:
             draws["cutout"] = uniform(2)
-        for name, draw in draws.items():
-            self._draws.setdefault(name, torch.empty_like(draw, device=self._device)).copy_(draw)
+        if config.auto_augment != "none":
+            draws |= auto_augment.draw(config, samples, stream)
+        if config.color_jitter:
+            draws["jitter"] = uniform(3)
+        if config.random_erasing:
+            draws["erasing"] = uniform(erasing.DRAWS)
+        if self.mixes:
+            draws |= mixing.draw(config.mixup, config.cutmix, samples, stream)
+        return draws
 
-    def crop_and_flip(self, images_BCHW: Tensor, samples_B: Tensor) -> Tensor:
+    def with_partners(self, samples_B: Tensor) -> Tensor:
+        """Return the samples whose images a batch needs: its own and, if they are mixed, then their partners.
+
+        Args:
+            samples_B: on the device, or on the CPU.
+        """
+        if not self.mixes:
+            return samples_B
+        on_device, on_cpu = self._draws["partner"], self._partners_S
+        assert on_cpu is not None
+        partners_S = on_device if samples_B.device == on_device.device else on_cpu
+        return torch.cat((samples_B, partners_S[samples_B]))
+
+    def change_pixels(self, images_NCHW: Tensor, samples_N: Tensor) -> Tensor:
+        """Crop, flip and recolor uint8 images; returns uint8, or float32 (0 to 255) where levels are interpolated."""
+        images_NCHW = self.crop_and_flip(images_NCHW, samples_N)
+        if self._config.auto_augment != "none":
+            rows = {name: self._draws[name][samples_N] for name in auto_augment.DRAWS}
+            images_NCHW = auto_augment.augment(images_NCHW, self._config, **rows)
+        if self._config.color_jitter:
+            images_NCHW = color.jitter(images_NCHW, self._draws["jitter"][samples_N], self._config.color_jitter)
+        return images_NCHW
+
+    def crop_and_flip(self, images_NCHW: Tensor, samples_N: Tensor) -> Tensor:
         """Crop and flip uint8 images; returns uint8 for shifts, float32 (0 to 255) for resized crops."""
-        rows = {name: draw[samples_B] for name, draw in self._draws.items()}
-        flip_B = rows.get("flip")
+        rows = {name: self._draws[name][samples_N] for name in ("position", "shape", "flip") if name in self._draws}
+        flip_N = rows.get("flip")
         if self._config.crop == "resized":
-            boxes = crop_boxes(rows["shape"], rows["position"], images_BCHW.shape[-2:], self._config.crop_scale)
-            return resized_crop(images_BCHW, *boxes, flip_B)
+            size, scale = images_NCHW.shape[-2:], self._config.crop_scale
+            boxes = crops.crop_boxes(rows["shape"], rows["position"], size, scale)
+            return crops.resized_crop(images_NCHW, *boxes, flip_N)
         if self._config.crop == "shift" and self._config.shift:
             reach = 2 * self._config.shift + 1
-            offsets_B2 = (rows["position"] * reach).long().clamp(max=reach - 1) - self._config.shift
-            return shift(images_BCHW, offsets_B2[:, 0], offsets_B2[:, 1], flip_B)
-        if flip_B is None:
-            return images_BCHW
-        return torch.where(flip_B[:, None, None, None], images_BCHW.flip(-1), images_BCHW)
+            offsets_N2 = (rows["position"] * reach).long().clamp(max=reach - 1) - self._config.shift
+            return crops.shift(images_NCHW, offsets_N2[:, 0], offsets_N2[:, 1], flip_N)
+        if flip_N is None:
+            return images_NCHW
+        return torch.where(flip_N[:, None, None, None], images_NCHW.flip(-1), images_NCHW)
 
-    def cutout(self, images_BCHW: Tensor, samples_B: Tensor) -> Tensor:
-        """Set a square of each normalised image to zero (DeVries & Taylor 2017); it may reach over the border."""
-        if not self._config.cutout:
-            return images_BCHW
-        height, width = images_BCHW.shape[-2:]
-        centre_B2 = self._draws["cutout"][samples_B]
-        inside_BH = _in_square(centre_B2[:, 0], height, self._config.cutout)
-        inside_BW = _in_square(centre_B2[:, 1], width, self._config.cutout)
-        return images_BCHW.masked_fill((inside_BH[:, :, None] & inside_BW[:, None, :])[:, None], 0.0)
+    def erase(self, images_NCHW: Tensor, samples_N: Tensor) -> Tensor:
+        """Set a part of each normalised image to zero: by cutout, and by random erasing."""
+        if self._config.cutout:
+            images_NCHW = erasing.cutout(images_NCHW, self._draws["cutout"][samples_N], self._config.cutout)
+        if self._config.random_erasing:
+            draws_N = self._draws["erasing"][samples_N]
+            images_NCHW = erasing.random_erasing(images_NCHW, draws_N, self._config.random_erasing)
+        return images_NCHW
 
+    def mix(self, images_NCHW: Tensor, samples_B: Tensor) -> Tensor:
+        """Mix the images of a batch with those of their partners, which follow them; returns one per sample."""
+        if not self.mixes:
+            return images_NCHW
+        own_BCHW, partner_BCHW = images_NCHW.chunk(2)
+        weight_BHW = mixing.pixel_weights(*self._mixing_rows(samples_B), own_BCHW.shape[-2:])
+        return partner_BCHW.lerp(own_BCHW, weight_BHW[:, None])
 
-def _in_square(centre_B: Tensor, length: int, side: int) -> Tensor:
-    first_B = (centre_B * length).long().clamp(max=length - 1) - side // 2
-    offset = torch.arange(length, device=centre_B.device) - first_B[:, None]
-    return (offset >= 0) & (offset < side)
+    def mix_labels(self, labels_N: Tensor, samples_B: Tensor, num_classes: int, image_size: int) -> Tensor:
+        """Return what the images of a batch are to be classified as.
 
+        Args:
+            labels_N: the classes of the images before `mix`.
+            samples_B: the samples of the batch.
+            num_classes: number of the model's outputs.
+            image_size: side of the model's input in pixels.
 
-def shift(images_BCHW: Tensor, down_B: Tensor, right_B: Tensor, flip_B: Tensor | None = None) -> Tensor:
-    """Shift each image's window by `down` and `right` pixels, with reflected borders, and flip those in `flip`."""
-    height, width = images_BCHW.shape[-2:]
-    rows_BH = _reflect(torch.arange(height, device=down_B.device) + down_B[:, None], height)
-    columns_BW = _reflect(torch.arange(width, device=right_B.device) + right_B[:, None], width)
-    if flip_B is not None:
-        columns_BW = torch.where(flip_B[:, None], columns_BW.flip(1), columns_BW)
-    pixels_B1P = (rows_BH[:, :, None] * width + columns_BW[:, None, :]).flatten(1).unsqueeze(1)
-    flat_BCP = images_BCHW.flatten(2)
-    return flat_BCP.gather(2, pixels_B1P.expand(-1, flat_BCP.shape[1], -1)).view_as(images_BCHW)
+        Returns:
+            Classes, int64 (batch,); or, if images are mixed, the share of each class, float32 (batch, classes).
+        """
+        if not self.mixes:
+            return labels_N
+        rows = self._mixing_rows(samples_B)
+        own_B1 = mixing.pixel_weights(*rows, torch.Size((image_size, image_size))).mean((1, 2))[:, None]
+        own_BK, partner_BK = F.one_hot(labels_N, num_classes).float().chunk(2)
+        return partner_BK.lerp(own_BK, own_B1)
 
-
-def _reflect(index: Tensor, length: int) -> Tensor:
-    """Mirror indices outside 0 .. length - 1 at the borders, at any distance, without repeating the border pixel."""
-    if length == 1:
-        return torch.zeros_like(index)
-    index = index.remainder(2 * (length - 1))
-    return torch.minimum(index, 2 * (length - 1) - index)
-
-
-def crop_boxes(
-    shapes_BT: Tensor, positions_B2: Tensor, size: torch.Size, min_scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Draw boxes (top, left, height, width), each (batch,), with the distribution of torchvision's RandomResizedCrop.
-
-    Each image takes the first of ten tries that fits, or else the largest central box with an allowed aspect ratio.
-    """
-    image_height, image_width = size
-    area = image_height * image_width * (min_scale + (1 - min_scale) * shapes_BT[:, :CROP_TRIES])
-    log_ratio = (math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1]))
-    ratio = (log_ratio[0] + (log_ratio[1] - log_ratio[0]) * shapes_BT[:, CROP_TRIES:]).exp()
-    widths_BT, heights_BT = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
-    fits_BT = (widths_BT <= image_width) & (heights_BT <= image_height) & (widths_BT > 0) & (heights_BT > 0)
-    first_B1 = fits_BT.int().argmax(1, keepdim=True)
-    any_B = fits_BT.any(1)
-    fallback_height = min(image_height, round(image_width / CROP_RATIO[0]))
-    fallback_width = min(image_width, round(image_height * CROP_RATIO[1]))
-    height_B = heights_BT.gather(1, first_B1)[:, 0].where(any_B, fallback_height)
-    width_B = widths_BT.gather(1, first_B1)[:, 0].where(any_B, fallback_width)
-    room_B2 = torch.stack((image_height - height_B, image_width - width_B), 1)
-    corner_B2 = torch.minimum((positions_B2 * (room_B2 + 1)).long(), room_B2)
-    corner_B2 = torch.where(any_B[:, None], corner_B2, room_B2 // 2)
-    return corner_B2[:, 0], corner_B2[:, 1], height_B, width_B
-
-
-def resized_crop(
-    images_BCHW: Tensor, top_B: Tensor, left_B: Tensor, height_B: Tensor, width_B: Tensor, flip_B: Tensor | None
-) -> Tensor:
-    """Resize each image's box to the image's size with bilinear interpolation; returns float32, 0 to 255.
-
-    Bilinear interpolation is separable, so it is computed as two batched products with interpolation matrices.
-    """
-    rows_BHH = _interpolation(top_B, height_B, images_BCHW.shape[-2])
-    columns_BWW = _interpolation(left_B, width_B, images_BCHW.shape[-1], flip_B)
-    # The channels of an image share its matrices; of both products, only the second needs a copy of them per channel.
-    resized_BRW = torch.bmm(images_BCHW.flatten(1, 2).float(), columns_BWW.transpose(1, 2))
-    return rows_BHH[:, None] @ resized_BRW.view_as(images_BCHW)
-
-
-def _interpolation(start_B: Tensor, length_B: Tensor, size: int, flip_B: Tensor | None = None) -> Tensor:
-    """Return weights (batch, size, size): [b, i, j] is that of input pixel j in output pixel i (centres at i + 0.5)."""
-    pixels = torch.arange(size, device=start_B.device)
-    source_BS = (pixels + 0.5) * (length_B / size)[:, None] - 0.5
-    source_BS = start_B[:, None] + source_BS.clamp(min=0).minimum(length_B[:, None] - 1)
-    if flip_B is not None:
-        source_BS = torch.where(flip_B[:, None], source_BS.flip(1), source_BS)
-    return (source_BS[:, :, None] - pixels).abs_().neg_().add_(1).clamp_(min=0)
+    def _mixing_rows(self, samples_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self._draws["share"][samples_B], self._draws["is_cut"][samples_B], self._draws["center"][samples_B]

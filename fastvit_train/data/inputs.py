@@ -54,6 +54,7 @@ def build_train_loader(
         config.optim.grad_accum,
         config.run.seed,
         rank_info,
+        config.num_classes,
     )
 
 

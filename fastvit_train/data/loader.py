@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.augment import Augment, generator
+from fastvit_train.data.balance import draw_balanced
 from fastvit_train.data.images import Images, ResidentImages, to_device
 from fastvit_train.utils.errors import UserError, counted
 
@@ -29,15 +30,19 @@ class Preprocess:
     """Turn uint8 or float images (0 to 255) into normalised float32 images of the model's size, on the device."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], image_size: int, device: torch.device) -> None:
-        self._image_size = image_size
+        self.image_size = image_size
         self._scale = (1 / (255 * torch.tensor(std, device=device)))[:, None, None]
         self._offset = (-torch.tensor(mean, device=device) / torch.tensor(std, device=device))[:, None, None]
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         images_BCHW = images_BCHW.float()
-        if images_BCHW.shape[-1] != self._image_size or images_BCHW.shape[-2] != self._image_size:
-            images_BCHW = F.interpolate(images_BCHW, self._image_size, mode="bilinear", antialias=True)
+        if images_BCHW.shape[-1] != self.image_size or images_BCHW.shape[-2] != self.image_size:
+            images_BCHW = F.interpolate(images_BCHW, self.image_size, mode="bilinear", antialias=True)
         return torch.addcmul(self._offset, images_BCHW, self._scale)
+
+    def to_pixels(self, images_BCHW: Tensor) -> Tensor:
+        """Return what normalised images look like, uint8 (batch, channels, height, width)."""
+        return ((images_BCHW - self._offset) / self._scale).round().clamp(0, 255).to(torch.uint8)
 
 
 def check_batch_size(batch_size: int, world_size: int, grad_accum: int) -> None:
@@ -81,12 +86,16 @@ class TrainLoader:
         grad_accum: int,
         seed: int,
         rank_info: RankInfo,
+        num_classes: int = 0,
     ) -> None:
         self._images = images
         self._labels = labels.to(rank_info.device)
+        self._num_classes = num_classes
         self._config = config
         self._preprocess = preprocess
         self._augment = Augment(config, len(labels), seed, rank_info.device)
+        # As for the augmentation's draws, the memory stays the same for all epochs: a CUDA graph reads it.
+        self._positions = torch.empty_like(self._labels) if config.sampler == "balanced" else None
         self._batch_size = batch_size
         self._grad_accum = grad_accum
         self._seed = seed
@@ -99,30 +108,55 @@ class TrainLoader:
         """Return the loader of another run with the same images, which both read from the same memory."""
         return type(self)(
             self._images, self._labels, self._config, self._preprocess, self._batch_size, self._grad_accum, seed,
-            self._rank_info,
+            self._rank_info, self._num_classes,
         )  # fmt: skip
 
     def sample_order(self, epoch: int) -> Tensor:
-        """Return the sample indices of all ranks, (steps, grad_accum, batch_size / grad_accum)."""
+        """Return the positions in the data set of the samples of all ranks, as `start_epoch` orders them."""
+        return self._drawn(epoch)[self._order(epoch)]
+
+    def _drawn(self, epoch: int) -> Tensor:
+        """Return the positions in the data set of the samples of `epoch`, by their index: all, or those of a draw."""
+        if self._config.sampler == "balanced":
+            return draw_balanced(self._labels.cpu(), generator(self._seed, "balanced", epoch))
+        return torch.arange(len(self._labels))
+
+    def _order(self, epoch: int) -> Tensor:
+        """Return sample indices in the order of the epoch, (steps, grad_accum, batch_size / grad_accum)."""
         order = torch.randperm(len(self._labels), generator=generator(self._seed, "order", epoch))
         used = order[: self.steps_per_epoch * self._batch_size]
         return used.view(self.steps_per_epoch, self._grad_accum, -1)
 
     def start_epoch(self, epoch: int) -> Tensor:
-        """Draw the augmentation of `epoch`.
+        """Draw the samples of `epoch` and their augmentation.
 
         Returns:
-            This rank's sample indices, on the CPU, (steps, grad_accum, images of one micro-batch).
+            This rank's sample indices, on the CPU, (steps, grad_accum, images of one micro-batch). A sample is an image
+            with its augmentation: balanced sampling draws some images as several samples.
         """
         self._augment.start_epoch(epoch)
-        return self.sample_order(epoch)[:, :, self._rank_info.rank :: self._rank_info.world_size]
+        if self._positions is not None:
+            self._positions.copy_(self._drawn(epoch))
+        return self._order(epoch)[:, :, self._rank_info.rank :: self._rank_info.world_size]
 
     def micro_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield this rank's (images, labels) of each micro-batch, starting at optimizer step `first_step`."""
-        samples = list(self.start_epoch(epoch)[first_step:].flatten(0, 1))
+        """Yield this rank's (images, labels) of each micro-batch, starting at optimizer step `first_step`.
+
+        Labels are int64 (batch,) or, if images are mixed, shares of the classes, float32 (batch, classes).
+        """
+        yield from self.batches(epoch, list(self.start_epoch(epoch)[first_step:].flatten(0, 1)))
+
+    def batches(self, epoch: int, samples: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images, labels) for sample indices on the CPU, after `start_epoch(epoch)`."""
         on_device = to_device(samples, self._rank_info.device)
-        for samples_B, images in zip(on_device, self._images.batches(samples), strict=True):
-            yield self.augmented(images, samples_B), self._labels[samples_B]
+        positions_S = self._drawn(epoch)
+        needed = [positions_S[self._augment.with_partners(samples_B)] for samples_B in samples]
+        for samples_B, images in zip(on_device, self._images.batches(needed), strict=True):
+            yield self.augmented(images, samples_B), self._targets(samples_B)
+
+    def to_pixels(self, images_BCHW: Tensor) -> Tensor:
+        """Return what images of a batch look like, uint8 (batch, channels, height, width)."""
+        return self._preprocess.to_pixels(images_BCHW)
 
     @property
     def is_resident(self) -> bool:
@@ -135,11 +169,20 @@ class TrainLoader:
         The host neither reads a value nor copies anything, so a CUDA graph can contain this.
         """
         assert isinstance(self._images, ResidentImages)
-        return self.augmented(self._images.select(samples_B), samples_B), self._labels[samples_B]
+        images = self._images.select(self._positions_of(self._augment.with_partners(samples_B)))
+        return self.augmented(images, samples_B), self._targets(samples_B)
 
-    def _augmented(self, images_BCHW: Tensor, samples_B: Tensor) -> Tensor:
-        images_BCHW = self._augment.crop_and_flip(images_BCHW, samples_B)
-        return self._augment.cutout(self._preprocess(images_BCHW), samples_B)
+    def _positions_of(self, samples_N: Tensor) -> Tensor:
+        return samples_N if self._positions is None else self._positions[samples_N]
+
+    def _augmented(self, images_NCHW: Tensor, samples_B: Tensor) -> Tensor:
+        samples_N = self._augment.with_partners(samples_B)
+        images_NCHW = self._preprocess(self._augment.change_pixels(images_NCHW, samples_N))
+        return self._augment.mix(self._augment.erase(images_NCHW, samples_N), samples_B)
+
+    def _targets(self, samples_B: Tensor) -> Tensor:
+        labels_N = self._labels[self._positions_of(self._augment.with_partners(samples_B))]
+        return self._augment.mix_labels(labels_N, samples_B, self._num_classes, self._preprocess.image_size)
 
 
 class EvalLoader:

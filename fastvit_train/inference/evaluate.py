@@ -207,6 +207,7 @@ def metrics(evaluated: EvaluatedRun) -> dict[str, Any]:
         "accuracy_error": result.accuracy_error,
         "balanced_accuracy": result.balanced_accuracy,
         "balanced_accuracy_error": result.balanced_accuracy_error,
+        "macro_f1": result.macro_f1,
         "majority_share": result.majority_share,
         "top5_accuracy": result.top5_accuracy,
         "loss": result.loss,
@@ -259,6 +260,7 @@ def show(evaluated: EvaluatedRun, output: Path | None) -> None:
     log.line(
         f"{values['source']}: {values['dataset']} ({values['evaluated_on']}, {counted(values['images'], 'image')}) "
         f"accuracy {_with_error(values, 'accuracy')}, balanced {_with_error(values, 'balanced_accuracy')}{top5}, "
+        f"macro F1 {values['macro_f1']:.2%}, always the most frequent class {values['majority_share']:.2%}, "
         f"loss {values['loss']:.6f}, "
         f"calibration error {values['expected_calibration_error']:.2%}, attention {values['attention']}"
     )

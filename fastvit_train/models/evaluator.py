@@ -73,6 +73,14 @@ class Evaluation:
         """Fraction of images whose true class is among the five most probable."""
         return (self.ahead < 5).double().mean().item()
 
+    @property
+    def macro_f1(self) -> float:
+        """Mean over the classes that have images of F1 = 2 TP / (images + predictions), with TP right predictions."""
+        images, predictions = (
+            classes.bincount(minlength=self.num_classes) for classes in (self.labels, self.predicted)
+        )
+        return (2 * self._true_positives() / (images + predictions))[images > 0].mean().item()
+
     def confusion(self) -> Tensor:
         """Return the confusion matrix: images of each true class (row) by predicted class (column), int64."""
         pairs = self.labels * self.num_classes + self.predicted

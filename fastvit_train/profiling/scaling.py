@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 
-import torch.nn.functional as F
 from torch.profiler import record_function
 
 from fastvit_train.config.schema import TrainConfig
@@ -212,6 +211,6 @@ def count_activations(session: TrainSession) -> int:
     def forward() -> None:
         with session.accelerator.autocast():
             logits = model(images)
-        F.cross_entropy(logits.float(), labels, label_smoothing=session.config.optim.label_smoothing)
+        session.loss(logits.float(), labels)
 
     return memory.saved_for_backward(forward, tuple(model.parameters()))

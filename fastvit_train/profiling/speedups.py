@@ -6,7 +6,6 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
 import fastvit_train.models.attention as attention
 from fastvit_train.models import compile_model, record_graph, set_attention, set_block
@@ -147,7 +146,7 @@ def build_step(session: TrainSession, variant: Variant) -> Callable[[], None]:
     def step() -> None:
         with torch.autocast(device.type, dtype) if dtype else nullcontext():
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.optim.label_smoothing)
+        loss = session.loss(logits.float(), labels)
         loss.backward()
         if config.optim.clip_grad is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_grad)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -230,7 +229,7 @@ def flops_per_image(session: TrainSession) -> float:
     images, labels = next(session.train_loader.micro_batches(0))
 
     def run() -> None:
-        F.cross_entropy(model(images[:2]), labels[:2]).backward()
+        session.loss(model(images[:2]), labels[:2]).backward()
 
     return count_flops(run) / 2
 
@@ -259,7 +258,7 @@ def recommend(busy: float | None, input_share: float, streamed: bool, candidates
         how = (
             "with --stream never, the decoded images would stay in memory"
             if streamed
-            else "most of that time goes to --crop and --cutout"
+            else "most of that time goes to the augmentation"
         )
         return (
             f"input-bound: the input takes {input_share:.0%} of a step; without it training would be at most "

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from fastvit_train.distributed.process_state import RandomStates
 from fastvit_train.models import record_graph, side_by_side
 from fastvit_train.models.compiling import compile_function
 from fastvit_train.training.epoch_totals import EpochTotals
+from fastvit_train.training.loss import count_correct
 from fastvit_train.training.optim.optimizer import with_device_lr, works_in_graph
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils.torch_private import recompile_limit
@@ -95,9 +95,9 @@ def device_step(session: TrainSession, tables: StepTables) -> Callable[..., None
     def compute_loss() -> Tensor:
         images, labels = session.train_loader.batch(tables.samples.index_select(0, tables.step)[0])
         logits = model(images)
-        loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        loss = session.loss(logits, labels)
         tables.totals.losses.index_copy_(0, tables.step, loss.detach()[None])
-        tables.totals.correct.add_((logits.detach().argmax(1) == labels).sum())
+        tables.totals.correct.add_(count_correct(logits.detach(), labels))
         return loss
 
     if session.config.run.compile:

@@ -6,7 +6,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import record_function
 
@@ -19,6 +18,7 @@ from fastvit_train.runs.run_folder import ResumeMode
 from fastvit_train.training import metrics
 from fastvit_train.training.checkpointing import apply_save_error_policy, name_last_checkpoint, save_checkpoint
 from fastvit_train.training.epoch_totals import EpochTotals, collect_totals, restore_totals
+from fastvit_train.training.loss import count_correct
 from fastvit_train.training.preemption import StopSignalHandler, StopTraining, stopped
 from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession, take_turns
@@ -196,7 +196,7 @@ def _launch_operators(session: TrainSession, micro_batches: Iterator[Batch], tot
         with accelerator.accumulate(model):
             with phase("forward"):
                 logits = model(images)
-                loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+                loss = session.loss(logits, labels)
             with phase("backward"):
                 accelerator.backward(loss)
             with phase("optimizer"):
@@ -206,7 +206,7 @@ def _launch_operators(session: TrainSession, micro_batches: Iterator[Batch], tot
                     session.optimizer.step()
                 session.optimizer.zero_grad()
         totals.losses[state.step_in_epoch] += loss.detach() / config.grad_accum
-        totals.correct += (logits.detach().argmax(1) == labels).sum()
+        totals.correct += count_correct(logits.detach(), labels)
     if session.ema is not None:
         with phase("optimizer"):
             session.ema.update(session.bare_model, state.step + 1)

@@ -21,6 +21,7 @@ from fastvit_train.models.blocks import choose_block
 from fastvit_train.models.build import build_model
 from fastvit_train.models.compiling import compile_function, compile_model
 from fastvit_train.training.graphed_step import why_not_recordable
+from fastvit_train.training.loss import Loss
 from fastvit_train.training.optim.muon import Muon
 from fastvit_train.training.optim.optimizer import build_optimizer, build_schedule
 from fastvit_train.utils import memory
@@ -30,11 +31,12 @@ from fastvit_train.utils.timing import time_call
 
 @dataclass(frozen=True)
 class Inputs:
-    """The data set, its loaders, and the batch size that fits it."""
+    """The data set, its loaders, the loss, and the batch size that fits."""
 
     dataset: DatasetSpec
     train_loader: TrainLoader
     eval_loader: EvalLoader
+    loss: Loss
     batch_size: int
     micro_batch: int
     """images per forward pass of one rank"""

@@ -29,6 +29,7 @@ from fastvit_train.runs.log import Log, MetricsBuffer
 from fastvit_train.runs.run_folder import ResumeMode, RunFolder
 from fastvit_train.runs.train_state import TrainState
 from fastvit_train.training.graphed_step import record_steps
+from fastvit_train.training.loss import build_loss
 from fastvit_train.training.metrics import log_introduction
 from fastvit_train.training.preemption import StatusExchange, StopSignalHandler
 from fastvit_train.training.prepare import (
@@ -172,7 +173,7 @@ def set_up(
     stack.push(lambda kind, *_: folder.remove_unless_resumable() if kind else None)
     session = TrainSession(
         resolved, folder, launch.log, launch.accelerator, trained.model, trained.optimizer, trained.scheduler,
-        inputs.dataset, inputs.train_loader, inputs.eval_loader, inputs.batch_size, state,
+        inputs.dataset, inputs.train_loader, inputs.eval_loader, inputs.loss, inputs.batch_size, state,
         trained.compile_seconds, Meter(launch.accelerator.device, resolved.run.telemetry),
         StatusExchange(launch.accelerator, stop_signals or StopSignalHandler()), MetricsBuffer(), trained.ema,
         SlowdownDetector(), OtherProcesses(),
@@ -261,6 +262,7 @@ def load_inputs(config: ResolvedConfig, accelerator: Accelerator, imitate_data: 
         dataset,
         build_train_loader(config, dataset, batch_size, rank_info),
         build_eval_loader(config, dataset, rank_info),
+        build_loss(config.optim, dataset, config.num_classes, accelerator.device),
         batch_size,
         micro_batch=batch_size // ranks // grad_accum,
     )

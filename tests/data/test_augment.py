@@ -7,7 +7,8 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, functional
 
 from fastvit_train.config.schema import DataConfig
-from fastvit_train.data.augment import Augment, crop_boxes, resized_crop, shift
+from fastvit_train.data.augment import Augment
+from fastvit_train.data.crops import crop_boxes, resized_crop, shift
 from fastvit_train.data.loader import Preprocess
 
 CPU = torch.device("cpu")
@@ -66,7 +67,7 @@ def test_a_samples_augmentation_depends_neither_on_its_batch_nor_on_its_position
     samples = torch.randperm(30)
 
     def both(samples: Tensor) -> Tensor:
-        return augment.cutout(augment.crop_and_flip(images[samples], samples).float(), samples)
+        return augment.erase(augment.crop_and_flip(images[samples], samples).float(), samples)
 
     together = both(samples)
     apart = torch.cat([both(part) for part in samples.split(7)])
@@ -109,7 +110,7 @@ def test_shifts_reach_every_offset_equally(seed: int) -> None:
 def test_cutout_blanks_one_square(seed: int) -> None:
     augment = Augment(DataConfig(cutout=8), num_samples=100, seed=seed, device=CPU)
     augment.start_epoch(0)
-    blanked = augment.cutout(torch.ones(100, 3, 32, 32), torch.arange(100)) == 0
+    blanked = augment.erase(torch.ones(100, 3, 32, 32), torch.arange(100)) == 0
     areas = blanked[:, 0].flatten(1).sum(1)
     assert int(areas.max()) == 64 and int(areas.min()) >= 16
     assert torch.equal(blanked[:, 0], blanked[:, 2])

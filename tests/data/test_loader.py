@@ -26,7 +26,8 @@ def train_loader(
     rank: int = 0, world_size: int = 1, accum: int = 1, seed: int = 0, batch_size: int = 12, **settings: object
 ) -> TrainLoader:
     config = DataConfig(**{"crop": "shift", "shift": 2, "flip": "random", "cutout": 2, **settings})
-    return TrainLoader(*images(), config, PREPROCESS, batch_size, accum, seed, RankInfo(CPU, rank, world_size))
+    rank_info = RankInfo(CPU, rank, world_size)
+    return TrainLoader(*images(), config, PREPROCESS, batch_size, accum, seed, rank_info, num_classes=COUNT)
 
 
 def divisors(number: int) -> list[int]:
@@ -43,6 +44,9 @@ def test_all_ranks_together_get_the_batch_of_a_single_process(crop: str, seed: i
         world_size = draw.choice(divisors(batch_size // accum))
         settings = {"seed": draw.randrange(100), "batch_size": batch_size, "crop": crop, "cutout": draw.choice([0, 3])}
         settings["flip"] = draw.choice(["none", "random", "alternating"])
+        settings["auto_augment"] = draw.choice(["none", "trivial", "rand"])
+        settings |= {name: draw.choice([0, 0.5]) for name in ("color_jitter", "random_erasing", "mixup", "cutmix")}
+        settings["sampler"] = draw.choice(["shuffle", "balanced"])
         epoch, first_step = draw.randrange(5), draw.randrange(COUNT // batch_size)
         print(world_size, accum, settings, epoch, first_step)
         whole = list(train_loader(**settings).micro_batches(epoch, first_step))
@@ -67,6 +71,21 @@ def test_an_epoch_shows_each_sample_at_most_once_and_each_epoch_shuffles_anew() 
     assert not torch.equal(first, second)
     assert torch.equal(first, torch.cat([labels for _, labels in train_loader().micro_batches(0)]))
     assert not torch.equal(first, torch.cat([labels for _, labels in train_loader(seed=1).micro_batches(0)]))
+
+
+def test_balanced_sampling_repeats_rare_classes_with_another_augmentation_each_time(seed: int) -> None:
+    labels = torch.tensor([0] * 40 + [1] * 8)
+    pixels = torch.randint(0, 256, (48, 3, 8, 8), dtype=torch.uint8)
+    config = DataConfig(sampler="balanced", crop="shift", shift=3)
+    loader = TrainLoader(ResidentImages(pixels, CPU), labels, config, PREPROCESS, 12, 1, seed, RankInfo(CPU))
+    batches = list(loader.micro_batches(0))
+    shown, classes = torch.cat([images for images, _ in batches]), torch.cat([labels for _, labels in batches])
+    assert classes.bincount().tolist() == [24, 24]
+    assert len(shown[classes == 1].flatten(1).unique(dim=0)) > 15, "copies of an image are augmented alike"
+    assert torch.equal(labels[loader.sample_order(0).flatten()], classes), "the named images are not those shown"
+    samples = loader.start_epoch(0)[:, 0]
+    selected = [loader.batch(row) for row in samples]  # as a CUDA graph selects them
+    assert all(torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(batches, selected, strict=True))
 
 
 def test_starting_in_the_middle_of_an_epoch_gives_the_rest_of_it() -> None:

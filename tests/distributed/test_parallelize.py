@@ -28,6 +28,8 @@ SmallConfig = Callable[..., TrainConfig]
 TINY = {"batch_size": 240, "embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "attention": "fused"}
 """what small_config has"""
 AUGMENTED = {"crop": "shift", "shift": 2, "cutout": 4, "flip": "random", "epochs": 3}
+MIXED = {"mixup": 0.2, "cutmix": 1.0, "auto_augment": "rand", "color_jitter": 0.3, "random_erasing": 0.5}
+MIXED |= {"sampler": "balanced", "class_weights": "auto", "label_smoothing": 0.1, "ema": 0.9}
 
 
 def train_in_several(file: str, processes: int, *runs: dict[str, Any], precision: str = "no") -> list[int]:
@@ -67,8 +69,11 @@ def test_two_processes_and_accumulated_batches_are_one_run_and_sum_gradients_onc
         {"exp_name": "x2", "grad_accum": 2},
         {"exp_name": "x1"},
         {"exp_name": "x1", "stop_after": 2, "resume": "must"},
+        {"exp_name": "mixed", "grad_accum": 2, **MIXED},
     ]
-    assert train_in_several("multi_cpu.yaml", 2, *({**common, **variant} for variant in variants)) == [5, 5, 5]
+    assert train_in_several("multi_cpu.yaml", 2, *({**common, **variant} for variant in variants)) == [5, 5, 5, 5]
+    fit(small_config(exp_name="mixed alone", stop_after=1, **{**AUGMENTED, **MIXED}))
+    assert_same_run(runs / "mixed", runs / "mixed alone", steps=5)
     assert_same_run(runs / "x2", runs / "alone", steps=5)
     fit(small_config(exp_name="alone", stop_after=2, **AUGMENTED), resume="must")
     assert_same_run(runs / "x1", runs / "alone", steps=10)

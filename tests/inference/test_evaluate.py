@@ -54,6 +54,9 @@ def test_the_metrics_follow_their_definitions(seed: int) -> None:
     assert result.recall()[6].isnan()
     recalls = [pairs[true, true] / labels.tolist().count(true) for true in range(6)]
     assert result.balanced_accuracy == pytest.approx(sum(recalls) / 6)
+    precisions = [pairs[c, c] / max(1, sum(n for (_, said), n in pairs.items() if said == c)) for c in range(6)]
+    f1 = [2 * p * r / (p + r) if p + r else 0 for p, r in zip(precisions, recalls, strict=True)]
+    assert result.macro_f1 == pytest.approx(sum(f1) / 6)
     error = 0.0
     for number in range(15):
         inside = [

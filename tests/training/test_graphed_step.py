@@ -24,6 +24,8 @@ Config = Callable[..., TrainConfig]
 Start = Callable[..., TrainSession]
 SETTINGS = {
     "shift": {"crop": "shift", "flip": "alternating", "label_smoothing": 0.1, "optimizer": "nmuon", "ema": 0.9},
+    "mixed": {"mixup": 0.2, "cutmix": 1.0, "auto_augment": "rand", "color_jitter": 0.3, "random_erasing": 0.5}
+    | {"sampler": "balanced", "class_weights": "auto", "optimizer": "nmuon"},
     "resized": {"crop": "resized", "cutout": 2, "optimizer": "adamw", "clip_grad": 0.1, "drop_rate": 0.1},
 }
 
@@ -56,7 +58,7 @@ def with_device_step(session: TrainSession) -> TrainSession:
 
 
 def weights(session: TrainSession) -> torch.Tensor:
-    """Return all weights but one: softmax ignores the pooling's bias, and AdamW takes steps along its gradient's noise."""
+    """Return all weights but the pooling's bias: softmax ignores it, and AdamW follows the noise of its gradient."""
     models = [session.bare_model, *([session.ema.module] if session.ema else [])]
     named = [item for model in models for item in model.named_parameters()]
     return torch.cat([p.detach().flatten() for name, p in named if name != "attention_pool.bias"])

@@ -1,0 +1,77 @@
+"""Training sets with rare classes: weights of the classes in the loss, and samples drawn from all classes alike."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.safe_load import read_json
+
+AUTO = "auto"
+
+
+def class_weights(choice: str, labels: Tensor, classes: Sequence[str], num_classes: int) -> Tensor:
+    """Return the weight of each class in the loss, float32 (num_classes,); their mean over the training images is 1.
+
+    Args:
+        choice: "auto" for weights that are inversely proportional to the number of images of a class; or a JSON file
+            with the weight of each class by its name.
+        labels: the classes of the training images, int64.
+        classes: the names of the classes.
+        num_classes: number of the model's outputs; those without a class get the weight 1.
+
+    Raises:
+        UserError: if the file can't be read, or if it does not have one positive weight for each class.
+    """
+    images = labels.bincount(minlength=len(classes)).double()
+    if choice == AUTO:
+        weights = 1 / images.clamp(min=1)
+    else:
+        named = _read(Path(choice), classes)
+        weights = torch.tensor([named[name] for name in classes], dtype=torch.float64)
+    scaled = weights * (images.sum() / (weights * images).sum())
+    return torch.cat((scaled, scaled.new_ones(num_classes - len(classes)))).float()
+
+
+def _read(path: Path, classes: Sequence[str]) -> dict[str, float]:
+    """Return the weights in a JSON file by the names of the classes."""
+    example = f"it holds a weight for each class, as in {json.dumps(dict.fromkeys(classes[:2], 1.5))}"
+    try:
+        named = read_json(path)
+    except OSError as error:
+        raise UserError(f"--class-weights {path} can't be read ({error.strerror}); allowed: auto, or a file") from None
+    except ValueError as error:
+        raise UserError(f"--class-weights {path} is not JSON ({error}); {example}") from None
+    if not isinstance(named, dict) or set(named) != set(classes):
+        names = set(named) if isinstance(named, dict) else set()
+        wrong = ", ".join(
+            [f"without {name!r}" for name in classes if name not in names]
+            + [f"with {name!r}" for name in sorted(names - set(classes))]
+        )
+        raise UserError(f"--class-weights {path} does not name the classes of the data set ({wrong}); {example}")
+    for name, weight in named.items():
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise UserError(f"--class-weights {path}: {name!r} has the weight {weight!r}; allowed: numbers above 0")
+    return named
+
+
+def draw_balanced(labels: Tensor, stream: torch.Generator) -> Tensor:
+    """Draw as many samples as there are labels, equally many of each class (up to one more or less), int64.
+
+    The images of a frequent class are drawn at most once, those of a rare class repeatedly but equally often, up to one
+    more or less.
+    """
+    present = labels.unique()
+    shares = torch.full((len(present),), len(labels) // len(present))
+    shares[torch.randperm(len(present), generator=stream)[: len(labels) % len(present)]] += 1
+    drawn = []
+    for label, share in zip(present, shares.tolist(), strict=True):
+        samples = (labels == label).nonzero()[:, 0]
+        rounds = -(-share // len(samples))
+        orders = [samples[torch.randperm(len(samples), generator=stream)] for _ in range(rounds)]
+        drawn.append(torch.cat(orders)[:share])
+    return torch.cat(drawn)
