@@ -51,6 +51,10 @@ def validate(config: TrainConfig) -> None:
             f"--patch-init whiten would overwrite the patch projection from --weights {config.model.weights}; "
             "give --patch-init random"
         )
+    if config.run.patience is not None and config.run.average_last is not None:
+        raise UserError(
+            "--patience ends with the best epoch's weights, and --average-last with an average; give one of them"
+        )
 
 
 def _converted(config: TrainConfig, settings: dict[str, Any], source: str) -> TrainConfig:

@@ -179,6 +179,12 @@ class RunConfig:
     """save a checkpoint every N optimizer steps, in addition to one after every epoch; 0: only after epochs"""
     keep: Annotated[Count, Mark.MAY_CHANGE] = 2
     """number of newest checkpoints to keep; the best one is kept too"""
+    keep_best_of: Literal["accuracy", "balanced", "loss"] = "accuracy"
+    """what decides which epoch is the best one: accuracy, balanced accuracy, or the lowest loss"""
+    patience: Count | None = None
+    """stop after N epochs without a better one, and end with the best epoch's weights"""
+    average_last: Count | None = None
+    """end with the average of the weights after the last N epochs"""
     on_save_error: Annotated[Literal["stop", "continue"], Mark.MAY_CHANGE] = "stop"
     """what to do if a checkpoint cannot be written, for example because the disk is full"""
     save_model_every: Annotated[NonNegativeInt, Mark.MAY_CHANGE] = 0

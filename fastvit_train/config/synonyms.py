@@ -83,8 +83,9 @@ WITH_NOTES = {
         "stop-after",
         "it counts epochs",
     ): "max-steps max-iters total-steps num-steps iterations iters steps max-train-steps",
-    ("target-accuracy", "it reports when an accuracy is reached; training is not stopped early"): "early-stopping "
-    "early-stop patience early-stopping-patience",
+    ("patience", "it counts epochs without a better one"): "early-stopping early-stop early-stopping-patience",
+    ("keep-best-of", "accuracy, balanced or loss"): "metric-for-best-model eval-metric best-metric monitor",
+    ("average-last", "it counts epochs"): "swa checkpoint-averaging swa-epochs",
 }
 """by the setting and what to know about it"""
 ADVICE = {

@@ -26,7 +26,11 @@ class TrainState:
     skipped_steps: int = 0
     """optimizer steps that the gradient scaler of fp16 skipped because of an overflow, in total"""
     best_accuracy: float = -1.0
+    """the highest of the completed epochs"""
+    best_score: float | None = None
+    """what is largest after the best epoch, by --keep-best-of; None before the first epoch is completed"""
     best_step: int = -1
+    """optimizer steps taken when the best epoch was completed"""
     epoch_losses: list[float] = field(default_factory=list)
     """loss of each step of the epoch under way, nats, mean over all ranks"""
     epoch_correct: float = 0.0
@@ -50,6 +54,8 @@ class TrainState:
             raise ValueError(f"epoch, step in the epoch, step and skipped steps cannot be {counts}")
         if not all(isinstance(value, int | float) for value in (*seconds, *self.epoch_losses, self.best_step)):
             raise ValueError("a value that must be a number is not one")
+        if self.best_score is None and self.best_step >= 0:  # a version that kept the best one of the accuracy only
+            self.best_score = self.best_accuracy
         if len(self.epoch_losses) != self.step_in_epoch:
             raise ValueError(f"{len(self.epoch_losses)} losses for {self.step_in_epoch} steps")
 
@@ -83,11 +89,15 @@ class TrainState:
         self.step_in_epoch, self.epoch_losses, self.epoch_correct = 0, [], 0.0
         self.epoch_seconds, self.epoch_joules, self.epoch_busy_seconds = 0.0, 0.0, 0.0
 
-    def add_evaluation(self, accuracy: float, seconds: float, target: float | None) -> bool:
-        """Add the evaluation after the last completed epoch; returns whether it is the first to reach `target`."""
+    def add_evaluation(self, accuracy: float, score: float, seconds: float, target: float | None) -> bool:
+        """Add the evaluation after the last completed epoch; returns whether it is the first to reach `target`.
+
+        The epoch with the highest `score` is the best one.
+        """
         self.eval_seconds += seconds
-        if accuracy > self.best_accuracy:
-            self.best_accuracy, self.best_step = accuracy, self.step
+        self.best_accuracy = max(self.best_accuracy, accuracy)
+        if self.best_score is None or score > self.best_score:
+            self.best_score, self.best_step = score, self.step
         if target is None or accuracy < target or self.epochs_to_target is not None:
             return False
         self.epochs_to_target, self.seconds_to_target = self.epoch, self.train_seconds + self.eval_seconds

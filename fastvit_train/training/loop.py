@@ -15,7 +15,7 @@ from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed.process_state import RandomStates, unchanged
 from fastvit_train.models.evaluator import Evaluation, evaluate_model
 from fastvit_train.runs.run_folder import ResumeMode
-from fastvit_train.training import metrics
+from fastvit_train.training import final_weights, metrics
 from fastvit_train.training.checkpointing import apply_save_error_policy, name_last_checkpoint, save_checkpoint
 from fastvit_train.training.epoch_totals import EpochTotals, collect_totals, restore_totals
 from fastvit_train.training.loss import count_correct
@@ -101,7 +101,7 @@ def _train(session: TrainSession, bar: ProgressBar) -> Generator[None, None, dic
     metrics.start_trackers(session)
     evaluation = None
     try:
-        while state.epoch < config.last_epoch:
+        while state.epoch < config.last_epoch and not final_weights.is_out_of_patience(session):
             session.status_exchange.start_phase()
             yield from take_steps(session, bar)
             session.status_exchange.start_phase()
@@ -111,9 +111,10 @@ def _train(session: TrainSession, bar: ProgressBar) -> Generator[None, None, dic
         save_checkpoint(session)
         message = f"{stop} at step {state.step}; {name_last_checkpoint(session)}, --resume auto continues from it"
         raise stopped(stop.signal_number, message) from None
-    if evaluation is None:  # the run was resumed after its last epoch
+    weights = final_weights.bring_back(session)
+    if evaluation is None or weights != "last epoch":  # None: the run was resumed after its last epoch
         evaluation = evaluate_model(session.eval_model, session.eval_loader, accelerator)
-    summary = metrics.finish(session, evaluation)
+    summary = metrics.finish(session, evaluation, weights)
     metrics.finish_trackers(session)
     return summary
 
@@ -222,7 +223,9 @@ def _evaluate_epoch(session: TrainSession) -> Evaluation:
     eval_seconds = time.perf_counter() - started
     metrics.record_epoch(session, evaluation, eval_seconds)
     state.close_epoch()
-    if state.add_evaluation(evaluation.accuracy, eval_seconds, run.target_accuracy):
+    final_weights.add_to_average(session)
+    score = final_weights.score(evaluation, run.keep_best_of)
+    if state.add_evaluation(evaluation.accuracy, score, eval_seconds, run.target_accuracy):
         metrics.log_target_reached(session)
     _save_weights(session)  # before the checkpoint: a run that is resumed from it does not write them again
     save_checkpoint(session)
@@ -234,6 +237,6 @@ def _save_weights(session: TrainSession) -> None:
     state, every = session.state, session.config.run.save_model_every
     with apply_save_error_policy(session):
         if state.best_step == state.step:
-            metrics.write_weights(session, "best.safetensors", {"step": str(state.step)})
+            metrics.write_weights(session, final_weights.BEST_WEIGHTS, {"step": str(state.step)})
         if every and state.epoch % every == 0:
             metrics.write_weights(session, f"model_epoch_{state.epoch}.safetensors")

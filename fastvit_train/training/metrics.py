@@ -20,6 +20,7 @@ from fastvit_train.runs.comparison import table
 from fastvit_train.runs.plots.curves import plot_curves
 from fastvit_train.runs.results import read_runs
 from fastvit_train.runs.run_folder import read_jsonl
+from fastvit_train.training.final_weights import is_out_of_patience
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import atomic_io, memory
 from fastvit_train.utils.errors import counted
@@ -181,13 +182,18 @@ def _write_model_config(session: TrainSession) -> None:
     write_timm_config(session.bare_model, session.folder.root / "config.json", names, {"input_size": (3, size, size)})
 
 
-def finish(session: TrainSession, evaluation: Evaluation) -> dict[str, Any]:
+def finish(session: TrainSession, evaluation: Evaluation, weights: str) -> dict[str, Any]:
     """Write weights, summary and curves, and print the table of results; returns the summary.
+
+    Args:
+        session: the run.
+        evaluation: that of the weights.
+        weights: what they are, as `final_weights.bring_back` says.
 
     Raises:
         SaveError: on all ranks, if they could not be written; the last checkpoint is not affected.
     """
-    summary = _summary(session, evaluation)
+    summary = {**_summary(session, evaluation), "final_weights": weights}
     write_weights(session, "model.safetensors")
 
     def write() -> None:
@@ -211,7 +217,7 @@ def _write_summary(session: TrainSession, summary: dict[str, Any]) -> None:
 def _next_step(session: TrainSession) -> str:
     """Return what to do next: train the remaining epochs, or look at the results."""
     epochs = session.config.run.epochs
-    if session.state.epoch < epochs:
+    if session.state.epoch < epochs and not is_out_of_patience(session):
         return f"repeat the command with --resume auto and without --stop-after to train up to epoch {epochs}"
     return f"fastvit report {shlex.quote(str(session.folder.root))}"
 

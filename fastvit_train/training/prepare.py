@@ -11,6 +11,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.data.datasets import DatasetSpec
@@ -20,6 +21,7 @@ from fastvit_train.models.attention import AUTO, COMPILING, choose_attention, se
 from fastvit_train.models.blocks import choose_block
 from fastvit_train.models.build import build_model
 from fastvit_train.models.compiling import compile_function, compile_model
+from fastvit_train.training.final_weights import build_average
 from fastvit_train.training.graphed_step import why_not_recordable
 from fastvit_train.training.loss import Loss
 from fastvit_train.training.optim.muon import Muon
@@ -54,6 +56,7 @@ class Trained:
     optimizer: AcceleratedOptimizer
     scheduler: Scheduler
     ema: ModelEmaV3 | None
+    average: AveragedModel | None
     whole_step: bool
     """whether the step is to be recorded as one CUDA graph, so that nothing else has compiled it yet"""
     compile_seconds: float | None
@@ -118,14 +121,15 @@ def prepare(
     if config.run.compile:
         compile_model(model, accelerator.device, not whole_step and supports_cuda_graphs(config, accelerator))
     scheduler = build_schedule(optimizer, config.optim, config.run.epochs, inputs.train_loader.steps_per_epoch)
-    ema = build_ema(model, config, accelerator)
+    ema, average = build_ema(model, config, accelerator), build_average(model, config)
     model, prepared_optimizer = parallelize.prepare(accelerator, model, optimizer, use_ddp=not whole_step)
-    if ema is not None:
-        # after the model: the order determines their names in a checkpoint
-        accelerator.prepare_model(ema.module, evaluation_mode=True)
+    # after the model: the order determines their names in a checkpoint
+    for follower in (ema and ema.module, average):
+        if follower is not None:
+            accelerator.prepare_model(follower, evaluation_mode=True)
     compile_seconds = take_first_passes(config, model, optimizer, ema, inputs, accelerator, whole_step)
     memory.reset_peak_memory(accelerator.device)
-    return Trained(model, prepared_optimizer, scheduler, ema, whole_step, compile_seconds)
+    return Trained(model, prepared_optimizer, scheduler, ema, average, whole_step, compile_seconds)
 
 
 def take_first_passes(

@@ -10,6 +10,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.data.datasets import DatasetSpec
@@ -55,6 +56,8 @@ class TrainSession:
     status_exchange: StatusExchange
     metrics_buffer: MetricsBuffer
     ema: ModelEmaV3 | None
+    average: AveragedModel | None
+    """of the weights after the last epochs, as far as they are completed"""
     slowdown: SlowdownDetector
     other_processes: OtherProcesses
     graphed_step: "GraphedStep | None"

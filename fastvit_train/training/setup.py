@@ -175,8 +175,8 @@ def set_up(
         resolved, folder, launch.log, launch.accelerator, trained.model, trained.optimizer, trained.scheduler,
         inputs.dataset, inputs.train_loader, inputs.eval_loader, inputs.loss, inputs.batch_size, state,
         trained.compile_seconds, Meter(launch.accelerator.device, resolved.run.telemetry),
-        StatusExchange(launch.accelerator, stop_signals or StopSignalHandler()), MetricsBuffer(), trained.ema,
-        SlowdownDetector(), OtherProcesses(),
+        StatusExchange(launch.accelerator, stop_signals or StopSignalHandler()), MetricsBuffer(),
+        trained.ema, trained.average, SlowdownDetector(), OtherProcesses(),
         None,
         stack,
     )  # fmt: skip

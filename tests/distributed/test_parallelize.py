@@ -70,8 +70,15 @@ def test_two_processes_and_accumulated_batches_are_one_run_and_sum_gradients_onc
         {"exp_name": "x1"},
         {"exp_name": "x1", "stop_after": 2, "resume": "must"},
         {"exp_name": "mixed", "grad_accum": 2, **MIXED},
+        {"exp_name": "averaged", "epochs": 2, "average_last": 2, "stop_after": None},
+        {"exp_name": "patient", "lr": 0.0, "patience": 1, "stop_after": None},
     ]
-    assert train_in_several("multi_cpu.yaml", 2, *({**common, **variant} for variant in variants)) == [5, 5, 5, 5]
+    counts = train_in_several("multi_cpu.yaml", 2, *({**common, **variant} for variant in variants))
+    assert counts == [5, 5, 5, 5, 10, 10]
+    fit(small_config(exp_name="averaged alone", **{**AUGMENTED, "epochs": 2, "average_last": 2}))
+    assert_same_run(runs / "averaged", runs / "averaged alone", steps=10)
+    patient = json.loads((runs / "patient" / "summary.json").read_text())
+    assert patient["final_weights"] == "best epoch" and patient["epochs"] == 2
     fit(small_config(exp_name="mixed alone", stop_after=1, **{**AUGMENTED, **MIXED}))
     assert_same_run(runs / "mixed", runs / "mixed alone", steps=5)
     assert_same_run(runs / "x2", runs / "alone", steps=5)

@@ -1,0 +1,101 @@
+"""The weights that a run ends with: the last ones, those of the best epoch, or an average of the last epochs."""
+
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.optim.swa_utils import AveragedModel
+
+from fastvit_train.config.resolved import ResolvedConfig
+from fastvit_train.distributed import env, sync
+from fastvit_train.models.evaluator import Evaluation
+from fastvit_train.training.session import TrainSession
+from fastvit_train.utils.errors import UserError, counted
+
+BEST_WEIGHTS = "best.safetensors"
+"""the weights after the best epoch so far, in the run's folder; their metadata has the step"""
+MEASURES = {
+    "accuracy": lambda evaluation: evaluation.accuracy,
+    "balanced": lambda evaluation: evaluation.balanced_accuracy,
+    "loss": lambda evaluation: -evaluation.loss,
+}
+"""by the value of --keep-best-of, what is largest after the best epoch"""
+
+
+def score(evaluation: Evaluation, keep_best_of: str) -> float:
+    """Return what the best epoch has most of."""
+    return float(MEASURES[keep_best_of](evaluation))
+
+
+def build_average(model: nn.Module, config: ResolvedConfig) -> AveragedModel | None:
+    """Build the average of the last epochs' weights that --average-last asks for; it is still empty.
+
+    Raises:
+        UserError: if the run has fewer epochs, or if the launch shards the weights.
+    """
+    last = config.run.average_last
+    if last is None:
+        return None
+    if last > config.run.epochs:
+        raise UserError(f"--average-last {last} needs more epochs than --epochs {config.run.epochs}")
+    if env.uses_fsdp():
+        raise UserError("--average-last needs unsharded weights, and FSDP shards them; leave it out, or use DDP")
+    return AveragedModel(model, use_buffers=True)
+
+
+def add_to_average(session: TrainSession) -> None:
+    """Add the weights after the completed epoch to the average, if it is one of the last."""
+    run = session.config.run
+    if session.average is not None and run.average_last and session.state.epoch > run.epochs - run.average_last:
+        model = session.bare_model if session.ema is None else session.ema.module
+        session.average.update_parameters(model)
+
+
+def is_out_of_patience(session: TrainSession) -> bool:
+    """Whether --patience epochs have passed since the best one."""
+    patience, steps = session.config.run.patience, session.train_loader.steps_per_epoch
+    state = session.state
+    return patience is not None and state.best_step >= 0 and state.step - state.best_step >= patience * steps
+
+
+def bring_back(session: TrainSession) -> str:
+    """Load the weights that the run is to end with into the model that is evaluated and saved, on all ranks.
+
+    Returns:
+        What they are: "last epoch", "best epoch" or "average". The latter two have to be evaluated.
+    """
+    run, state, log = session.config.run, session.state, session.log
+    if session.average is not None and state.epoch == run.epochs:
+        session.accelerator.unwrap_model(session.eval_model).load_state_dict(session.average.module.state_dict())
+        log.line(f"the final weights are the average of those after the last {counted(run.average_last or 0, 'epoch')}")
+        return "average"
+    if run.patience is None or state.best_step == state.step:
+        return "last epoch"
+    epoch = state.best_step // session.train_loader.steps_per_epoch
+    if not _load_best(session):
+        log.line(f"the final weights are those of the last epoch: {BEST_WEIGHTS} is not that of epoch {epoch}")
+        return "last epoch"
+    log.line(f"the final weights are those of epoch {epoch}, the best one")
+    if session.dataset.evaluated_on == "test":
+        log.line("it was chosen on the test images, so the accuracy is biased upwards; --holdout 0.1 avoids this")
+    return "best epoch"
+
+
+def _load_best(session: TrainSession) -> bool:
+    """Load the best epoch's weights on all ranks; returns whether they are there."""
+    path, step = session.folder.root / BEST_WEIGHTS, str(session.state.best_step)
+
+    def is_there() -> bool:
+        if not path.is_file():
+            return False
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("step") == step
+
+    if not sync.broadcast_from_rank0(session.accelerator, is_there):
+        return False
+    weights: dict[str, Any] = load_file(path) if session.accelerator.is_main_process else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=session.accelerator.num_processes > 1)
+    set_model_state_dict(session.eval_model, weights, options=options)
+    return True
