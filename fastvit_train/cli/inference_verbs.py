@@ -47,15 +47,18 @@ class Eval:
     """implementation of attention; default: the run's own"""
     batch_size: int = RunConfig.eval_batch_size
     """images per evaluation step and process"""
+    tta: Literal["none", "flip", "shift"] = "none"
+    """test-time augmentation: average the predictions for each image and its mirror image, or also shifted ones"""
     output: OutputFolder = None
-    """folder for evaluation.json and confusion.png; default: eval/ in the run's folder"""
+    """folder for evaluation.json and the pictures; default: eval/ in the run's folder"""
 
 
 def evaluate(command: Eval) -> None:
     if command.attention is not None:
         check_attention_name(command.attention)
     from fastvit_train.distributed.accelerator import leave_process_group
-    from fastvit_train.inference.evaluate import evaluate_run, show
+    from fastvit_train.inference.evaluate import evaluate_run
+    from fastvit_train.inference.evaluation_output import show
 
     evaluated = evaluate_run(
         command.run,
@@ -64,6 +67,7 @@ def evaluate(command: Eval) -> None:
         attention=command.attention,
         batch_size=command.batch_size,
         checkpoint=command.checkpoint,
+        tta=command.tta,
     )
     show(evaluated, command.output)
     leave_process_group()

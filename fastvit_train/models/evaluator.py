@@ -81,6 +81,48 @@ class Evaluation:
         )
         return (2 * self._true_positives() / (images + predictions))[images > 0].mean().item()
 
+    def positive_probability(self) -> Tensor:
+        """Return the probability of the second of two classes, float64 (N,)."""
+        confidence = self.confidence.double()
+        return torch.where(self.predicted == 1, confidence, 1 - confidence)
+
+    def roc(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Count what each threshold on the probability of the second class accepts, from the highest to the lowest.
+
+        Returns:
+            False positive rate, true positive rate and precision at each distinct threshold, float64 (thresholds,).
+        """
+        probability, order = self.positive_probability().sort(descending=True)
+        positives = (self.labels[order] == 1).double().cumsum(0)
+        last_of_equals = torch.cat((probability[1:] != probability[:-1], torch.tensor([True])))
+        accepted = torch.arange(1, self.samples + 1, dtype=torch.float64)[last_of_equals]
+        true = positives[last_of_equals]
+        negatives = self.samples - positives[-1]
+        return (accepted - true) / negatives, true / positives[-1], true / accepted
+
+    @property
+    def roc_auc(self) -> float | None:
+        """Area under the ROC curve: the chance that an image of the second class is ranked above one of the first.
+
+        None unless there are two classes, and images of both.
+        """
+        if not self._has_two_classes():
+            return None
+        false, true, _ = self.roc()
+        origin = false.new_zeros(1)
+        return torch.trapezoid(torch.cat((origin, true)), torch.cat((origin, false))).item()
+
+    @property
+    def average_precision(self) -> float | None:
+        """Mean of the precision over the recalls that the thresholds add: sum of (R_n - R_(n-1)) P_n; None as above."""
+        if not self._has_two_classes():
+            return None
+        _, recall, precision = self.roc()
+        return (recall.diff(prepend=recall.new_zeros(1)) * precision).sum().item()
+
+    def _has_two_classes(self) -> bool:
+        return self.num_classes == 2 and len(self.labels.unique()) == 2
+
     def confusion(self) -> Tensor:
         """Return the confusion matrix: images of each true class (row) by predicted class (column), int64."""
         pairs = self.labels * self.num_classes + self.predicted

@@ -127,7 +127,8 @@ def _read_evaluation(file: Path, results: dict[str, Any]) -> dict[str, Any]:
     try:
         evaluation = read_json(file)
         is_current = evaluation.get("steps", results.get("steps")) == results.get("steps")
-        return {**evaluation, "dataset": _checked_text(evaluation["dataset"])} if is_current else {}
+        counts = is_current and evaluation.get("tta", "none") == "none"  # with TTA it is no figure to compare
+        return {**evaluation, "dataset": _checked_text(evaluation["dataset"])} if counts else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error!r}); repeat `eval`, or remove that file") from None
 

@@ -20,6 +20,7 @@ from fastvit_train.inference.evaluate import evaluate_run
 from fastvit_train.inference.export import export_run
 from fastvit_train.inference.predict import predict_images
 from fastvit_train.inference.trained_model import load_run
+from fastvit_train.inference.tta import TTA, AveragedViews
 from fastvit_train.models.evaluator import Evaluation, _ahead
 from fastvit_train.training.loop import fit
 from fastvit_train.utils.errors import UserError
@@ -235,3 +236,72 @@ def test_damaged_timm_folders_are_one_line(timms: Path, tmp_path: Path, damage: 
     (folder / "config.json").write_text(json.dumps({**described, **damage}))
     with pytest.raises(UserError, match="is neither a run nor|cannot be loaded"):
         load_run(folder)
+
+
+def test_the_ranking_of_two_classes_is_judged_over_all_thresholds(seed: int) -> None:
+    """Against the definitions: pairs of images, and precision at each recall; probabilities with many ties."""
+    labels = (torch.rand(300) < 0.3).long()
+    probability = ((labels * 0.3 + torch.rand(300) * 0.7) * 20).round() / 20
+    probability = probability.clamp(0.05, 0.95)
+    result = evaluation_of(torch.stack((1 - probability, probability), 1).log(), labels)
+    positive, negative = probability[labels == 1].double(), probability[labels == 0].double()
+    pairs = (positive[:, None] > negative).double() + 0.5 * (positive[:, None] == negative)
+    assert result.roc_auc == pytest.approx(pairs.mean().item(), abs=1e-6)
+    expected, before = 0.0, 0.0
+    for threshold in sorted(set(probability.tolist()), reverse=True):
+        accepted = probability >= threshold
+        recall = (labels[accepted] == 1).sum().item() / len(positive)
+        expected += (recall - before) * (labels[accepted] == 1).double().mean().item()
+        before = recall
+    assert result.average_precision == pytest.approx(expected, abs=1e-6)
+    assert evaluation_of(torch.randn(20, 3), torch.arange(20) % 3).roc_auc is None
+    assert evaluation_of(torch.randn(20, 2), torch.zeros(20, dtype=torch.int64)).average_precision is None
+
+
+def test_two_classes_have_a_picture_of_their_curves(
+    small_config: Callable[..., TrainConfig],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pictures = record_pictures(monkeypatch)
+    data = str(write_folder(tmp_path / "shapes"))
+    fit(small_config(dataset="folder", data_dir=data, crop="none", epochs=1, batch_size=12))
+    main(["eval", str(tmp_path / "runs" / "run")])
+    values = json.loads((tmp_path / "runs" / "run" / "eval" / "evaluation.json").read_text())
+    assert f"area under the ROC curve {values['roc_auc']:.4f}" in capsys.readouterr().out
+    picture = pictures[tmp_path / "runs" / "run" / "eval" / "roc.png"]
+    assert len(picture.panels) == 2
+    assert {"false positive rate", "recall", f"ROC, square: {values['roc_auc']:.4f}"} <= set(picture.texts)
+
+
+class Corner(torch.nn.Module):
+    """Logits that show which view of an image a model sees."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images[:, :2, 1, 1]
+
+
+@pytest.mark.parametrize("tta", ["flip", "shift"])
+def test_the_views_are_averaged_as_probabilities(seed: int, tta: TTA) -> None:
+    images = torch.randn(5, 3, 6, 6)
+    got = AveragedViews(Corner(), tta)(images)
+    views = []
+    for step in (0, -1, 1) if tta == "shift" else (0,):
+        row = images[:, :2, 1 + step]
+        views += [row[:, :, 1 + step], row[:, :, 4 + step]]  # a mirror image has column 4 in the place of column 1
+    torch.testing.assert_close(got, torch.stack([view.softmax(1) for view in views]).mean(0).log())
+
+
+def test_tta_is_named_and_goes_into_a_folder_of_its_own(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    main(["eval", str(tmp_path / "run"), "--tta", "flip"])
+    output = capsys.readouterr().out
+    assert "test-time augmentation flip: not comparable" in output
+    values = json.loads((tmp_path / "run" / "eval-tta-flip" / "evaluation.json").read_text())
+    assert values["tta"] == "flip" and not (tmp_path / "run" / "eval").exists()
+    with pytest.raises(SystemExit):
+        main(["eval", str(tmp_path / "run"), "--tta", "rotate"])
+    assert "none, flip, shift" in capsys.readouterr().err.replace("'", "")

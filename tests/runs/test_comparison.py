@@ -62,6 +62,8 @@ def test_a_separate_evaluation_has_a_row_if_one_run_has_it(runs: Path, capsys: C
     lines = compare(capsys, *folders)[0].splitlines()
     assert "| balanced accuracy by eval | 50.00% ± 1.00 | — |" in lines
     assert "| images of eval | 1,234 of other images | — |" in lines
+    file.write_text(json.dumps({**evaluation, "tta": "flip"}))
+    assert "by eval" not in compare(capsys, *folders)[0]
     file.write_text(json.dumps({**evaluation, "steps": 30}))  # the run was trained further since
     write_summary(runs / "done", steps=40)
     assert "by eval" not in compare(capsys, *folders)[0]

@@ -8,7 +8,8 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from fastvit_train.inference.evaluate import EvaluatedRun, metrics
+from fastvit_train.inference.evaluate import EvaluatedRun
+from fastvit_train.inference.evaluation_output import metrics
 from fastvit_train.inference.report import charts, images, tables
 from fastvit_train.inference.report.records import RunRecord, load_records, value_or_error
 from fastvit_train.runs import findings

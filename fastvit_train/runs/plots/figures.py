@@ -81,6 +81,31 @@ def plot_confusion(confusion: Tensor, classes: Sequence[str], title: str, output
     save_figure(figure, output)
 
 
+def plot_roc(false: Tensor, true: Tensor, precision: Tensor, title: str, output: Path) -> None:
+    """Plot the ROC curve, and precision against recall, as a PNG.
+
+    Args:
+        false, true, precision: false positive rate, true positive rate (recall) and precision of each threshold.
+        title: the positive class and its area under the curve.
+        output: the PNG file.
+
+    Raises:
+        UserError: if the figure cannot be written.
+    """
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    roc, recall = figure.subplots(1, 2)
+    roc.plot([0, *false.tolist()], [0, *true.tolist()], color="C0")
+    roc.plot([0, 1], [0, 1], ":", color="gray")
+    roc.set(title=f"ROC, {_shorten(title)}", xlabel="false positive rate", ylabel="true positive rate")
+    recall.step(true.tolist(), precision.tolist(), where="pre", color="C1")
+    recall.set(title="precision and recall", xlabel="recall", ylabel="precision")
+    for axes in (roc, recall):
+        axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+        axes.grid(alpha=0.3)
+    save_figure(figure, output)
+
+
 def plot_images(images: Tensor, captions: Sequence[str], output: Path) -> None:
     """Plot images, uint8 (images, 3, height, width), with their captions, six in a row, as a PNG.
 
