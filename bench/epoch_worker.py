@@ -21,8 +21,8 @@ from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.datasets import load_dataset
+from fastvit_train.training.display.progress_bar import ProgressBar
 from fastvit_train.training.loop import train_epoch
-from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.setup import setup
 from fastvit_train.utils import memory
 

@@ -54,8 +54,8 @@ def train(command: Train) -> None:
     config = command.training
     from fastvit_train.distributed.accelerator import leave_process_group
     from fastvit_train.profiling.estimate import dry_run
+    from fastvit_train.training.display.preview import preview
     from fastvit_train.training.loop import fit
-    from fastvit_train.training.preview import preview
     from fastvit_train.training.seeds import fit_seeds
 
     if command.dry_run and command.preview:

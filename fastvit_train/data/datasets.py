@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data import folder, published
-from fastvit_train.data.augment import generator
+from fastvit_train.data.augmentation.augment import generator
 from fastvit_train.data.decode import ImageFiles, decode_all
 from fastvit_train.utils.errors import UserError, counted, printable
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
-from fastvit_train.data.augment import Augment, generator
+from fastvit_train.data.augmentation.augment import Augment, generator
 from fastvit_train.data.balance import draw_balanced
 from fastvit_train.data.images import Images, ResidentImages, to_device
 from fastvit_train.utils.errors import UserError, counted

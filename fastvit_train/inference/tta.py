@@ -5,7 +5,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastvit_train.data.crops import shift
+from fastvit_train.data.augmentation.crops import shift
 
 TTA = Literal["none", "flip", "shift"]
 SHIFTS = ((0, 0), (-1, -1), (1, 1))

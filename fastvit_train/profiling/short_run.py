@@ -11,8 +11,8 @@ from torch import nn
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.models import set_attention, set_block
+from fastvit_train.training.display.progress_bar import ProgressBar
 from fastvit_train.training.loop import Phase, train_epoch
-from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import setup
 from fastvit_train.utils.errors import UserError

@@ -21,9 +21,9 @@ from fastvit_train.distributed import env
 from fastvit_train.profiling.roofline import count_flops, matmul_ceiling
 from fastvit_train.profiling.short_run import create_output_folder, eager_copy, make_progress_bar, short_run, time_epoch
 from fastvit_train.profiling.speedups import Candidate, autocast_dtype, measure_candidates
+from fastvit_train.training.display.progress_bar import ProgressBar
 from fastvit_train.training.graphed_step import without_graph
 from fastvit_train.training.loop import train_epoch
-from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import atomic_io, memory
 from fastvit_train.utils.errors import UserError, counted

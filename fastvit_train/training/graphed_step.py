@@ -20,7 +20,7 @@ from fastvit_train.distributed.process_state import RandomStates
 from fastvit_train.models import record_graph, side_by_side
 from fastvit_train.models.compiling import compile_function
 from fastvit_train.training.epoch_totals import EpochTotals
-from fastvit_train.training.loss import count_correct
+from fastvit_train.training.optim.loss import count_correct
 from fastvit_train.training.optim.optimizer import with_device_lr, works_in_graph
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils.torch_private import recompile_limit

@@ -15,12 +15,13 @@ from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed.process_state import RandomStates, unchanged
 from fastvit_train.models.evaluator import Evaluation, evaluate_model
 from fastvit_train.runs.run_folder import ResumeMode
-from fastvit_train.training import final_weights, metrics
+from fastvit_train.training import metrics
 from fastvit_train.training.checkpointing import apply_save_error_policy, name_last_checkpoint, save_checkpoint
+from fastvit_train.training.display.progress_bar import ProgressBar
 from fastvit_train.training.epoch_totals import EpochTotals, collect_totals, restore_totals
-from fastvit_train.training.loss import count_correct
+from fastvit_train.training.optim import final_weights
+from fastvit_train.training.optim.loss import count_correct
 from fastvit_train.training.preemption import StopSignalHandler, StopTraining, stopped
-from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession, take_turns
 from fastvit_train.training.setup import setup_together
 from fastvit_train.utils.errors import UserError

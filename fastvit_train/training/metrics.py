@@ -20,7 +20,7 @@ from fastvit_train.runs.comparison import table
 from fastvit_train.runs.plots.curves import plot_curves
 from fastvit_train.runs.results import read_runs
 from fastvit_train.runs.run_folder import read_jsonl
-from fastvit_train.training.final_weights import is_out_of_patience
+from fastvit_train.training.optim.final_weights import is_out_of_patience
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import atomic_io, memory
 from fastvit_train.utils.errors import counted

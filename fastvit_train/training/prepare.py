@@ -21,9 +21,9 @@ from fastvit_train.models.attention import AUTO, COMPILING, choose_attention, se
 from fastvit_train.models.blocks import choose_block
 from fastvit_train.models.build import build_model
 from fastvit_train.models.compiling import compile_function, compile_model
-from fastvit_train.training.final_weights import build_average
 from fastvit_train.training.graphed_step import why_not_recordable
-from fastvit_train.training.loss import Loss
+from fastvit_train.training.optim.final_weights import build_average
+from fastvit_train.training.optim.loss import Loss
 from fastvit_train.training.optim.muon import Muon
 from fastvit_train.training.optim.optimizer import build_optimizer, build_schedule
 from fastvit_train.utils import memory

@@ -19,7 +19,7 @@ from fastvit_train.distributed.process_state import RandomStates
 from fastvit_train.runs.log import Log, MetricsBuffer
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.runs.train_state import TrainState
-from fastvit_train.training.loss import Loss
+from fastvit_train.training.optim.loss import Loss
 from fastvit_train.training.preemption import StatusExchange, StopSignalHandler
 from fastvit_train.utils.errors import Interrupted, Preempted, counted
 from fastvit_train.utils.gpu_monitor import Meter

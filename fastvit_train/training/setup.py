@@ -29,8 +29,8 @@ from fastvit_train.runs.log import Log, MetricsBuffer
 from fastvit_train.runs.run_folder import ResumeMode, RunFolder
 from fastvit_train.runs.train_state import TrainState
 from fastvit_train.training.graphed_step import record_steps
-from fastvit_train.training.loss import build_loss
 from fastvit_train.training.metrics import log_introduction
+from fastvit_train.training.optim.loss import build_loss
 from fastvit_train.training.preemption import StatusExchange, StopSignalHandler
 from fastvit_train.training.prepare import (
     Inputs,

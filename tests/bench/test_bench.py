@@ -171,7 +171,7 @@ def test_a_step_with_a_wrong_gradient_is_not_timed(monkeypatch: pytest.MonkeyPat
 def test_an_input_that_loses_an_image_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(case for case in bench_input.cases() if case.name == "fastvit_train")
     PreparedCase(case, 8)
-    monkeypatch.setattr(loader.TrainLoader, "sample_order", lambda self, epoch: torch.zeros(1, 1, 8, dtype=torch.long))
+    monkeypatch.setattr(loader.TrainLoader, "_order", lambda self, epoch: torch.zeros(1, 1, 8, dtype=torch.long))
     with pytest.raises(AssertionError, match="every image once"):
         PreparedCase(case, 8)
 
@@ -283,7 +283,8 @@ def test_a_graphed_step_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 100 <= counts.replayed.total() <= 240
 
 
-def test_rows_of_a_group_are_interleaved() -> None:
+def test_rows_of_a_group_are_interleaved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(interleaved, "controls", lambda: {"nothing": lambda: None})
     order: list[str] = []
 
     cases = [made_up(name, partial(order.append, name)) for name in "ab"]

@@ -7,8 +7,8 @@ from torch import Tensor
 from torchvision.transforms import RandomResizedCrop, functional
 
 from fastvit_train.config.schema import DataConfig
-from fastvit_train.data.augment import Augment
-from fastvit_train.data.crops import crop_boxes, resized_crop, shift
+from fastvit_train.data.augmentation.augment import Augment
+from fastvit_train.data.augmentation.crops import crop_boxes, resized_crop, shift
 from fastvit_train.data.loader import Preprocess
 
 CPU = torch.device("cpu")

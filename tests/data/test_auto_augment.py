@@ -6,8 +6,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, RandAugment, TrivialAugmentWide
 from torchvision.transforms.autoaugment import _apply_op
 
-from fastvit_train.data import auto_augment
-from fastvit_train.data.auto_augment import NUM_BINS, OPERATIONS
+from fastvit_train.data.augmentation import auto_augment
+from fastvit_train.data.augmentation.auto_augment import NUM_BINS, OPERATIONS
 
 SPACES = {"trivial": auto_augment.trivial_space, "rand": auto_augment.rand_space}
 

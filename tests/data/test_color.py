@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.transforms import functional
 
-from fastvit_train.data import color
+from fastvit_train.data.augmentation import color
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchvision.transforms import RandomErasing
 
-from fastvit_train.data.erasing import DRAWS, random_erasing
+from fastvit_train.data.augmentation.erasing import DRAWS, random_erasing
 
 
 def erased_boxes(count: int, probability: float, size: tuple[int, int]) -> torch.Tensor:

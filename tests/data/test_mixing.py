@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
-from fastvit_train.data.augment import Augment
+from fastvit_train.data.augmentation.augment import Augment
 
 CPU = torch.device("cpu")
 COUNT, CLASSES, SIZE = 600, 5, 12

@@ -23,9 +23,9 @@ from fastvit_train.distributed.process_state import RandomStates
 from fastvit_train.runs.run_folder import ResumeMode
 from fastvit_train.training import graphed_step
 from fastvit_train.training.checkpointing import save_checkpoint
+from fastvit_train.training.display.progress_bar import ProgressBar
 from fastvit_train.training.graphed_step import GraphedStep, build_tables, device_step, without_graph
 from fastvit_train.training.loop import train_epoch
-from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import setup
 from tests.support import null_gpu

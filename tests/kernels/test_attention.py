@@ -20,7 +20,7 @@ QUICKLY = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("triton", "co
 """all implementations; what is interpreted or compiled is slow"""
 DRAWS = 4
 """number of draws whose errors are summed, because the errors of two draws can differ by a factor of two"""
-QUICK = {"compiled": ((5, 7, 24, 3), DTYPES), "triton": ((3, 64, 48, 4), [torch.float32])}
+QUICK = {"compiled": ((5, 7, 24, 3), [torch.float32, torch.bfloat16]), "triton": ((3, 64, 48, 4), [torch.float32])}
 
 
 def names_on(device: str) -> list[str]:
@@ -53,13 +53,17 @@ def operator(name: str, heads: int, device: str = "cpu", **options: float) -> fu
     return functools.partial(fastvit_kernels.attention, num_heads=heads, implementation=name, **options)
 
 
+def slow_if(slow: bool) -> Any:
+    return pytest.mark.slow if slow else ()
+
+
 def accuracy_cases() -> list[object]:
     """All combinations; those that compile for seconds, or are interpreted, are slow except for a few."""
     cases = []
     for name, shape, dtype in itertools.product(NAMES, SHAPES, DTYPES):
         quick_shape, quick_dtypes = QUICK.get(name, (shape, DTYPES))
         slow = shape != quick_shape or dtype not in quick_dtypes
-        cases.append(pytest.param(name, shape, dtype, marks=pytest.mark.slow if slow else []))
+        cases.append(pytest.param(name, shape, dtype, marks=slow_if(slow)))
     return cases
 
 
@@ -106,7 +110,7 @@ def test_without_bias_and_with_tensors_that_are_not_contiguous(name: str, device
                 assert_accurate([result.float()], [other.float()], [right])
 
 
-@pytest.mark.parametrize("name", ["naive", "fused", "sdpa", "compiled"])
+@pytest.mark.parametrize("name", ["naive", "fused", "sdpa", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_gradcheck(name: str, seed: int) -> None:
     arguments = draw((2, 3, 4, 2), True, torch.float64)
     assert torch.autograd.gradcheck(operator(name, 2), arguments)
@@ -137,7 +141,12 @@ def test_dropout_zeroes_weights_and_keeps_the_mean(name: str, device: str, seed:
 
 @pytest.mark.parametrize(
     ("name", "shape", "device"),
-    on_each_device([*(pytest.param(name, (4, 9, 24, 3)) for name in NAMES), pytest.param("triton", (2, 9, 96, 4))]),
+    on_each_device(
+        [
+            *(pytest.param(name, (4, 9, 24, 3), marks=slow_if(name == "compiled")) for name in NAMES),
+            pytest.param("triton", (2, 9, 96, 4)),
+        ]
+    ),
     ids=str,
 )
 def test_dropout_is_the_same_in_the_backward_pass(

@@ -100,7 +100,7 @@ def test_an_implementation_that_does_not_support_the_shape_is_left_out_without_a
     assert str(choice).endswith("; left out narrow: 5 is too long")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
 @pytest.mark.filterwarnings("error:attention auto")
 def test_ours_pass_the_check_and_large_batches_stay_within_float16(
     dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch

@@ -10,6 +10,7 @@ from tests.kernels.accuracy import assert_accurate
 from tests.kernels.attention_cases import cast, chain, draw
 
 
+@pytest.mark.slow
 def test_no_recompilation_from_step_to_step(seed: int) -> None:
     torch_private.reset_compiler()
 

@@ -42,8 +42,19 @@ def torchs_weights(model: nn.Module, images: Tensor) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", ["c_vit_4_4_32", "mc_vit_4_4_32", "cct_2_3x2_32"])
-@pytest.mark.parametrize("attention", SERVING)
+COMPILED_QUICKLY = "mc_vit_4_4_32"
+
+
+@pytest.mark.parametrize(
+    ("name", "attention"),
+    [
+        pytest.param(
+            name, attention, marks=pytest.mark.slow if attention == "compiled" and name != COMPILED_QUICKLY else ()
+        )
+        for name in ("c_vit_4_4_32", "mc_vit_4_4_32", "cct_2_3x2_32")
+        for attention in SERVING
+    ],
+)
 def test_every_implementation_is_looked_into_alike(name: str, attention: str, seed: int) -> None:
     model, images = trained_looking(name), torch.randn(2, 3, 32, 32)
     wanted = torchs_weights(model, images)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.data.augment import Augment
+from fastvit_train.data.augmentation.augment import Augment
 from fastvit_train.models.vit import Mlp
 from fastvit_train.profiling import short_run, speedups, step_profile
 from fastvit_train.profiling.speedups import Candidate, Variant

@@ -75,7 +75,7 @@ def test_the_best_epoch_is_the_one_asked_for_and_patience_ends_with_its_weights(
     assert f"the final weights are those of epoch {best}, the best one" in (run / "train.log").read_text()
 
 
-@pytest.mark.parametrize("ema", [None, 0.5])
+@pytest.mark.parametrize("ema", [pytest.param(None, marks=pytest.mark.slow), 0.5])
 def test_the_summary_is_about_the_best_epochs_weights(
     small_config: SmallConfig, tmp_path: Path, ema: float | None
 ) -> None:
@@ -107,7 +107,7 @@ def test_stopped_and_resumed_ends_alike(small_config: SmallConfig, tmp_path: Pat
 
 
 def test_weights_of_another_epoch_are_not_taken_for_the_best(small_config: SmallConfig, tmp_path: Path) -> None:
-    settings = {"lr": 0.05, "optimizer": "sgd", "momentum": 0.99, "patience": 3, "epochs": 30}
+    settings = {"lr": 0.0, "patience": 1, "epochs": 30}
     fit(small_config(**settings))
     run = tmp_path / "runs" / "run"
     (run / "best.safetensors").unlink()
@@ -116,7 +116,7 @@ def test_weights_of_another_epoch_are_not_taken_for_the_best(small_config: Small
     assert "best.safetensors is not that of epoch" in (run / "train.log").read_text()
 
 
-@pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.parametrize("ema", [pytest.param(None, marks=pytest.mark.slow), 0.9])
 def test_the_average_is_that_of_the_last_epochs(small_config: SmallConfig, tmp_path: Path, ema: float | None) -> None:
     settings = {"epochs": 4, "average_last": 3, "save_model_every": 1, "ema": ema}
     summary = fit(small_config(exp_name="whole", **settings))

@@ -12,10 +12,10 @@ from torch._dynamo.utils import counters
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.training import graphed_step, loop
+from fastvit_train.training.display.progress_bar import ProgressBar
 from fastvit_train.training.epoch_totals import EpochTotals
 from fastvit_train.training.graphed_step import GraphedStep, _unchanged, build_tables, device_step
 from fastvit_train.training.loop import train_epoch
-from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import setup
 from tests.support import null_gpu

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.training import loop
+from fastvit_train.training.display.progress_bar import ProgressBar
 from fastvit_train.training.loop import fit, train_epoch
-from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import setup
 from fastvit_train.utils.timing import SlowdownDetector

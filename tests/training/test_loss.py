@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastvit_train.training.loss import Loss, count_correct
+from fastvit_train.training.optim.loss import Loss, count_correct
 
 CLASSES = 6
 

@@ -21,9 +21,9 @@ from fastvit_train.distributed.accelerator import start_accelerator
 from fastvit_train.inference.evaluate import evaluate_run
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training import preemption
+from fastvit_train.training.display.progress_bar import ProgressBar
 from fastvit_train.training.loop import fit, train_epoch
 from fastvit_train.training.preemption import INTERVAL, StatusExchange, StopSignalHandler, StopTraining
-from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.setup import setup
 from fastvit_train.utils.errors import UserError
 

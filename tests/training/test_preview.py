@@ -9,7 +9,7 @@ import torch
 from fastvit_train.cli.main import main
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.loader import Preprocess
-from fastvit_train.training.preview import preview
+from fastvit_train.training.display.preview import preview
 from tests.support import one_line_error
 from tests.support.pictures import record_pictures
 

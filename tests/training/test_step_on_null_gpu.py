@@ -8,10 +8,10 @@ import timm
 import torch
 
 from fastvit_train.config.schema import OptimConfig, TrainConfig
+from fastvit_train.training.display.progress_bar import ProgressBar
 from fastvit_train.training.loop import train_epoch
 from fastvit_train.training.optim.muon import Muon
 from fastvit_train.training.optim.optimizer import build_optimizer
-from fastvit_train.training.progress_bar import ProgressBar
 from fastvit_train.training.session import TrainSession
 from fastvit_train.training.setup import setup
 from tests.support import null_gpu

@@ -10,7 +10,7 @@ from fastvit_kernels.autotune.choice import _plain
 from fastvit_train.cli.main import main
 from fastvit_train.cli.verbs import VERBS
 from fastvit_train.runs.train_state import TrainState
-from fastvit_train.training.progress_bar import ProgressBar
+from fastvit_train.training.display.progress_bar import ProgressBar
 from fastvit_train.utils.errors import counted
 
 

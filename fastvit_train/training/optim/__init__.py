@@ -1,1 +1,1 @@
-"""The optimizers and their schedules."""
+"""What changes the weights: the loss, the optimizers and their schedules, and which weights a run ends with."""

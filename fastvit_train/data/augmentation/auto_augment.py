@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
-from fastvit_train.data.color import blend, gray
+from fastvit_train.data.augmentation.color import blend, gray
 
 OPERATIONS = (
     "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast",

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastvit_train.data.mixing import within
+from fastvit_train.data.augmentation.mixing import within
 
 TRIES = 10  # these numbers are those of torchvision's RandomErasing
 AREA = (0.02, 0.33)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
-from fastvit_train.data import auto_augment, color, crops, erasing, mixing
+from fastvit_train.data.augmentation import auto_augment, color, crops, erasing, mixing
 
 
 def generator(seed: int, *purpose: int | str) -> torch.Generator:
