@@ -113,8 +113,15 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(
     small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     data = write_folder(tmp_path / "shapes", per_class=20)
-    settings = {"drop_rate": 0.1, "save_every": 3, "ema": 0.9, "sampler": "balanced", "class_weights": "auto"}
-    settings |= {"mixup": 0.2, "cutmix": 1.0, "auto_augment": "trivial", "color_jitter": 0.3, "random_erasing": 0.5}
+    settings = {"drop_rate": 0.1, "save_every": 3, "ema": 0.9, "sampler": "balanced", "patience": 3}
+    settings |= {
+        "class_weights": "auto",
+        "mixup": 0.2,
+        "cutmix": 1.0,
+        "auto_augment": "trivial",
+        "color_jitter": 0.3,
+        "random_erasing": 0.5,
+    }
     settings |= {"dataset": "folder", "data_dir": str(data), "batch_size": 8, "stream": "always" if stream else "never"}
     fit(small_config(exp_name="whole", **settings))
     save = checkpoint.save
