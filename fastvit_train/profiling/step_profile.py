@@ -258,7 +258,7 @@ def recommend(busy: float | None, input_share: float, streamed: bool, candidates
         how = (
             "with --stream never, the decoded images would stay in memory"
             if streamed
-            else "most of that time goes to the augmentation"
+            else "most of that time goes to --crop and the other augmentations"
         )
         return (
             f"input-bound: the input takes {input_share:.0%} of a step; without it training would be at most "

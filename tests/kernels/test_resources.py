@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from fastvit_kernels.resources.chips import CHIPS
 from fastvit_kernels.resources.estimate import microseconds, occupancy
@@ -15,9 +16,19 @@ from tests.support import run
 
 
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, Any]]:
+def rows(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> list[dict[str, Any]]:
+    """All kernels, compiled once for all processes of pytest-xdist: this takes minutes."""
+    own = tmp_path_factory.getbasetemp()
+    file = (own if worker_id == "master" else own.parent) / "resources.json"
+    with FileLock(f"{file}.lock"):
+        if not file.exists():
+            file.write_text(json.dumps(compile_kernels()))
+    return json.loads(file.read_text())
+
+
+def compile_kernels() -> list[dict[str, Any]]:
     # A separate process, because in this one the kernels are defined for the interpreter.
-    rows = []
+    rows: list[dict[str, Any]] = []
     for capability in CHIPS:  # one at a time, for the time limit of `run`
         done = run([sys.executable, "-m", "fastvit_kernels.resources", f"sm_{capability}", "--json"])
         assert done.returncode == 0, done.stderr

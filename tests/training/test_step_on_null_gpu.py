@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 import timm
@@ -34,9 +35,18 @@ def count_parts(session: TrainSession) -> dict[str, list[null_gpu.Counts]]:
 
 
 @pytest.mark.nullgpu
-@pytest.mark.parametrize("optimizer", ["adamw", "nmuon"])
-def test_no_part_of_an_eager_step_synchronises(small_config: Config, optimizer: str) -> None:
-    settings = {"optimizer": optimizer, "clip_grad": 1.0, "label_smoothing": 0.1, "crop": "resized", "cutout": 2}
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"optimizer": "adamw"},
+        {"optimizer": "nmuon"},
+        {"mixup": 0.2, "cutmix": 1.0, "auto_augment": "trivial", "color_jitter": 0.3, "random_erasing": 0.5}
+        | {"sampler": "balanced", "class_weights": "auto"},
+    ],
+    ids=["adamw", "nmuon", "mixed"],
+)
+def test_no_part_of_an_eager_step_synchronises(small_config: Config, more: dict[str, Any]) -> None:
+    settings = {"clip_grad": 1.0, "label_smoothing": 0.1, "crop": "resized", "cutout": 2, **more}
     with ExitStack() as stack:
         session = setup(small_config(attention="triton", **settings), "never", overwrite=False)
         stack.callback(session.close)
