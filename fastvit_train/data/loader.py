@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.augmentation.augment import Augment, generator
+from fastvit_train.data.augmentation.epoch_table import EpochTable
 from fastvit_train.data.balance import draw_balanced
 from fastvit_train.data.images import Images, ResidentImages, to_device
 from fastvit_train.utils.errors import UserError, counted
@@ -30,14 +31,14 @@ class Preprocess:
     """Turn uint8 or float images (0 to 255) into normalised float32 images of the model's size, on the device."""
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], image_size: int, device: torch.device) -> None:
-        self.image_size = image_size
+        self._image_size = image_size
         self._scale = (1 / (255 * torch.tensor(std, device=device)))[:, None, None]
         self._offset = (-torch.tensor(mean, device=device) / torch.tensor(std, device=device))[:, None, None]
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         images_BCHW = images_BCHW.float()
-        if images_BCHW.shape[-1] != self.image_size or images_BCHW.shape[-2] != self.image_size:
-            images_BCHW = F.interpolate(images_BCHW, self.image_size, mode="bilinear", antialias=True)
+        if images_BCHW.shape[-1] != self._image_size or images_BCHW.shape[-2] != self._image_size:
+            images_BCHW = F.interpolate(images_BCHW, self._image_size, mode="bilinear", antialias=True)
         return torch.addcmul(self._offset, images_BCHW, self._scale)
 
     def to_pixels(self, images_BCHW: Tensor) -> Tensor:
@@ -94,15 +95,14 @@ class TrainLoader:
         self._config = config
         self._preprocess = preprocess
         self._augment = Augment(config, len(labels), seed, rank_info.device)
-        # As for the augmentation's draws, the memory stays the same for all epochs: a CUDA graph reads it.
-        self._positions = torch.empty_like(self._labels) if config.sampler == "balanced" else None
+        self._positions = EpochTable(len(labels), rank_info.device) if config.sampler == "balanced" else None
         self._batch_size = batch_size
         self._grad_accum = grad_accum
         self._seed = seed
         self._rank_info = rank_info
         self.steps_per_epoch = len(labels) // batch_size
-        self.augmented: Callable[[Tensor, Tensor], Tensor] = self._augmented
-        """maps images and their sample indices to the model's input; may be replaced by its compiled form"""
+        self.augmented: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = self._augmented
+        """maps images and their sample indices to the model's input and labels; may be replaced by its compiled form"""
 
     def with_seed(self, seed: int) -> Self:
         """Return the loader of another run with the same images, which both read from the same memory."""
@@ -113,13 +113,12 @@ class TrainLoader:
 
     def sample_order(self, epoch: int) -> Tensor:
         """Return the positions in the data set of the samples of all ranks, as `start_epoch` orders them."""
-        return self._drawn(epoch)[self._order(epoch)]
+        order = self._order(epoch)
+        return order if self._positions is None else self._draw_positions(epoch)[order]
 
-    def _drawn(self, epoch: int) -> Tensor:
-        """Return the positions in the data set of the samples of `epoch`, by their index: all, or those of a draw."""
-        if self._config.sampler == "balanced":
-            return draw_balanced(self._labels.cpu(), generator(self._seed, "balanced", epoch))
-        return torch.arange(len(self._labels))
+    def _draw_positions(self, epoch: int) -> Tensor:
+        """Return the positions in the data set of the samples that balanced sampling draws, by their index."""
+        return draw_balanced(self._labels.cpu(), generator(self._seed, "balanced", epoch))
 
     def _order(self, epoch: int) -> Tensor:
         """Return sample indices in the order of the epoch, (steps, grad_accum, batch_size / grad_accum)."""
@@ -136,7 +135,7 @@ class TrainLoader:
         """
         self._augment.start_epoch(epoch)
         if self._positions is not None:
-            self._positions.copy_(self._drawn(epoch))
+            self._positions.fill(self._draw_positions(epoch))
         return self._order(epoch)[:, :, self._rank_info.rank :: self._rank_info.world_size]
 
     def micro_batches(self, epoch: int, first_step: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -144,15 +143,15 @@ class TrainLoader:
 
         Labels are int64 (batch,) or, if images are mixed, shares of the classes, float32 (batch, classes).
         """
-        yield from self.batches(epoch, list(self.start_epoch(epoch)[first_step:].flatten(0, 1)))
+        yield from self.batches(list(self.start_epoch(epoch)[first_step:].flatten(0, 1)))
 
-    def batches(self, epoch: int, samples: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (images, labels) for sample indices on the CPU, after `start_epoch(epoch)`."""
-        on_device = to_device(samples, self._rank_info.device)
-        positions_S = self._drawn(epoch)
-        needed = [positions_S[self._augment.with_partners(samples_B)] for samples_B in samples]
-        for samples_B, images in zip(on_device, self._images.batches(needed), strict=True):
-            yield self.augmented(images, samples_B), self._targets(samples_B)
+    def batches(self, samples: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (images, labels) for sample indices of the epoch under way, on the CPU."""
+        needed = [self._augment.with_partners(samples_B) for samples_B in samples]
+        on_device = to_device(needed, self._rank_info.device)
+        images = self._images.batches([self._positions_of(samples_N) for samples_N in needed])
+        for images_NCHW, samples_N in zip(images, on_device, strict=True):
+            yield self.augmented(images_NCHW, samples_N)
 
     def to_pixels(self, images_BCHW: Tensor) -> Tensor:
         """Return what images of a batch look like, uint8 (batch, channels, height, width)."""
@@ -169,20 +168,17 @@ class TrainLoader:
         The host neither reads a value nor copies anything, so a CUDA graph can contain this.
         """
         assert isinstance(self._images, ResidentImages)
-        images = self._images.select(self._positions_of(self._augment.with_partners(samples_B)))
-        return self.augmented(images, samples_B), self._targets(samples_B)
+        samples_N = self._augment.with_partners(samples_B)
+        return self.augmented(self._images.select(self._positions_of(samples_N)), samples_N)
 
     def _positions_of(self, samples_N: Tensor) -> Tensor:
         return samples_N if self._positions is None else self._positions[samples_N]
 
-    def _augmented(self, images_NCHW: Tensor, samples_B: Tensor) -> Tensor:
-        samples_N = self._augment.with_partners(samples_B)
+    def _augmented(self, images_NCHW: Tensor, samples_N: Tensor) -> tuple[Tensor, Tensor]:
         images_NCHW = self._preprocess(self._augment.change_pixels(images_NCHW, samples_N))
-        return self._augment.mix(self._augment.erase(images_NCHW, samples_N), samples_B)
-
-    def _targets(self, samples_B: Tensor) -> Tensor:
-        labels_N = self._labels[self._positions_of(self._augment.with_partners(samples_B))]
-        return self._augment.mix_labels(labels_N, samples_B, self._num_classes, self._preprocess.image_size)
+        images_NCHW = self._augment.erase(images_NCHW, samples_N)
+        labels_N = self._labels[self._positions_of(samples_N)]
+        return self._augment.mix(images_NCHW, labels_N, samples_N, self._num_classes)
 
 
 class EvalLoader:

@@ -127,7 +127,7 @@ def _read_evaluation(file: Path, results: dict[str, Any]) -> dict[str, Any]:
     try:
         evaluation = read_json(file)
         is_current = evaluation.get("steps", results.get("steps")) == results.get("steps")
-        counts = is_current and evaluation.get("tta", "none") == "none"  # with TTA it is no figure to compare
+        counts = is_current and evaluation.get("tta", "none") == "none"  # accuracies with TTA are not comparable
         return {**evaluation, "dataset": _checked_text(evaluation["dataset"])} if counts else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{file} cannot be read ({error!r}); repeat `eval`, or remove that file") from None

@@ -17,8 +17,8 @@ def mixed(seed: int, **settings: float) -> tuple[Tensor, Tensor, Tensor, Tensor]
     augment.start_epoch(2)
     samples = torch.randperm(COUNT)[: COUNT // 2]
     needed = augment.with_partners(samples)
-    images = augment.mix(needed.float()[:, None, None, None].expand(-1, 3, SIZE, SIZE), samples)
-    labels = augment.mix_labels(needed % CLASSES, samples, CLASSES, SIZE)
+    pixels = needed.float()[:, None, None, None].expand(-1, 3, SIZE, SIZE)
+    images, labels = augment.mix(pixels, needed % CLASSES, needed, CLASSES)
     return samples, needed[len(samples) :], images, labels
 
 

@@ -17,6 +17,7 @@ from fastvit_train.training import loop
 from fastvit_train.training.loop import fit
 from fastvit_train.training.seeds import fit_seeds
 from fastvit_train.utils.errors import UserError
+from tests.config.test_settings_file import change_checkpoints
 
 SmallConfig = Callable[..., TrainConfig]
 LABELS = torch.tensor([0] * 8 + [1] * 2)
@@ -151,7 +152,7 @@ def test_contradictions_are_refused(
     small_config: SmallConfig, tmp_path: Path, settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        fit(small_config(epochs=3, **settings) if "keep_best_of" not in settings else small_config(**settings))
+        fit(small_config(epochs=3, **settings))
     assert not (tmp_path / "runs").exists()
 
 
@@ -161,8 +162,6 @@ def test_seeds_that_train_together_cannot_stop_apart(small_config: SmallConfig) 
 
 
 def test_an_older_checkpoint_knows_its_best_epoch(small_config: SmallConfig, tmp_path: Path) -> None:
-    from tests.config.test_settings_file import change_checkpoints
-
     fit(small_config(stop_after=1))
     run = tmp_path / "runs" / "run"
     change_checkpoints(run, lambda saved: saved["progress"].pop("best_score"))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.augmentation import auto_augment, color, crops, erasing, mixing
+from fastvit_train.data.augmentation.epoch_table import EpochTable
 
 
 def generator(seed: int, *purpose: int | str) -> torch.Generator:
@@ -38,14 +39,13 @@ class Augment:
         # (Jordan 2024, https://arxiv.org/abs/2404.00498).
         self._first_flips_S = torch.rand(num_samples, generator=generator(seed, "flip")) < 0.5
         self._draws: dict[str, Tensor] = {}
-        self._partners_S: Tensor | None = None
-        self.mixes = bool(config.mixup or config.cutmix)
-        """whether each image is mixed with another one"""
+        self._partners = EpochTable(num_samples, device) if config.mixup or config.cutmix else None
 
     def start_epoch(self, epoch: int) -> None:
         """Draw the random numbers of `epoch` for all samples, into the same memory for every epoch."""
         draws = self._draw(epoch, generator(self._seed, "augment", epoch))
-        self._partners_S = draws.get("partner")
+        if self._partners is not None:
+            self._partners.fill(draws.pop("partner"))
         for name, draw in draws.items():
             self._draws.setdefault(name, torch.empty_like(draw, device=self._device)).copy_(draw)
 
@@ -73,7 +73,7 @@ class Augment:
             draws["jitter"] = uniform(3)
         if config.random_erasing:
             draws["erasing"] = uniform(erasing.DRAWS)
-        if self.mixes:
+        if self._partners is not None:
             draws |= mixing.draw(config.mixup, config.cutmix, samples, stream)
         return draws
 
@@ -83,12 +83,7 @@ class Augment:
         Args:
             samples_B: on the device, or on the CPU.
         """
-        if not self.mixes:
-            return samples_B
-        on_device, on_cpu = self._draws["partner"], self._partners_S
-        assert on_cpu is not None
-        partners_S = on_device if samples_B.device == on_device.device else on_cpu
-        return torch.cat((samples_B, partners_S[samples_B]))
+        return samples_B if self._partners is None else torch.cat((samples_B, self._partners[samples_B]))
 
     def change_pixels(self, images_NCHW: Tensor, samples_N: Tensor) -> Tensor:
         """Crop, flip and recolor uint8 images; returns uint8, or float32 (0 to 255) where levels are interpolated."""
@@ -125,32 +120,24 @@ class Augment:
             images_NCHW = erasing.random_erasing(images_NCHW, draws_N, self._config.random_erasing)
         return images_NCHW
 
-    def mix(self, images_NCHW: Tensor, samples_B: Tensor) -> Tensor:
-        """Mix the images of a batch with those of their partners, which follow them; returns one per sample."""
-        if not self.mixes:
-            return images_NCHW
-        own_BCHW, partner_BCHW = images_NCHW.chunk(2)
-        weight_BHW = mixing.pixel_weights(*self._mixing_rows(samples_B), own_BCHW.shape[-2:])
-        return partner_BCHW.lerp(own_BCHW, weight_BHW[:, None])
-
-    def mix_labels(self, labels_N: Tensor, samples_B: Tensor, num_classes: int, image_size: int) -> Tensor:
-        """Return what the images of a batch are to be classified as.
+    def mix(self, images_NCHW: Tensor, labels_N: Tensor, samples_N: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+        """Mix the images of a batch, and their labels, with those of their partners, which follow them.
 
         Args:
-            labels_N: the classes of the images before `mix`.
-            samples_B: the samples of the batch.
+            images_NCHW, labels_N: images and their classes.
+            samples_N: the samples, as `with_partners` returns them.
             num_classes: number of the model's outputs.
-            image_size: side of the model's input in pixels.
 
         Returns:
-            Classes, int64 (batch,); or, if images are mixed, the share of each class, float32 (batch, classes).
+            The images, and their classes, int64 (batch,); or, if images are mixed, the share of each class, float32
+            (batch, classes).
         """
-        if not self.mixes:
-            return labels_N
-        rows = self._mixing_rows(samples_B)
-        own_B1 = mixing.pixel_weights(*rows, torch.Size((image_size, image_size))).mean((1, 2))[:, None]
+        if self._partners is None:
+            return images_NCHW, labels_N
+        own_BCHW, partner_BCHW = images_NCHW.chunk(2)
+        samples_B, _ = samples_N.chunk(2)
+        share_B, is_cut_B, center_B2 = (self._draws[name][samples_B] for name in ("share", "is_cut", "center"))
+        weight_BHW = mixing.pixel_weights(share_B, is_cut_B, center_B2, own_BCHW.shape[-2:])
         own_BK, partner_BK = F.one_hot(labels_N, num_classes).float().chunk(2)
-        return partner_BK.lerp(own_BK, own_B1)
-
-    def _mixing_rows(self, samples_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self._draws["share"][samples_B], self._draws["is_cut"][samples_B], self._draws["center"][samples_B]
+        images_BCHW = partner_BCHW.lerp(own_BCHW, weight_BHW[:, None])
+        return images_BCHW, partner_BK.lerp(own_BK, weight_BHW.mean((1, 2))[:, None])

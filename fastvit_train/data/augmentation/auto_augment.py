@@ -136,7 +136,7 @@ def _plane(by_x_B: Tensor, by_y_B: Tensor, offset_B: Tensor, x_W: Tensor, y_H: T
 
 
 def _map_levels(images_BCHW: Tensor, strengths: Strengths, space: Space) -> Tensor:
-    """Apply the operations that give each level of a channel another one, whatever its position."""
+    """Apply the operations that replace each level of a channel by another one, by a table for each image."""
     levels_L = torch.arange(LEVELS, dtype=torch.float32, device=images_BCHW.device)
     brightness_B11 = _column(1 + strengths.of("brightness", space.blend))
     contrast_B11 = _column(1 + strengths.of("contrast", space.blend))

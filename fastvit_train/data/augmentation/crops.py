@@ -3,10 +3,10 @@
 Shape suffixes: B batch, C channels, H height, W width, R rows of all channels, S pixels of the result, T tries.
 """
 
-import math
-
 import torch
 from torch import Tensor
+
+from fastvit_train.data.augmentation.rectangles import draw_sides, take_first
 
 CROP_TRIES = 10  # as in torchvision's RandomResizedCrop
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -40,17 +40,13 @@ def crop_boxes(
     Each image takes the first of ten tries that fits, or else the largest central box with an allowed aspect ratio.
     """
     image_height, image_width = size
-    area = image_height * image_width * (min_scale + (1 - min_scale) * shapes_BT[:, :CROP_TRIES])
-    log_ratio = (math.log(CROP_RATIO[0]), math.log(CROP_RATIO[1]))
-    ratio = (log_ratio[0] + (log_ratio[1] - log_ratio[0]) * shapes_BT[:, CROP_TRIES:]).exp()
-    widths_BT, heights_BT = (area * ratio).sqrt().round().long(), (area / ratio).sqrt().round().long()
+    areas_BT, ratios_BT = shapes_BT.split(CROP_TRIES, dim=1)
+    widths_BT, heights_BT = draw_sides(areas_BT, ratios_BT, image_height * image_width, (min_scale, 1), CROP_RATIO)
     fits_BT = (widths_BT <= image_width) & (heights_BT <= image_height) & (widths_BT > 0) & (heights_BT > 0)
-    first_B1 = fits_BT.int().argmax(1, keepdim=True)
-    any_B = fits_BT.any(1)
+    any_B, height_B, width_B = take_first(fits_BT, heights_BT.long(), widths_BT.long())
     fallback_height = min(image_height, round(image_width / CROP_RATIO[0]))
     fallback_width = min(image_width, round(image_height * CROP_RATIO[1]))
-    height_B = heights_BT.gather(1, first_B1)[:, 0].where(any_B, fallback_height)
-    width_B = widths_BT.gather(1, first_B1)[:, 0].where(any_B, fallback_width)
+    height_B, width_B = height_B.where(any_B, fallback_height), width_B.where(any_B, fallback_width)
     room_B2 = torch.stack((image_height - height_B, image_width - width_B), 1)
     corner_B2 = torch.minimum((positions_B2 * (room_B2 + 1)).long(), room_B2)
     corner_B2 = torch.where(any_B[:, None], corner_B2, room_B2 // 2)

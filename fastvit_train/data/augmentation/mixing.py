@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastvit_train.data.augmentation.rectangles import interval_around, rectangle
+
 
 def draw(mixup: float, cutmix: float, samples: int, stream: torch.Generator) -> dict[str, Tensor]:
     """Draw how each sample is mixed; if both are given, half of the samples by each.
@@ -45,21 +47,8 @@ def pixel_weights(share_B: Tensor, is_cut_B: Tensor, center_B2: Tensor, size: to
     the sample is more than its share. The mean of the weights is what counts in the loss.
     """
     side_B = (1 - share_B).clamp(min=0).sqrt()
-    inside_BH, inside_BW = (
-        within(center_B2[:, axis], length, (side_B * length).long()) for axis, length in enumerate(size)
+    rows_BH, columns_BW = (
+        interval_around(center_B2[:, axis], length, (side_B * length).long()) for axis, length in enumerate(size)
     )
-    pasted_BHW = inside_BH[:, :, None] & inside_BW[:, None, :]
+    pasted_BHW = rectangle(rows_BH, columns_BW)
     return torch.where(is_cut_B[:, None, None], (~pasted_BHW).float(), share_B[:, None, None])
-
-
-def within(center_B: Tensor, length: int, extent_B: Tensor | int) -> Tensor:
-    """Return which of `length` pixels are inside of an interval, bool (batch, length).
-
-    Args:
-        center_B: its center, as a fraction of the length.
-        length: number of pixels.
-        extent_B: its pixels, some of which may be outside of the image.
-    """
-    first_B = (center_B * length).long().clamp(max=length - 1) - extent_B // 2
-    offset_BL = torch.arange(length, device=center_B.device) - first_B[:, None]
-    return (offset_BL >= 0) & (offset_BL < (extent_B if isinstance(extent_B, int) else extent_B[:, None]))

@@ -28,7 +28,7 @@ def preview(config: TrainConfig, output: Path) -> None:
         inputs = load_inputs(resolved, launch.accelerator)
         loader = inputs.train_loader
         samples = loader.start_epoch(0)[0, 0, :MAX_IMAGES]
-        images, labels = next(loader.batches(0, [samples]))
+        images, labels = next(loader.batches([samples]))
         captions = [_describe(label, inputs.dataset.classes) for label in labels.cpu()]
         if launch.accelerator.is_main_process:
             plot_images(loader.to_pixels(images).cpu(), captions, output)

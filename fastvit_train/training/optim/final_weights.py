@@ -49,8 +49,7 @@ def add_to_average(session: TrainSession) -> None:
     """Add the weights after the completed epoch to the average, if it is one of the last."""
     run = session.config.run
     if session.average is not None and run.average_last and session.state.epoch > run.epochs - run.average_last:
-        model = session.bare_model if session.ema is None else session.ema.module
-        session.average.update_parameters(model)
+        session.average.update_parameters(session.accelerator.unwrap_model(session.eval_model))
 
 
 def is_out_of_patience(session: TrainSession) -> bool:
