@@ -26,7 +26,7 @@ from tests.reliability.malformed import MALFORMED, NOT_WRITABLE, TINY, check_exa
 from tests.support import write_folder
 
 Count = Callable[..., None]
-A_FEW_OR_MANY = pytest.mark.parametrize("examples", [12, pytest.param(1000, marks=pytest.mark.slow)])
+A_FEW_OR_MANY = pytest.mark.parametrize("examples", [12, pytest.param(300, marks=pytest.mark.slow)])
 
 
 @pytest.fixture(autouse=True)

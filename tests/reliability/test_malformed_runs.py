@@ -20,7 +20,7 @@ from fastvit_train.utils import atomic_io
 from tests.reliability.malformed import NOT_WRITABLE, TINY, Evil, check_examples, is_refused, mutated
 
 Count = Callable[..., None]
-A_FEW_OR_MANY = pytest.mark.parametrize("examples", [10, pytest.param(400, marks=pytest.mark.slow)])
+A_FEW_OR_MANY = pytest.mark.parametrize("examples", [10, pytest.param(150, marks=pytest.mark.slow)])
 NOWHERE = ("--runs-dir", NOT_WRITABLE, *TINY)
 
 

@@ -37,6 +37,8 @@ def test_a_run_ends_with_the_same_weights(
         weights.append(load_file(tmp_path / "runs" / name / "model.safetensors"))
     for key, value in weights[0].items():
         if settings.get("compile"):  # other operators are fused
+            if key == "attention_pool.bias":  # the softmax after it removes its effect: its gradient is rounding alone
+                continue
             torch.testing.assert_close(value, weights[1][key], rtol=1e-3, atol=1e-4)
         else:
             assert torch.equal(value, weights[1][key]), key
