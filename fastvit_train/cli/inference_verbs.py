@@ -172,6 +172,8 @@ class Export:
     """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
     to: Literal["onnx", "torch-export", "safetensors", "timm"] = "onnx"
     """onnx and torch-export write a program that takes uint8 images; safetensors and timm write weights and a config"""
+    quantize: Literal["int8"] | None = None
+    """onnx: 8-bit weights; prints the accuracy on the run's evaluation images of both programs, this one and the exact"""
     output: OutputPath = None
     """file, or folder for timm; default: a name in export/ in the run's folder"""
 
@@ -181,7 +183,7 @@ def export(command: Export) -> None:
     from fastvit_train.inference.export import export_run
 
     preflight.check_single_process("export")
-    export_run(command.run, command.to, command.output, command.checkpoint)
+    export_run(command.run, command.to, command.output, command.checkpoint, command.quantize)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from fastvit_train.cli.flags import given
 from fastvit_train.cli.messages import explain, missing_value
 from fastvit_train.cli.training_verbs import Settings
 from fastvit_train.config import settings_file
+from fastvit_train.config.init_from import with_model_of
 from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import DEFAULT_RECIPE, recipe
 from fastvit_train.config.schema import TrainConfig
@@ -67,14 +68,16 @@ def parse(
 
 
 def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
-    """Return the configuration that the flags override, and the path of the --config file, which overrides the recipe.
+    """Return the configuration that the flags override, and the path of the --config file.
 
-    The recipe is the one that --recipe names, or else the one that the file names, or else `quickstart`.
+    The recipe is the one that --recipe names, or else the one that the file names, or else `quickstart`. The file
+    overrides the recipe, and the model of --init-from overrides both.
 
     Raises:
-        UserError: if --recipe or --config has no value, if the recipe is unknown, or if the file can't be read.
+        UserError: if one of these flags has no value, if the recipe is unknown, or if the file or the run can't be
+            read.
     """
-    values: dict[str, str | None] = {"--recipe": None, "--config": None}
+    values: dict[str, str | None] = {"--recipe": None, "--config": None, "--init-from": None, "--weights": None}
     for flag, words in given(args, Settings):
         if flag is not None and flag.name in values:
             if not words:
@@ -84,7 +87,11 @@ def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
     settings = _read_config(Path(path)) if path else {}
     name = settings.get("recipe", DEFAULT_RECIPE) if values["--recipe"] is None else values["--recipe"]
     base = recipe(str(name))
-    return override(base, {**settings, "recipe": base.run.recipe}, path or "the flags"), path
+    settings = {**with_model_of(settings), "recipe": base.run.recipe}
+    if (run := values["--init-from"]) is not None:
+        weights = {} if values["--weights"] is None else {"weights": values["--weights"]}
+        settings |= with_model_of(weights, run)
+    return override(base, settings, path or "the flags"), path
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -46,11 +46,16 @@ def override(config: TrainConfig, settings: dict[str, Any], source: str) -> Trai
 def validate(config: TrainConfig) -> None:
     """Raise UserError for the first setting that has the wrong type or is out of range."""
     _converted(config, flatten(config), "the settings")
-    if config.model.patch_init == "whiten" and config.model.weights is not None:
+    model = config.model
+    if model.pretrained and model.weights is not None:
+        raise UserError(f"--pretrained brings its own weights; leave --weights {model.weights} out")
+    if model.patch_init == "whiten" and (model.pretrained or model.weights is not None):
+        source = "--pretrained" if model.pretrained else f"--weights {model.weights}"
         raise UserError(
-            f"--patch-init whiten would overwrite the patch projection from --weights {config.model.weights}; "
-            "give --patch-init random"
+            f"--patch-init whiten would overwrite the patch projection from {source}; give --patch-init random"
         )
+    if config.run.patience is not None and config.run.extend:
+        raise UserError("--patience decides when the run ends, so that there is nothing to --extend; give one of them")
     if config.run.patience is not None and config.run.average_last is not None:
         raise UserError(
             "--patience ends with the best epoch's weights, and --average-last with an average; give one of them"

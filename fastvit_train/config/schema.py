@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fastvit_train.config.validation import (
+    Channels,
     Color,
     Count,
     FolderName,
@@ -36,17 +37,25 @@ class ModelConfig:
     """Model. Unset options take the model's own defaults."""
 
     model: Text = "mc_vit_4_4_32"
-    """one of our models or any timm model name"""
+    """one of our models, any timm model name, hf-hub:USER/MODEL, or local-dir:FOLDER as written by timm"""
+    pretrained: bool = False
+    """start from the weights that the model was published with"""
     attention: Annotated[Text, Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = "auto"
     """naive, fused, sdpa, compiled, cpp, triton, or auto, which measures and takes the fastest"""
     block: Annotated[Literal["auto", "torch", "cpp", "triton"], Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = "auto"
     """cpp: one CPU kernel per block, triton: a GPU kernel for half of it, torch: operators, auto: cpp where it fits"""
     weights: Annotated[Text | None, Mark.MAY_CHANGE, Mark.PATH] = None
     """initialize from this .pth or .safetensors file; the compact family's and the upstream's layouts are converted"""
+    init_from: Annotated[Text | None, Mark.MAY_CHANGE, Mark.PATH] = None
+    """start from the model and the weights of this finished run, also with other classes or another --image-size"""
     num_classes: Count | None = None
     """number of outputs; default: the number of classes of the data set"""
     image_size: Annotated[ImageSide | None, Mark.NOT_A_DEPARTURE] = None
     """side of the square input in pixels; default: the model's native size"""
+    mean: Channels | None = None
+    """mean of red, green and blue in the images, for pixels from 0 to 1; default: the model's own"""
+    std: Channels | None = None
+    """standard deviation of red, green and blue; default: the model's own"""
     patch_size: ImageSide | None = None
     """side of a patch in pixels"""
     embed_dim: Width | None = None
@@ -141,6 +150,10 @@ class OptimConfig:
     """probability mass spread over the other classes"""
     class_weights: Annotated[Text | None, Mark.PATH] = None
     """weights of the classes in the loss: auto for as much weight on each class, or a JSON file of weights by name"""
+    layer_decay: PositiveFraction | None = None
+    """train each layer with this fraction of the learning rate of the layer after it, such as 0.75"""
+    freeze: NonNegativeInt = 0
+    """do not train the first N layers: the first turns the image into tokens, and each block is one more"""
     clip_grad: NonNegative | None = None
     """maximum gradient norm"""
     ema: Fraction | None = None
@@ -161,6 +174,8 @@ class RunConfig:
     """folder that holds the runs"""
     epochs: Count = 100
     """passes over the training set"""
+    extend: Annotated[tuple[Count, ...], Mark.MAY_CHANGE] = ()
+    """train a finished run for N more epochs, with the schedule again from its start; a second number does so again"""
     batch_size: Count = 256
     """images per optimizer step, over all processes"""
     eval_batch_size: Annotated[Count, Mark.MAY_CHANGE] = 1000

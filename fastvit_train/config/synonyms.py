@@ -70,10 +70,14 @@ WITH_NOTES = {
     "per-gpu-train-batch-size batch-size-per-gpu micro-batch-size local-batch-size device-batch-size",
     ("warmup", "it is a fraction of all steps"): "warmup-epochs warmup-steps warmup-iters warmup-ratio warmup-lr "
     "lr-warmup-epochs lr-warmup-steps num-warmup-steps",
-    ("weights", "it takes a file; timm's own weights are not downloaded"): "pretrained pre-trained pretrained-weights "
-    "pretrained-path initial-checkpoint init-checkpoint init-from init-weights checkpoint ckpt ckpt-path load "
-    "load-from load-checkpoint model-path finetune fine-tune start-checkpoint restore pretrain "
-    "from-pretrained weights-path",
+    ("pretrained", "it takes no value"): "pre-trained from-pretrained use-pretrained imagenet-pretrained",
+    ("init-from", "it takes the folder of a run"): "finetune fine-tune finetune-from start-from",
+    (
+        "weights",
+        "it takes a file",
+    ): "pretrained-weights pretrained-path initial-checkpoint init-checkpoint init-weights "
+    "checkpoint ckpt ckpt-path load load-from load-checkpoint model-path start-checkpoint restore pretrain "
+    "weights-path",
     ("ema", "it takes the decay, such as 0.999"): "model-ema ema-decay model-ema-decay use-ema with-ema",
     ("precision", "as in --precision bf16"): "amp use-amp native-amp apex-amp amp-dtype amp-impl fp16 bf16 half "
     "float16 bfloat16 mixed-precision dtype torch-dtype autocast fp32 mp",
@@ -100,7 +104,7 @@ ADVICE = {
     "cpu cuda no-cuda use-cuda use-cpu accelerator use-gpu mps",
     "images are read as RGB, so that there are always 3 channels": "channels in-chans in-channels num-channels "
     "input-channels n-channels in-c ch nb-channels input-nc grayscale",
-    "the mean and the standard deviation come with the model": "mean std norm-mean norm-std normalize",
+    "the model has a mean and a standard deviation; --mean and --std set others": "norm-mean norm-std normalize",
     "allowed: --crop, --flip, --cutout, --auto-augment, --color-jitter, --random-erasing, --mixup, --cutmix": (
         "augment augmentation aug vflip ra-sampler repeated-aug"
     ),

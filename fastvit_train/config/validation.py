@@ -88,6 +88,7 @@ OperationCount = Annotated[int, Number, Field(ge=1, le=14)]
 Magnitude = Annotated[int, Number, Field(ge=0, le=30)]
 Positive = Annotated[float, Number, Field(gt=0, le=1e9, allow_inf_nan=False)]
 PositiveFraction = Annotated[float, Number, Field(gt=0, le=1, allow_inf_nan=False, description="0.75 means 75%")]
+Channels = tuple[PositiveFraction, PositiveFraction, PositiveFraction]
 Precision = Annotated[
     Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)  # `no` in YAML 1.1
 ]
@@ -128,7 +129,8 @@ def _message(key: str, error: ErrorDetails, hint: Any, source: str) -> str:
     if error["type"] == "text":
         return f"{flag} {value!r} is not allowed; allowed: {error['msg']}"
     if error["type"] in OUT_OF_RANGE:
-        return f"{flag} {value} is out of range; allowed: {_allowed(inner)}"
+        one = get_args(inner)[0] if get_origin(inner) is tuple else inner
+        return f"{flag} {value} is out of range; allowed: {_allowed(one)}"
     kind = get_args(inner)[0] if get_origin(inner) is Annotated else get_origin(inner) or inner
     return f"{key}: {value!r} in {source} is not of type {getattr(kind, '__name__', kind)}"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
@@ -46,6 +47,13 @@ class Split:
         if isinstance(self.images, Tensor):
             return self.images[samples]
         return decode_all(self.images.take(samples.tolist()), image_size)
+
+    def square_pixels(self, samples: Tensor, image_size: int) -> Tensor:
+        """Return these samples' images as `pixels` does, but always resized: uint8 (samples, 3, image_size, image_size)."""
+        images = self.pixels(samples, image_size)
+        if images.shape[-2:] == (image_size, image_size):
+            return images
+        return F.interpolate(images.float(), image_size, mode="bilinear", antialias=True).round().to(torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from fastvit_train.config.init_from import FINAL
 from fastvit_train.runs.checkpoint import by_step
 from fastvit_train.runs.results import read_summary
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError
 
-FINAL = "model.safetensors"
 SHARDED = "pytorch_model_fsdp.bin"
 """the weights in a checkpoint of a launch with FSDP"""
 BEST, LAST = "best", "last"

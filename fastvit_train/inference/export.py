@@ -6,6 +6,7 @@ Each exported file is loaded again and compared with the model before it is put 
 import importlib.util
 import json
 import math
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,7 +15,6 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from timm.models import get_model_args
@@ -25,6 +25,7 @@ from fastvit_train.config.schema import DataConfig
 from fastvit_train.config.timm_config import imports, write_timm_config
 from fastvit_train.data.datasets import load_dataset
 from fastvit_train.data.loader import Preprocess
+from fastvit_train.inference.quantize import accuracy, add_metadata, quantize_program
 from fastvit_train.inference.trained_model import FOLDER, TrainedModel, load_run, non_finite_error
 from fastvit_train.models import pretrained_cfg
 from fastvit_train.utils import atomic_io
@@ -51,7 +52,9 @@ class Format:
     """packages that it needs, from the extra `export`"""
 
 
-def export_run(run: str, to: str, output: Path | None, checkpoint: str | None = None) -> Path:
+def export_run(
+    run: str, to: str, output: Path | None, checkpoint: str | None = None, quantize: str | None = None
+) -> Path:
     """Export a trained model and print how far the exported model's logits are from the model's.
 
     Args:
@@ -60,16 +63,21 @@ def export_run(run: str, to: str, output: Path | None, checkpoint: str | None = 
             timm contain the weights, the architecture and the preprocessing.
         output: the file or folder to write; by default in export/ in the run's folder.
         checkpoint: as in `load_run`.
+        quantize: "int8" for 8-bit weights, with onnx only; the accuracy of both programs is measured, printed and
+            recorded in the file's metadata.
 
     Returns:
         The file or folder.
 
     Raises:
-        UserError: if the model is not available, if it cannot be exported to that format, or if a logit of the exported
-            model differs by more than `TOLERANCE`. Nothing is written then.
+        UserError: if the model is not available, if it cannot be exported to that format, if a logit of the exported
+            model, before it is quantized, differs by more than `TOLERANCE`, or if the data set of a model to quantize is
+            not available. Nothing is written then.
     """
     if to not in FORMATS:
         raise UserError(f"unknown format {to!r}; allowed: {', '.join(FORMATS)}")
+    if quantize is not None and to != "onnx":
+        raise UserError(f"--quantize {quantize} is not available for --to {to}; give --to onnx")
     export_format = FORMATS[to]
     missing = [module for module in export_format.needs if importlib.util.find_spec(module) is None]
     if missing:
@@ -79,12 +87,13 @@ def export_run(run: str, to: str, output: Path | None, checkpoint: str | None = 
         raise UserError(f"--output {output} does not fit --to {to}; allowed: a name that ends in {suffix}")
     loaded = load_run(run, device="cpu", checkpoint=checkpoint)
     loaded.print_checkpoint()
-    final = output or loaded.output_folder("export") / export_format.name
+    name = export_format.name if quantize is None else f"model-{quantize}.onnx"
+    final = output or loaded.output_folder("export") / name
     with (
         atomic_io.as_save_error(f"{final} cannot be written; choose another --output"),
         atomic_io.staged(final) as partial,
     ):
-        comparison = write_verified(loaded, to, partial)
+        comparison = write_verified(loaded, to, partial) if quantize is None else write_quantized(loaded, partial)
     print(f"written to {printable(str(final))}: {comparison}")
     if to == "timm":
         print(f"to open it: {imports(loaded.model)}; timm.create_model({f'{FOLDER}{final}'!r}, pretrained=True)")
@@ -115,6 +124,30 @@ def write_verified(run: TrainedModel, to: str, path: Path) -> str:
             "try another --to"
         )
     return f"the logits differ by at most {difference:.1e} on {counted(len(images), 'image')} of {printable(dataset)}"
+
+
+def write_quantized(run: TrainedModel, path: Path) -> str:
+    """Write `run` to `path` as an ONNX program with 8-bit weights, and return a sentence about its accuracy and size.
+
+    Raises:
+        UserError: as `write_verified`, or if the data set is not available.
+    """
+    dataset = run.dataset()
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
+        program = Path(folder) / "model.onnx"
+        write_verified(run, "onnx", program)
+        try:
+            quantize_program(program, path)
+        except Exception as error:  # onnxruntime may raise anything
+            raise UserError(f"{run.source} cannot be quantized: {_reason(error)}; leave --quantize out") from None
+        before, after = (accuracy(_load_onnx(file), dataset.test, run.image_size) for file in (program, path))
+        sizes = [file.stat().st_size / 1e6 for file in (program, path)]
+    measured = {"dataset": dataset.name, "evaluated_on": dataset.evaluated_on, "images": len(dataset.test.labels)}
+    add_metadata(path, {**measured, "accuracy": after, "accuracy_before": before})
+    return (
+        f"{dataset.evaluated_on} accuracy on {printable(dataset.name)} {after:.2%}, before {before:.2%} "
+        f"({counted(len(dataset.test.labels), 'image')}); {sizes[1]:.2f} MB, before {sizes[0]:.2f} MB"
+    )
 
 
 def describe(run: TrainedModel) -> dict[str, str]:
@@ -251,10 +284,8 @@ def _comparison_images(run: TrainedModel) -> tuple[Tensor, str]:
 def _test_images(config: DataConfig, size: int) -> tuple[Tensor, str]:
     dataset = load_dataset(config, size)
     count = len(dataset.test.labels)
-    images = dataset.test.pixels(torch.linspace(0, count - 1, min(count, MAX_IMAGES)).long(), size)
-    if images.shape[-1] != size:
-        images = F.interpolate(images.float(), size, mode="bilinear", antialias=True).round().to(torch.uint8)
-    return images, dataset.name
+    samples = torch.linspace(0, count - 1, min(count, MAX_IMAGES)).long()
+    return dataset.test.square_pixels(samples, size), dataset.name
 
 
 def _max_difference(run: TrainedModel, compute: LogitsFunction, images: Tensor) -> float:

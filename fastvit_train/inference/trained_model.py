@@ -11,13 +11,13 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from fastvit_train.config.init_from import FINAL
 from fastvit_train.config.overrides import override
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
 from fastvit_train.data.loader import Preprocess
-from fastvit_train.inference.checkpoints import FINAL, Checkpoint, find_checkpoint
-from fastvit_train.inference.hub import HUB, needs_hub, offline_if_unreachable, unreachable_reason
+from fastvit_train.inference.checkpoints import Checkpoint, find_checkpoint
 from fastvit_train.models import (
     build_model,
     check_attention,
@@ -27,13 +27,14 @@ from fastvit_train.models import (
     set_attention,
 )
 from fastvit_train.models.attention import AUTO
+from fastvit_train.models.pretrained.hub import HUB, needs_hub, offline_if_unreachable, unreachable_reason
+from fastvit_train.models.pretrained.source import FOLDER
 from fastvit_train.models.resolve import resolve
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.utils.errors import UserError, printable
 from fastvit_train.utils.safe_load import read_json
 
 MAX_CLASSES = 10**6
-FOLDER = "local-dir:"
 ALLOWED = f"the folder of a finished run, {FOLDER}FOLDER as written by timm, {HUB}USER/MODEL, or a timm model name"
 
 

@@ -15,7 +15,13 @@ from torch import nn
 from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models.attention import set_attention
 from fastvit_train.models.blocks import set_block
-from fastvit_train.models.convert import checkpoint_filter_fn, convert_by_timm, misfit, reset_heads_if_other_classes
+from fastvit_train.models.convert import (
+    checkpoint_filter_fn,
+    convert_by_timm,
+    misfit,
+    pretrained_cfg,
+    reset_heads_if_other_classes,
+)
 from fastvit_train.models.registry import OUR_MODELS
 from fastvit_train.models.vit import ConvTokenizer, ViT
 from fastvit_train.runs.weights_file import read_weights
@@ -24,7 +30,10 @@ from fastvit_train.utils.errors import UserError, did_you_mean
 from fastvit_train.utils.safe_load import read_json
 
 log = logging.getLogger(__name__)
-NOT_SIZES = ("model", "attention", "block", "weights", "num_classes", "image_size", "patch_init")
+NOT_SIZES = (
+    *("model", "attention", "block", "weights", "init_from", "pretrained"),
+    *("num_classes", "image_size", "patch_init", "mean", "std"),
+)
 LOAD_ERRORS = (RuntimeError, ValueError, TypeError, LookupError)
 
 
@@ -78,6 +87,9 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
         if config.model in OUR_MODELS:
             raise UserError(str(error)) from None
         raise UserError(f"{config.model} cannot be built with {options}: {error}") from None
+    normalization = {"mean": config.mean, "std": config.std}
+    cfg = {**pretrained_cfg(model), **{key: value for key, value in normalization.items() if value is not None}}
+    vars(model)["pretrained_cfg"] = cfg
     _check_patches(model, config, image_size)
     set_attention(model, config.attention)
     set_block(model, config.block)

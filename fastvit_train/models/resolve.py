@@ -8,6 +8,7 @@ from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.datasets import count_classes
 from fastvit_train.models.build import check_model, native_image_size, pretrained_cfg_of
+from fastvit_train.models.pretrained.source import resolve_source
 from fastvit_train.runs.run_names import default_name
 
 
@@ -18,6 +19,8 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
         UserError: if a setting is out of range, or if the model is unknown.
     """
     validate(config)
+    config = replace(config, model=resolve_source(config.model))
+    validate(config)  # the description of a pretrained model may hold anything
     check_model(config.model.model)
     image_size = config.model.image_size or native_image_size(config.model.model)
     return replace(
@@ -44,12 +47,13 @@ def resolve(config: TrainConfig, num_classes: int | None = None) -> ResolvedConf
     settings = fill_defaults(config)
     run, cfg = settings.run, pretrained_cfg_of(settings.model.model)
     assert settings.model.image_size is not None
+    total_epochs = run.epochs + sum(run.extend)
     return ResolvedConfig(
         settings,
         run_dir=Path(run.runs_dir) / str(run.exp_name),
         image_size=settings.model.image_size,
         num_classes=num_classes or settings.model.num_classes or count_classes(settings.data),
-        mean=tuple(cfg.mean),
-        std=tuple(cfg.std),
-        last_epoch=min(run.epochs, run.stop_after or run.epochs),
+        mean=settings.model.mean or tuple(cfg.mean),
+        std=settings.model.std or tuple(cfg.std),
+        last_epoch=min(total_epochs, run.stop_after or total_epochs),
     )

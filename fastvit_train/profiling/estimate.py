@@ -72,7 +72,7 @@ def estimate_run(session: TrainSession) -> RunEstimate:
     run = session.config.run
     steps = len(session.dataset.train.labels) // session.batch_size
     epoch_seconds = step * steps + evaluation_seconds(session)
-    epochs = min(run.epochs, run.stop_after or run.epochs)
+    epochs = session.config.last_epoch
     weights, checkpoint = weights_bytes(session), checkpoint_bytes(session)
     copies = epochs // run.save_model_every if run.save_model_every else 0
     return RunEstimate(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from timm.scheduler.scheduler import Scheduler
+from torch.optim import Optimizer
 
 from fastvit_train import __version__
 from fastvit_train.config.settings_file import upgrade_hint
@@ -31,7 +31,7 @@ LINKS = ("last", "best")
 def save(
     folder: Path,
     accelerator: Accelerator,
-    scheduler: Scheduler,
+    optimizer: Optimizer,
     state: TrainState,
     data: dict[str, object],
     keep: int = 2,
@@ -46,8 +46,8 @@ def save(
     saved = {
         "version": __version__,
         "progress": asdict(state),
-        "learning_rates": _learning_rates(scheduler),
-        "optimizer_steps": _optimizer_steps(scheduler),
+        "learning_rates": _learning_rates(optimizer),
+        "optimizer_steps": _optimizer_steps(optimizer),
         "rng": accelerator.gather(_rng_fingerprint().to(accelerator.device)).tolist(),
         "mixed_precision": accelerator.mixed_precision,
         "data": data,
@@ -109,7 +109,7 @@ def _newest_first(folder: Path) -> list[Path]:
 def load(
     folder: Path,
     accelerator: Accelerator,
-    scheduler: Scheduler,
+    optimizer: Optimizer,
     data: dict[str, object],
     check: Callable[[Path, Accelerator], None],
 ) -> tuple[TrainState, list[str]]:
@@ -117,7 +117,7 @@ def load(
 
     Args:
         folder: the folder of the checkpoints.
-        accelerator, scheduler: what is restored.
+        accelerator, optimizer: what is restored; the optimizer is not wrapped by Accelerate.
         data: identity of the data set, which must equal that in the checkpoint.
         check: raises UserError if this launch cannot load the checkpoint that it is given.
 
@@ -134,11 +134,11 @@ def load(
             f"{folder} has no checkpoint that can be loaded: {'; '.join(problems)}; start over with --overwrite"
         )
     sync.run_on_all_ranks(accelerator, lambda: check(path, accelerator))
-    state = sync.run_on_all_ranks(accelerator, lambda: _restore(path, accelerator, scheduler, data))
+    state = sync.run_on_all_ranks(accelerator, lambda: _restore(path, accelerator, optimizer, data))
     return state, [f"{problem}: continuing from {path.name}" for problem in problems]
 
 
-def _restore(path: Path, accelerator: Accelerator, scheduler: Scheduler, data: dict[str, object]) -> TrainState:
+def _restore(path: Path, accelerator: Accelerator, optimizer: Optimizer, data: dict[str, object]) -> TrainState:
     remedy = "start over with --overwrite"
     try:
         saved = read_json(path / PROGRESS_FILE)
@@ -147,7 +147,7 @@ def _restore(path: Path, accelerator: Accelerator, scheduler: Scheduler, data: d
         _check_same(path, saved, accelerator, data)
         with warnings.catch_warnings(action="ignore"):  # torch warns of files that it did not write itself
             accelerator.load_state(str(path))
-        _check_restored(saved, accelerator, scheduler)
+        _check_restored(saved, accelerator, optimizer)
         return state
     except UserError:
         raise
@@ -156,15 +156,15 @@ def _restore(path: Path, accelerator: Accelerator, scheduler: Scheduler, data: d
         raise UserError(f"checkpoint {path} can't be read ({reason}); {remedy}") from None
 
 
-def _check_restored(saved: dict[str, Any], accelerator: Accelerator, scheduler: Scheduler) -> None:
+def _check_restored(saved: dict[str, Any], accelerator: Accelerator, optimizer: Optimizer) -> None:
     """Raise ValueError unless the random state, the schedule and the optimizer were restored as they were saved."""
     if len(saved["rng"]) == accelerator.num_processes and (
         int(_rng_fingerprint()) != saved["rng"][accelerator.process_index]
     ):
         raise ValueError("the random state was not restored")
-    if _learning_rates(scheduler) != saved["learning_rates"]:
+    if _learning_rates(optimizer) != saved["learning_rates"]:
         raise ValueError("the learning rates were not restored")
-    if _optimizer_steps(scheduler) != saved["optimizer_steps"]:
+    if _optimizer_steps(optimizer) != saved["optimizer_steps"]:
         raise ValueError("the state of the optimizer was not restored")
 
 
@@ -246,13 +246,13 @@ def _rng_fingerprint() -> torch.Tensor:
     return torch.tensor([int.from_bytes(digest.digest())])
 
 
-def _learning_rates(scheduler: Scheduler) -> list[float]:
-    return [float(group["lr"]) for group in scheduler.optimizer.param_groups]
+def _learning_rates(optimizer: Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
 
 
-def _optimizer_steps(scheduler: Scheduler) -> list[float]:
+def _optimizer_steps(optimizer: Optimizer) -> list[float]:
     """Return the step counts in the optimizer's state; they are below the run's step if fp16 skipped some."""
-    return sorted({float(state["step"]) for state in scheduler.optimizer.state.values() if "step" in state})
+    return sorted({float(state["step"]) for state in optimizer.state.values() if "step" in state})
 
 
 def _prune(folder: Path, keep: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fastvit_train.config import settings_file
-from fastvit_train.config.overrides import differences, to_plain
+from fastvit_train.config.overrides import differences, override, to_plain
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.runs import checkpoint, lock
 from fastvit_train.runs.train_state import TrainState
@@ -139,6 +139,29 @@ class RunFolder:
                 elif path.name not in lock.FILES and path != self.config:
                     path.unlink()
             atomic_io.write_atomically(self.config, settings_file.to_file(config))
+
+    def record_extension(self, config: TrainConfig, state: TrainState) -> None:
+        """Write into config.yaml for how many more epochs a finished run is trained; nothing if it has not changed.
+
+        Raises:
+            UserError: if the run is not finished, or was extended by other numbers of epochs.
+        """
+        saved = self.read_config()
+        before, extend = tuple(saved["extend"]), config.run.extend
+        if extend == before:
+            return
+        if extend[: len(before)] != before:
+            already = " ".join(map(str, before))
+            raise UserError(f"{self.root} was extended with --extend {already}; repeat these numbers before any others")
+        trained = config.run.epochs + sum(before)
+        if state.epoch < trained:
+            raise UserError(
+                f"{self.root} has trained {state.epoch} of its {trained} epochs; finish it before --extend, with "
+                "--resume must"
+            )
+        with self._writing():
+            settings = override(TrainConfig(), {**saved, "extend": extend}, str(self.config))
+            atomic_io.write_atomically(self.config, settings_file.to_file(settings))
 
     def acquire_lock(self) -> tuple[lock.RunLock, list[str]]:
         """Acquire the folder's lock; returns it and messages about a lock that a dead process left.

@@ -30,7 +30,8 @@ def default_group(config: TrainConfig) -> str:
     source = _plain(Path(data.data_dir).resolve().name) if data.dataset == "folder" else ""
     parts = [] if recipe == DEFAULT_RECIPE else [recipe]
     parts += [] if recipe.endswith(f"-{data.dataset}") else [source or data.dataset]
-    return "-".join([*parts, config.model.model])
+    model = _plain(config.model.model.rpartition("/")[2])  # it may be hf-hub:USER/MODEL
+    return "-".join([*parts, model])
 
 
 def free_names(runs_dir: Path, name: str) -> Iterator[str]:

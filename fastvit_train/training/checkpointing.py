@@ -24,7 +24,7 @@ def save_checkpoint(session: TrainSession) -> None:
         checkpoint.save(
             session.folder.checkpoints,
             session.accelerator,
-            session.scheduler,
+            session.scheduler.optimizer,
             session.state,
             session.dataset.identity(),
             session.config.run.keep,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastvit_train.distributed import sync
 from fastvit_train.training.checkpointing import name_last_checkpoint
+from fastvit_train.training.optim.optimizer import peak_lr
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.torch_private import current_scale
@@ -91,7 +92,7 @@ def _describe_nonfinite_loss(session: TrainSession, index: int, loss: float) -> 
     session.scheduler.step_update(step - 1)  # back to the learning rate of that step
     return (
         f"the loss became {loss} at step {step} "
-        f"(epoch {state.epoch + 1}, learning rate {session.optimizer.param_groups[0]['lr']:g}); "
+        f"(epoch {state.epoch + 1}, learning rate {peak_lr(session.optimizer):g}); "
         f"lower --lr (now {session.config.optim.lr}) or set --clip-grad; {name_last_checkpoint(session)}; "
         f"training images of that batch, by index: {' '.join(map(str, samples))}"
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from fastvit_train.config import recipes
+from fastvit_train.config.init_from import with_model_of
 from fastvit_train.config.overrides import override
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed.process_state import RandomStates, unchanged
@@ -48,7 +49,7 @@ def train(
         Preempted: if SIGTERM or SIGUSR1 stopped the run; its checkpoint is written.
         KeyboardInterrupt: if SIGINT (Ctrl-C) stopped it; its checkpoint is written too.
     """
-    config = override(recipes.recipe(recipe), settings, "train()")
+    config = override(recipes.recipe(recipe), with_model_of(settings), "train()")
     return fit(config, resume=resume, overwrite=overwrite)
 
 
@@ -88,7 +89,7 @@ def fit_together(
 
 def _progress_bar(session: TrainSession) -> ProgressBar:
     """Build the progress bar of a run, or of several runs that train together."""
-    epochs = session.config.run.epochs
+    epochs = session.config.total_epochs
     total_steps = epochs * session.train_loader.steps_per_epoch
     return ProgressBar(session.log.console, total_steps, epochs, session.accelerator.num_processes)
 

@@ -10,6 +10,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from fastvit_train.config.init_from import FINAL
 from fastvit_train.config.overrides import flatten
 from fastvit_train.config.timm_config import write_timm_config
 from fastvit_train.distributed import sync
@@ -21,6 +22,7 @@ from fastvit_train.runs.plots.curves import plot_curves
 from fastvit_train.runs.results import read_runs
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.optim.final_weights import is_out_of_patience
+from fastvit_train.training.optim.optimizer import peak_lr
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import atomic_io, memory
 from fastvit_train.utils.errors import counted
@@ -48,6 +50,11 @@ def log_introduction(session: TrainSession, threads: str, resuming: bool, messag
     parameters = sum(p.numel() for p in session.bare_model.parameters())
     block = "" if config.model.block == "torch" else f", block {config.model.block}"
     log.line(f"{config.model.model}: {counted(parameters, 'parameter')}, attention {config.model.attention}{block}")
+    if config.model.weights is not None and not resuming:
+        log.line(f"initialized from {config.model.weights}")
+    if config.optim.freeze:
+        trained = sum(p.numel() for p in session.bare_model.parameters() if p.requires_grad)
+        log.line(f"{trained:,} of them are trained: the first {counted(config.optim.freeze, 'layer')} are frozen")
     for line in messages:
         log.line(line)
     if session.compile_seconds is not None:
@@ -68,6 +75,12 @@ def log_introduction(session: TrainSession, threads: str, resuming: bool, messag
         log.line(
             f"batch size {session.batch_size} instead of {config.run.batch_size}: the training set has no more images"
         )
+    if config.run.extend:
+        first, peak = config.total_epochs - config.run.extend[-1] + 1, config.optim.lr
+        log.line(
+            f"extended by {counted(config.run.extend[-1], 'epoch')}: the {config.optim.schedule} schedule begins again "
+            f"at epoch {first}, with a peak learning rate of {peak:g}"
+        )
     if resuming:
         log.line(f"resuming {session.folder.root} after epoch {session.state.epoch}, step {session.state.step}")
 
@@ -84,7 +97,7 @@ def record_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: fl
         "train_accuracy": state.epoch_correct / images,
         "test_loss": evaluation.loss,
         "test_accuracy": evaluation.accuracy,
-        "learning_rate": session.scheduler.optimizer.param_groups[0]["lr"],
+        "learning_rate": peak_lr(session.scheduler.optimizer),
         "images_per_second": images / seconds,
         "seconds": seconds,
         "eval_seconds": eval_seconds,
@@ -98,7 +111,7 @@ def record_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: fl
         losses = enumerate(state.epoch_losses, start=first)
         session.metrics_buffer.add(session.folder.steps, [{"step": step, "loss": loss} for step, loss in losses])
     session.log.line(
-        f"epoch {metrics['epoch']:>3}/{config.run.epochs}  train loss {metrics['train_loss']:.4f}  "
+        f"epoch {metrics['epoch']:>3}/{config.total_epochs}  train loss {metrics['train_loss']:.4f}  "
         f"{session.dataset.evaluated_on} loss {evaluation.loss:.4f}  "
         f"{session.dataset.name} accuracy {evaluation.accuracy:.2%}  "
         f"{metrics['images_per_second']:,.0f} img/s  {seconds + eval_seconds:.1f} s{_gpu_words(metrics)}"
@@ -194,7 +207,7 @@ def finish(session: TrainSession, evaluation: Evaluation, weights: str) -> dict[
         SaveError: on all ranks, if they could not be written; the last checkpoint is not affected.
     """
     summary = {**_summary(session, evaluation), "final_weights": weights}
-    write_weights(session, "model.safetensors")
+    write_weights(session, FINAL)
 
     def write() -> None:
         with atomic_io.as_save_error(f"the summary of {session.folder.root} could not be written"):
@@ -216,7 +229,7 @@ def _write_summary(session: TrainSession, summary: dict[str, Any]) -> None:
 
 def _next_step(session: TrainSession) -> str:
     """Return what to do next: train the remaining epochs, or look at the results."""
-    epochs = session.config.run.epochs
+    epochs = session.config.total_epochs
     if session.state.epoch < epochs and not is_out_of_patience(session):
         return f"repeat the command with --resume auto and without --stop-after to train up to epoch {epochs}"
     return f"fastvit report {shlex.quote(str(session.folder.root))}"

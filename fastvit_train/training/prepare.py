@@ -7,7 +7,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim import Optimizer
@@ -23,9 +22,11 @@ from fastvit_train.models.build import build_model
 from fastvit_train.models.compiling import compile_function, compile_model
 from fastvit_train.training.graphed_step import why_not_recordable
 from fastvit_train.training.optim.final_weights import build_average
+from fastvit_train.training.optim.layers import freeze_first
 from fastvit_train.training.optim.loss import Loss
 from fastvit_train.training.optim.muon import Muon
-from fastvit_train.training.optim.optimizer import build_optimizer, build_schedule
+from fastvit_train.training.optim.optimizer import build_optimizer
+from fastvit_train.training.optim.schedule import Schedule
 from fastvit_train.utils import memory
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.timing import time_call
@@ -54,7 +55,7 @@ class Trained:
 
     model: nn.Module
     optimizer: AcceleratedOptimizer
-    scheduler: Scheduler
+    scheduler: Schedule
     ema: ModelEmaV3 | None
     average: AveragedModel | None
     whole_step: bool
@@ -68,6 +69,8 @@ def build_trainable(config: ResolvedConfig) -> tuple[nn.Module, Optimizer]:
     model = build_model(config.model, config.image_size, config.num_classes)
     if config.run.grad_checkpointing:
         checkpoint_blocks(model)
+    if config.optim.freeze:
+        freeze_first(model, config.optim.freeze)
     return model, build_optimizer(model, config.optim)
 
 
@@ -120,7 +123,7 @@ def prepare(
     )
     if config.run.compile:
         compile_model(model, accelerator.device, not whole_step and supports_cuda_graphs(config, accelerator))
-    scheduler = build_schedule(optimizer, config.optim, config.run.epochs, inputs.train_loader.steps_per_epoch)
+    scheduler = Schedule(optimizer, config.optim, config.cycles, inputs.train_loader.steps_per_epoch)
     ema, average = build_ema(model, config, accelerator), build_average(model, config)
     model, prepared_optimizer = parallelize.prepare(accelerator, model, optimizer, use_ddp=not whole_step)
     # after the model: the order determines their names in a checkpoint

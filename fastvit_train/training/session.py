@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
@@ -20,6 +19,7 @@ from fastvit_train.runs.log import Log, MetricsBuffer
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.runs.train_state import TrainState
 from fastvit_train.training.optim.loss import Loss
+from fastvit_train.training.optim.schedule import Schedule
 from fastvit_train.training.preemption import StatusExchange, StopSignalHandler
 from fastvit_train.utils.errors import Interrupted, Preempted, counted
 from fastvit_train.utils.gpu_monitor import Meter
@@ -42,7 +42,7 @@ class TrainSession:
     accelerator: Accelerator
     model: nn.Module
     optimizer: AcceleratedOptimizer
-    scheduler: Scheduler
+    scheduler: Schedule
     dataset: DatasetSpec
     train_loader: TrainLoader
     eval_loader: EvalLoader

@@ -156,7 +156,8 @@ def set_up(
     except UserError:
         check_files(resolved.data)  # a mistake in the data is reported before that in the run's name
         raise
-    model, optimizer = build_trainable(resolved)  # before the data: a wrong size is reported before a download
+    # Before the data: a wrong size is reported before a download. A checkpoint replaces what --weights would load.
+    model, optimizer = build_trainable(resolved.with_model(weights=None) if resuming else resolved)
     inputs = shared.with_seed(resolved.run.seed) if shared else load_inputs(resolved, launch.accelerator, imitate_data)
     if resolved.model.patch_init == "whiten":
         whiten(model, resolved, inputs.dataset)
@@ -169,6 +170,7 @@ def set_up(
     if resuming != is_resuming(resolved, folder, launch, resume, overwrite):
         raise UserError(f"{folder.root} has changed while this run was being set up; start it again")
     state, damaged = load_checkpoint(folder, trained, inputs, launch) if resuming else (TrainState(), [])
+    trained.scheduler.step_update(state.step)  # of the optimizer's state it is not, once --extend begins the next cycle
     sync.broadcast_from_rank0(launch.accelerator, lambda: open_folder(folder, resolved, state, resuming, launch.log))
     stack.push(lambda kind, *_: folder.remove_unless_resumable() if kind else None)
     session = TrainSession(
@@ -274,13 +276,14 @@ def load_checkpoint(
     """Load the newest undamaged checkpoint; returns the run's state, and messages about newer checkpoints."""
     data = inputs.dataset.identity()
     return checkpoint.load(
-        folder.checkpoints, launch.accelerator, trained.scheduler, data, parallelize.check_checkpoint
+        folder.checkpoints, launch.accelerator, trained.scheduler.optimizer, data, parallelize.check_checkpoint
     )
 
 
 def open_folder(folder: RunFolder, config: ResolvedConfig, state: TrainState, resuming: bool, log: Log) -> None:
     """Bring the folder into the state that the run continues from, or create it."""
     if resuming:
+        folder.record_extension(config.settings, state)
         folder.drop_after(state, config.run.keep)
     else:
         folder.create(config.settings)

@@ -163,6 +163,18 @@ def test_checkpointed_blocks_and_positions_by_convolutions_in_two_processes(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("file", ["multi_gpu.yaml", "fsdp2.yaml"])
+def test_frozen_layers_shares_of_the_learning_rate_and_more_epochs_in_two_processes(
+    small_config: SmallConfig, tmp_path: Path, file: str
+) -> None:
+    settings = {"epochs": 1, "freeze": 2, "layer_decay": 0.75}
+    fit(small_config(exp_name="alone", **{**AUGMENTED, **settings, "extend": (1,)}))
+    runs = {"runs_dir": str(tmp_path / "runs"), "exp_name": "two", **settings}
+    train_in_several(file, 2, runs, {**runs, "extend": [1], "resume": "must"})
+    assert_same_run(tmp_path / "runs" / "two", tmp_path / "runs" / "alone", steps=10)
+
+
+@pytest.mark.slow
 def test_sharded_in_bf16_computes_what_ddp_does(tmp_path: Path) -> None:
     common = {"runs_dir": str(tmp_path), "stop_after": 1, "optimizer": "adamw"}
     train_in_several("fsdp2.yaml", 2, {**common, "exp_name": "sharded"}, precision="bf16")

@@ -8,8 +8,8 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-from fastvit_train.inference import hub
 from fastvit_train.inference.trained_model import load_run
+from fastvit_train.models.pretrained import hub
 from fastvit_train.utils.errors import UserError
 
 

@@ -12,13 +12,12 @@ import pytest
 import timm
 import torch
 import yaml
-from huggingface_hub import constants, file_download
 from PIL import Image
 from timm.models import save_for_hf
 
 from fastvit_train.cli.main import main
 from fastvit_train.inference.trained_model import load_run
-from tests.inference.fake_hub import TOKEN, FakeHub, fake_hub
+from tests.inference.fake_hub import TOKEN, FakeHub, fake_hub, use_hub
 from tests.support import environment, one_line_error, write_folder
 
 SMALL = (
@@ -44,13 +43,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A fake hub that huggingface_hub uses instead of the real one, with a valid token."""
     with fake_hub() as hub:
-        monkeypatch.setattr(constants, "ENDPOINT", hub.url)  # read from HF_ENDPOINT when it is imported
-        for module in (constants, file_download):  # up to version 1.0, the latter has a copy
-            template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
-            monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        use_hub(hub, tmp_path, monkeypatch)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
 

@@ -27,6 +27,7 @@ SETTINGS = {
     "mixed": {"mixup": 0.2, "cutmix": 1.0, "auto_augment": "rand", "color_jitter": 0.3, "random_erasing": 0.5}
     | {"sampler": "balanced", "class_weights": "auto", "optimizer": "nmuon"},
     "resized": {"crop": "resized", "cutout": 2, "optimizer": "adamw", "clip_grad": 0.1, "drop_rate": 0.1},
+    "frozen": {"freeze": 2, "layer_decay": 0.75, "optimizer": "nmuon", "ema": 0.9},
 }
 
 
@@ -160,8 +161,14 @@ def nan_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.nullgpu
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"ema": 0.99, "clip_grad": 1.0}, {"grad_checkpointing": True}],
-    ids=["plain", "ema and clipping", "grad_checkpointing"],
+    [
+        {},
+        {"ema": 0.99, "clip_grad": 1.0},
+        {"grad_checkpointing": True},
+        SETTINGS["mixed"],
+        {"freeze": 2, "layer_decay": 0.75},
+    ],
+    ids=["plain", "ema and clipping", "grad_checkpointing", "mixed", "frozen layers"],
 )
 def test_a_step_is_one_launch(
     start: Start, nan_is_fine: None, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
@@ -170,7 +177,7 @@ def test_a_step_is_one_launch(
     model = {"embed_dim": 48, "depth": 4, "num_heads": 4, "patch_size": 4, "image_size": 32, "attention": "triton"}
     torch._dynamo.utils.counters.clear()
     with null_gpu.counted() as counts:
-        session = start(compile=True, **recipe, **model, **settings)
+        session = start(compile=True, **{**recipe, **model, **settings})
     assert session.graphed_step is not None
     assert counts.violations == 0
     assert not torch._dynamo.utils.counters["graph_break"]

@@ -14,7 +14,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import OptimConfig
 from fastvit_train.training.optim.muon import Muon, orthogonalize
-from fastvit_train.training.optim.optimizer import build_optimizer, build_schedule, check_optimizer
+from fastvit_train.training.optim.optimizer import build_optimizer, check_optimizer
+from fastvit_train.training.optim.schedule import Schedule
 from fastvit_train.utils.errors import UserError
 
 
@@ -209,7 +210,7 @@ def test_orthogonalize_keeps_singular_vectors_and_evens_out_values(seed: int, sh
 def test_schedules(name: str) -> None:
     config = OptimConfig(lr=0.8, schedule=name, warmup=0.1)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
-    schedule = build_schedule(optimizer, config, epochs=10, steps_per_epoch=10)
+    schedule = Schedule(optimizer, config, epochs=[10], steps_per_epoch=10)
     rates = []
     for i in range(100):
         rates.append(optimizer.param_groups[0]["lr"])

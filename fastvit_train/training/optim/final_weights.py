@@ -1,5 +1,6 @@
 """The weights that a run ends with: the last ones, those of the best epoch, or an average of the last epochs."""
 
+from itertools import accumulate
 from typing import Any
 
 from safetensors import safe_open
@@ -33,22 +34,28 @@ def build_average(model: nn.Module, config: ResolvedConfig) -> AveragedModel | N
     """Build the average of the last epochs' weights that --average-last asks for; it is still empty.
 
     Raises:
-        UserError: if the run has fewer epochs, or if the launch shards the weights.
+        UserError: if the run or an extension has fewer epochs, or if the launch shards the weights.
     """
     last = config.run.average_last
     if last is None:
         return None
-    if last > config.run.epochs:
-        raise UserError(f"--average-last {last} needs more epochs than --epochs {config.run.epochs}")
+    if last > (fewest := min(config.cycles)):
+        flag = "--epochs" if fewest == config.run.epochs else "--extend"
+        raise UserError(f"--average-last {last} needs more epochs than {flag} {fewest}")
     if env.uses_fsdp():
         raise UserError("--average-last needs unsharded weights, and FSDP shards them; leave it out, or use DDP")
     return AveragedModel(model, use_buffers=True)
 
 
 def add_to_average(session: TrainSession) -> None:
-    """Add the weights after the completed epoch to the average, if it is one of the last."""
-    run = session.config.run
-    if session.average is not None and run.average_last and session.state.epoch > run.epochs - run.average_last:
+    """Add the weights after the completed epoch to the average, if it is one of the last of the run or an extension."""
+    last, epoch = session.config.run.average_last, session.state.epoch
+    if session.average is None or last is None:
+        return
+    end = next(end for end in accumulate(session.config.cycles) if epoch <= end)
+    if epoch == end - last + 1:
+        session.average.n_averaged.zero_()
+    if epoch > end - last:
         session.average.update_parameters(session.accelerator.unwrap_model(session.eval_model))
 
 
@@ -66,7 +73,7 @@ def bring_back(session: TrainSession) -> str:
         What they are: "last epoch", "best epoch" or "average". The latter two have to be evaluated.
     """
     run, state, log = session.config.run, session.state, session.log
-    if session.average is not None and state.epoch == run.epochs:
+    if session.average is not None and state.epoch == session.config.total_epochs:
         session.accelerator.unwrap_model(session.eval_model).load_state_dict(session.average.module.state_dict())
         log.line(f"the final weights are the average of those after the last {counted(run.average_last or 0, 'epoch')}")
         return "average"

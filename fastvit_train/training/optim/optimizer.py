@@ -1,23 +1,27 @@
-"""The optimizer and the learning rate schedule, by their names in timm."""
+"""The optimizer, by its name in timm."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers, param_groups_weight_decay
-from timm.scheduler import create_scheduler_v2
-from timm.scheduler.scheduler import Scheduler
+from timm.optim import (
+    create_optimizer_v2,
+    get_optimizer_class,
+    list_optimizers,
+    param_groups_layer_decay,
+    param_groups_weight_decay,
+)
 from torch import Tensor, nn
 
 from fastvit_train.config.schema import OptimConfig
 from fastvit_train.models import pretrained_cfg
+from fastvit_train.training.optim.layers import layer_numbers
 from fastvit_train.training.optim.muon import Muon
 from fastvit_train.utils.errors import UserError, did_you_mean
 
 MUON = ("muon", "nmuon")  # nmuon: with Nesterov momentum
-WARMUP_START = 0.01  # of the peak learning rate
 
 
 def check_optimizer(name: str) -> None:
@@ -39,19 +43,18 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
             raise UserError(
                 f"--decay-all can't be combined with {config.optimizer}; leave it out or choose another --optimizer"
             )
-        groups = param_groups_weight_decay(
-            model,
-            config.weight_decay,
-            no_weight_decay_list=getattr(model, "no_weight_decay", set)(),
-            fallback_list=_outside_blocks(model),
-        )
+        groups = _parameter_groups(model, config, fallback_list=_outside_blocks(model))
         momentum = 0.95 if config.momentum is None else config.momentum
         groups = _split_merged_projections(groups, model)
         return Muon(groups, config.lr, momentum=momentum, nesterov=config.optimizer == "nmuon")
     kwargs: dict[str, Any] = {} if config.momentum is None else {"momentum": config.momentum}
     if _has_fused(config.optimizer):
         kwargs["fused"] = True
-    parameters = [p for p in model.parameters() if p.requires_grad] if config.decay_all else model
+    parameters: Any = model
+    if config.layer_decay is not None:
+        parameters = _parameter_groups(model, config)
+    elif config.decay_all:
+        parameters = [p for p in model.parameters() if p.requires_grad]
     try:
         optimizer = create_optimizer_v2(parameters, config.optimizer, config.lr, config.weight_decay, **kwargs)
         if getattr(optimizer, "is_second_order", False):
@@ -88,6 +91,35 @@ def with_device_lr(optimizer: torch.optim.Optimizer, learning_rates: Tensor) -> 
                 group["capturable"] = capturable
 
 
+def peak_lr(optimizer: torch.optim.Optimizer) -> float:
+    """Return the learning rate of the last layer, the highest one if layers have different rates."""
+    return float(max(group["lr"] for group in optimizer.param_groups))
+
+
+def _parameter_groups(
+    model: nn.Module, config: OptimConfig, fallback_list: Collection[str] = ()
+) -> list[dict[str, Any]]:
+    """Return timm's parameter groups, by weight decay and with --layer-decay also by layer.
+
+    Raises:
+        UserError: if the layers are asked for, and the model does not know them.
+    """
+    options: dict[str, Any] = {
+        "no_weight_decay_list": () if config.decay_all else getattr(model, "no_weight_decay", set)(),
+        "fallback_list": fallback_list,
+    }
+    if config.layer_decay is None:
+        return param_groups_weight_decay(model, config.weight_decay, **options)
+    layer_numbers(model, f"--layer-decay {config.layer_decay}")
+    return param_groups_layer_decay(
+        model,
+        config.weight_decay,
+        layer_decay=config.layer_decay,
+        weight_decay_exclude_1d=not config.decay_all,
+        **options,
+    )
+
+
 def _has_fused(name: str) -> bool:
     """Return whether the optimizer can update all parameters in one kernel, as torch's own can on most devices."""
     cls = get_optimizer_class(name.lower().removeprefix("lookahead_"), bind_defaults=False)
@@ -112,23 +144,3 @@ def _outside_blocks(model: nn.Module) -> list[str]:
     if any(name.startswith("blocks.") for name in names):
         return [name for name in names if not name.startswith("blocks.")]
     return [name for name in names if name.startswith(head)]
-
-
-def build_schedule(
-    optimizer: torch.optim.Optimizer, config: OptimConfig, epochs: int, steps_per_epoch: int
-) -> Scheduler:
-    """Build timm's schedule; call `step_update(optimizer steps taken)` after each step.
-
-    Do not let Accelerate prepare it: it would step once per rank.
-    """
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="poly" if config.schedule == "linear" else config.schedule,
-        num_epochs=epochs * steps_per_epoch,
-        decay_rate=1.0 if config.schedule == "linear" else 0.1,
-        warmup_epochs=round(config.warmup * epochs * steps_per_epoch),
-        warmup_lr=config.lr * WARMUP_START,
-        step_on_epochs=False,
-        updates_per_epoch=1,  # so that everything above counts in optimizer steps
-    )
-    return scheduler

@@ -1,0 +1,50 @@
+"""--init-from: the settings that let a run start from the model of a finished run."""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from fastvit_train.config import settings_file
+from fastvit_train.config.overrides import to_plain
+from fastvit_train.config.schema import ModelConfig, TrainConfig
+from fastvit_train.utils.errors import UserError
+
+FINAL = "model.safetensors"
+"""the weights that a run ends with, in its folder"""
+NOT_TAKEN = ("attention", "block", "num_classes", "pretrained", "init_from", "weights", "patch_init")
+"""the settings of a model that another data set or another machine may need to be different"""
+
+
+def with_model_of(settings: dict[str, Any], run: str | None = None) -> dict[str, Any]:
+    """Return `settings`, by name, and under them those of the model of a finished run, if there is one to start from.
+
+    Args:
+        settings: from flags, a file or keyword arguments; names have - or _.
+        run: the run's folder; by default the one that `settings` name, if any.
+
+    Raises:
+        UserError: if it is not the folder of a finished run, or if `settings` name other weights.
+    """
+    settings = {key.replace("-", "_"): value for key, value in settings.items()}
+    run = settings.get("init_from") if run is None else run
+    if run is None:
+        return settings
+    model = _model_of(str(run))
+    if settings.get("weights", model["weights"]) != model["weights"]:
+        raise UserError(f"--init-from {run} brings its own weights; leave --weights {settings['weights']} out")
+    return {**model, **settings}
+
+
+def _model_of(run: str) -> dict[str, Any]:
+    """Return the settings of the run's model, and its weights, by name."""
+    folder = Path(run)
+    try:
+        recorded = settings_file.read(folder / "config.yaml")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--init-from {run} is not the folder of a run: config.yaml can't be read ({error})") from None
+    weights = folder / FINAL
+    if not weights.is_file():
+        raise UserError(f"--init-from {run} is not finished: it has no {FINAL}; continue it with --resume must first")
+    settings = {**to_plain(TrainConfig()), **{key.replace("-", "_"): value for key, value in recorded.items()}}
+    taken = {field.name: settings[field.name] for field in fields(ModelConfig) if field.name not in NOT_TAKEN}
+    return {**taken, "init_from": run, "weights": str(weights), "patch_init": "random"}

@@ -1,0 +1,1 @@
+"""Models with pretrained weights, by name: timm's, those of the Hugging Face Hub, and folders that timm wrote."""

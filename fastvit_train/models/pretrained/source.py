@@ -1,0 +1,122 @@
+"""What the name of a pretrained model stands for: an architecture, its sizes, its weights, and its normalization."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+
+from fastvit_train.config.schema import ModelConfig
+from fastvit_train.models.build import check_model, check_timm_folder, pretrained_cfg_of
+from fastvit_train.models.pretrained.hub import HUB, needs_hub, offline_if_unreachable, unreachable_reason
+from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.safe_load import read_json
+
+FOLDER = "local-dir:"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""the names of timm's files of weights; the first one that exists is taken"""
+SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "pos_embed")
+"""the arguments of a model that are settings too"""
+SET_OTHERWISE = ("num_classes", "img_size", "initializer_range", "drop_rate", "attn_drop_rate", "drop_path_rate")
+"""the arguments of a model that do not decide which weights it has; the settings may have other values"""
+
+
+def resolve_source(config: ModelConfig) -> ModelConfig:
+    """Replace a name of pretrained weights by what it stands for; other settings stay as they are.
+
+    `model` may name a model of timm, `hf-hub:USER/MODEL` or `local-dir:FOLDER`. Settings that are None are filled in.
+    If `pretrained` is set, `weights` names the file in the result instead.
+
+    Raises:
+        UserError: if the model or its weights are not there, or if settings cannot describe the model.
+    """
+    folder = _folder_of(config)
+    if folder is None:
+        return config
+    check_timm_folder(folder)
+    described = read_json(folder / "config.json")
+    cfg = described.get("pretrained_cfg")
+    cfg = cfg if isinstance(cfg, dict) else {}
+    named = config.model if timm.is_model(config.model) else str(described["architecture"]).partition(".")[0]
+    arguments = described.get("model_args") or {}
+    sizes = {name: arguments[name] for name in SIZES if name in arguments}
+    _check_arguments(config.model, named, arguments)
+    found = {
+        **sizes,
+        "image_size": _side(arguments.get("img_size") or cfg.get("input_size")),
+        "mean": _channels(cfg.get("mean")),
+        "std": _channels(cfg.get("std")),
+        "weights": str(_weights_in(folder, config.model)) if config.pretrained else None,
+    }
+    unset = {name: value for name, value in found.items() if getattr(config, name) is None}
+    return replace(config, model=named, pretrained=False, **unset)
+
+
+def _folder_of(config: ModelConfig) -> Path | None:
+    """Return the folder with the model's config.json and its weights; None for a name that needs none."""
+    if config.model.startswith(FOLDER):
+        return Path(config.model.removeprefix(FOLDER))
+    if config.model.startswith(HUB):
+        return _download(config.model, config.model.removeprefix(HUB), config.pretrained)
+    if not config.pretrained:
+        return None
+    check_model(config.model)
+    cfg = pretrained_cfg_of(config.model)
+    if cfg.hf_hub_id is None:
+        where = f"; they are at {cfg.url}: download them and give --weights FILE" if cfg.url else ""
+        raise UserError(f"--pretrained: the Hugging Face Hub has no weights for {config.model}{where}")
+    return _download(config.model, str(cfg.hf_hub_id), weights=True)
+
+
+def _download(source: str, repo: str, weights: bool) -> Path:
+    """Download a model of the Hub, unless it is in the cache; returns its folder."""
+    with offline_if_unreachable() if needs_hub(source) else nullcontext(True) as reachable:
+        try:
+            folder = Path(hf_hub_download(repo, "config.json")).parent
+            if weights:
+                _download_weights(repo)
+            return folder
+        except Exception as error:  # a name that is not valid or an unreachable host can raise any exception
+            reason = unreachable_reason(source) if not reachable else str(error) or type(error).__name__
+            raise UserError(f"--model {source} cannot be loaded: {reason.splitlines()[0]}") from None
+
+
+def _download_weights(repo: str) -> None:
+    try:
+        hf_hub_download(repo, WEIGHTS[0])
+    except EntryNotFoundError:
+        hf_hub_download(repo, WEIGHTS[1])
+
+
+def _weights_in(folder: Path, source: str) -> Path:
+    for name in WEIGHTS:
+        if (folder / name).is_file():
+            return folder / name
+    raise UserError(f"--pretrained: {source} has no weights; it needs a file {' or '.join(WEIGHTS)}")
+
+
+def _check_arguments(source: str, name: str, arguments: dict[str, Any]) -> None:
+    """Raise UserError for arguments of the model that no setting can repeat."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        usual = {"global_pool": getattr(timm.create_model(name), "global_pool", None), "in_chans": 3}
+    others = [
+        f"{key}={value!r}"
+        for key, value in arguments.items()
+        if key not in (*SIZES, *SET_OTHERWISE) and value not in (None, usual.get(key))
+    ]
+    if others:
+        raise UserError(f"--model {source} was built with {', '.join(others)}, which no setting can repeat")
+
+
+def _channels(values: Any) -> tuple[float, float, float] | None:
+    return tuple(values) if isinstance(values, list) and len(values) == 3 else None  # type: ignore[return-value]
+
+
+def _side(size: Any) -> int | None:
+    """Return the side of a square input, in pixels, from one number or from the last of several."""
+    side = size[-1] if isinstance(size, list | tuple) and size else size
+    return side if isinstance(side, int) else None

@@ -1,0 +1,148 @@
+"""--pretrained: training starts from published weights, with their sizes and normalization."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
+
+from fastvit_train.config.schema import ModelConfig
+from fastvit_train.inference.trained_model import load_run
+from fastvit_train.models.pretrained.source import resolve_source
+from fastvit_train.runs.run_folder import RunFolder
+from fastvit_train.training.loop import train
+from fastvit_train.utils.errors import UserError
+from tests.inference.fake_hub import FakeHub, Repo, fake_hub, use_hub
+
+MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+COMMON: dict[str, Any] = {"epochs": 1, "lr": 0.0, "batch_size": 360, "attention": "fused"}
+
+
+@pytest.fixture
+def ours(tmp_path: Path) -> Path:
+    """The folder of a run, which timm can load too; no size is the default one."""
+    sizes = {"depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2, "qkv_bias": False}
+    train(runs_dir=str(tmp_path / "runs"), exp_name="first", mean=MEAN, std=STD, pos_embed="sine", **sizes, **COMMON)
+    return tmp_path / "runs" / "first"
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    """A folder that timm wrote, of one of its own models with a normalization of its own."""
+    model = timm.create_model("test_vit", num_classes=7)
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": MEAN, "std": STD}
+    save_for_hf(model, str(tmp_path / "theirs"))
+    return tmp_path / "theirs"
+
+
+def same_but_for_the_classifier(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    names = {name for name in first if not name.startswith("head.") and name != "pos_embed"}
+    assert names and first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in names)
+
+
+def test_a_folder_of_our_own(ours: Path, tmp_path: Path) -> None:
+    train(model=f"local-dir:{ours}", pretrained=True, runs_dir=str(tmp_path / "runs"), exp_name="next", **COMMON)
+    config, before = RunFolder(tmp_path / "runs" / "next").read_config(), RunFolder(ours).read_config()
+    for name in ("model", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "pos_embed"):
+        assert config[name] == before[name], name
+    assert config["mean"] == list(MEAN) and config["weights"] == str(ours / "model.safetensors")
+    tuned = tmp_path / "runs" / "next"
+    assert same_but_for_the_classifier(load_file(tuned / "model.safetensors"), load_file(ours / "model.safetensors"))
+    shutil.rmtree(ours)
+    assert load_run(tuned).normalisation == (MEAN, STD)
+
+
+def test_a_folder_of_timm_with_another_size_and_other_classes(theirs: Path, tmp_path: Path) -> None:
+    settings = {**COMMON, "attention": "timm", "runs_dir": str(tmp_path / "runs")}
+    train(model=f"local-dir:{theirs}", pretrained=True, image_size=32, exp_name="next", **settings)
+    tuned = load_run(tmp_path / "runs" / "next")
+    assert tuned.architecture == "test_vit" and tuned.image_size == 32 and tuned.num_classes == 10
+    assert tuned.normalisation == (MEAN, STD) == (tuned.config.mean, tuned.config.std)
+    weights = load_file(theirs / "model.safetensors")
+    assert same_but_for_the_classifier(tuned.model.state_dict(), weights)
+    assert tuned.model.pos_embed.shape[1] == 2 * 2 + 1 != weights["pos_embed"].shape[1]
+
+
+def test_settings_and_the_native_size_without_the_weights(theirs: Path) -> None:
+    config = resolve_source(ModelConfig(f"local-dir:{theirs}", std=(0.7, 0.7, 0.7)))
+    assert config == ModelConfig("test_vit", image_size=160, mean=MEAN, std=(0.7, 0.7, 0.7))
+    assert resolve_source(ModelConfig("test_vit")) == ModelConfig("test_vit")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    with fake_hub() as hub:
+        use_hub(hub, tmp_path, monkeypatch)
+        yield hub
+
+
+@pytest.mark.parametrize("model", ["hf-hub:timm/test_vit.r160_in1k", "test_vit", "test_vit.r160_in1k"])
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_models_of_the_hub(hub: FakeHub, theirs: Path, model: str, file: str) -> None:
+    """A name of timm stands for the repository that timm lists for it."""
+    repo = hub.repos["timm/test_vit.r160_in1k"] = Repo(private=False)
+    repo.files["config.json"] = (theirs / "config.json").read_bytes()
+    weights = load_file(theirs / "model.safetensors")
+    if file == "pytorch_model.bin":
+        torch.save(weights, theirs / file)
+    repo.files[file] = (theirs / file).read_bytes()
+    config = resolve_source(ModelConfig(model, pretrained=True))
+    assert config.model == ("test_vit" if model.startswith("hf-hub:") else model)
+    assert config.mean == MEAN and config.image_size == 160 and not config.pretrained
+    assert Path(config.weights or "").name == file and Path(config.weights or "").read_bytes() == repo.files[file]
+
+
+def change(folder: Path, **arguments: object) -> None:
+    described = json.loads((folder / "config.json").read_text())
+    described["model_args"] = {**described.get("model_args", {}), **arguments}
+    (folder / "config.json").write_text(json.dumps(described))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model": "local-dir:no/such"}, "no/such is neither a run nor a model folder from timm"),
+        ({"model": "hf-hub:a b"}, "--model hf-hub:a b cannot be loaded: "),
+        ({"model": "mc_vit_4_4_32"}, "--pretrained: the Hugging Face Hub has no weights for mc_vit_4_4_32$"),
+        ({"model": "resnetx"}, "unknown model 'resnetx'"),
+        ({"weights": "x.pth"}, "--pretrained brings its own weights; leave --weights x.pth out"),
+        ({"patch_init": "whiten"}, "--patch-init whiten would overwrite the patch projection from --pretrained; give"),
+        ({"depth": 3}, "does not fit the model"),
+        ({"mean": (0.5, 0.5, 2)}, "--mean .* is out of range; allowed: above 0, at most 1"),
+    ],
+    ids=["no folder", "no name", "no weights", "no model", "two sources", "whitened", "another depth", "mean"],
+)
+def test_what_cannot_be_a_start_is_refused(
+    theirs: Path, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    common = {**COMMON, "attention": "timm", "model": f"local-dir:{theirs}", "runs_dir": str(tmp_path / "runs")}
+    with pytest.raises(UserError, match=message):
+        train(**{**common, "pretrained": True, **settings})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_folder_without_weights_or_with_arguments_that_are_no_settings_is_refused(theirs: Path) -> None:
+    config = ModelConfig(f"local-dir:{theirs}", pretrained=True)
+    change(theirs, class_token=False, act_layer=None, in_chans=3)
+    with pytest.raises(UserError, match="was built with class_token=False, which no setting can repeat"):
+        resolve_source(config)
+    change(theirs, class_token=None)
+    save_file({}, theirs / "other.safetensors")
+    (theirs / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="has no weights; it needs a file model.safetensors or pytorch_model.bin"):
+        resolve_source(config)
+
+
+def test_without_a_network_the_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fake_hub() as hub:
+        use_hub(hub, tmp_path, monkeypatch)
+    with pytest.raises(UserError, match="cannot be reached, and the model is not in the cache"):
+        train(model="test_vit", pretrained=True, runs_dir=str(tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
