@@ -173,7 +173,7 @@ class Export:
     to: Literal["onnx", "torch-export", "safetensors", "timm"] = "onnx"
     """onnx and torch-export write a program that takes uint8 images; safetensors and timm write weights and a config"""
     quantize: Literal["int8"] | None = None
-    """onnx: 8-bit weights; prints the accuracy on the run's evaluation images of both programs, this one and the exact"""
+    """onnx only: 8-bit weights; the accuracy with them and without is measured on the run's evaluation images"""
     output: OutputPath = None
     """file, or folder for timm; default: a name in export/ in the run's folder"""
 

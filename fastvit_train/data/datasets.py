@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
@@ -49,7 +48,7 @@ class Split:
         return decode_all(self.images.take(samples.tolist()), image_size)
 
     def square_pixels(self, samples: Tensor, image_size: int) -> Tensor:
-        """Return these samples' images as `pixels` does, but always resized: uint8 (samples, 3, image_size, image_size)."""
+        """Return these samples' images, resized: uint8 (samples, 3, image_size, image_size)."""
         images = self.pixels(samples, image_size)
         if images.shape[-2:] == (image_size, image_size):
             return images

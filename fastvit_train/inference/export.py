@@ -71,8 +71,8 @@ def export_run(
 
     Raises:
         UserError: if the model is not available, if it cannot be exported to that format, if a logit of the exported
-            model, before it is quantized, differs by more than `TOLERANCE`, or if the data set of a model to quantize is
-            not available. Nothing is written then.
+            model, before it is quantized, differs by more than `TOLERANCE`, or if the data set to measure the accuracy
+            on is not available. Nothing is written then.
     """
     if to not in FORMATS:
         raise UserError(f"unknown format {to!r}; allowed: {', '.join(FORMATS)}")

@@ -17,8 +17,8 @@ BATCH_SIZE = 256
 def quantize_program(program: Path, path: Path) -> None:
     """Write the ONNX `program` to `path` with 8-bit weights, one scale per output of a layer.
 
-    Tokens are converted to 8 bits when they are multiplied, with a scale from their own range (dynamic quantization), so
-    that no images are needed to calibrate it.
+    Tokens are converted to 8 bits when they are multiplied, with a scale from their own range (dynamic quantization):
+    no images are needed to calibrate it.
 
     Raises:
         Exception: anything, if onnxruntime cannot quantize the program.

@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
+from huggingface_hub import constants
 from PIL import Image
 from timm.models import save_for_hf
 

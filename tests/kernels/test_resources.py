@@ -14,7 +14,6 @@ from fastvit_kernels.resources.machine_code import PIPES, Instruction, work
 from fastvit_kernels.resources.variants import SHAPES
 from tests.support import run
 
-
 LIKE_SM_86 = (89, 120)
 """chips with as much shared memory per program as sm_86; only bf16 is compiled for them here, to save minutes"""
 
