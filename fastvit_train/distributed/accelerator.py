@@ -135,6 +135,14 @@ def deterministic() -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = cudnn_switches
 
 
+def emulates_bf16(accelerator: Accelerator) -> bool:
+    """Return whether the run computes in bf16 on a CPU that has no instructions for it, which is slower than fp32."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return (
+        accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and capability in ("NO AVX", "AVX2")
+    )
+
+
 def device_name(device: torch.device) -> str:
     """Return the name of the GPU, or the kind of another device."""
     if device.type == "cuda":

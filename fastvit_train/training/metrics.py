@@ -14,7 +14,7 @@ from fastvit_train.config.init_from import FINAL
 from fastvit_train.config.overrides import flatten
 from fastvit_train.config.timm_config import write_timm_config
 from fastvit_train.distributed import sync
-from fastvit_train.distributed.accelerator import device_name
+from fastvit_train.distributed.accelerator import device_name, emulates_bf16
 from fastvit_train.models.evaluator import Evaluation
 from fastvit_train.runs import findings
 from fastvit_train.runs.comparison import table
@@ -71,6 +71,8 @@ def log_introduction(session: TrainSession, threads: str, resuming: bool, messag
         f"{device_name(accelerator.device)}; world size {accelerator.num_processes}; "
         f"mixed precision {accelerator.mixed_precision}; {threads}"
     )
+    if emulates_bf16(accelerator):
+        log.line("warning: this processor computes bf16 by emulation, which is slower than fp32: leave bf16 out")
     if session.batch_size != config.run.batch_size:
         log.line(
             f"batch size {session.batch_size} instead of {config.run.batch_size}: the training set has no more images"

@@ -35,6 +35,18 @@ def test_the_next_run_in_a_process_has_its_own_precision(small_config: SmallConf
     assert recorded["precision"] == "bf16"
 
 
+@on_a_cpu
+@pytest.mark.parametrize(("capability", "warns"), [("AVX2", True), ("AVX512", False)])
+def test_bf16_that_a_cpu_would_emulate_is_warned_of(
+    small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capability: str, warns: bool
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    fit(small_config(epochs=1, precision="bf16", exp_name="low"))
+    fit(small_config(epochs=1, exp_name="full"))
+    low, full = ((tmp_path / "runs" / name / "train.log").read_text() for name in ("low", "full"))
+    assert ("this processor computes bf16 by emulation" in low) == warns and "emulation" not in full
+
+
 @pytest.mark.parametrize("written", [False, "no"])
 def test_no_in_yaml_is_no_mixed_precision(written: object) -> None:
     assert override(TrainConfig(), {"precision": written}, "a file").run.precision == "no"
