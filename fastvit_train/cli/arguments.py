@@ -11,6 +11,7 @@ RunFolders = Annotated[tuple[Path, ...], arg(metavar="RUN ...", help_behavior_hi
 Images = Annotated[tuple[str, ...], arg(metavar="[IMAGE ...]", help_behavior_hint="")]
 RecipeName = Annotated[tuple[str, ...], arg(metavar="[RECIPE]", help_behavior_hint="")]
 Repository = Annotated[str, arg(metavar="USER/NAME")]
+Search = Annotated[tuple[str, ...], arg(metavar="SETTING=VALUES ...", help_behavior_hint="")]
 Checkpoint = Annotated[str | None, arg(metavar="best|last|STEP")]
 AttentionName = Annotated[str | None, arg(metavar="NAME")]
 License = Annotated[str | None, arg(metavar="NAME")]

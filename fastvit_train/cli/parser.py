@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -48,8 +49,9 @@ def parse(
     defaults: dict[str, Any] = {}
     if issubclass(takes, Settings):
         config, source = base_config(args)
+        required = {field.name: tyro.MISSING for field in fields(takes) if _is_required(field)}
         defaults["default"] = takes(
-            config=source, run=config.run, model=config.model, data=config.data, optim=config.optim
+            config=source, run=config.run, model=config.model, data=config.data, optim=config.optim, **required
         )
     try:
         with contextlib.redirect_stderr(io.StringIO()), _respect_no_color():
@@ -65,6 +67,10 @@ def parse(
         if stop.code in (0, None):
             raise
         raise UserError(explain(args, verb, takes, verbs)) from None
+
+
+def _is_required(field: Field[Any]) -> bool:
+    return field.default is MISSING and field.default_factory is MISSING
 
 
 def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:

@@ -1,13 +1,15 @@
 """The verbs that train or prepare training runs; each imports what it needs when it runs."""
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-from fastvit_train.cli.arguments import ConfigFile, Pattern, RecipeName
+from fastvit_train.cli.arguments import ConfigFile, Pattern, RecipeName, Search
 from fastvit_train.config.names import check_attention_name
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from fastvit_train.config.validation import FolderName, checked
 from fastvit_train.profiling.scaling_options import PlanOptions
 from fastvit_train.utils.errors import UserError
 
@@ -108,6 +110,36 @@ def plan(command: Plan) -> None:
     from fastvit_train.profiling.scaling import plan_run
 
     plan_run(config, command.plan)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sweep(Settings):
+    """Search for the best settings, on held-out training images.
+
+    Takes the flags of train. The same command in several processes shares the trials out; a stopped sweep goes on.
+    """
+
+    search: Search
+    """what to search: lr=1e-3..3e-2:log, depth=2..6, or momentum=0.9,0.95"""
+    trials: int = 20
+    """number of trials in all"""
+    name: str = "sweep"
+    """name of the sweep's folder in --runs-dir"""
+    prune: bool = True
+    """stop trials early that are worse than half of the others after the same epoch"""
+
+
+def sweep(command: Sweep) -> None:
+    if command.trials < 1:
+        raise UserError(f"--trials {command.trials} is out of range; allowed: 1 or more")
+    if find_spec("optuna") is None:
+        raise UserError("sweep needs optuna; pip install optuna")
+    config = command.training
+    from fastvit_train.distributed import preflight
+    from fastvit_train.training.sweep.study import sweep
+
+    preflight.check_single_process("sweep")
+    sweep(config, command.search, command.trials, checked("name", command.name, FolderName, "--name"), command.prune)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ VERBS: dict[str, tuple[type[Any], Callable[[Any], int | None]]] = {
     "train": (training_verbs.Train, training_verbs.train),
     "profile": (training_verbs.Profile, training_verbs.profile),
     "plan": (training_verbs.Plan, training_verbs.plan),
+    "sweep": (training_verbs.Sweep, training_verbs.sweep),
     "eval": (inference_verbs.Eval, inference_verbs.evaluate),
     "predict": (inference_verbs.Predict, inference_verbs.predict),
     "inspect": (inference_verbs.Inspect, inference_verbs.inspect),

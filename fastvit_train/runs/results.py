@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fastvit_train.config.overrides import override
+from fastvit_train.config.schema import TrainConfig
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.utils.errors import UserError, printable
 from fastvit_train.utils.safe_load import read_json
@@ -141,11 +143,12 @@ def _checked_text(text: str) -> str:
 
 def _results_so_far(folder: RunFolder) -> dict[str, Any]:
     settings, rows = folder.read_config(), read_jsonl(folder.metrics)
+    run = override(TrainConfig(), settings, str(folder.config)).run
     results = {
         **{key: _checked_text(str(settings[key])) for key in ("model", "dataset", "recipe")},
         "evaluated_on": "holdout" if settings["holdout"] else "test",
         "epochs": 0,
-        "planned_epochs": settings["epochs"],
+        "planned_epochs": run.epochs + sum(run.extend),
     }
     if not rows:
         return results

@@ -1,0 +1,178 @@
+"""The trials of a sweep: each is a run of its own, in a process of its own; optuna chooses their settings."""
+
+import math
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+import optuna
+from filelock import FileLock, Timeout
+from optuna.distributions import BaseDistribution
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from fastvit_train.config import settings_file
+from fastvit_train.config.overrides import marked, override, to_plain
+from fastvit_train.config.schema import TrainConfig
+from fastvit_train.config.validation import Mark
+from fastvit_train.runs.run_folder import RunFolder, read_jsonl
+from fastvit_train.training.sweep.results import RUN, write_results
+from fastvit_train.training.sweep.space import parse
+from fastvit_train.utils.console import Terminal
+from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.safe_load import read_json
+
+JOURNAL, LOCK, ERRORS = "sweep.journal", ".sweep.lock", "errors"
+POLL_SECONDS = 0.2
+FIRST_UNPRUNED = 5
+"""trials that are trained to their end before any is stopped early"""
+
+
+def sweep(config: TrainConfig, words: Sequence[str], trials: int, name: str, prune: bool) -> None:
+    """Search for the settings with the highest accuracy on held-out training images.
+
+    The folder `runs_dir/name` holds a run per trial, and what is known of the trials. If the sweep was stopped, it is
+    continued, trials under way included. The same command in several processes at once shares the trials out.
+
+    Args:
+        config: the settings that all trials have in common.
+        words: what to search, see `space.parse`.
+        trials: how many in all.
+        name: of the sweep's folder.
+        prune: stop trials that after an epoch are below the median of the others after the same epoch.
+
+    Raises:
+        UserError: if the search is not valid, if nothing is held out, if the folder holds another sweep, or if the
+            first trial fails.
+    """
+    if not config.data.holdout:
+        raise UserError("a sweep chooses on held-out training images, never on the test set; give --holdout 0.1")
+    space = parse(words, config)
+    folder = Path(config.run.runs_dir) / name
+    study = _open(folder, config, words, prune)
+    console = Terminal()
+    while (started := _start_trial(study, space, folder, trials)) is not None:
+        trial, claim = started
+        with claim:
+            _run(study, trial, config, folder, console)
+    console.print(write_results(study.get_trials(), folder))
+
+
+def _open(folder: Path, config: TrainConfig, words: Sequence[str], prune: bool) -> optuna.Study:
+    """Open the study in `folder`, or create it."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not (folder / JOURNAL).exists():
+            raise UserError(f"{folder} holds something else than a sweep; give another --name")
+    except OSError as error:
+        raise UserError(f"can't write {folder} ({error.strerror or error}); choose another --runs-dir") from None
+    with FileLock(folder / LOCK):
+        study = optuna.create_study(
+            study_name="sweep",
+            storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
+            sampler=optuna.samplers.TPESampler(seed=config.run.seed, constant_liar=True),
+            pruner=optuna.pruners.MedianPruner(FIRST_UNPRUNED) if prune else optuna.pruners.NopPruner(),
+            direction="maximize",
+            load_if_exists=True,
+        )
+        settings = {key: value for key, value in to_plain(config).items() if key not in marked(Mark.MAY_CHANGE)}
+        recorded = {"search": sorted(words), "settings": settings}
+        if study.user_attrs not in ({}, recorded):
+            raise UserError(f"{folder} holds a sweep with another search or other settings; give another --name")
+        for key, value in recorded.items():
+            study.set_user_attr(key, value)
+    return study
+
+
+def _start_trial(
+    study: optuna.Study, space: dict[str, BaseDistribution], folder: Path, trials: int
+) -> tuple[Trial, AbstractContextManager[object]] | None:
+    """Choose the next trial and claim it for this process; None if there are enough."""
+    with FileLock(folder / LOCK):
+        for abandoned in _abandoned(study, folder):
+            study.enqueue_trial(abandoned.params, {RUN: abandoned.user_attrs[RUN]})
+            study.tell(abandoned.number, state=TrialState.FAIL)
+        runs = {trial.user_attrs[RUN] for trial in study.get_trials(deepcopy=False) if RUN in trial.user_attrs}
+        waiting = study.get_trials(deepcopy=False, states=[TrialState.WAITING])
+        if len(runs) >= trials and not waiting:
+            return None
+        trial = study.ask(space)
+        if RUN not in trial.user_attrs:
+            trial.set_user_attr(RUN, f"trial-{len(runs) + 1:04d}")
+        return trial, _claim(folder, trial.user_attrs[RUN]).acquire()
+
+
+def _abandoned(study: optuna.Study, folder: Path) -> list[FrozenTrial]:
+    """Return the trials that no process is training although they have begun."""
+    found = []
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
+        with suppress(Timeout), _claim(folder, trial.user_attrs[RUN]).acquire(blocking=False):
+            found.append(trial)
+    return found
+
+
+def _claim(folder: Path, run: str) -> FileLock:
+    return FileLock(folder / f".{run}.lock")
+
+
+def _run(study: optuna.Study, trial: Trial, config: TrainConfig, folder: Path, console: Terminal) -> None:
+    """Train a trial, and tell the study its accuracy."""
+    run, searched = trial.user_attrs[RUN], " ".join(f"{key}={value}" for key, value in trial.params.items())
+    own = override(config, {**trial.params, "runs_dir": str(folder), "exp_name": run}, "the sweep")
+    with tempfile.TemporaryDirectory() as temporary:
+        with _training(own, Path(temporary)) as process:
+            pruned = _watch(process, trial, RunFolder(folder / run))
+        errors = (Path(temporary) / ERRORS).read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    if pruned:
+        study.tell(trial, state=TrialState.PRUNED)
+        result = "stopped early"
+    elif process.returncode:
+        study.tell(trial, state=TrialState.FAIL)
+        reason = errors[-1] if errors else f"exit status {process.returncode}"
+        if not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+            raise UserError(f"{run} ({searched}) failed: {reason.removeprefix('fastvit_train: error: ')}")
+        result = f"failed: {reason}"
+    else:
+        accuracy = float(read_json(folder / run / "summary.json")["test_accuracy"])
+        study.tell(trial, accuracy)
+        result = f"accuracy {accuracy:.2%}, best {study.best_value:.2%} ({study.best_trial.user_attrs[RUN]})"
+    console.print(f"{run}: {searched}  {result}", soft_wrap=True)
+
+
+@contextmanager
+def _training(config: TrainConfig, temporary: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Train in another process; if this one is interrupted, the other writes a checkpoint and ends too."""
+    file = temporary / "trial.yaml"
+    file.write_text(settings_file.to_file(config), encoding="utf-8")
+    command = [sys.executable, "-m", "fastvit_train", "--config", str(file), "--resume", "auto"]
+    with open(temporary / ERRORS, "wb") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+            process.wait()
+
+
+def _watch(process: subprocess.Popen[bytes], trial: Trial, run: RunFolder) -> bool:
+    """Report the accuracy after each epoch until the process ends; returns whether the trial is to be stopped early."""
+    reported = 0
+    while True:
+        ended = process.poll() is not None
+        rows = read_jsonl(run.metrics)
+        for row in rows[reported:]:
+            if math.isfinite(row["test_accuracy"]):
+                trial.report(row["test_accuracy"], row["epoch"])
+        reported = len(rows)
+        if ended:
+            return False
+        if reported and trial.should_prune():
+            return True
+        time.sleep(POLL_SECONDS)
