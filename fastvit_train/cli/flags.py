@@ -148,12 +148,17 @@ def is_flag(word: str) -> bool:
     return False
 
 
+def is_required(field: Field[Any]) -> bool:
+    """Whether the field of a verb's dataclass has no default."""
+    return field.default is MISSING and field.default_factory is MISSING
+
+
 def _flags_of_field(field: Field[Any], declared: Any) -> list[Flag]:
     hint, optional = _without_none(declared)
     several = get_origin(hint) is tuple
     if several:
         hint = get_args(hint)[0]
-    if field.default is MISSING and field.default_factory is MISSING:
+    if is_required(field):
         return [Flag(field.name, hint, several=several, required=not several)]
     name = field.name.replace("_", "-")
     if declared is bool:  # bool | None takes its value as a word

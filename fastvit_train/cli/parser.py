@@ -4,13 +4,13 @@ import contextlib
 import io
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, Field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 
-from fastvit_train.cli.flags import given
+from fastvit_train.cli.flags import given, is_required
 from fastvit_train.cli.messages import explain, missing_value
 from fastvit_train.cli.training_verbs import Settings
 from fastvit_train.config import settings_file
@@ -49,7 +49,7 @@ def parse(
     defaults: dict[str, Any] = {}
     if issubclass(takes, Settings):
         config, source = base_config(args)
-        required = {field.name: tyro.MISSING for field in fields(takes) if _is_required(field)}
+        required = {field.name: tyro.MISSING for field in fields(takes) if is_required(field)}
         defaults["default"] = takes(
             config=source, run=config.run, model=config.model, data=config.data, optim=config.optim, **required
         )
@@ -67,10 +67,6 @@ def parse(
         if stop.code in (0, None):
             raise
         raise UserError(explain(args, verb, takes, verbs)) from None
-
-
-def _is_required(field: Field[Any]) -> bool:
-    return field.default is MISSING and field.default_factory is MISSING
 
 
 def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
