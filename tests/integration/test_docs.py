@@ -245,4 +245,6 @@ def run_command(command: str) -> None:
         args += [*SMALL, "--attention", "fused"]
     elif args[0] in ("profile", "plan"):
         args += ["--steps", "1", "--depth", "1", "--attention", "fused"]
+    elif args[0] == "sweep":
+        args += [*SMALL[2:], "--attention", "fused"]
     run_main(args, command)
