@@ -41,6 +41,8 @@ class Flag:
     """the value may also be None"""
     several: bool = False
     """the flag takes one or more values"""
+    length: int = 0
+    """number of values that the flag takes if it takes several; 0: any number"""
     switch: bool = False
     """the flag takes no value"""
     required: bool = False
@@ -76,6 +78,8 @@ class Flag:
             words = f"a name, such as {', '.join(self.choices[:4])}"
         else:
             words = TYPE_NAMES.get(self.type, "a value")
+        if self.length:
+            return f"{self.length} of {words}"
         return f"{words}; or several" if self.several and not self.positional else words
 
     def accepts(self, value: str) -> bool:
@@ -156,6 +160,7 @@ def is_required(field: Field[Any]) -> bool:
 def _flags_of_field(field: Field[Any], declared: Any) -> list[Flag]:
     hint, optional = _without_none(declared)
     several = get_origin(hint) is tuple
+    length = 0 if not several or Ellipsis in get_args(hint) else len(get_args(hint))
     if several:
         hint = get_args(hint)[0]
     if is_required(field):
@@ -163,7 +168,7 @@ def _flags_of_field(field: Field[Any], declared: Any) -> list[Flag]:
     name = field.name.replace("_", "-")
     if declared is bool:  # bool | None takes its value as a word
         return [Flag(f"--{prefix}{name}", bool, switch=True) for prefix in ("", "no-")]
-    return [Flag(f"--{name}", hint, optional=optional, several=several)]
+    return [Flag(f"--{name}", hint, optional=optional, several=several, length=length)]
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:

@@ -42,6 +42,8 @@ def explain(args: Sequence[str], verb: str, takes: type[Any], verbs: Sequence[st
         for value in values:
             if not flag.accepts(value):
                 return _wrong_value(flag, value)
+        if flag.length and len(values) != flag.length:
+            return f"{flag.name} takes {flag.length} values, not {len(values)}; allowed: {flag.allowed}"
     return _missing_arguments(verb, takes) if missing else f"the arguments cannot be read; see {verb} {HELP}"
 
 

@@ -20,6 +20,8 @@ from fastvit_train.config.recipes import DEFAULT_RECIPE, recipe
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.utils.errors import UserError
 
+START = {"--init-from": "init_from", "--weights": "weights"}
+"""the flags that name what a run starts from, and their settings"""
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs)
 Command = TypeVar("Command")
 
@@ -79,7 +81,7 @@ def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
         UserError: if one of these flags has no value, if the recipe is unknown, or if the file or the run can't be
             read.
     """
-    values: dict[str, str | None] = {"--recipe": None, "--config": None, "--init-from": None, "--weights": None}
+    values: dict[str, str | None] = dict.fromkeys(("--recipe", "--config", *START))
     for flag, words in given(args, Settings):
         if flag is not None and flag.name in values:
             if not words:
@@ -89,10 +91,9 @@ def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
     settings = _read_config(Path(path)) if path else {}
     name = settings.get("recipe", DEFAULT_RECIPE) if values["--recipe"] is None else values["--recipe"]
     base = recipe(str(name))
-    settings = {**with_model_of(settings), "recipe": base.run.recipe}
-    if (run := values["--init-from"]) is not None:
-        weights = {} if values["--weights"] is None else {"weights": values["--weights"]}
-        settings |= with_model_of(weights, run)
+    start = {key: values[flag] for flag, key in START.items() if values[flag] not in (None, "None")}
+    settings = settings | with_model_of(start) if "init_from" in start else with_model_of({**settings, **start})
+    settings["recipe"] = base.run.recipe
     return override(base, settings, path or "the flags"), path
 
 

@@ -15,24 +15,23 @@ NOT_TAKEN = ("attention", "block", "num_classes", "pretrained", "init_from", "we
 """the settings of a model that another data set or another machine may need to be different"""
 
 
-def with_model_of(settings: dict[str, Any], run: str | None = None) -> dict[str, Any]:
-    """Return `settings`, by name, and under them those of the model of a finished run, if there is one to start from.
+def with_model_of(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return `settings`, by name, and under them those of the model of the run that they start from, if any.
 
     Args:
         settings: from flags, a file or keyword arguments; names have - or _.
-        run: the run's folder; by default the one that `settings` name, if any.
 
     Raises:
-        UserError: if it is not the folder of a finished run, or if `settings` name other weights.
+        UserError: if `init_from` is not the folder of a finished run, or if `settings` name other weights.
     """
     settings = {key.replace("-", "_"): value for key, value in settings.items()}
-    run = settings.get("init_from") if run is None else run
+    run = settings.get("init_from")
     if run is None:
         return settings
     model = _model_of(str(run))
-    if settings.get("weights", model["weights"]) != model["weights"]:
+    if settings.get("weights") not in (None, model["weights"]):
         raise UserError(f"--init-from {run} brings its own weights; leave --weights {settings['weights']} out")
-    return {**model, **settings}
+    return {**model, **settings, "weights": model["weights"]}
 
 
 def _model_of(run: str) -> dict[str, Any]:

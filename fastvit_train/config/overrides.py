@@ -43,14 +43,19 @@ def override(config: TrainConfig, settings: dict[str, Any], source: str) -> Trai
     return _converted(config, settings, source)
 
 
-def validate(config: TrainConfig) -> None:
-    """Raise UserError for the first setting that has the wrong type or is out of range."""
-    _converted(config, flatten(config), "the settings")
+def validate(config: TrainConfig) -> TrainConfig:
+    """Return `config` with each value converted to the type of its setting.
+
+    Raises:
+        UserError: for the first setting that has the wrong type or is out of range, or if settings exclude each other.
+    """
+    config = _converted(config, flatten(config), "the settings")
     model = config.model
+    source = f"--weights {model.weights}" if model.init_from is None else f"--init-from {model.init_from}"
     if model.pretrained and model.weights is not None:
-        raise UserError(f"--pretrained brings its own weights; leave --weights {model.weights} out")
+        raise UserError(f"--pretrained brings its own weights; leave {source} out")
     if model.patch_init == "whiten" and (model.pretrained or model.weights is not None):
-        source = "--pretrained" if model.pretrained else f"--weights {model.weights}"
+        source = "--pretrained" if model.pretrained else source
         raise UserError(
             f"--patch-init whiten would overwrite the patch projection from {source}; give --patch-init random"
         )
@@ -60,6 +65,7 @@ def validate(config: TrainConfig) -> None:
         raise UserError(
             "--patience ends with the best epoch's weights, and --average-last with an average; give one of them"
         )
+    return config
 
 
 def _converted(config: TrainConfig, settings: dict[str, Any], source: str) -> TrainConfig:

@@ -42,15 +42,6 @@ class ResolvedConfig:
     def optim(self) -> OptimConfig:
         return self.settings.optim
 
-    @property
-    def cycles(self) -> tuple[int, ...]:
-        """Epochs of the run without its extensions, and of each extension; the schedule begins again with each."""
-        return (self.run.epochs, *self.run.extend)
-
-    @property
-    def total_epochs(self) -> int:
-        return sum(self.cycles)
-
     def with_name(self, exp_name: str) -> "ResolvedConfig":
         """Return the same configuration for a run of another name."""
         run = replace(self.run, exp_name=exp_name)

@@ -7,15 +7,16 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fastvit_train.config.validation import (
-    Channels,
     Color,
     Count,
+    Deviations,
     FolderName,
     Fraction,
     ImageSide,
     LayerCount,
     Magnitude,
     Mark,
+    Means,
     MlpRatio,
     NonNegative,
     NonNegativeInt,
@@ -37,7 +38,7 @@ class ModelConfig:
     """Model. Unset options take the model's own defaults."""
 
     model: Text = "mc_vit_4_4_32"
-    """one of our models, any timm model name, hf-hub:USER/MODEL, or local-dir:FOLDER as written by timm"""
+    """one of our models or any timm model name; with --pretrained also hf-hub:USER/MODEL or local-dir:FOLDER"""
     pretrained: bool = False
     """start from the weights that the model was published with"""
     attention: Annotated[Text, Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = "auto"
@@ -46,15 +47,15 @@ class ModelConfig:
     """cpp: one CPU kernel per block, triton: a GPU kernel for half of it, torch: operators, auto: cpp where it fits"""
     weights: Annotated[Text | None, Mark.MAY_CHANGE, Mark.PATH] = None
     """initialize from this .pth or .safetensors file; the compact family's and the upstream's layouts are converted"""
-    init_from: Annotated[Text | None, Mark.MAY_CHANGE, Mark.PATH] = None
+    init_from: Annotated[Text | None, Mark.PATH] = None
     """start from the model and the weights of this finished run, also with other classes or another --image-size"""
     num_classes: Count | None = None
     """number of outputs; default: the number of classes of the data set"""
     image_size: Annotated[ImageSide | None, Mark.NOT_A_DEPARTURE] = None
     """side of the square input in pixels; default: the model's native size"""
-    mean: Channels | None = None
+    mean: Means | None = None
     """mean of red, green and blue in the images, for pixels from 0 to 1; default: the model's own"""
-    std: Channels | None = None
+    std: Deviations | None = None
     """standard deviation of red, green and blue; default: the model's own"""
     patch_size: ImageSide | None = None
     """side of a patch in pixels"""
@@ -212,6 +213,16 @@ class RunConfig:
     """trackers to log to, in addition to the run's own files"""
     telemetry: Annotated[bool, Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = True
     """measure the GPU's energy and utilization; nothing is sent anywhere"""
+
+    @property
+    def cycles(self) -> tuple[int, ...]:
+        """Epochs of the run without its extensions, and of each extension; the schedule begins again with each."""
+        return (self.epochs, *self.extend)
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs of the run with its extensions."""
+        return sum(self.cycles)
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ WITH_NOTES = {
     "per-gpu-train-batch-size batch-size-per-gpu micro-batch-size local-batch-size device-batch-size",
     ("warmup", "it is a fraction of all steps"): "warmup-epochs warmup-steps warmup-iters warmup-ratio warmup-lr "
     "lr-warmup-epochs lr-warmup-steps num-warmup-steps",
-    ("pretrained", "it takes no value"): "pre-trained from-pretrained use-pretrained imagenet-pretrained",
+    ("pretrained", "it takes no value"): "from-pretrained use-pretrained imagenet-pretrained",
     ("init-from", "it takes the folder of a run"): "finetune fine-tune finetune-from start-from",
     (
         "weights",

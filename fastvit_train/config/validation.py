@@ -88,7 +88,8 @@ OperationCount = Annotated[int, Number, Field(ge=1, le=14)]
 Magnitude = Annotated[int, Number, Field(ge=0, le=30)]
 Positive = Annotated[float, Number, Field(gt=0, le=1e9, allow_inf_nan=False)]
 PositiveFraction = Annotated[float, Number, Field(gt=0, le=1, allow_inf_nan=False, description="0.75 means 75%")]
-Channels = tuple[PositiveFraction, PositiveFraction, PositiveFraction]
+Means = tuple[UnitFraction, UnitFraction, UnitFraction]
+Deviations = tuple[Positive, Positive, Positive]
 Precision = Annotated[
     Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)  # `no` in YAML 1.1
 ]

@@ -138,6 +138,8 @@ def write_quantized(run: TrainedModel, path: Path) -> str:
         write_verified(run, "onnx", program)
         try:
             quantize_program(program, path)
+        except OSError:
+            raise
         except Exception as error:  # onnxruntime may raise anything
             raise UserError(f"{run.source} cannot be quantized: {_reason(error)}; leave --quantize out") from None
         before, after = (accuracy(_load_onnx(file), dataset.test, run.image_size) for file in (program, path))

@@ -1,6 +1,7 @@
 """ONNX programs with 8-bit weights: `export --to onnx --quantize int8`."""
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,15 +18,20 @@ BATCH_SIZE = 256
 def quantize_program(program: Path, path: Path) -> None:
     """Write the ONNX `program` to `path` with 8-bit weights, one scale per output of a layer.
 
-    Tokens are converted to 8 bits when they are multiplied, with a scale from their own range (dynamic quantization):
-    no images are needed to calibrate it.
+    Activations are converted to 8 bits when they are multiplied, with one scale for the whole batch (dynamic
+    quantization), so that no images are needed to calibrate it.
 
     Raises:
         Exception: anything, if onnxruntime cannot quantize the program.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(program, path, op_types_to_quantize=PRODUCTS, per_channel=True, weight_type=QuantType.QInt8)
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it recommends a tool to prepare programs, which its user can't follow here
+    try:
+        quantize_dynamic(program, path, op_types_to_quantize=PRODUCTS, per_channel=True, weight_type=QuantType.QInt8)
+    finally:
+        logging.disable(level)
 
 
 def accuracy(logits: Callable[[Tensor], Tensor], split: Split, image_size: int) -> float:

@@ -204,7 +204,8 @@ def _read_config(folder: Path, finished: bool) -> ResolvedConfig:
     num_classes = recorded.model.num_classes or _read_timm_config(folder).get("num_classes")
     if not isinstance(num_classes, int) or not 0 < num_classes <= MAX_CLASSES:
         raise UserError(f"{folder} is not a finished run: its config.json has num_classes {num_classes!r}")
-    return resolve(recorded, num_classes)
+    never_downloads = replace(recorded, model=replace(recorded.model, pretrained=False))
+    return resolve(never_downloads, num_classes)
 
 
 def _read_timm_config(folder: Path) -> dict[str, Any]:

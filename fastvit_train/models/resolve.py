@@ -18,9 +18,8 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
     Raises:
         UserError: if a setting is out of range, or if the model is unknown.
     """
-    validate(config)
-    config = replace(config, model=resolve_source(config.model))
-    validate(config)  # the description of a pretrained model may hold anything
+    config = validate(config)
+    config = validate(replace(config, model=resolve_source(config.model)))  # which a file describes, with any values
     check_model(config.model.model)
     image_size = config.model.image_size or native_image_size(config.model.model)
     return replace(
@@ -47,7 +46,6 @@ def resolve(config: TrainConfig, num_classes: int | None = None) -> ResolvedConf
     settings = fill_defaults(config)
     run, cfg = settings.run, pretrained_cfg_of(settings.model.model)
     assert settings.model.image_size is not None
-    total_epochs = run.epochs + sum(run.extend)
     return ResolvedConfig(
         settings,
         run_dir=Path(run.runs_dir) / str(run.exp_name),
@@ -55,5 +53,5 @@ def resolve(config: TrainConfig, num_classes: int | None = None) -> ResolvedConf
         num_classes=num_classes or settings.model.num_classes or count_classes(settings.data),
         mean=settings.model.mean or tuple(cfg.mean),
         std=settings.model.std or tuple(cfg.std),
-        last_epoch=min(total_epochs, run.stop_after or total_epochs),
+        last_epoch=min(run.total_epochs, run.stop_after or run.total_epochs),
     )

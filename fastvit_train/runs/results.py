@@ -143,12 +143,11 @@ def _checked_text(text: str) -> str:
 
 def _results_so_far(folder: RunFolder) -> dict[str, Any]:
     settings, rows = folder.read_config(), read_jsonl(folder.metrics)
-    run = override(TrainConfig(), settings, str(folder.config)).run
     results = {
         **{key: _checked_text(str(settings[key])) for key in ("model", "dataset", "recipe")},
         "evaluated_on": "holdout" if settings["holdout"] else "test",
         "epochs": 0,
-        "planned_epochs": run.epochs + sum(run.extend),
+        "planned_epochs": override(TrainConfig(), settings, str(folder.config)).run.total_epochs,
     }
     if not rows:
         return results

@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -146,22 +146,21 @@ class RunFolder:
         Raises:
             UserError: if the run is not finished, or was extended by other numbers of epochs.
         """
-        saved = self.read_config()
-        before, extend = tuple(saved["extend"]), config.run.extend
+        saved = override(TrainConfig(), self.read_config(), str(self.config))
+        before, extend = saved.run.extend, config.run.extend
         if extend == before:
             return
         if extend[: len(before)] != before:
             already = " ".join(map(str, before))
             raise UserError(f"{self.root} was extended with --extend {already}; repeat these numbers before any others")
-        trained = config.run.epochs + sum(before)
-        if state.epoch < trained:
+        if state.epoch < saved.run.total_epochs:
             raise UserError(
-                f"{self.root} has trained {state.epoch} of its {trained} epochs; finish it before --extend, with "
-                "--resume must"
+                f"{self.root} has trained {state.epoch} of its {saved.run.total_epochs} epochs; finish it before "
+                "--extend, with --resume must"
             )
         with self._writing():
-            settings = override(TrainConfig(), {**saved, "extend": extend}, str(self.config))
-            atomic_io.write_atomically(self.config, settings_file.to_file(settings))
+            extended = replace(saved, run=replace(saved.run, extend=extend))
+            atomic_io.write_atomically(self.config, settings_file.to_file(extended))
 
     def acquire_lock(self) -> tuple[lock.RunLock, list[str]]:
         """Acquire the folder's lock; returns it and messages about a lock that a dead process left.

@@ -30,7 +30,7 @@ def default_group(config: TrainConfig) -> str:
     source = _plain(Path(data.data_dir).resolve().name) if data.dataset == "folder" else ""
     parts = [] if recipe == DEFAULT_RECIPE else [recipe]
     parts += [] if recipe.endswith(f"-{data.dataset}") else [source or data.dataset]
-    model = _plain(config.model.model.rpartition("/")[2])  # it may be hf-hub:USER/MODEL
+    model = _plain(Path(re.sub("^(hf-hub|local-dir):", "", config.model.model)).name)
     return "-".join([*parts, model])
 
 

@@ -89,7 +89,7 @@ def fit_together(
 
 def _progress_bar(session: TrainSession) -> ProgressBar:
     """Build the progress bar of a run, or of several runs that train together."""
-    epochs = session.config.total_epochs
+    epochs = session.config.run.total_epochs
     total_steps = epochs * session.train_loader.steps_per_epoch
     return ProgressBar(session.log.console, total_steps, epochs, session.accelerator.num_processes)
 

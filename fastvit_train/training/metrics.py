@@ -3,6 +3,7 @@
 import json
 import platform
 import shlex
+from itertools import accumulate
 from typing import Any
 
 import accelerate
@@ -54,7 +55,7 @@ def log_introduction(session: TrainSession, threads: str, resuming: bool, messag
         log.line(f"initialized from {config.model.weights}")
     if config.optim.freeze:
         trained = sum(p.numel() for p in session.bare_model.parameters() if p.requires_grad)
-        log.line(f"{trained:,} of them are trained: the first {counted(config.optim.freeze, 'layer')} are frozen")
+        log.line(f"{trained:,} of them are trained: {counted(config.optim.freeze, 'layer')} frozen")
     for line in messages:
         log.line(line)
     if session.compile_seconds is not None:
@@ -77,11 +78,10 @@ def log_introduction(session: TrainSession, threads: str, resuming: bool, messag
         log.line(
             f"batch size {session.batch_size} instead of {config.run.batch_size}: the training set has no more images"
         )
-    if config.run.extend:
-        first, peak = config.total_epochs - config.run.extend[-1] + 1, config.optim.lr
+    for before, epochs in zip(accumulate(config.run.cycles), config.run.extend, strict=False):
         log.line(
-            f"extended by {counted(config.run.extend[-1], 'epoch')}: the {config.optim.schedule} schedule begins again "
-            f"at epoch {first}, with a peak learning rate of {peak:g}"
+            f"extended by {counted(epochs, 'epoch')}: the {config.optim.schedule} schedule begins again at epoch "
+            f"{before + 1}, with a peak learning rate of {config.optim.lr:g}"
         )
     if resuming:
         log.line(f"resuming {session.folder.root} after epoch {session.state.epoch}, step {session.state.step}")
@@ -113,7 +113,7 @@ def record_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: fl
         losses = enumerate(state.epoch_losses, start=first)
         session.metrics_buffer.add(session.folder.steps, [{"step": step, "loss": loss} for step, loss in losses])
     session.log.line(
-        f"epoch {metrics['epoch']:>3}/{config.total_epochs}  train loss {metrics['train_loss']:.4f}  "
+        f"epoch {metrics['epoch']:>3}/{config.run.total_epochs}  train loss {metrics['train_loss']:.4f}  "
         f"{session.dataset.evaluated_on} loss {evaluation.loss:.4f}  "
         f"{session.dataset.name} accuracy {evaluation.accuracy:.2%}  "
         f"{metrics['images_per_second']:,.0f} img/s  {seconds + eval_seconds:.1f} s{_gpu_words(metrics)}"
@@ -231,7 +231,7 @@ def _write_summary(session: TrainSession, summary: dict[str, Any]) -> None:
 
 def _next_step(session: TrainSession) -> str:
     """Return what to do next: train the remaining epochs, or look at the results."""
-    epochs = session.config.total_epochs
+    epochs = session.config.run.total_epochs
     if session.state.epoch < epochs and not is_out_of_patience(session):
         return f"repeat the command with --resume auto and without --stop-after to train up to epoch {epochs}"
     return f"fastvit report {shlex.quote(str(session.folder.root))}"

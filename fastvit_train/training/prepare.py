@@ -123,7 +123,7 @@ def prepare(
     )
     if config.run.compile:
         compile_model(model, accelerator.device, not whole_step and supports_cuda_graphs(config, accelerator))
-    scheduler = Schedule(optimizer, config.optim, config.cycles, inputs.train_loader.steps_per_epoch)
+    scheduler = Schedule(optimizer, config.optim, config.run.cycles, inputs.train_loader.steps_per_epoch)
     ema, average = build_ema(model, config, accelerator), build_average(model, config)
     model, prepared_optimizer = parallelize.prepare(accelerator, model, optimizer, use_ddp=not whole_step)
     # after the model: the order determines their names in a checkpoint

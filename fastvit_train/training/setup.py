@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
@@ -170,7 +171,7 @@ def set_up(
     if resuming != is_resuming(resolved, folder, launch, resume, overwrite):
         raise UserError(f"{folder.root} has changed while this run was being set up; start it again")
     state, damaged = load_checkpoint(folder, trained, inputs, launch) if resuming else (TrainState(), [])
-    trained.scheduler.step_update(state.step)  # of the optimizer's state it is not, once --extend begins the next cycle
+    trained.scheduler.step_update(state.step)  # the checkpoint has the last rate of the cycle before, if one begins now
     sync.broadcast_from_rank0(launch.accelerator, lambda: open_folder(folder, resolved, state, resuming, launch.log))
     stack.push(lambda kind, *_: folder.remove_unless_resumable() if kind else None)
     session = TrainSession(
@@ -225,6 +226,9 @@ def check_folder(
         The configuration, and whether the run is resumed.
     """
     accelerator = launch.accelerator
+    start = config.model.init_from
+    if start is not None and Path(start).resolve() == folder.root.resolve():
+        raise UserError(f"--init-from {start} is the run that would be written; give another --exp-name")
     sync.broadcast_from_rank0(accelerator, RunLock(folder.root).check_free)
     resuming = is_resuming(config, folder, launch, resume, overwrite)
     recorded_in = None

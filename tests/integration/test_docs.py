@@ -214,6 +214,11 @@ def read_flags(command: str) -> Any:
         path = Path(args[args.index("--config") + 1])
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("recipe: quickstart\n")
+    if "--init-from" in args:
+        run = Path(args[args.index("--init-from") + 1])
+        run.mkdir(parents=True, exist_ok=True)
+        (run / "config.yaml").write_text("recipe: quickstart\n")
+        (run / "model.safetensors").touch()
     read: list[Any] = [None]
     with pytest.MonkeyPatch.context() as patch:
         for verb, (takes, _) in list(VERBS.items()):

@@ -54,13 +54,12 @@ def test_other_classes_and_another_size_from_the_command_line(source: Path, tmp_
     assert all(torch.equal(ours[name], theirs[name]) for name in same)
 
 
-def test_a_resumed_run_does_not_need_the_run_that_it_started_from(source: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_does_not_read_the_weights_again(source: Path, tmp_path: Path) -> None:
     common = {"runs_dir": str(tmp_path / "runs"), "epochs": 2, "attention": "fused", "batch_size": 240}
     train(init_from=str(source), exp_name="whole", **common)
     train(init_from=str(source), exp_name="parts", stop_after=1, **common)
-    (source / "model.safetensors").rename(source / "elsewhere.safetensors")
-    settings = RunFolder(source.parent / "parts").read_config()
-    train(resume="must", **{**settings, "init_from": None, "stop_after": None})
+    (source / "model.safetensors").write_text("something else")
+    train(init_from=str(source), exp_name="parts", resume="must", **common)
     whole, parts = (load_file(source.parent / name / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
@@ -72,8 +71,9 @@ def test_a_resumed_run_does_not_need_the_run_that_it_started_from(source: Path, 
         ({"weights": "other.pth"}, "brings its own weights; leave --weights other.pth out"),
         ({"embed_dim": 48}, "does not fit the model: .*24"),
         ({"model": "c_vit_4_4_32"}, "does not fit the model"),
+        ({"patch_init": "whiten"}, "would overwrite the patch projection from --init-from .*source; give --patch-init"),
     ],
-    ids=["nothing there", "two sources", "another width", "another model"],
+    ids=["nothing there", "two sources", "another width", "another model", "whitened"],
 )
 def test_what_cannot_be_a_start_is_refused(
     source: Path, tmp_path: Path, settings: dict[str, Any], message: str
@@ -81,6 +81,13 @@ def test_what_cannot_be_a_start_is_refused(
     with pytest.raises(UserError, match=message):
         train(**{"init_from": str(source), "runs_dir": str(tmp_path / "new"), "exp_name": "next", **settings})
     assert not (tmp_path / "new").exists()
+
+
+def test_a_run_is_not_written_over_the_run_that_it_starts_from(source: Path) -> None:
+    before = (source / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="is the run that would be written; give another --exp-name"):
+        train(init_from=str(source), runs_dir=str(source.parent), exp_name="source", overwrite=True, attention="fused")
+    assert (source / "model.safetensors").read_bytes() == before
 
 
 def test_two_sources_and_an_unfinished_run_are_one_line_on_the_command_line(source: Path, tmp_path: Path) -> None:
@@ -115,7 +122,7 @@ def test_frozen_layers_keep_their_weights_and_all_others_change(
     for name, value in start.items():
         # the softmax of the pooling removes the effect of its bias
         assert torch.equal(value, ended[name]) == (name in frozen) or name == "attention_pool.bias", name
-    assert "of them are trained: the first 2 layers are frozen" in (tmp_path / "runs" / "run" / "train.log").read_text()
+    assert "of them are trained: 2 layers frozen" in (tmp_path / "runs" / "run" / "train.log").read_text()
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw", "nmuon", "decay all"])

@@ -18,7 +18,7 @@ from fastvit_train.models.pretrained.source import resolve_source
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.training.loop import train
 from fastvit_train.utils.errors import UserError
-from tests.inference.fake_hub import FakeHub, Repo, fake_hub, use_hub
+from tests.inference.fake_hub import TOKEN, FakeHub, Repo, fake_hub, use_hub
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 COMMON: dict[str, Any] = {"epochs": 1, "lr": 0.0, "batch_size": 360, "attention": "fused"}
@@ -37,7 +37,7 @@ def theirs(tmp_path: Path) -> Path:
     """A folder that timm wrote, of one of its own models with a normalization of its own."""
     model = timm.create_model("test_vit", num_classes=7)
     model.pretrained_cfg = {**model.pretrained_cfg, "mean": MEAN, "std": STD}
-    save_for_hf(model, str(tmp_path / "theirs"))
+    save_for_hf(model, str(tmp_path / "theirs"), safe_serialization=True)
     return tmp_path / "theirs"
 
 
@@ -70,16 +70,24 @@ def test_a_folder_of_timm_with_another_size_and_other_classes(theirs: Path, tmp_
     assert tuned.model.pos_embed.shape[1] == 2 * 2 + 1 != weights["pos_embed"].shape[1]
 
 
-def test_settings_and_the_native_size_without_the_weights(theirs: Path) -> None:
-    config = resolve_source(ModelConfig(f"local-dir:{theirs}", std=(0.7, 0.7, 0.7)))
-    assert config == ModelConfig("test_vit", image_size=160, mean=MEAN, std=(0.7, 0.7, 0.7))
+def test_what_is_not_given_is_that_of_the_published_model(theirs: Path) -> None:
+    config = resolve_source(ModelConfig(f"local-dir:{theirs}", pretrained=True, std=(0.7, 0.7, 0.7)))
+    weights = str(theirs / "model.safetensors")
+    assert config == ModelConfig("test_vit", image_size=160, mean=MEAN, std=(0.7, 0.7, 0.7), weights=weights)
     assert resolve_source(ModelConfig("test_vit")) == ModelConfig("test_vit")
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
+def test_models_that_record_how_they_pool(name: str, tmp_path: Path) -> None:
+    save_for_hf(timm.create_model(name), str(tmp_path), safe_serialization=True)
+    assert resolve_source(ModelConfig(f"local-dir:{tmp_path}", pretrained=True)).model == name
 
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     with fake_hub() as hub:
         use_hub(hub, tmp_path, monkeypatch)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield hub
 
 
@@ -112,12 +120,23 @@ def change(folder: Path, **arguments: object) -> None:
         ({"model": "hf-hub:a b"}, "--model hf-hub:a b cannot be loaded: "),
         ({"model": "mc_vit_4_4_32"}, "--pretrained: the Hugging Face Hub has no weights for mc_vit_4_4_32$"),
         ({"model": "resnetx"}, "unknown model 'resnetx'"),
+        ({"pretrained": False}, "names a pretrained model; add --pretrained to start from its weights"),
         ({"weights": "x.pth"}, "--pretrained brings its own weights; leave --weights x.pth out"),
         ({"patch_init": "whiten"}, "--patch-init whiten would overwrite the patch projection from --pretrained; give"),
         ({"depth": 3}, "does not fit the model"),
-        ({"mean": (0.5, 0.5, 2)}, "--mean .* is out of range; allowed: above 0, at most 1"),
+        ({"mean": (0.5, 0.5, 2)}, "--mean 2.* is out of range; allowed: at least 0, at most 1"),
     ],
-    ids=["no folder", "no name", "no weights", "no model", "two sources", "whitened", "another depth", "mean"],
+    ids=[
+        "no folder",
+        "no name",
+        "no weights",
+        "no model",
+        "no flag",
+        "two sources",
+        "whitened",
+        "another depth",
+        "mean",
+    ],
 )
 def test_what_cannot_be_a_start_is_refused(
     theirs: Path, tmp_path: Path, settings: dict[str, Any], message: str
@@ -130,10 +149,10 @@ def test_what_cannot_be_a_start_is_refused(
 
 def test_a_folder_without_weights_or_with_arguments_that_are_no_settings_is_refused(theirs: Path) -> None:
     config = ModelConfig(f"local-dir:{theirs}", pretrained=True)
-    change(theirs, class_token=False, act_layer=None, in_chans=3)
-    with pytest.raises(UserError, match="was built with class_token=False, which no setting can repeat"):
+    change(theirs, reg_tokens=1, act_layer=None, in_chans=3)
+    with pytest.raises(UserError, match="was built with reg_tokens=1, which no setting can repeat"):
         resolve_source(config)
-    change(theirs, class_token=None)
+    change(theirs, reg_tokens=None)
     save_file({}, theirs / "other.safetensors")
     (theirs / "model.safetensors").unlink()
     with pytest.raises(UserError, match="has no weights; it needs a file model.safetensors or pytorch_model.bin"):

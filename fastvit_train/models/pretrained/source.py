@@ -9,6 +9,7 @@ import timm
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
+from timm.models import get_model_args
 
 from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models.build import check_model, check_timm_folder, pretrained_cfg_of
@@ -26,17 +27,21 @@ SET_OTHERWISE = ("num_classes", "img_size", "initializer_range", "drop_rate", "a
 
 
 def resolve_source(config: ModelConfig) -> ModelConfig:
-    """Replace a name of pretrained weights by what it stands for; other settings stay as they are.
+    """Replace --pretrained and the name of a pretrained model by what they stand for.
 
-    `model` may name a model of timm, `hf-hub:USER/MODEL` or `local-dir:FOLDER`. Settings that are None are filled in.
-    If `pretrained` is set, `weights` names the file in the result instead.
+    `model` may name a model of timm, `hf-hub:USER/MODEL` or `local-dir:FOLDER`. Settings that are None are filled in,
+    `weights` among them. Without `pretrained`, nothing is downloaded or changed.
 
     Raises:
         UserError: if the model or its weights are not there, or if settings cannot describe the model.
     """
-    folder = _folder_of(config)
-    if folder is None:
+    if not config.pretrained:
+        if config.model.startswith((FOLDER, HUB)):
+            raise UserError(
+                f"--model {config.model} names a pretrained model; add --pretrained to start from its weights"
+            )
         return config
+    folder = _folder_of(config.model)
     check_timm_folder(folder)
     described = read_json(folder / "config.json")
     cfg = described.get("pretrained_cfg")
@@ -50,35 +55,31 @@ def resolve_source(config: ModelConfig) -> ModelConfig:
         "image_size": _side(arguments.get("img_size") or cfg.get("input_size")),
         "mean": _channels(cfg.get("mean")),
         "std": _channels(cfg.get("std")),
-        "weights": str(_weights_in(folder, config.model)) if config.pretrained else None,
+        "weights": str(_weights_in(folder, config.model)),
     }
     unset = {name: value for name, value in found.items() if getattr(config, name) is None}
     return replace(config, model=named, pretrained=False, **unset)
 
 
-def _folder_of(config: ModelConfig) -> Path | None:
-    """Return the folder with the model's config.json and its weights; None for a name that needs none."""
-    if config.model.startswith(FOLDER):
-        return Path(config.model.removeprefix(FOLDER))
-    if config.model.startswith(HUB):
-        return _download(config.model, config.model.removeprefix(HUB), config.pretrained)
-    if not config.pretrained:
-        return None
-    check_model(config.model)
-    cfg = pretrained_cfg_of(config.model)
+def _folder_of(model: str) -> Path:
+    """Return the folder with the model's config.json and its weights; what is not in the cache is downloaded."""
+    if model.startswith(FOLDER):
+        return Path(model.removeprefix(FOLDER))
+    if model.startswith(HUB):
+        return _download(model, model.removeprefix(HUB))
+    check_model(model)
+    cfg = pretrained_cfg_of(model)
     if cfg.hf_hub_id is None:
         where = f"; they are at {cfg.url}: download them and give --weights FILE" if cfg.url else ""
-        raise UserError(f"--pretrained: the Hugging Face Hub has no weights for {config.model}{where}")
-    return _download(config.model, str(cfg.hf_hub_id), weights=True)
+        raise UserError(f"--pretrained: the Hugging Face Hub has no weights for {model}{where}")
+    return _download(model, str(cfg.hf_hub_id))
 
 
-def _download(source: str, repo: str, weights: bool) -> Path:
-    """Download a model of the Hub, unless it is in the cache; returns its folder."""
+def _download(source: str, repo: str) -> Path:
     with offline_if_unreachable() if needs_hub(source) else nullcontext(True) as reachable:
         try:
             folder = Path(hf_hub_download(repo, "config.json")).parent
-            if weights:
-                _download_weights(repo)
+            _download_weights(repo)
             return folder
         except Exception as error:  # a name that is not valid or an unreachable host can raise any exception
             reason = unreachable_reason(source) if not reachable else str(error) or type(error).__name__
@@ -102,7 +103,7 @@ def _weights_in(folder: Path, source: str) -> Path:
 def _check_arguments(source: str, name: str, arguments: dict[str, Any]) -> None:
     """Raise UserError for arguments of the model that no setting can repeat."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        usual = {"global_pool": getattr(timm.create_model(name), "global_pool", None), "in_chans": 3}
+        usual = {"in_chans": 3, **get_model_args(timm.create_model(name))}
     others = [
         f"{key}={value!r}"
         for key, value in arguments.items()

@@ -39,7 +39,7 @@ def build_average(model: nn.Module, config: ResolvedConfig) -> AveragedModel | N
     last = config.run.average_last
     if last is None:
         return None
-    if last > (fewest := min(config.cycles)):
+    if last > (fewest := min(config.run.cycles)):
         flag = "--epochs" if fewest == config.run.epochs else "--extend"
         raise UserError(f"--average-last {last} needs more epochs than {flag} {fewest}")
     if env.uses_fsdp():
@@ -52,7 +52,7 @@ def add_to_average(session: TrainSession) -> None:
     last, epoch = session.config.run.average_last, session.state.epoch
     if session.average is None or last is None:
         return
-    end = next(end for end in accumulate(session.config.cycles) if epoch <= end)
+    end = next(end for end in accumulate(session.config.run.cycles) if epoch <= end)
     if epoch == end - last + 1:
         session.average.n_averaged.zero_()
     if epoch > end - last:
@@ -73,7 +73,7 @@ def bring_back(session: TrainSession) -> str:
         What they are: "last epoch", "best epoch" or "average". The latter two have to be evaluated.
     """
     run, state, log = session.config.run, session.state, session.log
-    if session.average is not None and state.epoch == session.config.total_epochs:
+    if session.average is not None and state.epoch == session.config.run.total_epochs:
         session.accelerator.unwrap_model(session.eval_model).load_state_dict(session.average.module.state_dict())
         log.line(f"the final weights are the average of those after the last {counted(run.average_last or 0, 'epoch')}")
         return "average"

@@ -9,6 +9,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 
 from fastvit_train.config.schema import OptimConfig
+from fastvit_train.utils.errors import UserError, counted
 
 WARMUP_START = 0.01  # of the peak learning rate
 
@@ -40,14 +41,20 @@ class Schedule:
 
 
 def _build(optimizer: torch.optim.Optimizer, config: OptimConfig, steps: int) -> Scheduler:
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched="poly" if config.schedule == "linear" else config.schedule,
-        num_epochs=steps,
-        decay_rate=1.0 if config.schedule == "linear" else 0.1,
-        warmup_epochs=round(config.warmup * steps),
-        warmup_lr=config.lr * WARMUP_START,
-        step_on_epochs=False,
-        updates_per_epoch=1,  # so that everything above counts in optimizer steps
-    )
+    """Build timm's schedule of `steps` optimizer steps; UserError if they are too few for it."""
+    try:
+        scheduler, _ = create_scheduler_v2(
+            optimizer,
+            sched="poly" if config.schedule == "linear" else config.schedule,
+            num_epochs=steps,
+            decay_rate=1.0 if config.schedule == "linear" else 0.1,
+            warmup_epochs=round(config.warmup * steps),
+            warmup_lr=config.lr * WARMUP_START,
+            step_on_epochs=False,
+            updates_per_epoch=1,  # so that everything above counts in optimizer steps
+        )
+    except ValueError as error:
+        raise UserError(
+            f"--schedule {config.schedule} is not possible in {counted(steps, 'step')} ({error}); train for more epochs"
+        ) from None
     return scheduler
