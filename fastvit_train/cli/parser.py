@@ -14,7 +14,7 @@ from fastvit_train.cli.flags import given, is_required
 from fastvit_train.cli.messages import explain, missing_value
 from fastvit_train.cli.training_verbs import Settings
 from fastvit_train.config import settings_file
-from fastvit_train.config.init_from import with_model_of
+from fastvit_train.config.init_from import with_model_of, with_underscores
 from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import DEFAULT_RECIPE, recipe
 from fastvit_train.config.schema import TrainConfig
@@ -92,9 +92,11 @@ def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
     name = settings.get("recipe", DEFAULT_RECIPE) if values["--recipe"] is None else values["--recipe"]
     base = recipe(str(name))
     start = {key: values[flag] for flag, key in START.items() if values[flag] not in (None, "None")}
-    settings = settings | with_model_of(start) if "init_from" in start else with_model_of({**settings, **start})
-    settings["recipe"] = base.run.recipe
-    return override(base, settings, path or "the flags"), path
+    if "init_from" in start:
+        settings = {**with_underscores(settings), **with_model_of(start)}
+    else:
+        settings = with_model_of({**settings, **start})
+    return override(base, {**settings, "recipe": base.run.recipe}, path or "the flags"), path
 
 
 def _read_config(path: Path) -> dict[str, Any]:

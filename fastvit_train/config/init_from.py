@@ -24,14 +24,18 @@ def with_model_of(settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: if `init_from` is not the folder of a finished run, or if `settings` name other weights.
     """
-    settings = {key.replace("-", "_"): value for key, value in settings.items()}
-    run = settings.get("init_from")
+    run = settings.get("init_from", settings.get("init-from"))
     if run is None:
         return settings
-    model = _model_of(str(run))
+    settings, model = with_underscores(settings), _model_of(str(run))
     if settings.get("weights") not in (None, model["weights"]):
         raise UserError(f"--init-from {run} brings its own weights; leave --weights {settings['weights']} out")
     return {**model, **settings, "weights": model["weights"]}
+
+
+def with_underscores(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return `settings` by their names as keyword arguments."""
+    return {key.replace("-", "_"): value for key, value in settings.items()}
 
 
 def _model_of(run: str) -> dict[str, Any]:
@@ -44,6 +48,6 @@ def _model_of(run: str) -> dict[str, Any]:
     weights = folder / FINAL
     if not weights.is_file():
         raise UserError(f"--init-from {run} is not finished: it has no {FINAL}; continue it with --resume must first")
-    settings = {**to_plain(TrainConfig()), **{key.replace("-", "_"): value for key, value in recorded.items()}}
+    settings = {**to_plain(TrainConfig()), **with_underscores(recorded)}
     taken = {field.name: settings[field.name] for field in fields(ModelConfig) if field.name not in NOT_TAKEN}
     return {**taken, "init_from": run, "weights": str(weights), "patch_init": "random"}
