@@ -39,14 +39,14 @@ class ModelConfig:
 
     model: Text = "mc_vit_4_4_32"
     """one of our models or any timm model name; with --pretrained also hf-hub:USER/MODEL or local-dir:FOLDER"""
-    pretrained: bool = False
-    """start from the weights that the model was published with"""
     attention: Annotated[Text, Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = "auto"
     """naive, fused, sdpa, compiled, cpp, triton, or auto, which measures and takes the fastest"""
     block: Annotated[Literal["auto", "torch", "cpp", "triton"], Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = "auto"
     """cpp: one CPU kernel per block, triton: a GPU kernel for half of it, torch: operators, auto: cpp where it fits"""
     weights: Annotated[Text | None, Mark.MAY_CHANGE, Mark.PATH] = None
     """initialize from this .pth or .safetensors file; the compact family's and the upstream's layouts are converted"""
+    pretrained: bool = False
+    """start from the weights that the model was published with"""
     init_from: Annotated[Text | None, Mark.PATH] = None
     """start from the model and the weights of this finished run, also with other classes or another --image-size"""
     num_classes: Count | None = None

@@ -75,7 +75,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("--optimizer adahessian", "optimizer 'adahessian' can't be used: it needs second derivatives"),
         ("--exp-name a/b", "--exp-name 'a/b' is not allowed; allowed: a plain folder name"),
         ("recipes --unknown", "unknown flag --unknown; recipes --help"),
-        ("frobnicate", "unknown verb 'frobnicate'; allowed: train, profile, plan, eval"),
+        ("frobnicate", "unknown verb 'frobnicate'; allowed: train, profile, plan, sweep, eval"),
         ("trian --epochs 3", "unknown verb 'trian' .did you mean train"),
         ("--epochs 3 eval", "unknown argument eval; a verb comes first: eval --epochs 3"),
         ("profile --steps 0", "--steps 0 is out of range; allowed: 1 or more"),

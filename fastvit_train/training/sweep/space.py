@@ -75,8 +75,8 @@ def _choices(name: str, values: str, config: TrainConfig) -> CategoricalDistribu
 
 
 def _value(name: str, text: str) -> Any:
-    """Return a value as YAML would hold it."""
-    return {"true": True, "false": False, "none": None}.get(text.lower(), text)
+    """Return a value as a file of settings holds it."""
+    return {"True": True, "False": False, "None": None}.get(text, text)
 
 
 def _check(name: str, value: str, config: TrainConfig) -> None:
