@@ -35,9 +35,9 @@ def trials(runs: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def test_trials_are_runs_with_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(command(tmp_path, "--trials", 2))
+    main(command(tmp_path, "--trials", 1))
     folder, done = tmp_path / "sweep", trials(tmp_path)
-    assert [trial.state for trial in done] == [TrialState.COMPLETE] * 2
+    assert [trial.state for trial in done] == [TrialState.COMPLETE]
     for trial in done:
         run = folder / trial.user_attrs["run"]
         summary, config = read_summary(run), (run / "config.yaml").read_text()
@@ -53,16 +53,14 @@ def test_trials_are_runs_with_a_table_and_a_picture(tmp_path: Path, capsys: pyte
         colors = {color for _, color in picture.convert("RGB").getcolors(2**20) or ()}
     assert (0, 0x72, 0xB2) in colors, "the finished trials are drawn"
     printed = capsys.readouterr().out
-    assert "trial-0002" in printed and f"best {best.value:.2%}" in printed and "sweep.png" in printed
-    main(command(tmp_path, "--trials", 2))  # nothing is left to train
-    assert len(trials(tmp_path)) == 2
-    main(command(tmp_path, "--trials", 3))
-    assert len(trials(tmp_path)) == 3
+    assert f"best {best.value:.2%} (trial-0001)" in printed and "sweep.png" in printed
+    main(command(tmp_path, "--trials", 1))  # nothing is left to train
+    assert len(trials(tmp_path)) == 1
 
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_with_the_trial_under_way(tmp_path: Path) -> None:
-    flags = command(tmp_path, "--trials", 2, "--epochs", 200, "--no-prune")
+    flags = command(tmp_path, "--trials", 2, "--epochs", 60, "--no-prune")
     process = subprocess.Popen(
         [sys.executable, "-m", "fastvit_train", *flags], env=environment(), start_new_session=True
     )
@@ -73,7 +71,7 @@ def test_a_killed_sweep_goes_on_with_the_trial_under_way(tmp_path: Path) -> None
     (before,) = trials(tmp_path)
     assert before.state == TrialState.RUNNING
     epochs = len(read_jsonl(run / "metrics.jsonl"))
-    assert epochs < 200
+    assert epochs < 60
     done = subprocess.run(
         [sys.executable, "-m", "fastvit_train", *flags], env=environment(), capture_output=True, text=True, timeout=900
     )
@@ -81,7 +79,7 @@ def test_a_killed_sweep_goes_on_with_the_trial_under_way(tmp_path: Path) -> None
     finished = [trial for trial in trials(tmp_path) if trial.state == TrialState.COMPLETE]
     assert [trial.user_attrs["run"] for trial in finished] == ["trial-0001", "trial-0002"]
     assert finished[0].params == before.params
-    assert [row["epoch"] for row in read_jsonl(run / "metrics.jsonl")] == list(range(1, 201))
+    assert [row["epoch"] for row in read_jsonl(run / "metrics.jsonl")] == list(range(1, 61))
     assert "resuming" in (run / "train.log").read_text()
 
 
@@ -100,11 +98,11 @@ def test_two_processes_share_the_trials_out(tmp_path: Path) -> None:
 def test_hopeless_trials_are_stopped_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without any learning, the accuracy stays below that of others; the first trial has no others."""
     monkeypatch.setattr(studies, "FIRST_UNPRUNED", 1)
-    flags = ["sweep", "lr=0.006,0", *SMALL[:-1], "60", "--runs-dir", str(tmp_path), "--trials", "6"]
+    flags = ["sweep", "lr=0.006,0", *SMALL[:-1], "20", "--runs-dir", str(tmp_path), "--trials", "6"]
     main(flags)
     done = trials(tmp_path)
     stopped = [trial for trial in done if trial.state == TrialState.PRUNED]
-    assert stopped and all(trial.params["lr"] == "0" and max(trial.intermediate_values) < 60 for trial in stopped)
+    assert stopped and all(trial.params["lr"] == "0" and max(trial.intermediate_values) < 20 for trial in stopped)
     assert "stopped early" in (tmp_path / "sweep" / "sweep.md").read_text()
 
 
@@ -115,7 +113,7 @@ def test_hopeless_trials_are_stopped_early(tmp_path: Path, monkeypatch: pytest.M
         (["--trials", "0"], "--trials 0 is out of range; allowed: 1 or more"),
         (["--name", "a/b"], "--name 'a/b' is not allowed; allowed: a plain folder name"),
         (["lr=2..1"], "lr=2..1 is empty"),
-        (["--num-heads", "3"], "trial-0001 .* failed: .*3"),
+        pytest.param(["--num-heads", "3"], "trial-0001 .* failed: .*3", marks=pytest.mark.slow),
     ],
     ids=["no holdout", "no trials", "path", "empty range", "first trial fails"],
 )
@@ -131,6 +129,7 @@ def test_mistakes_are_one_line(
     assert "trial-0001" in error or not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_another_search_does_not_go_on_with_this_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def settings(**changes: Any) -> list[str]:
         return command(tmp_path, "--trials", 1, *(f"--{key}={value}" for key, value in changes.items()))
