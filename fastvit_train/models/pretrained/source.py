@@ -114,7 +114,7 @@ def _check_arguments(source: str, name: str, arguments: dict[str, Any]) -> None:
 
 
 def _channels(values: Any) -> tuple[float, float, float] | None:
-    return tuple(values) if isinstance(values, list) and len(values) == 3 else None  # type: ignore[return-value]
+    return tuple(values) if isinstance(values, list) and len(values) == 3 else None
 
 
 def _side(size: Any) -> int | None:
