@@ -107,9 +107,8 @@ def test_two_sources_and_an_unfinished_run_are_one_line_on_the_command_line(sour
         {"attention": "cpp", "block": "cpp"},
         {"attention": "fused", "optimizer": "sgd", "grad_checkpointing": True},
         {"attention": "fused", "optimizer": "adamw", "decay_all": True, "ema": 0.5, "pos_embed": "conv"},
-        pytest.param({"attention": "fused", "compile": True}, marks=pytest.mark.slow),
     ],
-    ids=["operators", "kernel", "checkpointing", "convolutions", "compiled"],
+    ids=["operators", "kernel", "checkpointing", "convolutions"],
 )
 def test_frozen_layers_keep_their_weights_and_all_others_change(
     small_config: SmallConfig, tmp_path: Path, settings: dict[str, Any]
