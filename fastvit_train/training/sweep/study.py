@@ -21,7 +21,7 @@ from fastvit_train.config.overrides import marked, override, to_plain
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.config.validation import Mark
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
-from fastvit_train.training.sweep.results import RUN, write_results
+from fastvit_train.training.sweep.results import RUN, shown, write_results
 from fastvit_train.training.sweep.space import parse
 from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import UserError
@@ -31,6 +31,8 @@ JOURNAL, LOCK, ERRORS = "sweep.journal", ".sweep.lock", "errors"
 POLL_SECONDS = 0.2
 FIRST_UNPRUNED = 5
 """trials that are trained to their end before any is stopped early"""
+UNPRUNED_PART = 1 / 3
+"""part of the epochs that each trial is trained for, since a rate that is best in the end may be slow to begin with"""
 
 
 def sweep(config: TrainConfig, words: Sequence[str], trials: int, name: str, prune: bool) -> None:
@@ -44,7 +46,8 @@ def sweep(config: TrainConfig, words: Sequence[str], trials: int, name: str, pru
         words: what to search, see `space.parse`.
         trials: how many in all.
         name: of the sweep's folder.
-        prune: stop trials that after an epoch are below the median of the others after the same epoch.
+        prune: stop trials that after a third of their epochs or later are below the median of the others after the same
+            epoch.
 
     Raises:
         UserError: if the search is not valid, if nothing is held out, if the folder holds another sweep, or if the
@@ -60,7 +63,7 @@ def sweep(config: TrainConfig, words: Sequence[str], trials: int, name: str, pru
         trial, claim = started
         with claim:
             _run(study, trial, config, folder, console)
-    console.print(write_results(study.get_trials(), folder))
+    console.print(write_results(study.get_trials(), folder), markup=False, soft_wrap=True)
 
 
 def _open(folder: Path, config: TrainConfig, words: Sequence[str], prune: bool) -> optuna.Study:
@@ -72,12 +75,13 @@ def _open(folder: Path, config: TrainConfig, words: Sequence[str], prune: bool) 
             raise UserError(f"{folder} holds something else than a sweep; give another --name")
     except OSError as error:
         raise UserError(f"can't write {folder} ({error.strerror or error}); choose another --runs-dir") from None
+    epochs = math.ceil(config.run.total_epochs * UNPRUNED_PART)
     with FileLock(folder / LOCK):
         study = optuna.create_study(
             study_name="sweep",
             storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
             sampler=optuna.samplers.TPESampler(seed=config.run.seed, constant_liar=True),
-            pruner=optuna.pruners.MedianPruner(FIRST_UNPRUNED) if prune else optuna.pruners.NopPruner(),
+            pruner=optuna.pruners.MedianPruner(FIRST_UNPRUNED, epochs) if prune else optuna.pruners.NopPruner(),
             direction="maximize",
             load_if_exists=True,
         )
@@ -123,7 +127,7 @@ def _claim(folder: Path, run: str) -> FileLock:
 
 def _run(study: optuna.Study, trial: Trial, config: TrainConfig, folder: Path, console: Terminal) -> None:
     """Train a trial, and tell the study its accuracy."""
-    run, searched = trial.user_attrs[RUN], " ".join(f"{key}={value}" for key, value in trial.params.items())
+    run, searched = trial.user_attrs[RUN], " ".join(f"{key}={shown(value)}" for key, value in trial.params.items())
     own = override(config, {**trial.params, "runs_dir": str(folder), "exp_name": run}, "the sweep")
     with tempfile.TemporaryDirectory() as temporary:
         with _training(own, Path(temporary)) as process:
@@ -142,7 +146,7 @@ def _run(study: optuna.Study, trial: Trial, config: TrainConfig, folder: Path, c
         accuracy = float(read_json(folder / run / "summary.json")["test_accuracy"])
         study.tell(trial, accuracy)
         result = f"accuracy {accuracy:.2%}, best {study.best_value:.2%} ({study.best_trial.user_attrs[RUN]})"
-    console.print(f"{run}: {searched}  {result}", soft_wrap=True)
+    console.print(f"{run}: {searched}  {result}", markup=False, soft_wrap=True)
 
 
 @contextmanager
