@@ -170,13 +170,12 @@ def _watch(process: subprocess.Popen[bytes], trial: Trial, run: RunFolder) -> bo
     reported = 0
     while True:
         ended = process.poll() is not None
-        rows = read_jsonl(run.metrics)
-        for row in rows[reported:]:
-            if math.isfinite(row["test_accuracy"]):
-                trial.report(row["test_accuracy"], row["epoch"])
-        reported = len(rows)
+        rows = read_jsonl(run.metrics)[reported:]
+        for row in rows:
+            trial.report(row["test_accuracy"], row["epoch"])
+        reported += len(rows)
         if ended:
             return False
-        if reported and trial.should_prune():
+        if rows and trial.should_prune():
             return True
         time.sleep(POLL_SECONDS)
