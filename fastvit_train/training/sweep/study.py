@@ -100,7 +100,7 @@ def _start_trial(
     """Choose the next trial and claim it for this process; None if there are enough."""
     with FileLock(folder / LOCK):
         for abandoned in _abandoned(study, folder):
-            study.enqueue_trial(abandoned.params, {RUN: abandoned.user_attrs[RUN]})
+            study.enqueue_trial(abandoned.params, abandoned.user_attrs)  # the same run, which is resumed
             study.tell(abandoned.number, state=TrialState.FAIL)
         runs = {trial.user_attrs[RUN] for trial in study.get_trials(deepcopy=False) if RUN in trial.user_attrs}
         waiting = study.get_trials(deepcopy=False, states=[TrialState.WAITING])
@@ -113,11 +113,13 @@ def _start_trial(
 
 
 def _abandoned(study: optuna.Study, folder: Path) -> list[FrozenTrial]:
-    """Return the trials that no process is training although they have begun."""
-    found = []
-    for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-        with suppress(Timeout), _claim(folder, trial.user_attrs[RUN]).acquire(blocking=False):
-            found.append(trial)
+    """Return the trials that no process is training although they have begun; the caller holds the sweep's lock."""
+    begun = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
+    found = [trial for trial in begun if RUN not in trial.user_attrs]  # its process was killed before it had a name
+    for trial in begun:
+        if trial not in found:
+            with suppress(Timeout), _claim(folder, trial.user_attrs[RUN]).acquire(blocking=False):
+                found.append(trial)
     return found
 
 

@@ -13,9 +13,11 @@ from optuna.trial import TrialState
 from PIL import Image
 
 from fastvit_train.cli.main import main
+from fastvit_train.config.recipes import recipe
 from fastvit_train.runs.results import read_summary
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.sweep import study as studies
+from fastvit_train.training.sweep.space import parse
 from tests.support import environment, one_line_error, wait_until
 
 SMALL = ["--embed-dim", "16", "--depth", "1", "--num-heads", "2", "--patch-size", "8", "--attention", "fused"]
@@ -81,6 +83,17 @@ def test_a_killed_sweep_goes_on_with_the_trial_under_way(tmp_path: Path) -> None
     assert finished[0].params == before.params
     assert [row["epoch"] for row in read_jsonl(run / "metrics.jsonl")] == list(range(1, 21))
     assert "resuming" in (run / "train.log").read_text()
+
+
+def test_a_trial_whose_process_was_killed_before_it_had_a_name_is_done_again(tmp_path: Path) -> None:
+    arguments = (tmp_path, recipe("quickstart"), ["lr=0.1..0.2"], False)
+    study, space = studies._open(*arguments), parse(["lr=0.1..0.2"], recipe("quickstart"))
+    nameless = study.ask(space)
+    trial, claim = studies._start_trial(studies._open(*arguments), space, tmp_path, trials=1) or pytest.fail("no trial")
+    with claim:
+        assert trial.params == nameless.params and trial.user_attrs["run"] == "trial-0001"
+        assert studies._start_trial(study, space, tmp_path, trials=1) is None
+    assert [each.state for each in study.get_trials()] == [TrialState.FAIL, TrialState.RUNNING]
 
 
 @pytest.mark.slow
