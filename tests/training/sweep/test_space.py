@@ -1,6 +1,8 @@
 """What a sweep searches, and what of it is refused in one line."""
 
 import pytest
+
+pytest.importorskip("optuna")
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from fastvit_train.config.recipes import recipe

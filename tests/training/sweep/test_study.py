@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import optuna
 import pytest
+
+pytest.importorskip("optuna")
+import optuna
 from optuna.trial import TrialState
 from PIL import Image
 
