@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import TrainConfig
 from tests.support import null_gpu
+
+if TYPE_CHECKING:
+    from tests.inference.fake_hub import FakeHub
 
 
 def _let_triton_3_6_interpret_loops() -> None:
@@ -160,3 +164,14 @@ def nan_memory() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["FakeHub"]:
+    """A fake hub that huggingface_hub uses instead of the real one, with a valid token."""
+    from tests.inference.fake_hub import TOKEN, fake_hub, use_hub  # here, since few tests need huggingface_hub
+
+    with fake_hub() as hub:
+        use_hub(hub, tmp_path, monkeypatch)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield hub

@@ -14,8 +14,8 @@ from fastvit_train.cli.flags import given, is_required
 from fastvit_train.cli.messages import explain, missing_value
 from fastvit_train.cli.training_verbs import Settings
 from fastvit_train.config import settings_file
-from fastvit_train.config.init_from import with_model_of, with_underscores
-from fastvit_train.config.overrides import override
+from fastvit_train.config.init_from import with_model_of
+from fastvit_train.config.overrides import override, with_underscores
 from fastvit_train.config.recipes import DEFAULT_RECIPE, recipe
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.utils.errors import UserError

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fastvit_train.config import settings_file
-from fastvit_train.config.overrides import to_plain
+from fastvit_train.config.overrides import to_plain, with_underscores
 from fastvit_train.config.schema import ModelConfig, TrainConfig
 from fastvit_train.utils.errors import UserError
 
@@ -31,11 +31,6 @@ def with_model_of(settings: dict[str, Any]) -> dict[str, Any]:
     if settings.get("weights") not in (None, model["weights"]):
         raise UserError(f"--init-from {run} brings its own weights; leave --weights {settings['weights']} out")
     return {**model, **settings, "weights": model["weights"]}
-
-
-def with_underscores(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return `settings` by their names as keyword arguments."""
-    return {key.replace("-", "_"): value for key, value in settings.items()}
 
 
 def _model_of(run: str) -> dict[str, Any]:

@@ -21,6 +21,11 @@ def to_plain(config: TrainConfig) -> dict[str, Any]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in flatten(config).items()}
 
 
+def with_underscores(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return `settings` by their names as keyword arguments."""
+    return {key.replace("-", "_"): value for key, value in settings.items()}
+
+
 def override(config: TrainConfig, settings: dict[str, Any], source: str) -> TrainConfig:
     """Return `config` with `settings` (by name, with - or _) replaced.
 
@@ -32,7 +37,7 @@ def override(config: TrainConfig, settings: dict[str, Any], source: str) -> Trai
     Raises:
         UserError: if a name is unknown, or if a value has the wrong type or is out of range.
     """
-    given, settings = settings, {key.replace("-", "_"): value for key, value in settings.items()}
+    given, settings = settings, with_underscores(settings)
     if len(settings) < len(given):
         raise UserError(f"{source} has the same key twice, once with - and once with _; remove one of them")
     names = list(flatten(config))

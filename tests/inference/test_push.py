@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from timm.models import save_for_hf
 
 from fastvit_train.cli.main import main
 from fastvit_train.inference.trained_model import load_run
-from tests.inference.fake_hub import TOKEN, FakeHub, fake_hub, use_hub
+from tests.inference.fake_hub import TOKEN, FakeHub, fake_hub
 from tests.support import environment, one_line_error, write_folder
 
 SMALL = (
@@ -38,15 +37,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / "run", symlinks=True)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A fake hub that huggingface_hub uses instead of the real one, with a valid token."""
-    with fake_hub() as hub:
-        use_hub(hub, tmp_path, monkeypatch)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield hub
 
 
 def push(capsys: pytest.CaptureFixture[str], *args: object) -> str:

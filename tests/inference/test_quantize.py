@@ -17,17 +17,10 @@ import torch
 from fastvit_train.cli.main import main
 from fastvit_train.inference.evaluate import evaluate
 from fastvit_train.inference.trained_model import load_run
-from tests.support import one_line_error, write_folder
+from tests.inference.test_export import refused
+from tests.support import write_folder
 
 PRINTED = r"written to (.*): test accuracy on digits (\S+)%, before (\S+)% \(359 images\); (\S+) MB, before (\S+) MB\n"
-
-
-def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        main(["export", *map(str, args)])
-    assert stop.value.code == 2
-    return one_line_error(capsys.readouterr().err)
 
 
 def test_both_accuracies_are_measured_printed_and_recorded(

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from fastvit_train.models.pretrained.source import resolve_source
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.training.loop import train
 from fastvit_train.utils.errors import UserError
-from tests.inference.fake_hub import TOKEN, FakeHub, Repo, fake_hub, use_hub
+from tests.inference.fake_hub import FakeHub, Repo, fake_hub, use_hub
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
 COMMON: dict[str, Any] = {"epochs": 1, "lr": 0.0, "batch_size": 360, "attention": "fused"}
@@ -81,14 +80,6 @@ def test_what_is_not_given_is_that_of_the_published_model(theirs: Path) -> None:
 def test_models_that_record_how_they_pool(name: str, tmp_path: Path) -> None:
     save_for_hf(timm.create_model(name), str(tmp_path), safe_serialization=True)
     assert resolve_source(ModelConfig(f"local-dir:{tmp_path}", pretrained=True)).model == name
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    with fake_hub() as hub:
-        use_hub(hub, tmp_path, monkeypatch)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        yield hub
 
 
 @pytest.mark.parametrize("model", ["hf-hub:timm/test_vit.r160_in1k", "test_vit", "test_vit.r160_in1k"])

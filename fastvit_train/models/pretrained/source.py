@@ -19,7 +19,7 @@ from fastvit_train.utils.safe_load import read_json
 
 FOLDER = "local-dir:"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-"""the names of timm's files of weights; the first one that exists is taken"""
+"""timm's names for a file of weights; of these, the first that exists is loaded"""
 SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "pos_embed")
 """the arguments of a model that are settings too"""
 SET_OTHERWISE = ("num_classes", "img_size", "initializer_range", "drop_rate", "attn_drop_rate", "drop_path_rate")

@@ -73,7 +73,7 @@ def bring_back(session: TrainSession) -> str:
         What they are: "last epoch", "best epoch" or "average". The latter two have to be evaluated.
     """
     run, state, log = session.config.run, session.state, session.log
-    if session.average is not None and state.epoch == session.config.run.total_epochs:
+    if session.average is not None and state.epoch == run.total_epochs:
         session.accelerator.unwrap_model(session.eval_model).load_state_dict(session.average.module.state_dict())
         log.line(f"the final weights are the average of those after the last {counted(run.average_last or 0, 'epoch')}")
         return "average"

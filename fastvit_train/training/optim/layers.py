@@ -7,32 +7,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fastvit_train.utils.errors import UserError
 
 
-def layer_numbers(model: nn.Module, flag: str) -> dict[str, int]:
-    """Return the number of the layer that each parameter belongs to, by the parameter's name.
-
-    Layer 0 turns the image into tokens, each block is one more, and the classifier is the last.
-
-    Args:
-        model: any model with timm's `group_matcher`.
-        flag: what needs the layers, for the error.
-
-    Raises:
-        UserError: if the model does not know its layers.
-    """
+def check_layers(model: nn.Module, flag: str) -> None:
+    """Raise UserError, which names `flag`, unless timm can group the parameters of `model` into layers."""
     if not hasattr(model, "group_matcher"):
         raise UserError(f"{type(model).__name__} does not support {flag}; omit it, or choose another --model")
-    numbers: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
-    return numbers
 
 
 def freeze_first(model: nn.Module, layers: int) -> None:
     """Exclude the parameters of the first `layers` layers from training.
 
+    The first layer turns the image into tokens, each block is one more, and the classifier is the last.
+
     Raises:
-        UserError: if no layer but the classifier would be left, or if a frozen layer has batch normalization, whose
-            statistics would still change.
+        UserError: if the model does not know its layers, if no layer but the classifier would be left, or if a frozen
+            layer has batch normalization, whose statistics would still change.
     """
-    numbers = layer_numbers(model, f"--freeze {layers}")
+    check_layers(model, f"--freeze {layers}")
+    numbers: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
     classifier = max(numbers.values())
     if layers > classifier:
         raise UserError(

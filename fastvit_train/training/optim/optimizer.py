@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastvit_train.config.schema import OptimConfig
 from fastvit_train.models import pretrained_cfg
-from fastvit_train.training.optim.layers import layer_numbers
+from fastvit_train.training.optim.layers import check_layers
 from fastvit_train.training.optim.muon import Muon
 from fastvit_train.utils.errors import UserError, did_you_mean
 
@@ -110,7 +110,7 @@ def _parameter_groups(
     }
     if config.layer_decay is None:
         return param_groups_weight_decay(model, config.weight_decay, **options)
-    layer_numbers(model, f"--layer-decay {config.layer_decay}")
+    check_layers(model, f"--layer-decay {config.layer_decay}")
     return param_groups_layer_decay(
         model,
         config.weight_decay,

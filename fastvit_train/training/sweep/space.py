@@ -33,7 +33,7 @@ def parse(words: Sequence[str], config: TrainConfig) -> dict[str, BaseDistributi
             raise UserError(f"{word!r} says no values; {FORMS}")
         if name not in flatten(config):
             hint = did_you_mean(name, list(flatten(config)))
-            raise UserError(f"{word}: there is no setting {name!r}{hint}; see `fastvit train --help`")
+            raise UserError(f"{word}: unknown setting {name!r}{hint}; see `fastvit train --help`")
         if name in FIXED:
             raise UserError(f"{word}: all trials must have the same {name}, so that they can be compared; leave it out")
         if name in space:
@@ -47,11 +47,11 @@ def parse(words: Sequence[str], config: TrainConfig) -> dict[str, BaseDistributi
 def _range(name: str, values: str, config: TrainConfig) -> BaseDistribution:
     bounds, _, scale = values.partition(":")
     if scale not in ("", "log"):
-        raise UserError(f"{name}={values}: {scale!r} is no scale; {FORMS}")
+        raise UserError(f"{name}={values}: {scale!r} is not a scale; {FORMS}")
     try:
         low, high = map(float, bounds.split(".."))
     except ValueError:
-        raise UserError(f"{name}={values} is no range of two numbers; {FORMS}") from None
+        raise UserError(f"{name}={values} is not a range of two numbers; {FORMS}") from None
     if low >= high:
         raise UserError(f"{name}={values} is empty; the first number must be below the second")
     if scale == "log" and low <= 0:
