@@ -50,6 +50,7 @@ def parse(
     """
     defaults: dict[str, Any] = {}
     if issubclass(takes, Settings):
+        args = _with_fit_memory(args)
         config, source = base_config(args)
         required = {field.name: tyro.MISSING for field in fields(takes) if is_required(field)}
         defaults["default"] = takes(
@@ -97,6 +98,19 @@ def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
     else:
         settings = with_model_of({**settings, **start})
     return override(base, {**settings, "recipe": base.run.recipe}, path or "the flags"), path
+
+
+def _with_fit_memory(args: Sequence[str]) -> list[str]:
+    """Write `--batch-size auto` as --fit-memory, as `override` does with the setting."""
+    rest, written = list(args), []
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.replace("_", "-").partition("=")
+        if name == "--batch-size" and "auto" in (value, *([] if equals else rest[:1])):
+            rest = rest if equals else rest[1:]
+            word = "--fit-memory"
+        written.append(word)
+    return written
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def override(config: TrainConfig, settings: dict[str, Any], source: str) -> Trai
     Raises:
         UserError: if a name is unknown, or if a value has the wrong type or is out of range.
     """
-    given, settings = settings, with_underscores(settings)
+    given, settings = settings, _with_fit_memory(with_underscores(settings))
     if len(settings) < len(given):
         raise UserError(f"{source} has the same key twice, once with - and once with _; remove one of them")
     names = list(flatten(config))
@@ -46,6 +46,13 @@ def override(config: TrainConfig, settings: dict[str, Any], source: str) -> Trai
             hint = suggestion(key, names) or f"allowed: {', '.join(names)}"
             raise UserError(f"unknown key {key!r} in {source}; {hint}")
     return _converted(config, settings, source)
+
+
+def _with_fit_memory(settings: dict[str, Any]) -> dict[str, Any]:
+    """Write batch_size: auto as fit_memory: the batch size of the recipe stays, and decides how the model learns."""
+    if settings.get("batch_size") != "auto":
+        return settings
+    return {**{key: value for key, value in settings.items() if key != "batch_size"}, "fit_memory": True}
 
 
 def validate(config: TrainConfig) -> TrainConfig:

@@ -12,7 +12,8 @@ class ResolvedConfig:
     """A `TrainConfig` with all sizes filled in. `models.resolve.resolve` makes it once per run, for all other code."""
 
     settings: TrainConfig
-    """the settings as config.yaml records them, with the resolved run name, image size and attention"""
+    """the settings as config.yaml records them, with the resolved run name, image size, attention and, with
+    --fit-memory, the batches that fit"""
     run_dir: Path
     """the run's folder"""
     image_size: int
@@ -46,6 +47,11 @@ class ResolvedConfig:
         """Return the same configuration for a run of another name."""
         run = replace(self.run, exp_name=exp_name)
         return replace(self, settings=replace(self.settings, run=run), run_dir=Path(run.runs_dir) / exp_name)
+
+    def with_batches(self, grad_accum: int, eval_batch_size: int) -> "ResolvedConfig":
+        """Return the same configuration with other numbers of micro-batches and of images per evaluation step."""
+        run, optim = replace(self.run, eval_batch_size=eval_batch_size), replace(self.optim, grad_accum=grad_accum)
+        return replace(self, settings=replace(self.settings, run=run, optim=optim))
 
     def with_model(self, **changes: Any) -> "ResolvedConfig":
         """Return the same configuration with other settings of the model, such as its attention."""

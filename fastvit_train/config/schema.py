@@ -189,6 +189,8 @@ class RunConfig:
     """use torch.compile, and on GPUs launch each step as a CUDA graph; the time for this is reported separately"""
     grad_checkpointing: Annotated[bool, Mark.MAY_CHANGE] = False
     """compute the activations of each block again in the backward pass instead of keeping them: less memory, slower"""
+    fit_memory: Annotated[bool, Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = False
+    """split each batch into as few micro-batches as fit in memory, found by trying; so does --batch-size auto"""
     deterministic: Annotated[bool, Mark.MAY_CHANGE] = False
     """compute the same bits in every run, on a GPU too; slower"""
     save_every: Annotated[NonNegativeInt, Mark.MAY_CHANGE] = 0

@@ -23,6 +23,7 @@ FLAGS = {
     "grad-accum": "gradient-accumulation-steps gradient-accumulation grad-accum-steps accumulate-grad-batches "
     "accum-iter accum-steps accumulation-steps accumulate update-freq num-micro-batches",
     "grad-checkpointing": "gradient-checkpointing activation-checkpointing use-checkpoint checkpoint-activations",
+    "fit-memory": "auto-find-batch-size auto-batch-size auto-scale-batch-size scale-batch-size autobatch",
     "compile": "torchcompile torch-compile use-compile jit torchscript",
     "image-size": "img-size input-size imgsz img resolution res crop-size train-crop-size image-res input-res size",
     "num-classes": "nb-classes n-classes nclasses classes nc num-labels n-labels output-dim out-dim num-outputs",

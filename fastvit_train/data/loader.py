@@ -106,8 +106,15 @@ class TrainLoader:
 
     def with_seed(self, seed: int) -> Self:
         """Return the loader of another run with the same images, which both read from the same memory."""
+        return self._copy(seed, self._grad_accum)
+
+    def with_grad_accum(self, grad_accum: int) -> Self:
+        """Return the loader of the same batches in another number of micro-batches."""
+        return self._copy(self._seed, grad_accum)
+
+    def _copy(self, seed: int, grad_accum: int) -> Self:
         return type(self)(
-            self._images, self._labels, self._config, self._preprocess, self._batch_size, self._grad_accum, seed,
+            self._images, self._labels, self._config, self._preprocess, self._batch_size, grad_accum, seed,
             self._rank_info, self._num_classes,
         )  # fmt: skip
 
@@ -196,6 +203,10 @@ class EvalLoader:
         stride = self.batch_size * rank_info.world_size
         self.padded_size = -(-len(labels) // stride) * stride
         """number of samples on all ranks, padding included"""
+
+    def with_batch_size(self, batch_size: int) -> Self:
+        """Return the loader of the same samples in batches of another size."""
+        return type(self)(self._images, self.labels, self._preprocess, batch_size, self._rank_info)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (images, labels, indices); all ranks get the same number of batches of the same size.

@@ -124,6 +124,13 @@ class RunFolder:
         config = self.read_config()
         return {name: str(config[name]) for name in ("attention", "block")}
 
+    def recorded_batches(self) -> tuple[int, int] | None:
+        """Return the micro-batches and the evaluation's batch size of the run here; None if it cannot be resumed."""
+        if not checkpoint.exists(self.checkpoints):
+            return None
+        saved = override(TrainConfig(), self.read_config(), str(self.config))
+        return saved.optim.grad_accum, saved.run.eval_batch_size
+
     def create(self, config: TrainConfig) -> None:
         """Remove an earlier run from the folder and write config.yaml; UserError if it cannot be written.
 

@@ -48,6 +48,12 @@ class Inputs:
         """Return the inputs of another run, which share the images."""
         return replace(self, train_loader=self.train_loader.with_seed(seed))
 
+    def with_batches(self, grad_accum: int, eval_batch_size: int, micro_batch: int) -> Self:
+        """Return the inputs with the same batches in other micro-batches, and with other batches of evaluations."""
+        train_loader = self.train_loader.with_grad_accum(grad_accum)
+        eval_loader = self.eval_loader.with_batch_size(eval_batch_size)
+        return replace(self, train_loader=train_loader, eval_loader=eval_loader, micro_batch=micro_batch)
+
 
 @dataclass(frozen=True)
 class Trained:

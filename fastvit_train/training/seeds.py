@@ -86,6 +86,8 @@ def _check_together(config: TrainConfig, repeat: int) -> None:
         raise UserError("--together needs the images in memory; leave it or --stream always out")
     if config.run.patience is not None:
         raise UserError("--together trains all seeds for the same number of epochs; leave it or --patience out")
+    if config.run.fit_memory:
+        raise UserError("--fit-memory tries one run at a time; leave it or --together out")
     if "wandb" in config.run.track:
         raise UserError("--track wandb can follow one run at a time; leave it or --together out")
 

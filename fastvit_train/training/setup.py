@@ -29,6 +29,7 @@ from fastvit_train.runs.lock import RunLock
 from fastvit_train.runs.log import Log, MetricsBuffer
 from fastvit_train.runs.run_folder import ResumeMode, RunFolder
 from fastvit_train.runs.train_state import TrainState
+from fastvit_train.training.fit_memory import check_fit_memory, fit_in_memory
 from fastvit_train.training.graphed_step import record_steps
 from fastvit_train.training.metrics import log_introduction
 from fastvit_train.training.optim.loss import build_loss
@@ -164,6 +165,10 @@ def set_up(
         whiten(model, resolved, inputs.dataset)
     set_seed(resolved.run.seed, device_specific=True)  # dropout must differ between ranks, weights must not
     resolved, messages = resolve_implementations(resolved, model, inputs, launch.accelerator)
+    if resolved.run.fit_memory and not resuming:
+        resolved, inputs, found = fit_in_memory(resolved, model, inputs, launch.accelerator)
+        messages += found
+    launch.accelerator.gradient_accumulation_steps = resolved.optim.grad_accum
     trained = prepare(resolved, model, optimizer, inputs, launch.accelerator)
     may_rename = config.run.exp_name is None and not (resuming or overwrite)
     resolved, lock_messages = lock_run(resolved, launch.accelerator, stack, may_rename)
@@ -220,7 +225,7 @@ def start_launch(config: ResolvedConfig, stack: ExitStack) -> Launch:
 def check_folder(
     config: ResolvedConfig, folder: RunFolder, launch: Launch, resume: ResumeMode, overwrite: bool
 ) -> tuple[ResolvedConfig, bool]:
-    """Decide whether the run is resumed, and with which attention; nothing is written.
+    """Decide whether the run is resumed, and with which attention and micro-batches; nothing is written.
 
     Returns:
         The configuration, and whether the run is resumed.
@@ -230,6 +235,10 @@ def check_folder(
     if start is not None and Path(start).resolve() == folder.root.resolve():
         raise UserError(f"--init-from {start} is the run that would be written; give another --exp-name")
     sync.broadcast_from_rank0(accelerator, RunLock(folder.root).check_free)
+    if config.run.fit_memory:
+        check_fit_memory()
+        batches = sync.broadcast_from_rank0(accelerator, folder.recorded_batches) if resume != "never" else None
+        config = config.with_batches(*batches) if batches else config
     resuming = is_resuming(config, folder, launch, resume, overwrite)
     recorded_in = None
     if resuming and config.model.attention == AUTO:

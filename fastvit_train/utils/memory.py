@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from fastvit_train.utils import machine
+
 # mallopt's parameters, from malloc.h of glibc
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 NEVER = 2**31 - 1
@@ -58,6 +60,19 @@ def peak_mib(device: torch.device) -> float:
 
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def capacity_mib(device: torch.device, processes: int = 1) -> float:
+    """Return how far `peak_mib` could rise, in MiB: what this process has, and its share of what is free.
+
+    Args:
+        device: a GPU of this process's own, or a CPU.
+        processes: the number that share the CPU's memory.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return (free + torch.cuda.memory_reserved(device)) / 2**20
+    return (machine.available_memory() / processes + psutil.Process().memory_info().rss) / 2**20
 
 
 def saved_for_backward(run: Callable[[], object], parameters: tuple[Tensor, ...]) -> int:
