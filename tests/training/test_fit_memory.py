@@ -134,7 +134,7 @@ def test_batch_size_auto_keeps_the_batch_size_of_the_recipe(words: list[str]) ->
 
 def test_batch_size_auto_in_a_file_of_settings(tmp_path: Path) -> None:
     file = tmp_path / "settings.yaml"
-    file.write_text(json.dumps({"batch-size": "auto", "epochs": 2}))
+    file.write_text(json.dumps({"recipe": "upstream-cifar10", "batch-size": "auto"}))
     command = parse("train", Train, ["--config", str(file)])
     assert command.run.fit_memory
     assert command.run.batch_size == 256
