@@ -14,29 +14,42 @@ from fastvit_kernels.resources.machine_code import PIPES, Instruction, work
 from fastvit_kernels.resources.variants import SHAPES
 from tests.support import run
 
-LIKE_SM_86 = (89, 120)
-"""chips with as much shared memory per program as sm_86; only bf16 is compiled for them here, to save minutes"""
+Plan = dict[int, tuple[str, ...]]
+ONE_DTYPE: Plan = {75: ("fp16",), 80: ("bf16",), 86: ("bf16",)}
+ALL = ("fp32", "bf16", "fp16")
+# sm_89 and sm_120 have as much shared memory per program as sm_86: their fp32 and fp16 would show nothing new.
+EVERYTHING: Plan = {75: ("fp32", "fp16"), 80: ALL, 86: ALL, 89: ("bf16",), 90: ALL, 120: ("bf16",)}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(ONE_DTYPE, marks=pytest.mark.slow), pytest.param(EVERYTHING, marks=pytest.mark.soak)],
+    ids=["one-dtype", "everything"],
+)
+def plan(request: pytest.FixtureRequest) -> Plan:
+    """The dtypes to compile for, by compute capability."""
+    return request.param
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> list[dict[str, Any]]:
-    """All kernels, compiled once for all processes of pytest-xdist: this takes minutes."""
+def rows(plan: Plan, tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> list[dict[str, Any]]:
+    """The planned kernels, compiled once for all processes of pytest-xdist: this takes minutes."""
     own = tmp_path_factory.getbasetemp()
-    file = (own if worker_id == "master" else own.parent) / "resources.json"
+    file = (own if worker_id == "master" else own.parent) / f"resources-{len(plan)}.json"
     with FileLock(f"{file}.lock"):
         if not file.exists():
-            file.write_text(json.dumps(compile_kernels()))
+            file.write_text(json.dumps(compile_kernels(plan)))
     return json.loads(file.read_text())
 
 
-def compile_kernels() -> list[dict[str, Any]]:
+def compile_kernels(plan: Plan) -> list[dict[str, Any]]:
     # A separate process, because in this one the kernels are defined for the interpreter.
     rows: list[dict[str, Any]] = []
-    for capability in CHIPS:  # one at a time, for the time limit of `run`
-        words = [f"sm_{capability}", *(["bf16"] if capability in LIKE_SM_86 else [])]
-        done = run([sys.executable, "-m", "fastvit_kernels.resources", *words, "--json"])
-        assert done.returncode == 0, done.stderr
-        rows += json.loads(done.stdout)
+    for capability, dtypes in plan.items():
+        for words in [[]] if dtypes == ALL else [[dtype] for dtype in dtypes]:
+            done = run([sys.executable, "-m", "fastvit_kernels.resources", f"sm_{capability}", *words, "--json"])
+            assert done.returncode == 0, done.stderr
+            rows += json.loads(done.stdout)
     return rows
 
 
@@ -107,27 +120,23 @@ def test_the_busiest_unit_bounds_the_time() -> None:
     assert microseconds(chip, counts | {"special": 183}, 4, 133, 0) == (pytest.approx(8 * 366 / 1830), "special")
 
 
-@pytest.mark.slow
-def test_every_shape_compiles_for_every_chip(rows: list[dict[str, Any]]) -> None:
-    for chip, limit in {75: 64, 80: 256, 86: 128, 89: 128, 90: 256, 120: 128}.items():
-        shapes = {shape for shape, (tokens, _, _) in SHAPES.items() if tokens <= limit}
-        dtypes = {75: ("fp32", "fp16"), **dict.fromkeys(LIKE_SM_86, ("bf16",))}.get(chip, ("fp32", "bf16", "fp16"))
+def test_every_shape_compiles_for_every_chip(rows: list[dict[str, Any]], plan: Plan) -> None:
+    limits = {75: 64, 80: 256, 86: 128, 89: 128, 90: 256, 120: 128}
+    for chip, dtypes in plan.items():
+        shapes = {shape for shape, (tokens, _, _) in SHAPES.items() if tokens <= limits[chip]}
         seen = {(row["shape"], row["dtype"]) for row in rows if row["capability"] == chip}
         assert seen == {(shape, dtype) for shape in shapes for dtype in dtypes}
 
 
-@pytest.mark.slow
 def test_shared_memory_is_within_the_limit_of_each_chip(rows: list[dict[str, Any]]) -> None:
     assert not [row for row in rows if not 0 < row["shared"] <= row["shared_limit"]]
 
 
-@pytest.mark.slow
 def test_low_precision_runs_on_the_tensor_cores(rows: list[dict[str, Any]]) -> None:
     rows = [row for row in rows if (row["dtype"] != "fp32" or "muon" in row["kernel"]) and row["capability"] >= 80]
     assert not [row for row in rows if not row["work"]["tensor"]]
 
 
-@pytest.mark.slow
 def test_spilled_registers(rows: list[dict[str, Any]]) -> None:
     """The default model spills next to nothing in low precision, and the others a bounded number of bytes."""
     for row in rows:
@@ -137,7 +146,6 @@ def test_spilled_registers(rows: list[dict[str, Any]]) -> None:
     assert max(row["spilled"] for row in low) <= 640  # 608 by Triton 3.8: two heads of 32 on sm_80
 
 
-@pytest.mark.slow
 def test_no_two_warps_compute_the_same_product(rows: list[dict[str, Any]]) -> None:
     """On an A100 the multiply-adds of the tensor cores are those of the padded products, for a batch of 256."""
     scores, projection = 64 * 64 * 16, 64 * 64 * 16  # of one head, 12 channels padded to 16 and 48 to 64
@@ -161,7 +169,6 @@ def test_no_two_warps_compute_the_same_product(rows: list[dict[str, Any]]) -> No
         assert {key: found[key] for key in keys} == {key: expected[key] for key in keys}
 
 
-@pytest.mark.slow
 def test_no_kernel_is_faster_than_memory_allows(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert 0 < row["occupancy"] <= 1

@@ -20,8 +20,7 @@ from tests.support import one_line_error, run
 Count = Callable[..., None]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("times", [8, 300])
+@pytest.mark.parametrize("times", [pytest.param(8, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.soak)])
 def test_evaluating_leaks_neither_memory_nor_files(
     times: int, tmp_path: Path, count: Count, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,8 +51,8 @@ def kill_and_resume(runs: Path, stream: random.Random, processes: int, kills: in
     [
         pytest.param(1, 1, 1, id="one-process"),
         pytest.param(2, 1, 1, id="two-processes", marks=pytest.mark.slow),
-        pytest.param(1, 6, 6, id="one-process-36-times", marks=pytest.mark.slow),
-        pytest.param(2, 4, 4, id="two-processes-16-times", marks=pytest.mark.slow),
+        pytest.param(1, 6, 6, id="one-process-36-times", marks=pytest.mark.soak),
+        pytest.param(2, 4, 4, id="two-processes-16-times", marks=pytest.mark.soak),
     ],
 )
 def test_a_run_killed_at_random_ends_as_one_that_was_not(

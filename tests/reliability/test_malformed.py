@@ -26,7 +26,7 @@ from tests.reliability.malformed import MALFORMED, NOT_WRITABLE, TINY, check_exa
 from tests.support import write_folder
 
 Count = Callable[..., None]
-A_FEW_OR_MANY = pytest.mark.parametrize("examples", [12, pytest.param(300, marks=pytest.mark.slow)])
+A_FEW_OR_MANY = pytest.mark.parametrize("examples", [12, pytest.param(300, marks=pytest.mark.soak)])
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +130,7 @@ def _wrong_values(hint: Any) -> list[str]:
     return ["\0", "\x1b[31mx", "a\nb", "x" * 3000]
 
 
-@pytest.mark.parametrize("some", [1, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("some", [1, pytest.param(100, marks=pytest.mark.soak)])
 def test_every_flag_with_wrong_values(count: Count, seed: int, some: int) -> None:
     draw = random.Random(seed)
     for section in (RunConfig, ModelConfig, DataConfig, OptimConfig):
@@ -261,7 +261,7 @@ def test_paths_that_are_not_regular_files(photos: Path, count: Count) -> None:
         path.unlink()
 
 
-@pytest.mark.parametrize("examples", [4, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("examples", [4, pytest.param(150, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM"])
 def test_images_mutated(photos: Path, count: Count, seed: int, kind: str, examples: int) -> None:
     file = photos / "train" / "circle" / f"0.{kind.lower()}"

@@ -26,7 +26,7 @@ from tests.reliability.malformed import (
 from tests.support import write_cifar10, write_fashion_mnist
 
 Count = Callable[..., None]
-A_FEW_OR_MANY = pytest.mark.parametrize("examples", [10, pytest.param(150, marks=pytest.mark.slow)])
+A_FEW_OR_MANY = pytest.mark.parametrize("examples", [10, pytest.param(150, marks=pytest.mark.soak)])
 NOWHERE = ("--runs-dir", NOT_WRITABLE, "--data-url", "http://127.0.0.1:9", *TINY)
 
 

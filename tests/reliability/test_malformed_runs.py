@@ -20,7 +20,7 @@ from fastvit_train.utils import atomic_io
 from tests.reliability.malformed import NOT_WRITABLE, TINY, Evil, check_examples, is_refused, mutated
 
 Count = Callable[..., None]
-A_FEW_OR_MANY = pytest.mark.parametrize("examples", [10, pytest.param(150, marks=pytest.mark.slow)])
+A_FEW_OR_MANY = pytest.mark.parametrize("examples", [10, pytest.param(150, marks=pytest.mark.soak)])
 NOWHERE = ("--runs-dir", NOT_WRITABLE, *TINY)
 
 
@@ -161,7 +161,7 @@ def test_runs(copy: Path, tmp_path: Path, count: Count) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("some", [6, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("some", [6, pytest.param(300, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
 def test_summary_values_of_another_type(copy: Path, count: Count, seed: int, name: str, some: int) -> None:
     whole = json.loads((copy / name).read_text())

@@ -76,8 +76,8 @@ def stop_and_resume(runs: Path, stream: random.Random, processes: int, stops: in
     [
         pytest.param(1, 1, 1, id="one-process"),
         pytest.param(2, 1, 1, id="two-processes", marks=pytest.mark.slow),
-        pytest.param(1, 4, 3, id="one-process-12-times", marks=pytest.mark.slow),
-        pytest.param(2, 3, 3, id="two-processes-9-times", marks=pytest.mark.slow),
+        pytest.param(1, 4, 3, id="one-process-12-times", marks=pytest.mark.soak),
+        pytest.param(2, 3, 3, id="two-processes-9-times", marks=pytest.mark.soak),
     ],
 )
 def test_a_run_that_a_signal_stopped_resumes_exactly(
