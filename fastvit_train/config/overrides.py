@@ -71,6 +71,8 @@ def validate(config: TrainConfig) -> TrainConfig:
         raise UserError(
             f"--patch-init whiten would overwrite the patch projection from {source}; give --patch-init random"
         )
+    if config.data.fit != "crop" and config.data.crop_pct not in (None, 1.0):
+        raise UserError(f"--crop-pct is for --fit crop; leave it out, or leave out --fit {config.data.fit}")
     if config.run.patience is not None and config.run.extend:
         raise UserError("--patience decides when the run ends, so that there is nothing to --extend; give one of them")
     if config.run.patience is not None and config.run.average_last is not None:

@@ -99,6 +99,10 @@ class DataConfig:
     """seed that decides which images are held out; --seed does not change them"""
     background: Color = "white"
     """color that transparent parts of images are composed on: white, black, gray, or one such as #ffcc00"""
+    fit: Literal["crop", "pad", "stretch"] = "crop"
+    """make image files square: crop the longer side, pad the shorter one with the background's color, or stretch it"""
+    crop_pct: PositiveFraction | None = None
+    """fraction of an image file's shorter side that --fit crop keeps; default: 1, with --pretrained the model's own"""
     stream: Annotated[Literal["auto", "always", "never"], Mark.MAY_CHANGE] = "auto"
     """decode the images of a folder again in every epoch; auto does so only if they do not fit in memory"""
     sampler: Literal["shuffle", "balanced"] = "shuffle"

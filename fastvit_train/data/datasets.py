@@ -14,7 +14,7 @@ from torch import Tensor
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data import folder, published
 from fastvit_train.data.augmentation.augment import generator
-from fastvit_train.data.decode import ImageFiles, decode_all
+from fastvit_train.data.decode import ImageFiles, Rendering, decode_all
 from fastvit_train.utils.errors import UserError, counted, printable
 
 MAX_CLASSES_SHOWN = 10
@@ -194,7 +194,7 @@ def _published(config: DataConfig) -> DatasetSpec:
 def _folder(config: DataConfig, image_size: int, examine_streamed: bool) -> DatasetSpec:
     root = Path(config.data_dir)
     listing = folder.list_images(root, config.holdout > 0)
-    loaded = folder.load(listing, image_size, config.stream, config.background, examine_streamed)
+    loaded = folder.load(listing, image_size, config.stream, Rendering.of(config), examine_streamed)
     return DatasetSpec(
         printable(root.resolve().name),
         listing.classes,

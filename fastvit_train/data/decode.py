@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
 from stat import S_ISREG
-from typing import TypeVar
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -48,47 +48,80 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
+class Rendering:
+    """How image files become square images; the settings in `DataConfig` describe it."""
+
+    background: str = DataConfig.background
+    fit: str = DataConfig.fit
+    crop_pct: float = 1.0
+
+    @classmethod
+    def of(cls, config: DataConfig) -> Self:
+        """Return what `config` asks for."""
+        return cls(config.background, config.fit, config.crop_pct or 1.0)
+
+    def __str__(self) -> str:
+        """Describe the resizing for those who do it elsewhere; `image_size` is the side in pixels."""
+        how = "bilinear with antialiasing"
+        if self.fit == "pad":
+            return f"longer side to image_size, {how}; borders in {self.background}"
+        if self.fit == "stretch":
+            return f"both sides to image_size, {how}"
+        larger = f" / {self.crop_pct:g}" if self.crop_pct < 1 else ""
+        return f"shorter side to image_size{larger}, {how}; center crop"
+
+    def resize(self, image: Image.Image, size: int) -> Image.Image:
+        """Return `image` as `size` x `size` pixels."""
+        square, bilinear = (size, size), Image.Resampling.BILINEAR
+        if self.fit == "pad":
+            return ImageOps.pad(image, square, bilinear, self.background)
+        if self.fit == "stretch":
+            return image.resize(square, bilinear)
+        return ImageOps.fit(image, square, bilinear, bleed=(1 - self.crop_pct) / 2)
+
+
+@dataclass(frozen=True)
 class ImageFiles:
-    """Paths of image files, and the color that their transparent parts are composed on."""
+    """Paths of image files, and how they become images."""
 
     paths: Sequence[Path]
-    background: str = DataConfig.background
+    rendering: Rendering = Rendering()
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def take(self, samples: Sequence[int]) -> "ImageFiles":
         """Return these files only."""
-        return ImageFiles([self.paths[i] for i in samples], self.background)
+        return ImageFiles([self.paths[i] for i in samples], self.rendering)
 
 
-def decode(path: Path, image_size: int, background: str = DataConfig.background) -> Tensor:
-    """Decode an image file to uint8 (3, image_size, image_size): resize the shorter side, crop the center.
+def decode(path: Path, image_size: int, rendering: Rendering = Rendering()) -> Tensor:
+    """Decode an image file to uint8 (3, image_size, image_size).
 
     Args:
         path: the file; the first image in it is taken, and turned upright.
         image_size: side in pixels.
-        background: the color that transparent parts are composed on.
+        rendering: how it becomes square and opaque.
 
     Raises:
         UserError: if the file is missing, truncated, too large or not an image, or if nothing says which of its values
             are black and white; the message names it.
     """
-    image = try_decode(path, image_size, background)
+    image = try_decode(path, image_size, rendering)
     if isinstance(image, Unreadable):
         raise UserError(str(image))
     return image
 
 
-def try_decode(path: Path, image_size: int, background: str) -> Tensor | Unreadable:
+def try_decode(path: Path, image_size: int, rendering: Rendering) -> Tensor | Unreadable:
     """Decode an image file as `decode` does, or return why it can't be decoded."""
     with warnings.catch_warnings(action="ignore"):
-        return _try_decode(path, image_size, background)
+        return _try_decode(path, image_size, rendering)
 
 
 def try_decode_all(files: ImageFiles, image_size: int) -> list[Tensor | Unreadable]:
     """Decode image files in threads, as `try_decode` does."""
-    return _map_in_threads(_try_decode, files.paths, repeat(image_size), repeat(files.background))
+    return _map_in_threads(_try_decode, files.paths, repeat(image_size), repeat(files.rendering))
 
 
 def decode_all(files: ImageFiles, image_size: int) -> Tensor:
@@ -130,14 +163,14 @@ def _map_in_threads(function: Callable[..., Result], *arguments: Iterable[object
         return list(pool.map(function, *arguments))
 
 
-def _try_decode(path: Path, image_size: int, background: str) -> Tensor | Unreadable:
+def _try_decode(path: Path, image_size: int, rendering: Rendering) -> Tensor | Unreadable:
     try:
         with _open(path) as file:
-            image = _to_rgb(file, background)
+            image = _to_rgb(file, rendering.background)
+        if image.size != (image_size, image_size) or rendering.crop_pct < 1:
+            image = rendering.resize(image, image_size)
     except Exception as error:  # Pillow raises errors of any kind for damaged files, MemoryError among them
         return Unreadable(path, _reason(path, error))
-    if image.size != (image_size, image_size):
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

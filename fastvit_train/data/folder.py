@@ -14,7 +14,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fastvit_train.data.decode import ImageFiles, Unreadable, describe_transparency, examine
+from fastvit_train.data.decode import ImageFiles, Rendering, Unreadable, describe_transparency, examine
 from fastvit_train.data.image_paths import PassedOver, describe, find_folders, find_images, no_images_error
 from fastvit_train.data.images import StreamedImages, cache_path, read_cache, write_cache, write_list
 from fastvit_train.distributed.env import local_world_size
@@ -165,30 +165,30 @@ def _list_split(classes: ClassFolders) -> tuple[tuple[list[Path], Tensor], Passe
     return (paths, torch.tensor(labels, dtype=torch.int64)), passed_over
 
 
-def load(listing: Listing, image_size: int, stream: str, background: str, examine_streamed: bool) -> Loaded:
+def load(listing: Listing, image_size: int, stream: str, rendering: Rendering, examine_streamed: bool) -> Loaded:
     """Load the images of both splits.
 
     Args:
         listing: the files.
         image_size: side of decoded images in pixels.
         stream: "always", "never", or "auto": stream if the images would take more than half of the free memory.
-        background: the color that transparent parts are composed on.
+        rendering: how files become images.
         examine_streamed: look at the header of each image that is streamed, before it is decoded.
 
     Raises:
         UserError: if files can't be decoded (the message lists them), or if the images don't fit in memory.
     """
-    train, test = ImageFiles(listing.train[0], background), ImageFiles(listing.test[0], background)
+    train, test = ImageFiles(listing.train[0], rendering), ImageFiles(listing.test[0], rendering)
     if _streams(len(train) + len(test), image_size, stream):
         transparent = _examine(listing) if examine_streamed else 0
-        return Loaded(train, test, _notes(listing, transparent, background))
-    cache = cache_path(listing.root, listing.paths, "decoded", len(train), image_size, background)
+        return Loaded(train, test, _notes(listing, transparent, rendering.background))
+    cache = cache_path(listing.root, listing.paths, "decoded", len(train), image_size, rendering)
     transparent = _examine(listing)
     tensors = read_cache(cache, SPLITS)
     if tensors is None:
         tensors = _decode(listing, train, test, image_size)
         write_cache(cache, tensors, listing.root)
-    return Loaded(tensors["train"], tensors["test"], _notes(listing, transparent, background))
+    return Loaded(tensors["train"], tensors["test"], _notes(listing, transparent, rendering.background))
 
 
 def _streams(num_images: int, image_size: int, stream: str) -> bool:

@@ -116,7 +116,7 @@ class _Files(Dataset):
 
     def __getitem__(self, index: int) -> Tensor | Unreadable:
         """Decode an image; an error is returned, because a raised one would leave the worker with a traceback."""
-        return try_decode(self._files.paths[index], self.image_size, self._files.background)
+        return try_decode(self._files.paths[index], self.image_size, self._files.rendering)
 
     def load_in_threads(self, indices: Sequence[int]) -> Tensor | list[Unreadable]:
         """Load a batch without other processes."""

@@ -34,7 +34,8 @@ from fastvit_train.utils.errors import UserError, counted, printable
 TOLERANCE = 1e-4
 """maximum absolute difference of a logit"""
 MAX_IMAGES, BATCH_SIZE = 256, 64
-RESIZE = "shorter side to image_size, bilinear with antialiasing; center crop"
+TIMM_CROP_MODES = {"crop": "center", "pad": "border", "stretch": "squash"}
+"""timm's names for the values of --fit"""
 METADATA = "metadata.json"
 LogitsFunction = Callable[[Tensor], Tensor]
 """takes uint8 images, (batch, 3, size, size); returns logits, (batch, classes)"""
@@ -160,7 +161,7 @@ def describe(run: TrainedModel) -> dict[str, str]:
         "model_args": json.dumps(get_model_args(run.model)),
         "class_names": json.dumps(run.classes),
         "image_size": str(run.image_size),
-        "resize": RESIZE,
+        "resize": str(run.rendering),
         "mean": json.dumps(mean),
         "std": json.dumps(std),
         "fastvit_train": __version__,
@@ -243,7 +244,8 @@ def _write_timm(run: TrainedModel, path: Path) -> None:
     preprocessing: dict[str, Any] = {"input_size": (3, run.image_size, run.image_size), "mean": mean, "std": std}
     entries: dict[str, Any] = {"label_names": list(run.classes)}
     if run.config is not None:  # timm's entries describe its own weights, not the ones trained here
-        preprocessing |= {"interpolation": "bilinear", "crop_pct": 1.0}
+        crop_pct, crop_mode = run.rendering.crop_pct, TIMM_CROP_MODES[run.rendering.fit]
+        preprocessing |= {"interpolation": "bilinear", "crop_pct": crop_pct, "crop_mode": crop_mode}
         entries["pretrained_cfg"] = {"license": None}
     write_timm_config(run.model, path / "config.json", entries, preprocessing)
 

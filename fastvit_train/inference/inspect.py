@@ -76,9 +76,9 @@ def _read_images(images: Sequence[str], loaded: TrainedModel) -> InspectedImages
     with expand_paths(images, "inspect") as files:
         if len(files) > MAX_IMAGES:
             raise UserError(f"inspect draws up to {MAX_IMAGES} images, got {len(files):,}; give fewer")
-        chosen = ImageFiles([path for _, path in files], loaded.background)
+        chosen = ImageFiles([path for _, path in files], loaded.rendering)
         pixels = decode_all(chosen, loaded.image_size)
-        if line := describe_transparency(count_transparent(chosen.paths), chosen.background):
+        if line := describe_transparency(count_transparent(chosen.paths), chosen.rendering.background):
             log.warning("%s", line)
     names = tuple(printable(Path(name).stem) for name, _ in files)
     if len({name.casefold() for name in names}) < len(names):  # some disks ignore the case of a file's name

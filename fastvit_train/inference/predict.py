@@ -94,7 +94,7 @@ def predict_images(
     for prediction in predictions:
         if prediction.error is not None:
             print(prediction.error, file=sys.stderr)
-    if line := describe_transparency(transparent, loaded.background):
+    if line := describe_transparency(transparent, loaded.rendering.background):
         print(line, file=sys.stderr)
     if show and any(prediction.top for prediction in predictions):
         folder = output or loaded.output_folder("predictions")
@@ -109,7 +109,7 @@ def _predict_batches(
     """Yield per batch the predictions and the images that could be read, uint8 (images, 3, size, size)."""
     for start in range(0, len(files), batch_size):
         batch = files[start : start + batch_size]
-        images = try_decode_all(ImageFiles([path for _, path in batch], loaded.background), loaded.image_size)
+        images = try_decode_all(ImageFiles([path for _, path in batch], loaded.rendering), loaded.image_size)
         readable = [pixels for pixels in images if isinstance(pixels, Tensor)]
         pixels = torch.stack(readable) if readable else torch.empty(0, 3, loaded.image_size, loaded.image_size)
         ranked = _probabilities(loaded, pixels).topk(top) if readable else None

@@ -16,6 +16,7 @@ from fastvit_train.config.overrides import override
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
+from fastvit_train.data.decode import Rendering
 from fastvit_train.data.loader import Preprocess
 from fastvit_train.inference.checkpoints import Checkpoint, find_checkpoint
 from fastvit_train.models import (
@@ -98,9 +99,9 @@ class TrainedModel:
         return tuple(cfg["mean"]), tuple(cfg["std"])
 
     @property
-    def background(self) -> str:
-        """The color that transparent parts of images are composed on, as in training."""
-        return self.config.data.background if self.config is not None else DataConfig.background
+    def rendering(self) -> Rendering:
+        """How image files become images, as in training."""
+        return Rendering.of(self.config.data if self.config is not None else DataConfig())
 
     def dataset(self, data_dir: str | None = None) -> DatasetSpec:
         """Load the data set that the run was trained and evaluated on.

@@ -19,7 +19,7 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
         UserError: if a setting is out of range, or if the model is unknown.
     """
     config = validate(config)
-    config = validate(replace(config, model=resolve_source(config.model)))  # which a file describes, with any values
+    config = validate(resolve_source(config))  # which a file describes, with any values
     check_model(config.model.model)
     image_size = config.model.image_size or native_image_size(config.model.model)
     return replace(

@@ -10,10 +10,12 @@ import torch
 from PIL import Image, TiffImagePlugin
 
 from fastvit_train.cli.main import main
+from fastvit_train.config.overrides import validate
 from fastvit_train.config.schema import DataConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
-from fastvit_train.data.decode import decode
-from fastvit_train.training.loop import fit
+from fastvit_train.data.decode import Rendering, decode
+from fastvit_train.inference.trained_model import load_run
+from fastvit_train.training.loop import fit, train
 from fastvit_train.utils.errors import UserError
 from tests.support import launch, one_line_error, write_folder
 
@@ -75,7 +77,7 @@ def test_transparent_parts_are_composed_on_the_background(tmp_path: Path, mode: 
         assert np.abs(np.array(top) - RED).max() <= 8
     else:
         assert top[0] == top[1] == top[2] == (255 if mode.startswith("1") else pytest.approx(60, abs=1))
-    assert decode(path, 32, "#102030").permute(1, 2, 0)[28, 28].tolist() == [16, 32, 48]
+    assert decode(path, 32, Rendering("#102030")).permute(1, 2, 0)[28, 28].tolist() == [16, 32, 48]
 
 
 def test_opaque_images_with_an_alpha_channel_keep_their_pixels(tmp_path: Path) -> None:
@@ -84,6 +86,62 @@ def test_opaque_images_with_an_alpha_channel_keep_their_pixels(tmp_path: Path) -
     image.putalpha(255)
     image.save(tmp_path / "opaque.png")
     assert np.array_equal(decode(tmp_path / "opaque.png", 32).permute(1, 2, 0).numpy(), pixels)
+
+
+def stripes(path: Path) -> Path:
+    """Write an image of 60 x 30 pixels: from left to right, 15 columns each of red, green, blue and white."""
+    columns = np.repeat(np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)], np.uint8), 15, axis=0)
+    Image.fromarray(np.tile(columns, (30, 1, 1))).save(path)
+    return path
+
+
+PURE_RED, GREEN, BLUE, GRAY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (128, 128, 128)
+
+
+@pytest.mark.parametrize(
+    ("rendering", "corners", "middle"),
+    [
+        (Rendering(), (GREEN, BLUE), (GREEN, BLUE)),  # the middle 30 columns
+        (Rendering(crop_pct=0.5), (GREEN, BLUE), (GREEN, BLUE)),
+        (Rendering(fit="stretch"), (PURE_RED, WHITE), (GREEN, BLUE)),
+        (Rendering("gray", fit="pad"), (GRAY, GRAY), (GREEN, BLUE)),
+    ],
+)
+def test_images_that_are_not_square(tmp_path: Path, rendering: Rendering, corners: tuple, middle: tuple) -> None:
+    pixels = decode(stripes(tmp_path / "wide.png"), 64, rendering).permute(1, 2, 0)
+    assert pixels.shape == (64, 64, 3)
+    assert (tuple(pixels[2, 4].tolist()), tuple(pixels[2, -5].tolist())) == corners
+    assert (tuple(pixels[32, 24].tolist()), tuple(pixels[32, 39].tolist())) == middle
+    if rendering.fit == "pad":  # the whole image, 64 x 32 pixels, between borders of 16 each
+        rows = (pixels[:, 4] == torch.tensor(PURE_RED)).all(1).nonzero()[:, 0].tolist()
+        assert rows == list(range(16, 48))
+
+
+def test_a_part_of_the_crop_is_kept(tmp_path: Path) -> None:
+    ramp = np.tile(np.arange(100, dtype=np.uint8), (100, 1))
+    Image.fromarray(ramp).save(tmp_path / "ramp.png")
+    kept = decode(tmp_path / "ramp.png", 50, Rendering(crop_pct=0.5))
+    assert np.array_equal(kept[0].numpy(), ramp[25:75, 25:75])  # no pixel is resized
+
+
+@pytest.mark.parametrize("stream", ["never", "always"])
+def test_training_and_prediction_render_images_alike(tmp_path: Path, stream: str) -> None:
+    root = write_folder(tmp_path / "data")
+    stripes(root / "train" / "circle" / "wide.png")
+    for fit_name in ("crop", "pad"):
+        dataset = load(root, stream=stream, fit=fit_name)
+        sample = 12  # the last one of the first class
+        wide = dataset.train.pixels(torch.tensor([sample]), 32)[0]
+        expected = decode(root / "train" / "circle" / "wide.png", 32, Rendering(fit=fit_name))
+        assert torch.equal(wide, expected), fit_name
+    settings = {"dataset": "folder", "data_dir": str(root), "fit": "pad", "runs_dir": str(tmp_path / "runs")}
+    train(exp_name="run", epochs=1, batch_size=8, attention="fused", **settings)
+    assert load_run(tmp_path / "runs" / "run").rendering == Rendering(fit="pad")
+
+
+def test_a_part_of_a_crop_needs_a_crop() -> None:
+    with pytest.raises(UserError, match=r"^--crop-pct is for --fit crop; leave it out, or leave out --fit pad$"):
+        validate(TrainConfig(data=DataConfig(fit="pad", crop_pct=0.9)))
 
 
 @pytest.mark.parametrize("stream", ["never", "always"])
@@ -110,7 +168,7 @@ def test_predict_and_inspect_compose_drawings_and_say_so_once(
     seen = []
 
     def see(files: object, size: int) -> object:
-        seen.append(files.background)  # type: ignore[attr-defined]
+        seen.append(files.rendering.background)  # type: ignore[attr-defined]
         raise UserError("seen")
 
     for number in range(300):

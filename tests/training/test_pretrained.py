@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 
-from fastvit_train.config.schema import ModelConfig
+from fastvit_train.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastvit_train.inference.trained_model import load_run
-from fastvit_train.models.pretrained.source import resolve_source
+from fastvit_train.models.pretrained import source
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.training.loop import train
 from fastvit_train.utils.errors import UserError
@@ -35,9 +35,13 @@ def ours(tmp_path: Path) -> Path:
 def theirs(tmp_path: Path) -> Path:
     """A folder that timm wrote, of one of its own models with a normalization of its own."""
     model = timm.create_model("test_vit", num_classes=7)
-    model.pretrained_cfg = {**model.pretrained_cfg, "mean": MEAN, "std": STD}
+    model.pretrained_cfg = {**model.pretrained_cfg, "mean": MEAN, "std": STD, "crop_pct": 0.8}
     save_for_hf(model, str(tmp_path / "theirs"), safe_serialization=True)
     return tmp_path / "theirs"
+
+
+def resolved_model(model: ModelConfig) -> ModelConfig:
+    return source.resolve_source(TrainConfig(model=model)).model
 
 
 def same_but_for_the_classifier(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
@@ -70,16 +74,26 @@ def test_a_folder_of_timm_with_another_size_and_other_classes(theirs: Path, tmp_
 
 
 def test_what_is_not_given_is_that_of_the_published_model(theirs: Path) -> None:
-    config = resolve_source(ModelConfig(f"local-dir:{theirs}", pretrained=True, std=(0.7, 0.7, 0.7)))
+    config = resolved_model(ModelConfig(f"local-dir:{theirs}", pretrained=True, std=(0.7, 0.7, 0.7)))
     weights = str(theirs / "model.safetensors")
     assert config == ModelConfig("test_vit", image_size=160, mean=MEAN, std=(0.7, 0.7, 0.7), weights=weights)
-    assert resolve_source(ModelConfig("test_vit")) == ModelConfig("test_vit")
+    assert resolved_model(ModelConfig("test_vit")) == ModelConfig("test_vit")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, 0.8), ({"crop_pct": 1.0}, 1.0), ({"fit": "pad"}, None), ({"fit": "stretch"}, None)]
+)
+def test_images_are_cropped_as_the_published_models_are(
+    theirs: Path, given: dict[str, Any], expected: float | None
+) -> None:
+    model, data = ModelConfig(f"local-dir:{theirs}", pretrained=True), DataConfig(**given)
+    assert source.resolve_source(TrainConfig(model=model, data=data)).data.crop_pct == expected
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_convnext"])
 def test_models_that_record_how_they_pool(name: str, tmp_path: Path) -> None:
     save_for_hf(timm.create_model(name), str(tmp_path), safe_serialization=True)
-    assert resolve_source(ModelConfig(f"local-dir:{tmp_path}", pretrained=True)).model == name
+    assert resolved_model(ModelConfig(f"local-dir:{tmp_path}", pretrained=True)).model == name
 
 
 @pytest.mark.parametrize("model", ["hf-hub:timm/test_vit.r160_in1k", "test_vit", "test_vit.r160_in1k"])
@@ -92,7 +106,7 @@ def test_models_of_the_hub(hub: FakeHub, theirs: Path, model: str, file: str) ->
     if file == "pytorch_model.bin":
         torch.save(weights, theirs / file)
     repo.files[file] = (theirs / file).read_bytes()
-    config = resolve_source(ModelConfig(model, pretrained=True))
+    config = resolved_model(ModelConfig(model, pretrained=True))
     assert config.model == ("test_vit" if model.startswith("hf-hub:") else model)
     assert config.mean == MEAN and config.image_size == 160 and not config.pretrained
     assert Path(config.weights or "").name == file and Path(config.weights or "").read_bytes() == repo.files[file]
@@ -142,12 +156,12 @@ def test_a_folder_without_weights_or_with_arguments_that_are_no_settings_is_refu
     config = ModelConfig(f"local-dir:{theirs}", pretrained=True)
     change(theirs, reg_tokens=1, act_layer=None, in_chans=3)
     with pytest.raises(UserError, match="was built with reg_tokens=1, which no setting can repeat"):
-        resolve_source(config)
+        resolved_model(config)
     change(theirs, reg_tokens=None)
     save_file({}, theirs / "other.safetensors")
     (theirs / "model.safetensors").unlink()
     with pytest.raises(UserError, match="has no weights; it needs a file model.safetensors or pytorch_model.bin"):
-        resolve_source(config)
+        resolved_model(config)
 
 
 def test_without_a_network_the_cache_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from timm.models import get_model_args
 
-from fastvit_train.config.schema import ModelConfig
+from fastvit_train.config.schema import TrainConfig
 from fastvit_train.models.build import check_model, check_timm_folder, pretrained_cfg_of
 from fastvit_train.models.pretrained.hub import HUB, needs_hub, offline_if_unreachable, unreachable_reason
 from fastvit_train.utils.errors import UserError
@@ -26,7 +26,7 @@ SET_OTHERWISE = ("num_classes", "img_size", "initializer_range", "drop_rate", "a
 """the arguments of a model that do not decide which weights it has; the settings may have other values"""
 
 
-def resolve_source(config: ModelConfig) -> ModelConfig:
+def resolve_source(config: TrainConfig) -> TrainConfig:
     """Replace --pretrained and the name of a pretrained model by what they stand for.
 
     `model` may name a model of timm, `hf-hub:USER/MODEL` or `local-dir:FOLDER`. Settings that are None are filled in,
@@ -35,30 +35,33 @@ def resolve_source(config: ModelConfig) -> ModelConfig:
     Raises:
         UserError: if the model or its weights are not there, or if settings cannot describe the model.
     """
-    if not config.pretrained:
-        if config.model.startswith((FOLDER, HUB)):
+    model, data = config.model, config.data
+    if not model.pretrained:
+        if model.model.startswith((FOLDER, HUB)):
             raise UserError(
-                f"--model {config.model} names a pretrained model; add --pretrained to start from its weights"
+                f"--model {model.model} names a pretrained model; add --pretrained to start from its weights"
             )
         return config
-    folder = _folder_of(config.model)
+    folder = _folder_of(model.model)
     check_timm_folder(folder)
     described = read_json(folder / "config.json")
     cfg = described.get("pretrained_cfg")
     cfg = cfg if isinstance(cfg, dict) else {}
-    named = config.model if timm.is_model(config.model) else str(described["architecture"]).partition(".")[0]
+    named = model.model if timm.is_model(model.model) else str(described["architecture"]).partition(".")[0]
     arguments = described.get("model_args") or {}
     sizes = {name: arguments[name] for name in SIZES if name in arguments}
-    _check_arguments(config.model, named, arguments)
+    _check_arguments(model.model, named, arguments)
     found = {
         **sizes,
         "image_size": _side(arguments.get("img_size") or cfg.get("input_size")),
         "mean": _channels(cfg.get("mean")),
         "std": _channels(cfg.get("std")),
-        "weights": str(_weights_in(folder, config.model)),
+        "weights": str(_weights_in(folder, model.model)),
     }
-    unset = {name: value for name, value in found.items() if getattr(config, name) is None}
-    return replace(config, model=named, pretrained=False, **unset)
+    unset = {name: value for name, value in found.items() if getattr(model, name) is None}
+    if data.fit == "crop" and data.crop_pct is None:
+        data = replace(data, crop_pct=cfg.get("crop_pct"))
+    return replace(config, model=replace(model, model=named, pretrained=False, **unset), data=data)
 
 
 def _folder_of(model: str) -> Path:
