@@ -8,6 +8,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from fastvit_train.config.names import ATTENTIONS, MODELS
 from fastvit_train.config.recipes import RECIPES
+from fastvit_train.config.validation import DATASETS
 
 HELP = "--help"
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
@@ -21,6 +22,7 @@ def _optimizers() -> list[str]:
 
 NAMES: dict[str, Callable[[], Iterable[str]]] = {
     "recipe": lambda: RECIPES,
+    "dataset": lambda: DATASETS,
     "model": lambda: MODELS,
     "models": lambda: MODELS,
     "attention": lambda: ATTENTIONS,

@@ -10,6 +10,7 @@ from fastvit_train.cli.arguments import (
     AttentionName,
     Checkpoint,
     DataDir,
+    DatasetArgument,
     Images,
     License,
     OutputFolder,
@@ -20,7 +21,7 @@ from fastvit_train.cli.arguments import (
     Runs,
 )
 from fastvit_train.config.names import check_attention_name
-from fastvit_train.config.schema import DatasetName, RunConfig
+from fastvit_train.config.schema import RunConfig
 from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import UserError, printable
 
@@ -39,7 +40,7 @@ class Eval:
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
     checkpoint: Checkpoint = None
     """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
-    dataset: DatasetName | None = None
+    dataset: DatasetArgument = None
     """evaluate on the test set of this data set; default: the data that the run was evaluated on"""
     data_dir: DataDir = None
     """folder of the data sets, if they have moved since the training"""

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from fastvit_train.config.validation import (
     Color,
     Count,
+    DatasetName,
     Deviations,
     FolderName,
     Fraction,
@@ -29,8 +30,6 @@ from fastvit_train.config.validation import (
     UnitFraction,
     Width,
 )
-
-DatasetName = Literal["digits", "cifar10", "cifar100", "fashion-mnist", "folder", "synthetic"]
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class DataConfig:
     """Data and augmentation."""
 
     dataset: DatasetName = "digits"
-    """digits ships with the package; folder reads DATA_DIR/train and DATA_DIR/test (or val), one folder per class"""
+    """such as cifar10; folder, which reads DATA_DIR/train/CLASS/ and test/; or hf:USER/NAME, on the Hub"""
     data_dir: Annotated[Text, Mark.MAY_CHANGE, Mark.PATH, Mark.NOT_A_DEPARTURE] = "data"
     """folder that holds the data sets and receives downloads"""
     data_url: Annotated[Text | None, Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = None

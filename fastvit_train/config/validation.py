@@ -17,6 +17,9 @@ from fastvit_train.utils.errors import UserError, did_you_mean
 MAX_TEXT_BYTES = 1000
 MAX_NAME_BYTES = 250
 MAX_FOLDER_NAME_BYTES = 200
+DATASETS = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder", "synthetic")
+HUGGING_FACE = "hf:"
+"""begins the names of data sets in the format of the Hugging Face Hub"""
 COLORS = ("white", "black", "gray")
 OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 
@@ -65,6 +68,13 @@ def _folder_name(name: str) -> str:
     return name
 
 
+def _dataset(name: str) -> str:
+    if name in DATASETS or (name.startswith(HUGGING_FACE) and len(name) > len(HUGGING_FACE)):
+        return name
+    hint = did_you_mean(name, DATASETS)
+    raise PydanticCustomError("text", f"{', '.join(DATASETS)}, or {HUGGING_FACE}USER/NAME{hint}")
+
+
 def _color(name: str) -> str:
     if name in COLORS or re.fullmatch("#[0-9a-fA-F]{6}", name):
         return name
@@ -73,6 +83,7 @@ def _color(name: str) -> str:
 
 Number = BeforeValidator(_number)
 Text = Annotated[StrictStr, AfterValidator(_plain_text)]
+DatasetName = Annotated[Text, AfterValidator(_dataset)]
 Color = Annotated[Text, AfterValidator(_color)]
 FolderName = Annotated[Text, AfterValidator(_folder_name)]
 Count = Annotated[int, Number, Field(ge=1, le=10**6)]

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
-from fastvit_train.data import folder, published
+from fastvit_train.config.validation import HUGGING_FACE
 from fastvit_train.data.augmentation.augment import generator
-from fastvit_train.data.decode import ImageFiles, Rendering, decode_all
-from fastvit_train.utils.errors import UserError, counted, printable
+from fastvit_train.data.decode import ImageFiles, decode_all
+from fastvit_train.data.rendering import Rendering
+from fastvit_train.data.sources import folder, hugging_face, published
+from fastvit_train.utils.errors import UserError, counted
 
 MAX_CLASSES_SHOWN = 10
 
@@ -102,6 +104,8 @@ def load_dataset(
         "synthetic": lambda: _synthetic(image_size),
         **dict.fromkeys(published.PUBLISHED, lambda: _published(config)),
     }
+    if config.dataset.startswith(HUGGING_FACE):
+        loaders[config.dataset] = lambda: _rows(config, image_size, examine_streamed)
     imitate = imitate and config.dataset in published.PUBLISHED
     if imitate and not published.is_available(config.dataset, Path(config.data_dir)):
         dataset = _imitation(config)
@@ -118,10 +122,12 @@ def count_classes(config: DataConfig) -> int:
     """Return the number of classes of the data set that `config` names, without loading it.
 
     Raises:
-        UserError: if it is a folder of images that is missing or incomplete.
+        UserError: if it is a folder of images that is missing or incomplete, or if the Hub does not have it.
     """
     if config.dataset == "folder":
         return len(folder.find_layout(Path(config.data_dir), config.holdout > 0).train)
+    if config.dataset.startswith(HUGGING_FACE):
+        return hugging_face.count_classes(config.dataset)
     if config.dataset in published.PUBLISHED:
         return published.PUBLISHED[config.dataset].num_classes
     return {"digits": 10, "synthetic": 10}[config.dataset]
@@ -192,11 +198,20 @@ def _published(config: DataConfig) -> DatasetSpec:
 
 
 def _folder(config: DataConfig, image_size: int, examine_streamed: bool) -> DatasetSpec:
-    root = Path(config.data_dir)
-    listing = folder.list_images(root, config.holdout > 0)
+    listing = folder.list_images(Path(config.data_dir), config.holdout > 0)
+    return _load_listed(listing, config, image_size, examine_streamed)
+
+
+def _rows(config: DataConfig, image_size: int, examine_streamed: bool) -> DatasetSpec:
+    listing, note = hugging_face.list_rows(config.dataset, config.holdout > 0)
+    dataset = _load_listed(listing, config, image_size, examine_streamed)
+    return replace(dataset, notes=(note, *dataset.notes))
+
+
+def _load_listed(listing: folder.Listing, config: DataConfig, image_size: int, examine_streamed: bool) -> DatasetSpec:
     loaded = folder.load(listing, image_size, config.stream, Rendering.of(config), examine_streamed)
     return DatasetSpec(
-        printable(root.resolve().name),
+        listing.title,
         listing.classes,
         Split(loaded.train, listing.train[1]),
         Split(loaded.test, listing.test[1]),

@@ -5,17 +5,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import SEEK_END, BytesIO
 from itertools import repeat
 from pathlib import Path
 from stat import S_ISREG
-from typing import Self, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from fastvit_train.config.schema import DataConfig
+from fastvit_train.data.rendering import DEFAULT_RENDERING, Rendering, black_and_white, may_be_transparent, to_rgb
 from fastvit_train.utils import machine
 from fastvit_train.utils.errors import UserError
 
@@ -26,19 +27,45 @@ MAX_PIXELS = 89_478_485  # Pillow's own limit, above which it warns: 256 MiB as 
 ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 """by format, bytes near the end of a complete file and nowhere else in its pixels"""
 TAIL_BYTES = 1024
-WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
-PHOTOMETRIC, BITS_PER_SAMPLE, MIN_SAMPLE, MAX_SAMPLE = 262, 258, 340, 341
-"""tags of TIFF"""
-WHITE_IS_ZERO = 0
 MISSING = "it does not exist"
 Result = TypeVar("Result")
+
+
+class Table(Protocol):
+    """Rows of a data set of the Hugging Face Hub, each with an image as bytes or as the path of a file."""
+
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Row:
+    """The image in a row of a table."""
+
+    table: Table
+    column: str
+    index: int
+    split: str
+
+    def __str__(self) -> str:
+        return f"row {self.index} of split {self.split}"
+
+    def read(self) -> bytes:
+        """Return the content of the image's file."""
+        image = self.table[self.index][self.column]
+        if image is None:
+            raise ValueError("it has no image")
+        return Path(image["path"]).read_bytes() if image["bytes"] is None else bytes(image["bytes"])
+
+
+Source = Path | Row
+"""where an encoded image is"""
 
 
 @dataclass(frozen=True)
 class Unreadable:
     """A file that can't be decoded, and why."""
 
-    path: Path
+    path: Source
     reason: str
 
     def __str__(self) -> str:
@@ -48,44 +75,11 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
-class Rendering:
-    """How image files become square images; the settings in `DataConfig` describe it."""
-
-    background: str = DataConfig.background
-    fit: str = DataConfig.fit
-    crop_pct: float = 1.0
-
-    @classmethod
-    def of(cls, config: DataConfig) -> Self:
-        """Return what `config` asks for."""
-        return cls(config.background, config.fit, config.crop_pct or 1.0)
-
-    def __str__(self) -> str:
-        """Describe the resizing for those who do it elsewhere; `image_size` is the side in pixels."""
-        how = "bilinear with antialiasing"
-        if self.fit == "pad":
-            return f"longer side to image_size, {how}; borders in {self.background}"
-        if self.fit == "stretch":
-            return f"both sides to image_size, {how}"
-        larger = f" / {self.crop_pct:g}" if self.crop_pct < 1 else ""
-        return f"shorter side to image_size{larger}, {how}; center crop"
-
-    def resize(self, image: Image.Image, size: int) -> Image.Image:
-        """Return `image` as `size` x `size` pixels."""
-        square, bilinear = (size, size), Image.Resampling.BILINEAR
-        if self.fit == "pad":
-            return ImageOps.pad(image, square, bilinear, self.background)
-        if self.fit == "stretch":
-            return image.resize(square, bilinear)
-        return ImageOps.fit(image, square, bilinear, bleed=(1 - self.crop_pct) / 2)
-
-
-@dataclass(frozen=True)
 class ImageFiles:
-    """Paths of image files, and how they become images."""
+    """Encoded images, and how they become images."""
 
-    paths: Sequence[Path]
-    rendering: Rendering = Rendering()
+    paths: Sequence[Source]
+    rendering: Rendering = DEFAULT_RENDERING
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -95,7 +89,7 @@ class ImageFiles:
         return ImageFiles([self.paths[i] for i in samples], self.rendering)
 
 
-def decode(path: Path, image_size: int, rendering: Rendering = Rendering()) -> Tensor:
+def decode(path: Source, image_size: int, rendering: Rendering = DEFAULT_RENDERING) -> Tensor:
     """Decode an image file to uint8 (3, image_size, image_size).
 
     Args:
@@ -113,7 +107,7 @@ def decode(path: Path, image_size: int, rendering: Rendering = Rendering()) -> T
     return image
 
 
-def try_decode(path: Path, image_size: int, rendering: Rendering) -> Tensor | Unreadable:
+def try_decode(path: Source, image_size: int, rendering: Rendering) -> Tensor | Unreadable:
     """Decode an image file as `decode` does, or return why it can't be decoded."""
     with warnings.catch_warnings(action="ignore"):
         return _try_decode(path, image_size, rendering)
@@ -133,7 +127,7 @@ def decode_all(files: ImageFiles, image_size: int) -> Tensor:
     return torch.stack([image for image in images if isinstance(image, Tensor)])
 
 
-def examine(paths: Sequence[Path]) -> tuple[list[Unreadable], int]:
+def examine(paths: Sequence[Source]) -> tuple[list[Unreadable], int]:
     """Look at the headers and the ends of image files. Files that may be incomplete are decoded to find out.
 
     Returns:
@@ -143,7 +137,7 @@ def examine(paths: Sequence[Path]) -> tuple[list[Unreadable], int]:
     return [result for result in results if isinstance(result, Unreadable)], results.count(True)
 
 
-def count_transparent(paths: Sequence[Path]) -> int:
+def count_transparent(paths: Sequence[Source]) -> int:
     """Return the number of images that may have transparent parts; files that can't be read don't count."""
     return sum(_map_in_threads(_is_transparent, paths))
 
@@ -163,10 +157,10 @@ def _map_in_threads(function: Callable[..., Result], *arguments: Iterable[object
         return list(pool.map(function, *arguments))
 
 
-def _try_decode(path: Path, image_size: int, rendering: Rendering) -> Tensor | Unreadable:
+def _try_decode(path: Source, image_size: int, rendering: Rendering) -> Tensor | Unreadable:
     try:
         with _open(path) as file:
-            image = _to_rgb(file, rendering.background)
+            image = to_rgb(file, rendering.background)
         if image.size != (image_size, image_size) or rendering.crop_pct < 1:
             image = rendering.resize(image, image_size)
     except Exception as error:  # Pillow raises errors of any kind for damaged files, MemoryError among them
@@ -174,26 +168,27 @@ def _try_decode(path: Path, image_size: int, rendering: Rendering) -> Tensor | U
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def _examine(path: Path) -> bool | Unreadable:
+def _examine(path: Source) -> bool | Unreadable:
     """Return whether the image may have transparent parts, or why the file can't be decoded."""
     try:
         with _open(path) as file:
             if not _looks_complete(path, str(file.format)):
                 file.load()
-            return _may_be_transparent(file)
+            return may_be_transparent(file)
     except Exception as error:
         return Unreadable(path, _reason(path, error))
 
 
-def _is_transparent(path: Path) -> bool:
+def _is_transparent(path: Source) -> bool:
     with suppress(Exception), _open(path) as file:
-        return _may_be_transparent(file)
+        return may_be_transparent(file)
     return False
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(path: Source, error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
-        return "it links to a file that does not exist" if path.is_symlink() else MISSING
+        is_link = isinstance(path, Path) and path.is_symlink()
+        return "it links to a file that does not exist" if is_link else MISSING
     if isinstance(error, UnidentifiedImageError):
         return f"it is not a {', '.join(FORMATS[:-1])} or {FORMATS[-1]} image"
     if isinstance(error, OSError) and error.strerror:
@@ -202,73 +197,31 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[Image.Image]:
+def _open(path: Source) -> Iterator[Image.Image]:
     """Open an image file. The size and the values in its header are checked before it is decoded."""
-    stat = path.stat()
-    if not S_ISREG(stat.st_mode) or stat.st_size > MAX_FILE_BYTES:
-        raise ValueError(f"not a regular file of at most {MAX_FILE_BYTES:,} bytes")
-    with Image.open(path, formats=FORMATS) as file:
+    with Image.open(_readable(path), formats=FORMATS) as file:
         if file.width * file.height > MAX_PIXELS:
             raise ValueError(f"{file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are allowed")
-        _black_and_white(file)
+        black_and_white(file)
         yield file
 
 
-def _looks_complete(path: Path, image_format: str) -> bool:
+def _readable(path: Source) -> Path | BytesIO:
+    """Return what Pillow opens; ValueError if it is too large, or not a regular file."""
+    if isinstance(path, Row):
+        content = path.read()
+        regular, size = True, len(content)
+    else:
+        stat = path.stat()
+        regular, size = S_ISREG(stat.st_mode), stat.st_size
+    if not regular or size > MAX_FILE_BYTES:
+        raise ValueError(f"not a regular file of at most {MAX_FILE_BYTES:,} bytes")
+    return BytesIO(content) if isinstance(path, Row) else path
+
+
+def _looks_complete(path: Source, image_format: str) -> bool:
     if image_format not in ENDINGS:
         return False
-    with path.open("rb") as stream:
-        stream.seek(max(0, path.stat().st_size - TAIL_BYTES))
+    with BytesIO(path.read()) if isinstance(path, Row) else path.open("rb") as stream:
+        stream.seek(max(0, stream.seek(0, SEEK_END) - TAIL_BYTES))
         return ENDINGS[image_format] in stream.read()
-
-
-def _may_be_transparent(image: Image.Image) -> bool:
-    return image.mode in WITH_ALPHA or "transparency" in image.info
-
-
-def _to_rgb(file: Image.Image, background: str) -> Image.Image:
-    """Return a file's first image as RGB, upright, its transparent parts composed on the background."""
-    black_and_white = _black_and_white(file)
-    image = ImageOps.exif_transpose(file)
-    if black_and_white is not None:
-        image = _scale(image, *black_and_white)
-    if not _may_be_transparent(image):
-        return image.convert("RGB")
-    image = image.convert("LA" if image.mode == "La" else "RGBA").convert("RGBA")
-    canvas = Image.new("RGB", image.size, background)
-    canvas.paste(image, mask=image.getchannel("A"))
-    return canvas
-
-
-def _black_and_white(file: Image.Image) -> tuple[float, float] | None:
-    """Return the values that are black and white if pixels have more than 8 bits, or None if convert() knows them.
-
-    Raises:
-        ValueError: if neither the format nor a tag says it.
-    """
-    if not file.mode.startswith(("I", "F")):
-        return None
-    tags = getattr(file, "tag_v2", {})
-    if MIN_SAMPLE in tags and MAX_SAMPLE in tags:
-        black, white = float(np.min(tags[MIN_SAMPLE])), float(np.max(tags[MAX_SAMPLE]))
-    elif file.mode.startswith("I;16"):
-        bits = tags.get(BITS_PER_SAMPLE, (16,))[0]
-        black, white = 0.0, 2.0**bits - 1
-    elif file.format in ("PNG", "PPM"):  # 16 bits, as integers of 32 bits
-        black, white = 0.0, 2.0**16 - 1
-    else:
-        kind = "floats" if file.mode == "F" else "signed or 32-bit integers"
-        raise ValueError(f"its pixels are {kind}, and nothing says which values are black and white; use 8 or 16 bits")
-    if not np.isfinite(white - black) or white <= black:
-        raise ValueError(f"it says that its pixels range from {black} to {white}")
-    return (white, black) if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else (black, white)
-
-
-def _scale(image: Image.Image, black: float, white: float) -> Image.Image:
-    """Return a gray image of 8 bits, which convert() would clip instead; a transparent value becomes an alpha."""
-    values = np.asarray(image)
-    scaled = np.nan_to_num((values.astype(np.float64) - black) * (255 / (white - black)))
-    gray = Image.fromarray((scaled.clip(0, 255) + 0.5).astype(np.uint8))
-    if "transparency" in image.info:
-        gray.putalpha(Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8)))
-    return gray

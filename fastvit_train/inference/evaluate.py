@@ -7,8 +7,9 @@ from typing import Literal
 
 from accelerate import Accelerator
 
+from fastvit_train.config.overrides import override
 from fastvit_train.config.resolved import ResolvedConfig
-from fastvit_train.config.schema import DataConfig, DatasetName, ModelConfig, RunConfig, TrainConfig
+from fastvit_train.config.schema import DataConfig, ModelConfig, RunConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec
 from fastvit_train.data.inputs import build_eval_loader, load_data
 from fastvit_train.data.loader import EvalLoader, RankInfo
@@ -50,7 +51,7 @@ class EvaluatedRun:
 def evaluate_run(
     run: str | Path,
     *,
-    dataset: DatasetName | None = None,
+    dataset: str | None = None,
     data_dir: str | None = None,
     attention: str | None = None,
     batch_size: int = RunConfig.eval_batch_size,
@@ -102,7 +103,7 @@ def evaluate_run(
 
 def evaluate(
     run: str | Path,
-    dataset: DatasetName | None = None,
+    dataset: str | None = None,
     data_dir: str | None = None,
     attention: str | None = None,
     checkpoint: str | int | None = None,
@@ -124,7 +125,7 @@ def evaluate(
 
 
 def _configure(
-    loaded: TrainedModel, dataset: DatasetName | None, data_dir: str | None, attention: str | None, batch_size: int
+    loaded: TrainedModel, dataset: str | None, data_dir: str | None, attention: str | None, batch_size: int
 ) -> ResolvedConfig:
     """Return the configuration of a run that would end in this evaluation."""
     if not 1 <= batch_size <= MAX_BATCH_SIZE:
@@ -133,7 +134,8 @@ def _configure(
         raise UserError(f"{loaded.source} does not record a data set; give --dataset and --data-dir")
     data = loaded.config.data if loaded.config is not None else DataConfig()
     if dataset is not None:
-        data = replace(data, holdout=0.0) if dataset == data.dataset else DataConfig(dataset=dataset)
+        other = override(TrainConfig(), {"dataset": dataset}, "eval").data
+        data = replace(data, holdout=0.0) if dataset == data.dataset else other
     recorded = loaded.config.model.attention if loaded.config is not None else loaded.attention
     settings = TrainConfig(
         run=RunConfig(eval_batch_size=batch_size),

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fastvit_train.data.decode import ImageFiles, count_transparent, decode_all, describe_transparency
-from fastvit_train.data.image_paths import expand_paths
+from fastvit_train.data.sources.image_paths import expand_paths
 from fastvit_train.inference.trained_model import TrainedModel, load_run
 from fastvit_train.models import AttentionMaps, attention_maps, patch_filters, position_similarity
 from fastvit_train.runs.plots.drawing import escape_mathtext, save_figure

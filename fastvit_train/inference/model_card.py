@@ -1,5 +1,6 @@
 """The model card of a trained model: description, training data, recipe, results and limitations."""
 
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from fastvit_train.config.overrides import flatten, marked
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.config.timm_config import imports, needs_import
-from fastvit_train.config.validation import Mark
+from fastvit_train.config.validation import HUGGING_FACE, Mark
 from fastvit_train.inference.trained_model import TrainedModel
 from fastvit_train.models import OUR_MODELS
 from fastvit_train.runs import comparison
@@ -25,6 +26,7 @@ HUB_DATASETS = {
     "fashion-mnist": "zalando-datasets/fashion_mnist",
 }
 """the data sets that are on the Hub: our name, and the identifier there"""
+HUB_NAME = re.compile(HUGGING_FACE + r"([\w.-]+/[\w.-]+)(:.*)?")
 MAX_CLASSES_LISTED = 100
 TRAIN_COMMAND = "accelerate launch{flags} -m fastvit_train --config config.yaml --exp-name again"
 
@@ -56,14 +58,16 @@ def _header(run: TrainedModel, repo: str, license: str | None, summary: dict[str
     metadata: dict[str, Any] = {}
     if run.config is not None:
         dataset = run.config.data.dataset
-        metadata["datasets"] = HUB_DATASETS.get(dataset)
+        on_hub = HUB_NAME.fullmatch(dataset)
+        identifier = on_hub[1] if on_hub else HUB_DATASETS.get(dataset)
+        metadata["datasets"] = identifier
         metadata["metrics"] = ["accuracy"]
         name, accuracy = _accuracy(run, summary)
         if accuracy is not None:
             metadata["eval_results"] = [
                 EvalResult(
                     task_type=TASK,
-                    dataset_type=HUB_DATASETS.get(dataset, dataset),
+                    dataset_type=identifier or dataset,
                     dataset_name=summary["dataset"],
                     dataset_split=summary["evaluated_on"],
                     metric_type="accuracy",

@@ -18,7 +18,7 @@ from fastvit_train.data.decode import (
     describe_transparency,
     try_decode_all,
 )
-from fastvit_train.data.image_paths import expand_paths
+from fastvit_train.data.sources.image_paths import expand_paths
 from fastvit_train.inference.trained_model import TrainedModel, load_run, non_finite_error
 from fastvit_train.runs.plots.figures import plot_images
 from fastvit_train.utils import atomic_io

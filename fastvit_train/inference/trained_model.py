@@ -16,8 +16,9 @@ from fastvit_train.config.overrides import override
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
-from fastvit_train.data.decode import Rendering
 from fastvit_train.data.loader import Preprocess
+from fastvit_train.data.rendering import Rendering
+from fastvit_train.data.sources.hub import offline_if_unreachable
 from fastvit_train.inference.checkpoints import Checkpoint, find_checkpoint
 from fastvit_train.models import (
     build_model,
@@ -28,7 +29,7 @@ from fastvit_train.models import (
     set_attention,
 )
 from fastvit_train.models.attention import AUTO
-from fastvit_train.models.pretrained.hub import HUB, needs_hub, offline_if_unreachable, unreachable_reason
+from fastvit_train.models.pretrained.hub import HUB, needs_hub, unreachable_reason
 from fastvit_train.models.pretrained.source import FOLDER
 from fastvit_train.models.resolve import resolve
 from fastvit_train.runs.run_folder import RunFolder

@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from fastvit_train.config.schema import DataConfig
-from fastvit_train.data import folder
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
 from fastvit_train.data.decode import decode
 from fastvit_train.data.images import StreamedImages
+from fastvit_train.data.sources import folder
 from fastvit_train.utils.errors import UserError
 from tests.support import write_folder
 

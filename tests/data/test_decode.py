@@ -13,7 +13,8 @@ from fastvit_train.cli.main import main
 from fastvit_train.config.overrides import validate
 from fastvit_train.config.schema import DataConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
-from fastvit_train.data.decode import Rendering, decode
+from fastvit_train.data.decode import decode
+from fastvit_train.data.rendering import Rendering
 from fastvit_train.inference.trained_model import load_run
 from fastvit_train.training.loop import fit, train
 from fastvit_train.utils.errors import UserError
@@ -300,7 +301,7 @@ def test_streamed_files_are_examined_again_only_after_a_change(tmp_path: Path, m
     root = write_folder(tmp_path / "photos", per_class=2)
     notes = load(root, stream="always").notes
     with monkeypatch.context() as patch:
-        patch.setattr("fastvit_train.data.folder.examine", None)
+        patch.setattr("fastvit_train.data.sources.folder.examine", None)
         assert load(root, stream="always").notes == notes
     (root / "test" / "circle" / "0.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match=r"0.png can't be decoded"):

@@ -13,8 +13,8 @@ from PIL import Image
 from fastvit_train.config.schema import DataConfig, TrainConfig
 from fastvit_train.data.datasets import load_dataset
 from fastvit_train.data.decode import FORMATS
-from fastvit_train.data.folder import list_images
-from fastvit_train.data.image_paths import EXTENSIONS, describe, expand_paths, find_images
+from fastvit_train.data.sources.folder import list_images
+from fastvit_train.data.sources.image_paths import EXTENSIONS, describe, expand_paths, find_images
 from fastvit_train.training.loop import fit
 from fastvit_train.utils.errors import UserError
 from tests.support import write_folder

@@ -20,10 +20,10 @@ import pytest
 import torch
 
 from fastvit_train.config.schema import DataConfig
-from fastvit_train.data import published
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
-from fastvit_train.data.download import _ProgressBar, download
-from fastvit_train.data.published import CIFAR10, CIFAR100
+from fastvit_train.data.sources import published
+from fastvit_train.data.sources.download import _ProgressBar, download
+from fastvit_train.data.sources.published import CIFAR10, CIFAR100
 from fastvit_train.utils.errors import UserError
 from tests.reliability.malformed import Evil
 from tests.support import accept_cifar, idx_bytes, write_cifar10, write_fashion_mnist
@@ -298,7 +298,7 @@ def test_an_interrupted_download_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         raise KeyboardInterrupt
 
     before = socket.getdefaulttimeout()
-    monkeypatch.setattr("fastvit_train.data.download.download_url", interrupt)
+    monkeypatch.setattr("fastvit_train.data.sources.download.download_url", interrupt)
     with pytest.raises(KeyboardInterrupt):
         load("cifar10", tmp_path)
     assert not list(tmp_path.iterdir()) and socket.getdefaulttimeout() == before

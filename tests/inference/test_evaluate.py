@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastvit_train.cli.main import main
-from fastvit_train.config.schema import DatasetName, TrainConfig
+from fastvit_train.config.schema import TrainConfig
 from fastvit_train.inference import evaluate
 from fastvit_train.inference.evaluate import evaluate_run
 from fastvit_train.inference.export import export_run
@@ -112,7 +112,7 @@ def test_outputs_of_nan_are_one_line(trained: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("dataset", "on", "images"), [(None, "holdout", 143), ("digits", "test", 359)])
 def test_a_run_with_a_holdout_is_evaluated_on_the_test_set_on_request(
-    trained: Path, tmp_path: Path, dataset: DatasetName | None, on: str, images: int
+    trained: Path, tmp_path: Path, dataset: str | None, on: str, images: int
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)

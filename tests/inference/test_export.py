@@ -22,7 +22,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from fastvit_train.cli.main import main
-from fastvit_train.data import download
+from fastvit_train.data.sources import download
 from fastvit_train.inference.export import FORMATS, _write_safetensors
 from fastvit_train.inference.trained_model import load_run
 from tests.support import one_line_error, write_cifar10, write_folder

@@ -12,8 +12,9 @@ from huggingface_hub.errors import EntryNotFoundError
 from timm.models import get_model_args
 
 from fastvit_train.config.schema import TrainConfig
+from fastvit_train.data.sources.hub import offline_if_unreachable
 from fastvit_train.models.build import check_model, check_timm_folder, pretrained_cfg_of
-from fastvit_train.models.pretrained.hub import HUB, needs_hub, offline_if_unreachable, unreachable_reason
+from fastvit_train.models.pretrained.hub import HUB, needs_hub, unreachable_reason
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.safe_load import read_json
 

@@ -19,7 +19,7 @@ from torchvision import datasets
 from torchvision.datasets import FashionMNIST
 from torchvision.datasets.utils import extract_archive
 
-from fastvit_train.data.download import check_md5, download
+from fastvit_train.data.sources.download import check_md5, download
 from fastvit_train.utils.errors import UserError
 
 RAW_FOLDER = Path("FashionMNIST", "raw")  # where torchvision keeps the idx files

@@ -14,9 +14,10 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fastvit_train.data.decode import ImageFiles, Rendering, Unreadable, describe_transparency, examine
-from fastvit_train.data.image_paths import PassedOver, describe, find_folders, find_images, no_images_error
+from fastvit_train.data.decode import ImageFiles, Source, Unreadable, describe_transparency, examine
 from fastvit_train.data.images import StreamedImages, cache_path, read_cache, write_cache, write_list
+from fastvit_train.data.rendering import Rendering
+from fastvit_train.data.sources.image_paths import PassedOver, describe, find_folders, find_images, no_images_error
 from fastvit_train.distributed.env import local_world_size
 from fastvit_train.utils import machine
 from fastvit_train.utils.errors import UserError, counted, printable
@@ -45,19 +46,24 @@ class Layout:
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of both splits, sorted by class and path, and their labels, int64 (samples,)."""
+    """The encoded images of both splits, and their labels, int64 (samples,); files are sorted by class and path."""
 
     root: Path
+    """where they are from"""
+    title: str
+    """what is printed with every accuracy"""
     classes: tuple[str, ...]
     test_name: str
-    train: tuple[list[Path], Tensor]
-    test: tuple[list[Path], Tensor]
+    train: tuple[Sequence[Source], Tensor]
+    test: tuple[Sequence[Source], Tensor]
     passed_over: PassedOver
+    files: Sequence[Path]
+    """what the caches depend on"""
 
     @property
-    def paths(self) -> list[Path]:
-        """The files of both splits."""
-        return self.train[0] + self.test[0]
+    def paths(self) -> list[Source]:
+        """The images of both splits."""
+        return [*self.train[0], *self.test[0]]
 
 
 @dataclass(frozen=True)
@@ -83,7 +89,9 @@ def list_images(root: Path, holdout: bool = False) -> Listing:
     train, in_train = _list_split(layout.train)
     test, in_test = _list_split(layout.test)
     passed_over = layout.passed_over + in_train + in_test
-    return Listing(root, tuple(layout.train), layout.test_name, train, test, passed_over)
+    files = train[0] + test[0]
+    title = printable(root.resolve().name)
+    return Listing(root, title, tuple(layout.train), layout.test_name, train, test, passed_over, files)
 
 
 def find_layout(root: Path, holdout: bool) -> Layout:
@@ -182,7 +190,7 @@ def load(listing: Listing, image_size: int, stream: str, rendering: Rendering, e
     if _streams(len(train) + len(test), image_size, stream):
         transparent = _examine(listing) if examine_streamed else 0
         return Loaded(train, test, _notes(listing, transparent, rendering.background))
-    cache = cache_path(listing.root, listing.paths, "decoded", len(train), image_size, rendering)
+    cache = cache_path(listing.root, listing.files, "decoded", len(train), image_size, rendering)
     transparent = _examine(listing)
     tensors = read_cache(cache, SPLITS)
     if tensors is None:
@@ -226,13 +234,13 @@ def _examine(listing: Listing) -> int:
     The files are not examined again until one of them changes.
     """
     paths = listing.paths
-    cache = cache_path(listing.root, paths, "examined")
+    cache = cache_path(listing.root, listing.files, "examined")
     if (examined := read_cache(cache, (TRANSPARENT,))) is not None:
         return int(examined[TRANSPARENT])
     damaged: list[Unreadable] = []
     transparent = 0
     starts = range(0, len(paths), EXAMINE_BATCH)
-    for start in track(starts, f"reading headers in {listing.root.name}", disable=not sys.stderr.isatty()):
+    for start in track(starts, f"reading headers in {listing.title}", disable=not sys.stderr.isatty()):
         unreadable, count = examine(paths[start : start + EXAMINE_BATCH])
         damaged += unreadable
         transparent += count
@@ -250,7 +258,7 @@ def _decode(listing: Listing, train: ImageFiles, test: ImageFiles, image_size: i
         images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
         samples = torch.arange(len(files)).split(DECODE_BATCH) if len(files) else ()
         batches = StreamedImages(files, image_size, torch.device("cpu")).try_batches(samples)
-        title = f"decoding {listing.root.name}, {name}"
+        title = f"decoding {listing.title}, {name}"
         progress = track(batches, title, total=len(samples), disable=not sys.stderr.isatty())
         for samples_B, batch in zip(samples, progress, strict=True):
             if isinstance(batch, list):

@@ -1,0 +1,1 @@
+"""Where images come from: folders, published data sets, the Hugging Face Hub."""
