@@ -1,9 +1,11 @@
 """The trials of a sweep: each is a run of its own, in a process of its own; optuna chooses their settings."""
 
 import math
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -157,7 +159,7 @@ def _training(config: TrainConfig, temporary: Path) -> Iterator[subprocess.Popen
     file = temporary / "trial.yaml"
     file.write_text(settings_file.to_file(config), encoding="utf-8")
     command = [sys.executable, "-m", "fastvit_train", "--config", str(file), "--resume", "auto"]
-    with open(temporary / ERRORS, "wb") as errors:
+    with open(temporary / ERRORS, "wb") as errors, _sigterm_as_ctrl_c():
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         try:
             yield process
@@ -165,6 +167,19 @@ def _training(config: TrainConfig, temporary: Path) -> Iterator[subprocess.Popen
             if process.poll() is None:
                 process.terminate()
             process.wait()
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt, so that a trial does not outlive its sweep; only the main thread may."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _watch(process: subprocess.Popen[bytes], trial: Trial, run: RunFolder) -> bool:

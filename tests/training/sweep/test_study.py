@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastvit_train.cli.main import main
 from fastvit_train.config.recipes import recipe
+from fastvit_train.runs.lock import RunLock
 from fastvit_train.runs.results import read_summary
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.sweep import study as studies
@@ -63,15 +64,17 @@ def test_trials_are_runs_with_a_table_and_a_picture(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_with_the_trial_under_way(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_stopped_sweep_goes_on_with_the_trial_under_way(tmp_path: Path, number: signal.Signals) -> None:
     flags = command(tmp_path, "--trials", 2, "--epochs", 20, "--no-prune")
     process = subprocess.Popen(
         [sys.executable, "-m", "fastvit_train", *flags], env=environment(), start_new_session=True
     )
     run = tmp_path / "sweep" / "trial-0001"
     wait_until(lambda: (run / "checkpoints" / "last").exists())
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     assert process.wait(120) == 130
+    RunLock(run).check_free()  # nothing trains the trial any more
     (before,) = trials(tmp_path)
     assert before.state == TrialState.RUNNING
     epochs = len(read_jsonl(run / "metrics.jsonl"))
