@@ -19,7 +19,7 @@ RUN apt-get update \
     && if ! command -v python3; then apt-get install --yes --no-install-recommends python3-dev python3-venv; fi \
     && rm -rf /var/lib/apt/lists/*
 
-RUN useradd --create-home --home-dir /work fastvit
+RUN useradd --uid 10001 --create-home --home-dir /work fastvit
 
 ENV PATH=/opt/fastvit/bin:$PATH
 WORKDIR /src
@@ -42,5 +42,5 @@ RUN pip install --no-cache-dir --no-deps .
 ENV HOME=/work USER=fastvit
 WORKDIR /work
 VOLUME ["/work"]
-USER fastvit
+USER 10001
 ENTRYPOINT ["fastvit"]

@@ -20,7 +20,7 @@ def why_refused(folder: Path) -> str | None:
     for name in folder.parts[1:]:
         if RESERVED.fullmatch(name) or FORBIDDEN.search(name) or name.endswith((".", " ")):
             return (
-                f'Windows can\'t have a folder named {name!r}; allowed are names without <>:"|?*, without a dot or a '
+                f"Windows can't have a folder named {name!r}; allowed are names without <>:\"|?*, without a dot or a "
                 "space at the end, and not those of devices, such as con, nul or com1"
             )
     if len(str(folder)) + ROOM > MAX_PATH:

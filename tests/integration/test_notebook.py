@@ -74,4 +74,4 @@ def test_it_trains_shows_the_curves_after_each_epoch_and_draws_where_the_model_l
     (figure,) = (output.data["image/png"] for output in cells["attention"].outputs if "data" in output)
     colors = pixels(figure).astype(int)
     is_colored = np.ptp(colors, axis=2) > 60  # the digits alone are gray
-    assert is_colored.mean() > 0.05 and len(np.unique(colors[is_colored], axis=0)) > 100
+    assert is_colored.mean() > 0.01 and len(np.unique(colors[is_colored], axis=0)) > 100
