@@ -14,8 +14,8 @@ ROOM = 80
 def why_refused(folder: Path) -> str | None:
     """Return why the folder of a run can't have this absolute path on Windows; None if it can.
 
-    Windows would take a reserved name for a device, and silently leave out a dot or a space at a name's end, so that two
-    runs would have one folder (https://learn.microsoft.com/windows/win32/fileio/naming-a-file).
+    Windows would take a reserved name for a device, and leave out a dot or a space at a name's end, so that two runs
+    would have one folder (https://learn.microsoft.com/windows/win32/fileio/naming-a-file).
     """
     for name in folder.parts[1:]:
         if RESERVED.fullmatch(name) or FORBIDDEN.search(name) or name.endswith((".", " ")):
@@ -25,7 +25,7 @@ def why_refused(folder: Path) -> str | None:
             )
     if len(str(folder)) + ROOM > MAX_PATH:
         return (
-            f"the path {folder} has {len(str(folder))} characters; Windows allows {MAX_PATH - ROOM} for the folder of a "
-            "run, so that the files in it have room"
+            f"the path {folder} has {len(str(folder))} characters; Windows allows {MAX_PATH - ROOM} for the folder of "
+            "a run, so that the files in it have room"
         )
     return None

@@ -67,9 +67,8 @@ class Image:
                 pass
             case "ENV":
                 values = dict(word.split("=", 1) for word in arguments.split())
-                self.env |= {
-                    key: self._place(value).replace("$PATH", self.env["PATH"]) for key, value in values.items()
-                }
+                for key, value in values.items():
+                    self.env[key] = self._place(value).replace("$PATH", self.env["PATH"])
             case "WORKDIR":
                 self.workdir = Path(self._place(arguments))
                 self.workdir.mkdir(parents=True, exist_ok=True)

@@ -120,9 +120,8 @@ class Doubles(TorchDispatchMode):
         result = operator(*args, **(kwargs or {}))
         self.calls += 1
         from_host = operator is torch.ops.aten.lift_fresh.default  # NumPy's draws, before they become float32
-        if not from_host and any(
-            isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(result)
-        ):
+        dtypes = {leaf.dtype for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)}
+        if torch.float64 in dtypes and not from_host:
             self.found.append(str(operator))
         return result
 

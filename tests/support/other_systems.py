@@ -5,6 +5,7 @@ lacks there, and sets `sys.platform`. Paths, the console and the libraries remai
 """
 
 import errno
+import importlib
 import multiprocessing
 import os
 import signal
@@ -21,6 +22,10 @@ MISSING: dict[str, dict[Any, tuple[str, ...]]] = {
 }
 MISSING_MODULES = {"win32": ("fcntl", "resource", "pwd", "grp", "termios"), "darwin": ()}
 START_METHODS = {"win32": ["spawn"], "darwin": ["spawn", "fork", "forkserver"]}
+LIBRARIES = (
+    *("accelerate", "matplotlib.backends.backend_agg", "optuna.storages.journal", "timm", "torchvision"),
+    *("torch._dynamo", "torch.utils.data", "accelerate.commands.launch", "torch.distributed.run"),
+)
 OF_LINUX = ("/proc", "/dev/shm", "/sys")
 
 
@@ -70,25 +75,20 @@ def use(data: str, runs: str) -> None:
     from fastvit_train.data import images
 
     images.MAX_WITHOUT_WORKERS = 0
-    small = "--epochs 2 --batch-size 8 --embed-dim 16 --depth 1 --num-heads 2 --patch-size 8 --optimizer nmuon".split()
-    settings = ["--dataset", "folder", "--data-dir", data, "--runs-dir", runs, *small]
+    flags = "--epochs 2 --batch-size 8 --embed-dim 16 --depth 1 --num-heads 2 --patch-size 8 --optimizer nmuon"
+    settings = ["--dataset", "folder", "--data-dir", data, "--runs-dir", runs, *flags.split()]
+    settings += ["--attention", "auto" if sys.platform == "win32" else "fused"]  # auto compiles nothing on Windows
     train = ["train", *settings, "--exp-name", "run", "--stream", "always", "--mlp-ratio", "2"]
     main([*train, "--stop-after", "1"])
     main([*train, "--resume", "must"])
     for verb in ("eval", "inspect", "report"):
         main([verb, f"{runs}/run"])
     main(["predict", f"{runs}/run", f"{data}/test/circle/0.png"])
-    main(["sweep", "lr=1e-3..1e-2", *settings, "--attention", "fused", "--holdout", "0.2", "--trials", "1"])
+    main(["sweep", "lr=1e-3..1e-2", *settings, "--holdout", "0.2", "--trials", "1"])
 
 
 if __name__ == "__main__":
-    import accelerate  # noqa: F401
-    import matplotlib.backends.backend_agg
-    import optuna.storages.journal
-    import timm  # noqa: F401
-    import torch._dynamo
-    import torch.utils.data
-    import torchvision  # noqa: F401
-
+    for library in LIBRARIES:
+        importlib.import_module(library)
     pretend(sys.argv[1])
     use(*sys.argv[2:])
