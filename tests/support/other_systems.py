@@ -11,7 +11,10 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
+
+import psutil
 
 MISSING: dict[str, dict[Any, tuple[str, ...]]] = {
     "win32": {
@@ -39,6 +42,7 @@ def pretend(system: str) -> None:
     multiprocessing.get_all_start_methods = lambda: START_METHODS[system]  # type: ignore[method-assign]
     os.open, os.stat = _without_linux(os.open), _without_linux(os.stat)
     if system == "win32":
+        psutil.Process.memory_info = _with_peak(psutil.Process.memory_info)  # type: ignore[method-assign]
         os.open, os.replace, os.symlink = _not_folders(os.open, 0), _not_folders(os.replace, 1), _refuse_link
     sys.platform = system
 
@@ -61,6 +65,16 @@ def _not_folders(function: Callable[..., Any], position: int) -> Callable[..., A
         if os.path.isdir(args[position]):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), args[position])
         return function(*args, **kwargs)
+
+    return call
+
+
+def _with_peak(memory_info: Callable[..., Any]) -> Callable[..., Any]:
+    """psutil's function with the field that it has on Windows alone."""
+
+    def call(process: psutil.Process) -> SimpleNamespace:
+        resident = memory_info(process).rss
+        return SimpleNamespace(rss=resident, peak_wset=resident)
 
     return call
 
