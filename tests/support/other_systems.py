@@ -8,6 +8,7 @@ import errno
 import importlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -42,6 +43,7 @@ def pretend(system: str) -> None:
     multiprocessing.get_all_start_methods = lambda: START_METHODS[system]  # type: ignore[method-assign]
     os.open, os.stat = _without_linux(os.open), _without_linux(os.stat)
     if system == "win32":
+        shutil._use_fd_functions = False  # type: ignore[attr-defined]  # as where folders can't be opened
         psutil.Process.memory_info = _with_peak(psutil.Process.memory_info)  # type: ignore[method-assign]
         os.open, os.replace, os.symlink = _not_folders(os.open, 0), _not_folders(os.replace, 1), _refuse_link
     sys.platform = system
