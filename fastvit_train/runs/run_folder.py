@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fastvit_train.config import settings_file
+from fastvit_train.config import settings_file, windows
 from fastvit_train.config.overrides import differences, override, to_plain
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.runs import checkpoint, lock
 from fastvit_train.runs.train_state import TrainState
-from fastvit_train.utils import atomic_io, windows
+from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError
 
 ResumeMode = Literal["never", "auto", "must"]

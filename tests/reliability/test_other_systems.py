@@ -10,6 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import fastvit_kernels
+from fastvit_train.config import windows
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.decode import ImageFiles
 from fastvit_train.data.images import StreamedImages
@@ -17,7 +18,7 @@ from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.training.display.progress_bar import ProgressBar
 from fastvit_train.training.loop import train_epoch
 from fastvit_train.training.setup import setup
-from fastvit_train.utils import atomic_io, windows
+from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.torch_private import TorchDispatchMode
 from tests.support import ROOT, run, write_folder
