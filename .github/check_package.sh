@@ -19,6 +19,8 @@ pip install --quiet "$work"/dist/*.whl
 pip install --quiet --force-reinstall --no-deps "$work"/dist/*.whl  # also where the clone is installed
 cd "$work"
 fastvit --version
-python -c 'import fastvit_train, fastvit_kernels; print(fastvit_train.__file__, fastvit_kernels.__file__)'
+python -c 'import fastvit_train, fastvit_kernels as kernels, sys
+assert all(module.__file__.startswith(sys.prefix) for module in (fastvit_train, kernels)), "it is not the wheel"'
 accelerate launch -m fastvit_train --epochs 1 --exp-name wheel
-fastvit eval runs/wheel
+fastvit --epochs 1 --exp-name script
+fastvit eval runs/script

@@ -72,6 +72,8 @@ class StreamedImages:
     def __init__(self, files: ImageFiles, image_size: int, device: torch.device) -> None:
         self._files = _Files(files, image_size)
         self._device = device
+        self._pins_memory = device.type == "cuda"
+        """whether batches lie in page-locked memory: without it, a copy must end before the batch's memory is freed"""
 
     def batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor]:
         """Yield as `Images.batches` does; raises UserError with the name of the first file that can't be decoded."""
@@ -83,7 +85,7 @@ class StreamedImages:
     def try_batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor | list[Unreadable]]:
         """Yield as `Images.batches` does, or, instead of a batch, its files that can't be decoded."""
         for batch in self._load([samples_B.tolist() for samples_B in samples]):
-            yield batch if isinstance(batch, list) else batch.to(self._device, non_blocking=True)
+            yield batch if isinstance(batch, list) else batch.to(self._device, non_blocking=self._pins_memory)
 
     def _load(self, batches: Sequence[list[int]]) -> Iterator[Tensor | list[Unreadable]]:
         if sum(map(len, batches)) <= MAX_WITHOUT_WORKERS:
@@ -92,8 +94,7 @@ class StreamedImages:
         reason = worker_processes.why_unavailable(batch_bytes, worker_processes.num_workers())
         if reason is None:
             try:
-                pin_memory = self._device.type == "cuda"
-                return worker_processes.load_in_workers(self._files, batches, _collate, pin_memory)
+                return worker_processes.load_in_workers(self._files, batches, _collate, self._pins_memory)
             except OSError as error:  # such as a limit on the number of processes
                 reason = f"processes that load images can't be started ({error.strerror or error})"
         _log_once(f"{reason}; this process decodes them itself, which is slower")

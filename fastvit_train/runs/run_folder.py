@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fastvit_train.config import settings_file
+from fastvit_train.config import settings_file, windows
 from fastvit_train.config.overrides import differences, override, to_plain
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.runs import checkpoint, lock
@@ -100,6 +101,8 @@ class RunFolder:
                 f"the path {self.root} is not UTF-8, and the weights could not be read again; "
                 "choose another --exp-name or --runs-dir, such as one in plain ASCII"
             ) from None
+        if sys.platform == "win32" and (reason := windows.why_refused(self.root.absolute())):
+            raise UserError(f"{reason}; choose another --exp-name or --runs-dir")
 
     def read_config(self) -> dict[str, Any]:
         """Read the run's settings, by name; those that config.yaml does not hold have their defaults.

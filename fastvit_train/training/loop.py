@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -28,11 +29,18 @@ from fastvit_train.training.setup import setup_together
 from fastvit_train.utils.errors import UserError
 
 Phase = Callable[[str], AbstractContextManager[Any]]
+OnEpoch = Callable[[Path], object]
+"""is called with the run's folder"""
 Batch = tuple[Tensor, Tensor]
 
 
 def train(
-    recipe: str = "quickstart", *, resume: ResumeMode = "never", overwrite: bool = False, **settings: Any
+    recipe: str = "quickstart",
+    *,
+    resume: ResumeMode = "never",
+    overwrite: bool = False,
+    on_epoch: OnEpoch | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Train a model and write its run folder, `runs_dir/exp_name`; returns the content of summary.json.
 
@@ -42,6 +50,9 @@ def train(
         recipe: name of the settings to start from; `python -m fastvit_train recipes` lists them.
         resume: "auto" continues from the run's last checkpoint if there is one, "must" fails if there is none.
         overwrite: start over if the folder already holds a run.
+        on_epoch: called on rank 0 with the run's folder once an epoch's metrics and checkpoint are there, such as to
+            draw the curves; the other ranks wait for it. Random numbers that it draws do not change the training, and
+            its time does not count as training time.
         settings: named like the flags, with _ for -: `epochs=3, model="c_vit_4_4_32", exp_name="try"`.
 
     Raises:
@@ -50,16 +61,26 @@ def train(
         KeyboardInterrupt: if SIGINT (Ctrl-C) stopped it; its checkpoint is written too.
     """
     config = override(recipes.recipe(recipe), with_model_of(settings), "train()")
-    return fit(config, resume=resume, overwrite=overwrite)
+    return fit(config, resume=resume, overwrite=overwrite, on_epoch=on_epoch)
 
 
-def fit(config: TrainConfig, *, resume: ResumeMode = "never", overwrite: bool = False) -> dict[str, Any]:
+def fit(
+    config: TrainConfig,
+    *,
+    resume: ResumeMode = "never",
+    overwrite: bool = False,
+    on_epoch: OnEpoch | None = None,
+) -> dict[str, Any]:
     """Train the model that `config` describes; everything else is as in `train`."""
-    return fit_together([config], resume=resume, overwrite=overwrite)[0]
+    return fit_together([config], resume=resume, overwrite=overwrite, on_epoch=on_epoch)[0]
 
 
 def fit_together(
-    configs: Sequence[TrainConfig], *, resume: ResumeMode = "never", overwrite: bool = False
+    configs: Sequence[TrainConfig],
+    *,
+    resume: ResumeMode = "never",
+    overwrite: bool = False,
+    on_epoch: OnEpoch | None = None,
 ) -> list[dict[str, Any]]:
     """Train models whose settings differ in seed and exp_name only, step by step in turn; see `train`.
 
@@ -76,7 +97,7 @@ def fit_together(
             raise
         try:
             with _progress_bar(sessions[0]) as bar:
-                return take_turns([_train(session, bar) for session in sessions], random_states, stop_signals)
+                return take_turns([_train(session, bar, on_epoch) for session in sessions], random_states, stop_signals)
         except Exception as error:
             # An error of one rank alone reaches rank 0 as the loss of that rank, if at all.
             if sessions[0].accelerator.is_main_process or not getattr(error, "on_all_ranks", False):
@@ -94,7 +115,7 @@ def _progress_bar(session: TrainSession) -> ProgressBar:
     return ProgressBar(session.log.console, total_steps, epochs, session.accelerator.num_processes)
 
 
-def _train(session: TrainSession, bar: ProgressBar) -> Generator[None, None, dict[str, Any]]:
+def _train(session: TrainSession, bar: ProgressBar, on_epoch: OnEpoch | None) -> Generator[None, None, dict[str, Any]]:
     """Train and evaluate epoch by epoch, and write the results; returns the summary.
 
     It yields wherever a run waits for those that train together with it.
@@ -108,6 +129,9 @@ def _train(session: TrainSession, bar: ProgressBar) -> Generator[None, None, dic
             yield from take_steps(session, bar)
             session.status_exchange.start_phase()
             evaluation = _evaluate_epoch(session)
+            if on_epoch is not None and accelerator.is_main_process:
+                with unchanged():
+                    on_epoch(session.folder.root)
             yield
     except StopTraining as stop:
         save_checkpoint(session)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -187,21 +188,30 @@ def recover_interrupted(parent: Path) -> None:
 def link(path: Path, name: str) -> None:
     """Make `path` stand for its sibling `name`, atomically: `link_target` reads it.
 
-    It becomes a symbolic link or, on a disk without such links, a text file that holds the name.
+    It becomes a symbolic link or, on Windows and on a disk without such links, a text file that holds the name.
     """
     temporary = path.with_name(f".{path.name}.link")
     remove(temporary)
-    try:
-        temporary.symlink_to(name, target_is_directory=True)
-    except OSError as error:
-        if error.errno not in UNSUPPORTED:
-            raise
+    if not _can_link(temporary, name):
         temporary.write_text(name, encoding="utf-8")
         _sync(temporary)
     if path.is_dir() and not path.is_symlink():  # a copy of the run in which the link was followed
         remove(path)
     temporary.replace(path)
     _sync(path.parent)
+
+
+def _can_link(path: Path, name: str) -> bool:
+    """Make `path` a symbolic link, if there are such links and a later one can take its place."""
+    if sys.platform == "win32":  # it has them for some users, but cannot rename a file over one that leads to a folder
+        return False
+    try:
+        path.symlink_to(name, target_is_directory=True)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        return False
+    return True
 
 
 def link_target(path: Path) -> Path | None:

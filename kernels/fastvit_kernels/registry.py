@@ -85,7 +85,7 @@ IMPLEMENTATIONS = {
     "naive": Implementation(naive_attention),
     "fused": Implementation(fused_attention),
     "sdpa": Implementation(sdpa_attention),
-    "compiled": Implementation(compiled_attention, cpp_library.why_unavailable),
+    "compiled": Implementation(compiled_attention, cpp_library.why_without_compiler),
     "cpp": Implementation(cpp.cpp_attention, cpp_library.why_unavailable, _why_cpp_unsupported),
     "triton": Implementation(_triton_attention, _why_triton_unavailable, _why_triton_unsupported),
 }

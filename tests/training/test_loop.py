@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvit_train.config.schema import TrainConfig
+from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training import loop
 from fastvit_train.training.display.progress_bar import ProgressBar
 from fastvit_train.training.loop import fit, train_epoch
@@ -96,6 +97,19 @@ def test_on_a_gpu_torch_sees_no_synchronisation_either(small_config: Config, com
         return phase("waiting" if next(first, False) else name)  # the epoch's draws are moved in its first input
 
     train_epoch(session, bar, after_the_first)
+
+
+def test_on_epoch_finds_the_metrics_of_each_epoch_and_changes_nothing(small_config: Config, tmp_path: Path) -> None:
+    found = []
+
+    def on_epoch(run: Path) -> None:
+        torch.rand(7)  # the dropout of the next epoch does not depend on it
+        found.append(([row["epoch"] for row in read_jsonl(run / "metrics.jsonl")], (run / "summary.json").exists()))
+
+    settings = {"drop_rate": 0.3, "epochs": 2}
+    watched = fit(small_config(**settings), on_epoch=on_epoch)
+    assert found == [([1], False), ([1, 2], False)]
+    assert fit(small_config(**settings, exp_name="other"))["test_loss"] == watched["test_loss"]
 
 
 def test_a_busy_machine_is_reported_once(small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import optuna
 from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from fastvit_train.config import settings_file
@@ -78,10 +78,12 @@ def _open(folder: Path, config: TrainConfig, words: Sequence[str], prune: bool) 
     except OSError as error:
         raise UserError(f"can't write {folder} ({error.strerror or error}); choose another --runs-dir") from None
     epochs = math.ceil(config.run.total_epochs * UNPRUNED_PART)
+    journal = str(folder / JOURNAL)
+    without_links = JournalFileOpenLock(journal)  # optuna's default is a symbolic link, which Windows reserves for few
     with FileLock(folder / LOCK):
         study = optuna.create_study(
             study_name="sweep",
-            storage=JournalStorage(JournalFileBackend(str(folder / JOURNAL))),
+            storage=JournalStorage(JournalFileBackend(journal, without_links)),
             sampler=optuna.samplers.TPESampler(seed=config.run.seed, constant_liar=True),
             pruner=optuna.pruners.MedianPruner(FIRST_UNPRUNED, epochs) if prune else optuna.pruners.NopPruner(),
             direction="maximize",

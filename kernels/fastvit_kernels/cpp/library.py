@@ -19,7 +19,14 @@ FLAGS = ("-fno-strict-aliasing", "-Wno-psabi")
 
 
 def why_unavailable() -> str | None:
-    """Why C++ cannot be compiled on this machine, or None if it can."""
+    """Why these kernels cannot be compiled on this machine, or None if they can."""
+    if sys.platform == "win32":
+        return "is written for GCC and Clang, and torch compiles with MSVC on Windows"
+    return why_without_compiler()
+
+
+def why_without_compiler() -> str | None:
+    """Why torch.compile cannot compile C++ on this machine, or None if it can."""
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
     if _on_path(compiler, os.environ.get("PATH")):
         return None
