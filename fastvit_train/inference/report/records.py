@@ -13,7 +13,7 @@ from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.utils.errors import UserError, counted, printable
 
 Value = TypeVar("Value")
-FILES_ALONE = "this page shows the run's files alone; `report` writes one with an evaluation into the run's folder"
+FILES_ALONE = "this page shows the run's files alone; python -m fastvit_train report writes one with an evaluation."
 
 
 @dataclass(frozen=True)

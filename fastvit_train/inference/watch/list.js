@@ -3,14 +3,13 @@
 import { element, swatch } from "./chart.js";
 
 const WORDS = new Set(["model", "data"]); // columns of words; the others hold numbers
-const AGES = [["day", 86400], ["hour", 3600], ["minute", 60], ["second", 1]];
+const AGES = [["d", 86400], ["h", 3600], ["min", 60], ["s", 1]];
 const rows = new Map(); // by the run's id
 const body = document.getElementById("rows");
 
 function age(seconds) {
   const [unit, size] = AGES.find(([, length]) => seconds >= length) ?? AGES.at(-1);
-  const number = Math.max(0, Math.floor(seconds / size));
-  return `${number} ${unit}${number === 1 ? "" : "s"} ago`;
+  return `${Math.max(0, Math.floor(seconds / size))} ${unit} ago`;
 }
 
 function setText(target, text) {
@@ -35,17 +34,19 @@ function createRow(run, columns, onTick) {
     element("th", { scope: "row", role: "rowheader" }, element("label", {}, tick, name), mark, note),
     cell("words plain", "state", state),
     ...columns.map((column, i) => cell(WORDS.has(column) ? "words" : "", column, values[i])),
-    cell("words", "last change", changed),
+    cell("", "last change", changed),
     cell("words plain", "report", report),
   );
   tick.addEventListener("change", () => onTick(run.id, tick.checked));
-  return { row, tick, mark, note, state, values, changed, number: undefined };
+  return { row, tick, mark, note, state, values, changed, report, number: undefined };
 }
 
 function update(parts, run, now, ticked, number) {
   parts.tick.checked = ticked.has(run.id);
   parts.tick.disabled = run.state === "damaged";
+  parts.report.hidden = run.state === "damaged";
   setText(parts.note, run.note);
+  parts.note.title = run.note;
   setText(parts.state, run.state);
   parts.state.className = `state ${run.state}`;
   run.cells.forEach((value, i) => setText(parts.values[i], value));
@@ -59,7 +60,7 @@ export function showRuns({ runs, columns }, { now, ticked, numbers, filter, onTi
   const head = document.getElementById("columns");
   if (!head.children.length) {
     for (const name of ["run", "state", ...columns, "last change", "report"]) {
-      const className = WORDS.has(name) || !columns.includes(name) ? "words" : "";
+      const className = ["run", "state", "report", ...WORDS].includes(name) ? "words" : "";
       head.append(element("th", { scope: "col", role: "columnheader", className, textContent: name }));
     }
   }

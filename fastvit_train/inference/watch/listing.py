@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from fastvit_train.runs.comparison import MISSING, format_result
 from fastvit_train.runs.lock import HOLDER, has_ended, read_holder
-from fastvit_train.runs.results import INVALID, RUN_FILES, read_runs
+from fastvit_train.runs.results import INVALID, RUN_FILES, RunResults, read_results
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.utils.errors import UserError, printable
 
@@ -66,9 +66,9 @@ class RunList:
     def read(self) -> list[ListedRun]:
         """Return the runs: those in training first, then the one that was started last; nothing is written."""
         with self._lock:
-            folders = list(self._folders(self.root))
-            self._contents = {folder: self._contents[folder] for folder in folders if folder in self._contents}
-            runs = [self._describe(folder) for folder in folders]
+            found = dict(self._folders(self.root))
+            self._contents = {folder: known for folder, known in self._contents.items() if folder in found}
+            runs = [self._describe(folder, stamps) for folder, stamps in found.items()]
         return sorted(runs, key=lambda run: (run.state != "training", -run.started, run.name))
 
     def find(self, ids: list[str]) -> list[ListedRun]:
@@ -89,14 +89,16 @@ class RunList:
         is_current = written is not None and (trained is None or written[0] >= trained[0])
         return path if is_current and path.is_file() and self._holds(path) else None
 
-    def _folders(self, parent: Path, depth: int = 1) -> Iterator[Path]:
-        """Yield the folders of runs below `parent`."""
-        with suppress(OSError):  # the folder cannot be read, or was removed
-            for folder in sorted(parent.iterdir()):
-                if folder.name.startswith(".") or not folder.is_dir() or not self._holds(folder):
+    def _folders(self, parent: Path, depth: int = 1) -> Iterator[tuple[Path, list[Stamp]]]:
+        """Yield the folder of each run below `parent`, with the stamps of its files."""
+        with suppress(OSError), os.scandir(parent) as entries:  # the folder cannot be read, or was removed
+            for entry in entries:
+                folder = parent / entry.name
+                if entry.name.startswith(".") or not entry.is_dir() or (entry.is_symlink() and not self._holds(folder)):
                     continue
-                if any((folder / name).exists() for name in RUN_FILES):
-                    yield folder
+                stamps = [_stamp(path) for path in _files(folder)]
+                if any(stamps[: len(RUN_FILES)]):
+                    yield folder, stamps
                 elif depth < MAX_DEPTH:
                     yield from self._folders(folder, depth + 1)
 
@@ -104,15 +106,13 @@ class RunList:
         """Return whether a path, with the links in it followed, is in the folder that is watched."""
         return path.resolve().is_relative_to(self.root)
 
-    def _describe(self, folder: Path) -> ListedRun:
-        paths = _files(folder)
-        stamps = [_stamp(path) for path in paths]
+    def _describe(self, folder: Path, stamps: list[Stamp]) -> ListedRun:
         known = self._contents.get(folder)
         if known is None or known[0] != stamps:
-            known = self._contents[folder] = (stamps, *self._read_contents(folder, paths))
+            known = self._contents[folder] = (stamps, *self._read_contents(folder))
         _, finished, cells, note = known
         state, host = _state(folder, finished)
-        times = [stamp[0] / 1e9 for stamp in stamps if stamp is not None] or [0.0]
+        times = [stamp[0] / 1e9 for stamp in stamps if stamp is not None]
         relative = folder.relative_to(self.root)
         return ListedRun(
             id=digest(os.fsencode(relative)),
@@ -126,22 +126,22 @@ class RunList:
             note=note or host,
         )
 
-    def _read_contents(self, folder: Path, paths: list[Path]) -> tuple[bool, dict[str, str], str]:
+    def _read_contents(self, folder: Path) -> tuple[bool, dict[str, str], str]:
         """Return whether a run is finished, the value of each column, and what is wrong with its files, if anything."""
         empty = dict.fromkeys(COLUMNS, MISSING)
-        if outside := [path for path in paths if not self._holds(path)]:
+        if outside := [path for path in _files(folder) if not self._holds(path)]:
             return False, empty, f"{outside[0].name} is a symbolic link out of {printable(str(self.root))}"
         try:
-            (run,) = read_runs([folder])
+            run = RunResults(folder.name, folder, read_results(folder), settings={}, evaluation={})
             return run.finished, {name: format_result(name, run) for name in COLUMNS}, ""
         except (UserError, OSError, *INVALID) as error:
             return False, empty, str(error)
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return the files that tell how a run is doing; config.yaml, which is written when a run starts, is the first."""
+    """Return the files that tell how a run is doing: RUN_FILES, others, and the one that names who holds the lock."""
     run = RunFolder(folder)
-    return [run.config, run.metrics, run.steps, run.summary, run.evaluation, folder / HOLDER]
+    return [*(folder / name for name in RUN_FILES), run.steps, run.evaluation, folder / HOLDER]
 
 
 def _stamp(path: Path) -> Stamp:
