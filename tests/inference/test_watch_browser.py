@@ -35,6 +35,7 @@ SMALL = (
 )
 HOSTILE = "<img src=x onerror=document.title='hacked'>"
 HIDDEN = "[...document.querySelectorAll('body *')].filter((e) => e.getBoundingClientRect().right > innerWidth + 1"
+WITHOUT_MOTION = {"prefers_reduced_motion": "reduce"}  # what scrolls smoothly is not where it is clicked
 READ = """
 fetch(arguments[0], {mode: arguments[1]}).then((answer) => answer.text()).then(arguments[2], () => arguments[2]("not"))
 """
@@ -84,7 +85,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 @pytest.fixture
 def page(server: WatchServer, browser: webdriver.Chrome) -> Iterator[webdriver.Chrome]:
     """The page on a large screen; it must ask its server for everything and log nothing to the console."""
-    set_screen(browser, 1280)
+    set_screen(browser, 1280, **WITHOUT_MOTION)
     browser.get_log("performance")
     browser.get_log("browser")
     browser.get(server.url)
@@ -122,9 +123,7 @@ def tick(page: webdriver.Chrome, *names: str) -> None:
 
 
 def chart(page: webdriver.Chrome, number: int) -> WebElement:
-    figure = page.find_elements(By.CSS_SELECTOR, "#charts figure")[number]
-    page.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", figure)
-    return figure
+    return page.find_elements(By.CSS_SELECTOR, "#charts figure")[number]
 
 
 def lines(page: webdriver.Chrome, number: int) -> int:
@@ -323,7 +322,7 @@ def test_a_server_that_does_not_answer_is_reported_until_it_does(page: webdriver
 
 @pytest.mark.parametrize("width", [390, 768, 1280])
 def test_nothing_makes_the_page_scroll_sideways(page: webdriver.Chrome, width: int, runs: Path) -> None:
-    set_screen(page, width)
+    set_screen(page, width, **WITHOUT_MOTION)
     (runs / "a").rename(runs / ("long-" * 40))
     wait_until(lambda: "long-long" in page.find_element(By.ID, "rows").text)
     tick(page, "b", "long-" * 40)
