@@ -246,7 +246,7 @@ def test_curves_count_seconds_and_leave_out_what_cannot_be_drawn(
     make_run: Callable[..., Path], server: WatchServer
 ) -> None:
     folder = make_run("run", finished=False)
-    append(folder, epoch(3, test_loss=math.nan, test_accuracy=math.inf, train_loss=1e300), {"epoch": "4"})
+    append(folder, epoch(3, test_loss=math.nan, test_accuracy=math.inf, train_loss=1e300), epoch(4) | {"epoch": "4"})
     append(folder, *({"step": step, "loss": 4.0} for step in range(8, 10_000)), name="steps.jsonl")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"epoch": 4, "tra')  # a line that is being written
