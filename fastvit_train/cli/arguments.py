@@ -8,6 +8,7 @@ from tyro.conf import arg
 Run = Annotated[str, arg(metavar="RUN")]
 Runs = Annotated[tuple[str, ...], arg(metavar="RUN ...", help_behavior_hint="")]
 RunFolders = Annotated[tuple[Path, ...], arg(metavar="RUN ...", help_behavior_hint="")]
+RunsFolder = Annotated[tuple[Path, ...], arg(metavar="[RUNS_DIR]", help_behavior_hint="")]
 Images = Annotated[tuple[str, ...], arg(metavar="[IMAGE ...]", help_behavior_hint="")]
 RecipeName = Annotated[tuple[str, ...], arg(metavar="[RECIPE]", help_behavior_hint="")]
 Repository = Annotated[str, arg(metavar="USER/NAME")]

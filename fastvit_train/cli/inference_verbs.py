@@ -19,6 +19,7 @@ from fastvit_train.cli.arguments import (
     Run,
     RunFolders,
     Runs,
+    RunsFolder,
 )
 from fastvit_train.config.names import check_attention_name
 from fastvit_train.config.schema import RunConfig
@@ -270,6 +271,29 @@ def compare(command: Compare) -> None:
         plot_curves(started, command.output, comparison.dataset_names(runs), command.x_axis)
     written = f"written to {command.output}" if started else "no epoch has ended yet, so no curves were drawn"
     print(written, file=sys.stderr if command.json or command.csv else sys.stdout)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Show runs and their curves as they train, on a page of this machine.
+
+    The page only reads. It lists the runs with their states, compares those that are ticked, and opens their reports.
+    """
+
+    runs_dir: RunsFolder
+    """folder that holds the runs; default: runs"""
+    port: int = 8321
+    """port on 127.0.0.1; 0 takes one that is free"""
+
+
+def watch(command: Watch) -> None:
+    if len(command.runs_dir) > 1:
+        raise UserError("watch takes one folder that holds runs, as in: watch runs; by default it is runs")
+    from fastvit_train.distributed import preflight
+    from fastvit_train.inference.watch.server import serve
+
+    preflight.check_single_process("watch")
+    serve(command.runs_dir[0] if command.runs_dir else Path(RunConfig.runs_dir), command.port)
 
 
 def _print_passed_over(others: Sequence[str]) -> None:

@@ -37,6 +37,7 @@ VERBS: dict[str, tuple[type[Any], Callable[[Any], int | None]]] = {
     "inspect": (inference_verbs.Inspect, inference_verbs.inspect),
     "report": (inference_verbs.Report, inference_verbs.report),
     "compare": (inference_verbs.Compare, inference_verbs.compare),
+    "watch": (inference_verbs.Watch, inference_verbs.watch),
     "export": (inference_verbs.Export, inference_verbs.export),
     "push": (inference_verbs.Push, inference_verbs.push),
     "models": (training_verbs.Models, training_verbs.models),

@@ -127,6 +127,7 @@ VERBS = {
     "models": "list model list-models zoo",
     "recipes": "recipe list-recipes presets configs",
     "compare": "diff plot",
+    "watch": "dashboard tensorboard monitor serve ui gui web live view",
 }
 
 

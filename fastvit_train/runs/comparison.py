@@ -76,7 +76,7 @@ def comparison_rows(runs: Sequence[RunResults]) -> list[list[str]]:
         UserError: if a value in a summary.json is missing or damaged.
     """
     head = ["", *(run.name for run in runs)]
-    results = [[name, *(_format_result(name, run) for run in runs)] for name in (*SUMMARY_ROWS, *EVALUATION_ROWS)]
+    results = [[name, *(format_result(name, run) for run in runs)] for name in (*SUMMARY_ROWS, *EVALUATION_ROWS)]
     shown = [row for row in results if row[0] not in OPTIONAL_ROWS or set(row[1:]) != {MISSING}]
     return [head, *shown, *_setting_rows(runs)]
 
@@ -101,7 +101,12 @@ def select_rows(rows: list[list[str]], names: Sequence[str]) -> list[list[str]]:
     return [head, *(by_name[name] for name in names)]
 
 
-def _format_result(name: str, run: RunResults) -> str:
+def format_result(name: str, run: RunResults) -> str:
+    """Return the value of a row of SUMMARY_ROWS or EVALUATION_ROWS as text, or MISSING.
+
+    Raises:
+        UserError: if the run is finished, and its summary.json lacks the value or has a damaged one.
+    """
     try:
         if name in EVALUATION_ROWS:
             return EVALUATION_ROWS[name](run.evaluation)

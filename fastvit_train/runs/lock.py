@@ -7,6 +7,7 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 from filelock import FileLock, Timeout
@@ -59,7 +60,7 @@ class RunLock:
         self._root.mkdir(parents=True, exist_ok=True)
         self._take()
         apply_umask(self._root / LOCK)
-        stale = self._holder()
+        stale = read_holder(self._root)
         own = {"pid": os.getpid(), "host": socket.gethostname(), "started": psutil.Process().create_time()}
         (self._root / HOLDER).write_text(json.dumps(own), encoding="utf-8")
         self._acquired = True
@@ -80,8 +81,8 @@ class RunLock:
 
     def _take(self) -> None:
         if not _can_lock(self._root / LOCK):
-            holder = self._holder()
-            if holder and holder["host"] == socket.gethostname() and not _ended(holder):
+            holder = read_holder(self._root)
+            if holder and holder["host"] == socket.gethostname() and not has_ended(holder):
                 raise LockedError(self._held_by(holder))
             return
         started = time.monotonic()
@@ -90,23 +91,27 @@ class RunLock:
                 self._lock.acquire()
                 return
             except Timeout:
-                holder = self._holder()
-                max_wait = WAIT_FOR_ORPHANS if holder and _ended(holder) else WAIT_FOR_CHECKS
+                holder = read_holder(self._root)
+                max_wait = WAIT_FOR_ORPHANS if holder and has_ended(holder) else WAIT_FOR_CHECKS
                 if time.monotonic() - started > max_wait:
                     raise LockedError(self._held_by(holder)) from None
             time.sleep(0.2)
 
-    def _held_by(self, holder: dict[str, object] | None) -> str:
+    def _held_by(self, holder: dict[str, Any] | None) -> str:
         who = "another process" if holder is None else f"process {holder['pid']} on {holder['host']}"
         return f"{self._root} is being trained by {who}; wait for it, or choose another --exp-name"
 
-    def _holder(self) -> dict[str, object] | None:
-        """Return which process holds the lock, or held it last without releasing it; None if unknown."""
-        try:
-            holder = read_json(self._root / HOLDER)
-            return {key: holder[key] for key in ("pid", "host", "started")}
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+
+def read_holder(root: Path) -> dict[str, Any] | None:
+    """Return which process holds the lock of a run's folder, or held it last without releasing it; None if unknown.
+
+    It is named by `pid`, `host` and `started`. Nothing is written, and the lock is left alone.
+    """
+    try:
+        holder = read_json(root / HOLDER)
+        return {key: holder[key] for key in ("pid", "host", "started")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _can_lock(path: Path) -> bool:
@@ -123,8 +128,8 @@ def _can_lock(path: Path) -> bool:
     return True
 
 
-def _ended(holder: dict[str, object]) -> bool:
-    """Return whether the holder ran on this machine and has ended."""
+def has_ended(holder: dict[str, Any]) -> bool:
+    """Return whether the process that `read_holder` names ran on this machine and has ended."""
     if holder["host"] != socket.gethostname():
         return False
     try:

@@ -30,6 +30,7 @@ def imported(code: str) -> list[str]:
         ["plan", "--help"],
         ["eval", "--help"],
         ["push", "--help"],
+        ["watch", "--help"],
         ["recipes", "--help"],
         ["trian"],
         ["--epoch", "3"],

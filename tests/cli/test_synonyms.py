@@ -51,6 +51,7 @@ OURS = {name for takes in verb_types().values() for name in option_names(takes)}
         ("profile --bs 3", "did you mean --batch-size?"),
         ("eval --bs 3", "did you mean --batch-size?"),
         ("evaluate", "unknown verb 'evaluate' (did you mean eval?)"),
+        ("tensorboard", "unknown verb 'tensorboard' (did you mean watch?)"),
         ("infer", "unknown verb 'infer' (did you mean predict?)"),
         ("eval --learning-rate 3", "eval --help lists the flags"),
     ],

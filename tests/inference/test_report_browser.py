@@ -1,7 +1,6 @@
 """The page of a report in a browser: opened from disk, used with mouse, touch and keyboard, on all screen sizes."""
 
 import json
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 
 pytest.importorskip("selenium")
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -19,17 +17,13 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from fastvit_train.cli.main import main
 from fastvit_train.inference.report.page import write_report
+from tests.support.browser import CONTRASTS, needs_browser, open_browser, set_screen
 
 SMALL = (
     *("--depth", "1", "--embed-dim", "16", "--num-heads", "2", "--patch-size", "8", "--attention", "fused"),
     *("--batch-size", "240", "--no-telemetry", "--epochs", "3"),
 )
-DRIVER, BROWSER = shutil.which("chromedriver"), shutil.which("chromium")
-pytestmark = pytest.mark.skipif(not (DRIVER and BROWSER), reason="chromium or chromedriver isn't installed")
-FLAGS = (
-    *("headless=new", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update"),
-    *("disable-sync", "no-first-run"),
-)
+pytestmark = needs_browser
 CHART = 1  # test loss
 
 
@@ -46,15 +40,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for flag in (*FLAGS, f"user-data-dir={tmp_path_factory.mktemp('profile')}"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    driver.get("about:blank")  # instead of the new-tab page, which requests resources of its own
-    yield driver
-    driver.quit()
+    with open_browser(tmp_path_factory.mktemp("profile")) as browser:
+        yield browser
 
 
 @pytest.fixture
@@ -68,14 +55,6 @@ def page(runs: Path, browser: webdriver.Chrome) -> Iterator[webdriver.Chrome]:
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     requested = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
     assert requested and all(url.startswith((f"{runs.as_uri()}/", "data:")) for url in requested)
-
-
-def set_screen(browser: webdriver.Chrome, width: int, **features: str) -> None:
-    """Set the width of the screen in pixels, and CSS media features such as the color scheme."""
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": named})
 
 
 def tooltip_text(runs: Path, epoch: int) -> str:
@@ -223,35 +202,3 @@ def test_headings_images_and_landmarks_are_in_order(page: webdriver.Chrome) -> N
     assert page.find_element(By.TAG_NAME, "html").get_attribute("lang") == "en"
     for drawing in page.find_elements(By.CSS_SELECTOR, "svg[role=img]"):
         assert "by epoch" in drawing.accessible_name
-
-
-# The lowest contrast (WCAG 2.2) of any text on its background.
-CONTRASTS = """
-const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
-function rgb(color) {
-  canvas.clearRect(0, 0, 1, 1);
-  canvas.fillStyle = color;
-  canvas.fillRect(0, 0, 1, 1);
-  return canvas.getImageData(0, 0, 1, 1).data;
-}
-function luminance(color) {
-  const [r, g, b] = [...rgb(color)].map((v) => (v / 255 <= 0.04045 ? v / 3294.6 : ((v / 255 + 0.055) / 1.055) ** 2.4));
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-}
-function background(element) {
-  const color = getComputedStyle(element).backgroundColor;
-  return rgb(color)[3] === 0 ? background(element.parentElement) : color;
-}
-let lowest = 21, texts = 0, worst = "";
-for (const element of document.querySelectorAll("body *")) {
-  const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
-  if (!own || element.closest("script, svg title, svg desc") || !element.checkVisibility()) continue;
-  const style = getComputedStyle(element);
-  const drawn = element.closest("svg") ? style.fill : style.color;
-  const [light, dark] = [luminance(drawn), luminance(background(element))].sort((a, b) => b - a);
-  const contrast = (light + 0.05) / (dark + 0.05);
-  texts++;
-  if (contrast < lowest) [lowest, worst] = [contrast, element.outerHTML.slice(0, 100)];
-}
-return { page: getComputedStyle(document.body).backgroundColor, lowest, texts, worst };
-"""

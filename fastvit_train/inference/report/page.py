@@ -69,7 +69,7 @@ def write_report(runs: Sequence[str], output: Path | None, data_dir: str | None 
     if not runs:
         raise UserError("report takes one or more runs, as in: report runs/a runs/b")
     records = load_records(runs, data_dir)
-    page = _render(records)
+    page = render(records)
     path = output or (records[0].folder or Path()) / "report.html"
     with atomic_io.as_save_error(f"{path} cannot be written; choose another --output"):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,8 @@ def write_report(runs: Sequence[str], output: Path | None, data_dir: str | None 
     return path
 
 
-def _render(records: Sequence[RunRecord]) -> str:
+def render(records: Sequence[RunRecord]) -> str:
+    """Return the page about runs, one or more, as HTML."""
     folder = files("fastvit_train.inference.report")
     style, script, template = (
         (folder / name).read_text(encoding="utf-8") for name in ("report.css", "report.js", "report.html.jinja")

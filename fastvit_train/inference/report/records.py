@@ -13,6 +13,7 @@ from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.utils.errors import UserError, counted, printable
 
 Value = TypeVar("Value")
+FILES_ALONE = "this page shows the run's files alone; python -m fastvit_train report writes one with an evaluation."
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,18 @@ class RunRecord:
     """the reason if `evaluated` is None, otherwise empty"""
 
 
-def load_records(runs: Sequence[str], data_dir: str | None) -> list[RunRecord]:
+def load_records(runs: Sequence[str], data_dir: str | None, *, evaluate: bool = True) -> list[RunRecord]:
     """Load the runs and evaluate their models; each record has its own name.
+
+    Args:
+        runs: as in `load_run`.
+        data_dir: the folder that holds the data; by default the folder that the runs used.
+        evaluate: False takes the run's files alone, which is quick; no model is loaded.
 
     Raises:
         UserError: if a run has no data at all.
     """
-    records = [_load_record(run, data_dir) for run in runs]
+    records = [_load_record(run, data_dir, evaluate) for run in runs]
     names = [record.name for record in records]
     return [replace(r, name=printable(r.source)) if names.count(r.name) > 1 else r for r in records]
 
@@ -55,7 +61,7 @@ def value_or_error(compute: Callable[[], Value]) -> tuple[Value | None, str]:
         return None, str(error)
 
 
-def _load_record(run: str, data_dir: str | None) -> RunRecord:
+def _load_record(run: str, data_dir: str | None, evaluate: bool) -> RunRecord:
     path = Path(run.removeprefix(FOLDER))
     folder = RunFolder(path)
     if not folder.config.is_file():
@@ -65,7 +71,9 @@ def _load_record(run: str, data_dir: str | None) -> RunRecord:
     epochs: list[dict[str, Any]] = []
     with suppress(OSError):  # without the file, the page has no curves
         epochs = read_jsonl(folder.metrics)
-    loaded, evaluation_error = value_or_error(lambda: load_run(run, device="cpu"))
+    loaded, evaluation_error = None, FILES_ALONE
+    if evaluate:
+        loaded, evaluation_error = value_or_error(lambda: load_run(run, device="cpu"))
     evaluated = None
     if loaded is not None:
         # load_run chose an attention that runs on every machine: a run from a GPU may be reported on a laptop.
