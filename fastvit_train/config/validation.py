@@ -21,6 +21,8 @@ DATASETS = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder", "synthet
 HUGGING_FACE = "hf:"
 """begins the names of data sets in the format of the Hugging Face Hub"""
 COLORS = ("white", "black", "gray")
+FLAGS = "the flags"
+"""the source of a value that was given on the command line"""
 OUT_OF_RANGE = ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number")
 
 
@@ -72,7 +74,7 @@ def _dataset(name: str) -> str:
     if name in DATASETS or (name.startswith(HUGGING_FACE) and len(name) > len(HUGGING_FACE)):
         return name
     hint = did_you_mean(name, DATASETS)
-    raise PydanticCustomError("text", f"{', '.join(DATASETS)}, or {HUGGING_FACE}USER/NAME{hint}")
+    raise PydanticCustomError("name", f"{hint}; allowed: {', '.join(DATASETS)}, or {HUGGING_FACE}USER/NAME")
 
 
 def _color(name: str) -> str:
@@ -138,6 +140,9 @@ def _message(key: str, error: ErrorDetails, hint: Any, source: str) -> str:
         hint_text = did_you_mean(str(value), options)
         return f"{key}: {value!r} in {source} is not allowed{hint_text}; allowed: {', '.join(options)}"
     flag = f"--{key.replace('_', '-')}"
+    if error["type"] == "name":
+        subject = f"{flag} {value!r}" if source == FLAGS else f"{key}: {value!r} in {source}"
+        return f"{subject} is not allowed{error['msg']}"
     if error["type"] == "text":
         return f"{flag} {value!r} is not allowed; allowed: {error['msg']}"
     if error["type"] in OUT_OF_RANGE:

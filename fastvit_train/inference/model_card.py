@@ -58,7 +58,7 @@ def _header(run: TrainedModel, repo: str, license: str | None, summary: dict[str
     metadata: dict[str, Any] = {}
     if run.config is not None:
         dataset = run.config.data.dataset
-        on_hub = HUB_NAME.fullmatch(dataset)
+        on_hub = None if Path(dataset.removeprefix(HUGGING_FACE)).is_dir() else HUB_NAME.fullmatch(dataset)
         identifier = on_hub[1] if on_hub else HUB_DATASETS.get(dataset)
         metadata["datasets"] = identifier
         metadata["metrics"] = ["accuracy"]

@@ -30,7 +30,7 @@ def default_group(config: TrainConfig) -> str:
     named = data.data_dir if data.dataset == "folder" else data.dataset
     source = _plain(Path(named.removeprefix(HUGGING_FACE)).resolve().name)
     parts = [] if recipe == DEFAULT_RECIPE else [recipe]
-    parts += [] if recipe.endswith(f"-{data.dataset}") else [source]
+    parts += [] if recipe.endswith(f"-{data.dataset}") else [source or data.dataset]
     model = _plain(Path(re.sub("^(hf-hub|local-dir):", "", config.model.model)).name)
     return "-".join([*parts, model])
 

@@ -89,7 +89,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:
         ("push nowhere", "push takes a run and a repo, as in: push runs/NAME USER/NAME"),
         ("compare nowhere", "nowhere is not a finished run"),
         ("compare --out x.png", "unknown flag --out; did you mean --output"),
-        ("train foo", "unknown argument foo; train --help lists the flags"),
+        ("train quux", "unknown argument quux; train --help lists the flags"),
         ("train epochs 3", "unknown argument epochs; did you mean --epochs"),
         ("completion", "completion takes a shell, as in: completion bash; allowed: bash, zsh, fish"),
         ("completion bsh", "shell 'bsh' is not allowed .did you mean bash.*; allowed: bash, zsh, fish"),

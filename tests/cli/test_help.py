@@ -24,7 +24,7 @@ from tests.support import ROOT, environment, one_line_error
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;\d+)*m")
 MISTAKE = (
     "--dataset 'mnist' is not allowed (did you mean fashion-mnist?); "
-    "allowed: digits, cifar10, cifar100, fashion-mnist, folder, synthetic"
+    "allowed: digits, cifar10, cifar100, fashion-mnist, folder, synthetic, or hf:USER/NAME"
 )
 WORDS = f"""
 import sys

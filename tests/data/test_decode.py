@@ -351,9 +351,9 @@ def test_a_rank_alone_with_an_error_removes_the_unfinished_run(
 
         train = loop._train
 
-        def on_another_rank(session: object, bar: object) -> object:
+        def on_another_rank(session: object, *arguments: object) -> object:
             monkeypatch.setattr(type(session.accelerator), "is_main_process", False)  # type: ignore[attr-defined]
-            return train(session, bar)  # type: ignore[arg-type]
+            return train(session, *arguments)  # type: ignore[arg-type]
 
         monkeypatch.setattr(loop, "_train", on_another_rank)
     settings = {"dataset": "folder", "data_dir": str(root), "stream": "always"}

@@ -8,8 +8,9 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
+from fastvit_train.data.sources import hub
 from fastvit_train.inference.trained_model import load_run
-from fastvit_train.models.pretrained import hub
+from fastvit_train.models.pretrained.hub import needs_hub
 from fastvit_train.utils.errors import UserError
 
 
@@ -43,4 +44,4 @@ def test_an_unreachable_hub_is_reported_without_retries(unreachable: str, source
 
 def test_only_models_of_the_hub_need_it() -> None:
     names = ("mc_vit_4_4_32", "local-dir:x", "nowhere", "hf-hub:", "vit_tiny_patch16_224.nonsense")
-    assert [hub.needs_hub(name) for name in names] == [False] * len(names)
+    assert [needs_hub(name) for name in names] == [False] * len(names)
