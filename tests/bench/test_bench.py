@@ -138,7 +138,7 @@ def test_pytest_benchmark_distinguishes_a_slowed_implementation(tmp_path: Path) 
     # In fp32: a processor without instructions for bf16 emulates them, and takes seconds.
     row_id = "bench/suites/bench_attention.py::test_attention[attention operator forward, B256 N64 D48 H4, fp32, fused]"
     chosen = ["--benchmark-only", row_id]
-    chosen += ["--benchmark-storage", str(tmp_path / "storage"), "--benchmark-min-rounds", "40"]
+    chosen += ["--benchmark-storage", str(tmp_path / "storage"), "--benchmark-min-rounds", "10"]
     assert pytest_here(*chosen, "--benchmark-autosave").returncode == 0
     # The minimum, since other tests may use the machine: the median of an unchanged row has tripled.
     against = ["--benchmark-compare", "--benchmark-compare-fail=min:300%"]

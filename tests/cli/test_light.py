@@ -60,18 +60,24 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert imported("import fastvit_train; assert 'train' in dir(fastvit_train)") == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "code",
-    [
+ORDERS = {
+    "slow": [
         "import fastvit_train; import timm",
         "import timm; import fastvit_train",
+        "import fastvit_train; fastvit_train.models",
+    ],
+    "soak": [
         "import fastvit_train; from timm import create_model",
         "import fastvit_train; import timm.models",
         "import fastvit_train.models; import timm",
         "import fastvit_train, importlib.util; importlib.util.find_spec('timm'); import timm",
-        "import fastvit_train; fastvit_train.models",
     ],
+}
+"""by the tier that tries them"""
+
+
+@pytest.mark.parametrize(
+    "code", [pytest.param(code, marks=getattr(pytest.mark, tier)) for tier, codes in ORDERS.items() for code in codes]
 )
 def test_our_models_are_registered_in_either_order(code: str) -> None:
     assert "timm" in imported(f"{code}\nimport timm; assert timm.create_model('mc_vit_4_4_32').num_classes == 10")

@@ -27,6 +27,13 @@ CONFIGS = ROOT / "accelerate_configs"
 SmallConfig = Callable[..., TrainConfig]
 TINY = {"batch_size": 240, "embed_dim": 16, "depth": 2, "num_heads": 2, "patch_size": 8, "attention": "fused"}
 """what small_config has"""
+ONE_FILE_OR_BOTH = pytest.mark.parametrize(
+    "file",
+    [
+        pytest.param("fsdp2.yaml", marks=pytest.mark.slow),
+        pytest.param("multi_gpu.yaml", marks=pytest.mark.soak),
+    ],
+)
 AUGMENTED = {"crop": "shift", "shift": 2, "cutout": 4, "flip": "random", "epochs": 3}
 MIXED = {"mixup": 0.2, "cutmix": 1.0, "auto_augment": "rand", "color_jitter": 0.3, "random_erasing": 0.5}
 MIXED |= {"sampler": "balanced", "class_weights": "auto", "label_smoothing": 0.1, "ema": 0.9}
@@ -110,8 +117,13 @@ def test_four_processes_are_one_run(small_config: SmallConfig, tmp_path: Path) -
         assert_same_run(tmp_path / "runs" / name, tmp_path / "runs" / "alone", steps=5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("file", "sums"), [("multi_gpu.yaml", 6), ("fsdp2.yaml", 0)])
+@pytest.mark.parametrize(
+    ("file", "sums"),
+    [
+        pytest.param("multi_gpu.yaml", 6, marks=pytest.mark.slow),
+        pytest.param("fsdp2.yaml", 0, marks=pytest.mark.soak),
+    ],
+)
 def test_compiled_in_two_processes_is_the_same_run(
     small_config: SmallConfig, tmp_path: Path, file: str, sums: int
 ) -> None:
@@ -124,8 +136,9 @@ def test_compiled_in_two_processes_is_the_same_run(
         assert_same_run(tmp_path / "runs" / name, tmp_path / "runs" / "alone", steps=5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["nmuon", "adamw"])
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param("nmuon", marks=pytest.mark.slow), pytest.param("adamw", marks=pytest.mark.soak)]
+)
 def test_sharded_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(
     small_config: SmallConfig, tmp_path: Path, optimizer: str
 ) -> None:
@@ -150,8 +163,7 @@ def test_sharded_is_the_run_of_one_process_and_goes_on_from_its_checkpoint(
         assert all(torch.equal(loaded[name], expected[name]) for name in expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", ["multi_gpu.yaml", "fsdp2.yaml"])
+@ONE_FILE_OR_BOTH
 def test_checkpointed_blocks_and_positions_by_convolutions_in_two_processes(
     small_config: SmallConfig, tmp_path: Path, file: str
 ) -> None:
@@ -162,8 +174,7 @@ def test_checkpointed_blocks_and_positions_by_convolutions_in_two_processes(
     assert_same_run(tmp_path / "runs" / "two", tmp_path / "runs" / "alone", steps=5)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("file", ["multi_gpu.yaml", "fsdp2.yaml"])
+@ONE_FILE_OR_BOTH
 def test_frozen_layers_shares_of_the_learning_rate_and_more_epochs_in_two_processes(
     small_config: SmallConfig, tmp_path: Path, file: str
 ) -> None:

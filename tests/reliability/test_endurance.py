@@ -62,8 +62,9 @@ ODD = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name == "Turkish" else pytest.mark.soak) for name in ODD]
+)
 def test_other_locales_and_minimal_environments(name: str, tmp_path: Path) -> None:
     odd = {"OMP_NUM_THREADS": "1", **ODD[name]}
     folder, exp_name = (tmp_path / "runs", "run") if name == "C" else (tmp_path / "läufe", "ığdır")

@@ -26,8 +26,9 @@ from tests.support import ROOT, run, write_folder
 Config = Callable[..., TrainConfig]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("system", ["win32", "darwin"])
+@pytest.mark.parametrize(
+    "system", [pytest.param("win32", marks=pytest.mark.slow), pytest.param("darwin", marks=pytest.mark.soak)]
+)
 def test_the_program_on_another_system(system: str, tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     data, runs = write_folder(tmp_path / "data"), tmp_path / "runs"

@@ -181,7 +181,7 @@ def test_a_checkpoint_is_written_if_the_launcher_is_stopped(tmp_path: Path) -> N
     check_checkpoint_left(folder, folder.with_suffix(".out"))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_checkpoint_is_written_if_the_launcher_of_two_processes_is_stopped(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     launcher = start(folder, "--epochs", 1000, processes=2)
@@ -191,8 +191,9 @@ def test_a_checkpoint_is_written_if_the_launcher_of_two_processes_is_stopped(tmp
     check_checkpoint_left(folder, folder.with_suffix(".out"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize(
+    "processes", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.soak)]
+)
 def test_ctrl_c_under_a_launcher_leaves_a_checkpoint(processes: int, tmp_path: Path) -> None:
     """A terminal sends SIGINT to the launcher and to what it has started. Accelerate's launcher of one process dies."""
     folder = tmp_path / "run"

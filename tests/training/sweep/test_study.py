@@ -63,10 +63,12 @@ def test_trials_are_runs_with_a_table_and_a_picture(tmp_path: Path, capsys: pyte
     assert len(trials(tmp_path)) == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), pytest.param(signal.SIGINT, marks=pytest.mark.soak)],
+)
 def test_a_stopped_sweep_goes_on_with_the_trial_under_way(tmp_path: Path, number: signal.Signals) -> None:
-    flags = command(tmp_path, "--trials", 2, "--epochs", 20, "--no-prune")
+    flags = command(tmp_path, "--trials", 2, "--epochs", 10, "--no-prune")
     process = subprocess.Popen(
         [sys.executable, "-m", "fastvit_train", *flags], env=environment(), start_new_session=True
     )
@@ -78,7 +80,7 @@ def test_a_stopped_sweep_goes_on_with_the_trial_under_way(tmp_path: Path, number
     (before,) = trials(tmp_path)
     assert before.state == TrialState.RUNNING
     epochs = len(read_jsonl(run / "metrics.jsonl"))
-    assert epochs < 20
+    assert epochs < 10
     done = subprocess.run(
         [sys.executable, "-m", "fastvit_train", *flags], env=environment(), capture_output=True, text=True, timeout=900
     )
@@ -86,7 +88,7 @@ def test_a_stopped_sweep_goes_on_with_the_trial_under_way(tmp_path: Path, number
     finished = [trial for trial in trials(tmp_path) if trial.state == TrialState.COMPLETE]
     assert [trial.user_attrs["run"] for trial in finished] == ["trial-0001", "trial-0002"]
     assert finished[0].params == before.params
-    assert [row["epoch"] for row in read_jsonl(run / "metrics.jsonl")] == list(range(1, 21))
+    assert [row["epoch"] for row in read_jsonl(run / "metrics.jsonl")] == list(range(1, 11))
     assert "resuming" in (run / "train.log").read_text()
 
 
