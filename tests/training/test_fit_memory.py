@@ -51,7 +51,7 @@ def test_the_largest_size_that_fits_is_found(failure: str) -> None:
 
     limit = 1e9 if failure == "out of memory" else 116
     assert fit_memory.largest_that_fits([1, 2, 4, 8, 16, 32, 64], limit, lambda: peak_mib) == 16
-    assert tried == [1, 2, 4, 8, 16, 32] if failure == "out of memory" else [1, 2, 4, 8, 16]
+    assert tried == ([1, 2, 4, 8, 16, 32] if failure == "out of memory" else [1, 2, 4, 8, 16])
 
 
 def test_nothing_fits_and_other_errors_are_not_hidden() -> None:
