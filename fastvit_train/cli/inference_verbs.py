@@ -23,6 +23,7 @@ from fastvit_train.cli.arguments import (
 )
 from fastvit_train.config.names import check_attention_name
 from fastvit_train.config.schema import RunConfig
+from fastvit_train.config.validation import FLAGS, DatasetName, checked
 from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import UserError, printable
 
@@ -58,6 +59,8 @@ class Eval:
 def evaluate(command: Eval) -> None:
     if command.attention is not None:
         check_attention_name(command.attention)
+    if command.dataset is not None:
+        checked("dataset", command.dataset, DatasetName, FLAGS)
     from fastvit_train.distributed.accelerator import leave_process_group
     from fastvit_train.inference.evaluate import evaluate_run
     from fastvit_train.inference.evaluation_output import show

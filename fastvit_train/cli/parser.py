@@ -18,7 +18,7 @@ from fastvit_train.config.init_from import with_model_of
 from fastvit_train.config.overrides import override, with_underscores
 from fastvit_train.config.recipes import DEFAULT_RECIPE, recipe
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.config.validation import FLAGS, DatasetName, checked
+from fastvit_train.config.validation import FLAGS
 from fastvit_train.utils.errors import UserError
 
 START = {"--init-from": "init_from", "--weights": "weights"}
@@ -59,7 +59,7 @@ def parse(
         )
     try:
         with contextlib.redirect_stderr(io.StringIO()), _respect_no_color():
-            command = tyro.cli(
+            return tyro.cli(
                 takes,
                 args=list(args),
                 prog=f"{program} {verb}",
@@ -71,10 +71,6 @@ def parse(
         if stop.code in (0, None):
             raise
         raise UserError(explain(args, verb, takes, verbs)) from None
-    dataset = getattr(getattr(command, "data", command), "dataset", None)
-    if dataset is not None:  # now, because what reads it imports torch first
-        checked("dataset", dataset, DatasetName, FLAGS)
-    return command
 
 
 def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:

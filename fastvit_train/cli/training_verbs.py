@@ -9,7 +9,7 @@ from fastvit_train.cli.arguments import ConfigFile, Pattern, RecipeName, Search
 from fastvit_train.config.names import check_attention_name
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from fastvit_train.config.validation import FolderName, checked
+from fastvit_train.config.validation import FLAGS, DatasetName, FolderName, checked
 from fastvit_train.profiling.scaling_options import PlanOptions
 from fastvit_train.utils.errors import UserError
 
@@ -27,7 +27,8 @@ class Settings:
 
     @property
     def training(self) -> TrainConfig:
-        check_attention_name(self.model.attention)  # a typo is reported before torch is imported
+        check_attention_name(self.model.attention)  # typos are reported before torch is imported
+        checked("dataset", self.data.dataset, DatasetName, FLAGS)
         return TrainConfig(self.run, self.model, self.data, self.optim)
 
 
