@@ -208,15 +208,16 @@ def _open(path: Source) -> Iterator[Image.Image]:
 
 def _readable(path: Source) -> Path | BytesIO:
     """Return what Pillow opens; ValueError if it is too large, or not a regular file."""
+    readable: Path | BytesIO
     if isinstance(path, Row):
         content = path.read()
-        regular, size = True, len(content)
+        readable, regular, size = BytesIO(content), True, len(content)
     else:
         stat = path.stat()
-        regular, size = S_ISREG(stat.st_mode), stat.st_size
+        readable, regular, size = path, S_ISREG(stat.st_mode), stat.st_size
     if not regular or size > MAX_FILE_BYTES:
         raise ValueError(f"not a regular file of at most {MAX_FILE_BYTES:,} bytes")
-    return BytesIO(content) if isinstance(path, Row) else path
+    return readable
 
 
 def _looks_complete(path: Source, image_format: str) -> bool:

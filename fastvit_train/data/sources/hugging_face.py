@@ -49,13 +49,16 @@ def list_rows(dataset: str, holdout: bool) -> tuple[Listing, str]:
     """
     tables = _load(dataset)
     columns = _find_columns(dataset, tables)
-    train_name, test_name = _find_splits(dataset, tables, columns, holdout)
-    classes, labels = _read_labels(dataset, tables[train_name], columns.label)
-    train = _rows(tables[train_name], columns.image, train_name), labels
-    test: tuple[Sequence[Row], Tensor] = ([], torch.empty(0, dtype=torch.int64))
-    if not holdout:
-        _, test_labels = _read_labels(dataset, tables[test_name], columns.label, classes)
-        test = _rows(tables[test_name], columns.image, test_name), test_labels
+    test_name, test_values = ("", []) if holdout else _read_test_split(dataset, tables, columns.label)
+    train_name = _train_split(tables)
+    classes = _class_names(tables[train_name], columns.label)
+
+    def read_split(name: str, values: list[Any]) -> tuple[Sequence[Row], Tensor]:
+        labels = _to_labels(dataset, tables[name], columns.label, values, classes)
+        return _rows(tables[name], columns.image, name), labels
+
+    train = read_split(train_name, _values(tables[train_name], columns.label))
+    test = ([], torch.empty(0, dtype=torch.int64)) if holdout else read_split(test_name, test_values)
     used = [tables[train_name], *([] if holdout else [tables[test_name]])]
     files = [Path(file["filename"]) for table in used for file in table.cache_files]
     folder = Path(_split_name(dataset)[0])
@@ -63,18 +66,17 @@ def list_rows(dataset: str, holdout: bool) -> tuple[Listing, str]:
     note = f"images from column {columns.image}, labels from column {columns.label}, training on split {train_name}"
     names = tuple(printable(name) for name in classes)
     evaluated_on = "holdout" if holdout else test_name
-    return Listing(root, title(dataset), names, evaluated_on, train, test, Counter(), files), printable(note)
+    return Listing(root, _title(dataset), names, evaluated_on, train, test, Counter(), files), printable(note)
 
 
 def count_classes(dataset: str) -> int:
     """Return the number of classes; arguments and errors are those of `list_rows`."""
     tables = _load(dataset)
     columns = _find_columns(dataset, tables)
-    train_name, _ = _find_splits(dataset, tables, columns, holdout=True)
-    return len(_read_labels(dataset, tables[train_name], columns.label)[0])
+    return len(_class_names(tables[_train_split(tables)], columns.label))
 
 
-def title(dataset: str) -> str:
+def _title(dataset: str) -> str:
     """Return the name to print with every accuracy."""
     name, configuration = _split_name(dataset)
     name = Path(name).resolve().name if Path(name).is_dir() else name
@@ -132,40 +134,42 @@ def _preferred(names: Sequence[str], order: Sequence[str]) -> str | None:
     return next((name for name in order if name in names), names[0] if names else None)
 
 
-def _find_splits(dataset: str, tables: "DatasetDict", columns: Columns, holdout: bool) -> tuple[str, str]:
-    """Return the names of the training split and of the first test split that has labels."""
-    names = list(tables)
-    train = TRAIN_NAME if TRAIN_NAME in names else names[0]
-    if holdout:
-        return train, ""
-    tests = [name for name in (*TEST_NAMES, "validation", "valid") if name in names]
-    labeled = [name for name in tests if UNLABELED not in _values(tables[name], columns.label)]
-    if train != TRAIN_NAME or not labeled:
-        why = f"none of {', '.join(tests)} has labels" if tests else f"its splits are {', '.join(names)}"
-        raise UserError(
-            f"--dataset {dataset} has no split train, or none to evaluate on ({why}); --holdout 0.1 evaluates on some "
-            "training images"
-        )
-    return train, labeled[0]
+def _train_split(tables: "DatasetDict") -> str:
+    return TRAIN_NAME if TRAIN_NAME in tables else next(iter(tables))
+
+
+def _read_test_split(dataset: str, tables: "DatasetDict", column: str) -> tuple[str, list[Any]]:
+    """Return the name of the first test split that has labels, and the values of its column of labels."""
+    tests = [name for name in (*TEST_NAMES, "validation", "valid") if name in tables]
+    for name in tests if TRAIN_NAME in tables else ():
+        values = _values(tables[name], column)
+        if UNLABELED not in values:
+            return name, values
+    why = f"none of {', '.join(tests)} has labels" if tests else f"its splits are {', '.join(tables)}"
+    raise UserError(
+        f"--dataset {dataset} has no split train, or none to evaluate on ({why}); --holdout 0.1 evaluates on some "
+        "training images"
+    )
 
 
 def _values(table: "Dataset", column: str) -> list[Any]:
     return list(table.select_columns([column])[:][column])
 
 
-def _read_labels(
-    dataset: str, table: "Dataset", column: str, classes: Sequence[str] | None = None
-) -> tuple[Sequence[str], Tensor]:
-    """Return the names of the classes and the labels, int64 (rows,); `classes` are those of the training split."""
-    values, feature = _values(table, column), table.features[column]
-    if names := getattr(feature, "names", None):
-        return names, torch.tensor(values, dtype=torch.int64)
-    if classes is None:
-        classes = list(map(str, sorted(set(values))))
+def _class_names(table: "Dataset", column: str) -> list[str]:
+    """Return the names of the classes: those that the type of the column lists, or all values of the column."""
+    names = getattr(table.features[column], "names", None)
+    return list(names) if names else list(map(str, sorted(set(_values(table, column)))))
+
+
+def _to_labels(dataset: str, table: "Dataset", column: str, values: list[Any], classes: Sequence[str]) -> Tensor:
+    """Return the labels that the values of a column stand for, int64 (rows,)."""
+    if getattr(table.features[column], "names", None):
+        return torch.tensor(values, dtype=torch.int64)
     index = {name: label for label, name in enumerate(classes)}
     if unknown := sorted(set(map(str, values)) - set(classes)):
         raise UserError(f"--dataset {dataset}: no training image has the label {unknown[0]!r}, but a test image has it")
-    return classes, torch.tensor([index[str(value)] for value in values], dtype=torch.int64)
+    return torch.tensor([index[str(value)] for value in values], dtype=torch.int64)
 
 
 def _rows(table: "Dataset", column: str, split: str) -> list[Row]:
