@@ -20,7 +20,7 @@ from fastvit_train.utils.errors import UserError, counted
 USABLE = 0.9
 """fraction of the memory that the trials may take: a step may need a little more than they measure"""
 Trial = Callable[[int], object]
-"""computes with so many images at a time"""
+"""a function that takes a number of images, and computes with that many at a time"""
 
 
 def check_fit_memory() -> None:
@@ -54,7 +54,8 @@ def fit_in_memory(
     limit_mib = USABLE * memory.capacity_mib(device, env.local_world_size())
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         train = largest_on_all_ranks(
-            accelerator, micro_batch_sizes(config, inputs, accelerator.num_processes), limit_mib,
+            accelerator, micro_batch_sizes(config, inputs, accelerator.num_processes),
+            limit_mib - beside_mib(config, model, accelerator),
             lambda: training_trial(config, model, inputs, accelerator),
         )  # fmt: skip
         evaluation = largest_on_all_ranks(
@@ -65,6 +66,12 @@ def fit_in_memory(
     batches = f"{counted(grad_accum, 'micro-batch')} of {counted(train, 'image')}"
     message = f"memory: {inputs.batch_size} images per step are {batches} per process; evaluated {evaluation} at a time"
     return config.with_batches(grad_accum, evaluation), inputs.with_batches(grad_accum, evaluation, train), [message]
+
+
+def beside_mib(config: ResolvedConfig, model: nn.Module, accelerator: Accelerator) -> float:
+    """Return the memory of what a run has in addition to a trial: averages of the weights, and DDP's buckets."""
+    others = [config.optim.ema is not None, config.run.average_last is not None, accelerator.num_processes > 1]
+    return sum(others) * sum(weight.numel() * weight.element_size() for weight in model.parameters()) / 2**20
 
 
 def micro_batch_sizes(config: ResolvedConfig, inputs: Inputs, ranks: int) -> list[int]:
@@ -153,12 +160,9 @@ def peaks_of(trial: Trial, device: torch.device) -> Callable[[int], float]:
 
 
 def training_trial(config: ResolvedConfig, model: nn.Module, inputs: Inputs, accelerator: Accelerator) -> Trial:
-    """Return what takes a training step of a copy of `model`, with all that a run keeps in memory beside it."""
+    """Return a function that takes a training step of a copy of `model`."""
     trained = copy.deepcopy(model).to(accelerator.device).train()
     optimizer = build_optimizer(trained, config.optim)
-    weights = [parameter.detach() for parameter in trained.parameters()]
-    others = [config.optim.ema is not None, config.run.average_last is not None, accelerator.num_processes > 1]
-    beside = [torch.ones_like(weight) for weight in weights for _ in range(sum(others))]  # averages, buckets of DDP
     loader = inputs.train_loader
     loader.start_epoch(0)
 
@@ -169,13 +173,12 @@ def training_trial(config: ResolvedConfig, model: nn.Module, inputs: Inputs, acc
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)  # the next micro-batch finds gradients to add to
-        assert len(beside) == sum(others) * len(weights)  # it is in memory until here
 
     return take_step
 
 
 def evaluation_trial(model: nn.Module, inputs: Inputs, accelerator: Accelerator) -> Trial:
-    """Return what evaluates a batch with a copy of `model`."""
+    """Return a function that evaluates a batch with a copy of `model`."""
     evaluated = copy.deepcopy(model).to(accelerator.device).eval()
 
     @torch.no_grad()
