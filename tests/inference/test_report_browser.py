@@ -17,7 +17,7 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from fastvit_train.cli.main import main
 from fastvit_train.inference.report.page import write_report
-from tests.support.browser import CONTRASTS, needs_browser, open_browser, set_screen
+from tests.support.browser import check_contrasts, needs_browser, open_browser, set_screen
 
 SMALL = (
     *("--depth", "1", "--embed-dim", "16", "--num-heads", "2", "--patch-size", "8", "--attention", "fused"),
@@ -175,13 +175,7 @@ def test_scrollable_tables_can_be_focused_on_a_small_screen(page: webdriver.Chro
 
 
 def test_dark_and_light_differ_and_both_are_legible(page: webdriver.Chrome) -> None:
-    contrasts = {}
-    for scheme in ("light", "dark"):
-        set_screen(page, 1280, prefers_color_scheme=scheme)
-        contrasts[scheme] = page.execute_script(CONTRASTS)
-    assert contrasts["light"]["page"] != contrasts["dark"]["page"]
-    for scheme, result in contrasts.items():
-        assert result["texts"] > 100 and result["lowest"] >= 4.5, (scheme, result)
+    check_contrasts(page)
 
 
 def test_reduced_motion_is_respected(page: webdriver.Chrome) -> None:

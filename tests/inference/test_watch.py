@@ -11,10 +11,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import psutil
@@ -32,6 +30,7 @@ from fastvit_train.runs.lock import HOLDER, RunLock
 from fastvit_train.runs.results import read_results, read_runs
 from fastvit_train.runs.run_folder import RunFolder
 from tests.support import environment, one_line_error
+from tests.support.watching import serving
 
 SECRET = "what no page may show"
 SUMMARY = {
@@ -87,16 +86,6 @@ def make_run(runs: Path, small_config: Config) -> Callable[..., Path]:
         return folder
 
     return make
-
-
-@contextmanager
-def serving(root: Path) -> Iterator[WatchServer]:
-    with WatchServer(RunList(root), 0) as server:
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture
@@ -186,7 +175,7 @@ def damage_settings(folder: Path) -> None:
 
 DAMAGE: dict[str, Callable[[Path], Any]] = {
     "summary is cut short": lambda folder: (folder / "summary.json").write_text('{"model": "a'),
-    "summary is no object": lambda folder: (folder / "summary.json").write_text("[]"),
+    "summary.json holds a list": lambda folder: (folder / "summary.json").write_text("[]"),
     "a value has a wrong type": lambda folder: (folder / "summary.json").write_text(
         json.dumps({**SUMMARY, "test_loss": "low"})
     ),

@@ -7,7 +7,6 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import pytest
@@ -20,14 +19,14 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 
 from fastvit_train.cli.main import main
-from fastvit_train.inference.watch.listing import RunList
 from fastvit_train.inference.watch.server import WatchServer
 from fastvit_train.runs.comparison import comparison_rows
 from fastvit_train.runs.lock import RunLock
 from fastvit_train.runs.results import read_runs
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from tests.support import ROOT, environment, launch_command, wait_until
-from tests.support.browser import CONTRASTS, needs_browser, open_browser, set_screen
+from tests.support.browser import check_contrasts, needs_browser, open_browser, set_screen
+from tests.support.watching import serving
 
 SMALL = (
     *("--depth", "1", "--embed-dim", "16", "--num-heads", "2", "--patch-size", "8", "--attention", "fused"),
@@ -68,12 +67,8 @@ def runs(trained_runs: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(runs: Path) -> Iterator[WatchServer]:
-    with WatchServer(RunList(runs), 0) as server:
-        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+    with serving(runs) as server:
         yield server
-        server.shutdown()
-        thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -340,13 +335,7 @@ def test_nothing_makes_the_page_scroll_sideways(page: webdriver.Chrome, width: i
 def test_dark_and_light_differ_and_both_are_legible(page: webdriver.Chrome) -> None:
     tick(page, "a", "b")
     wait_until(lambda: page.find_element(By.ID, "comparison").is_displayed())
-    contrasts = {}
-    for scheme in ("light", "dark"):
-        set_screen(page, 1280, prefers_color_scheme=scheme)
-        contrasts[scheme] = page.execute_script(CONTRASTS)
-    assert contrasts["light"]["page"] != contrasts["dark"]["page"]
-    for scheme, result in contrasts.items():
-        assert result["texts"] > 100 and result["lowest"] >= 4.5, (scheme, result)
+    check_contrasts(page)
 
 
 def test_headings_labels_and_landmarks_are_in_order(page: webdriver.Chrome) -> None:

@@ -111,7 +111,7 @@ class Image:
 
 
 def check_system_packages(lists: list[str]) -> None:
-    """Fail unless apt knows the packages; nothing is checked where there is no apt, or where it knows nothing."""
+    """Fail unless apt knows the packages. Without apt, or if apt does not even know g++, nothing is checked."""
     names = " ".join(lists).split()
     assert "g++" in names
     if shutil.which("apt-cache") and run(["apt-cache", "show", "g++"]).returncode == 0:

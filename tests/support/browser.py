@@ -39,6 +39,17 @@ def set_screen(browser: webdriver.Chrome, width: int, **features: str) -> None:
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": named})
 
 
+def check_contrasts(page: webdriver.Chrome) -> None:
+    """Fail unless the page has another background in the dark than in the light, and legible text on both."""
+    contrasts = {}
+    for scheme in ("light", "dark"):
+        set_screen(page, 1280, prefers_color_scheme=scheme)
+        contrasts[scheme] = page.execute_script(CONTRASTS)
+    assert contrasts["light"]["page"] != contrasts["dark"]["page"]
+    for scheme, result in contrasts.items():
+        assert result["texts"] > 100 and result["lowest"] >= 4.5, (scheme, result)
+
+
 # The lowest contrast (WCAG 2.2) of any text on its background.
 CONTRASTS = """
 const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });

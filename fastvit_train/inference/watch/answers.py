@@ -108,7 +108,7 @@ def answer(path: str, runs: RunList, ids: list[str]) -> Answer:
     """Answer a request.
 
     Args:
-        path: what is asked for. No path to a file is made of it.
+        path: the path of the request. It is looked up in a table, and never used as the path of a file.
         runs: the runs.
         ids: the runs that the request is about.
 

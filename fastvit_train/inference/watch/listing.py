@@ -75,7 +75,7 @@ class RunList:
         """Return the runs with these ids, in this order.
 
         Raises:
-            FileNotFoundError: if there is no run with one of them.
+            FileNotFoundError: if one of the ids belongs to no run.
         """
         runs = {run.id: run for run in self.read()}
         if missing := [one for one in ids if one not in runs]:

@@ -36,7 +36,7 @@ def serve(runs_dir: Path, port: int) -> None:
         port: the port on 127.0.0.1, which other machines can't reach; 0 takes one that is free.
 
     Raises:
-        UserError: if there is no such folder, or if the port can't be used.
+        UserError: if the folder does not exist, or if the port can't be used.
         KeyboardInterrupt: after Ctrl-C.
     """
     _check_folder(runs_dir)
