@@ -29,17 +29,19 @@ static void put_gradient(
     const Group& group, const float* gradient, const float* scales, BackwardBuffers& to, float* dbias) {
     RowSums<V> bias;
     const int64_t rows = group.rows();
-    for (int64_t row = 0; row < padded_rows(rows); row += 2)
+    for (int64_t row = 0; row < padded_rows(rows); row += 2) {
         for (int v = 0; v < V; ++v) {
             const auto scaled = [&](int64_t at) {
                 return at < rows ? load_floats(gradient + at * DIM + v * LANES) * group.scale(scales, at) : Floats{};
             };
             const Floats first = scaled(row), second = scaled(row + 1);
-            bias.sums[v] += first + second;
+            bias.run[v] += first + second;
             put_row(to.dout.data(), row, W, v, first);
             put_row(to.dout.data(), row + 1, W, v, second);
             put_pair<V>(to.paired_dout, row, v, first, second);
         }
+        bias.end_row(row);
+    }
     bias.add_to(dbias);
 }
 
@@ -72,18 +74,21 @@ static void backward_hidden(
             Floats hidden[R][C] = {}, grads[R][C] = {};
             weights.fc1.tile(hidden, to.normed.data(), row, v);
             weights.fc2.tile(grads, to.dout.data(), row, v);
-            for (int r = 0; r < R; r += 2)
-                for (int c = 0; c < C; ++c) {
-                    const Floats bias_c = load_floats(p.fc1_bias + (v + c) * LANES);
+            for (int c = 0; c < C; ++c) {
+                const Floats bias_c = load_floats(p.fc1_bias + (v + c) * LANES);
+                Floats tile_sum = {};
+                for (int r = 0; r < R; r += 2) {
                     Floats active[2], slopes[2];
                     for (int i = 0; i < 2; ++i) {
                         slopes[i] = gelu_gradient(hidden[r + i][c] + bias_c, grads[r + i][c], active[i]);
                         put_row(to.dhidden.data(), row + r + i, HIDDEN_W, v + c, slopes[i]);
                     }
-                    bias.sums[v + c] += slopes[0] + slopes[1];
+                    tile_sum += slopes[0] + slopes[1];
                     put_pair<HIDDEN_V>(to.paired_active, row + r, v + c, active[0], active[1]);
                     put_pair<HIDDEN_V>(to.paired_dhidden, row + r, v + c, slopes[0], slopes[1]);
                 }
+                bias.total[v + c] += tile_sum;
+            }
         }
     bias.add_to(dbias);
 }
@@ -142,8 +147,10 @@ static void backward_attended(
 // Adds the sums over the rows of a paired gradient to the bias's.
 static void add_rows(const std::vector<int32_t>& rows, int64_t count, float* dbias) {
     RowSums<3 * V> bias;
-    for (int64_t row = 0; row < count; ++row)
-        for (int v = 0; v < 3 * V; ++v) bias.sums[v] += widen(rows.data() + row * 3 * W + v * GROUPS);
+    for (int64_t row = 0; row < count; ++row) {
+        for (int v = 0; v < 3 * V; ++v) bias.run[v] += widen(rows.data() + row * 3 * W + v * GROUPS);
+        bias.end_row(row);
+    }
     bias.add_to(dbias);
 }
 
@@ -181,7 +188,9 @@ static void backward_group(
         };
         if (RESIDUAL_NORM) add_residual(dout + row * DIM, grad);
         norm_gradient(
-            norm2, to.y.data() + row * DIM, statistics2 + row * STATISTICS, grad, dweight2.sums, dbias2.sums);
+            norm2, to.y.data() + row * DIM, statistics2 + row * STATISTICS, grad, dweight2.run, dbias2.run);
+        dweight2.end_row(row);
+        dbias2.end_row(row);
         if (!RESIDUAL_NORM) add_residual(dout + row * DIM, grad);
     }
     dweight2.add_to(gradient(NORM2_WEIGHT));
@@ -220,7 +229,9 @@ static void backward_group(
     RowSums<V> dweight1, dbias1;
     for (int64_t row = 0; row < rows; ++row) {
         float* grad = to.dnormed.data() + row * DIM;
-        norm_gradient(norm1, x + row * DIM, statistics1 + row * STATISTICS, grad, dweight1.sums, dbias1.sums);
+        norm_gradient(norm1, x + row * DIM, statistics1 + row * STATISTICS, grad, dweight1.run, dbias1.run);
+        dweight1.end_row(row);
+        dbias1.end_row(row);
         for (int v = 0; v < V * LANES; v += LANES)
             store_floats(dx + row * DIM + v, load_floats(grad + v) + load_floats(to.dy.data() + row * DIM + v));
     }

@@ -156,13 +156,28 @@ static inline void put_row(int32_t* rows, int64_t row, int words, int v, Floats 
 
 static inline Floats bias_of(const float* bias, int v) { return bias ? load_floats(bias + v * LANES) : Floats{}; }
 
-// Sums of vectors over the rows of a group, added to a gradient at its end, which reduces rounding errors.
+// Sums of vectors over the rows of a group: of runs of rows first, then of the runs, then added to a gradient. Each step
+// adds few numbers, since the rounding error of a sum grows with the count of what it adds.
 template <int COUNT>
 struct RowSums {
-    Floats sums[COUNT] = {};
+    static constexpr int RUN = 16;
+    Floats run[COUNT] = {}, total[COUNT] = {};
 
-    void add_to(float* gradient) const {
-        for (int v = 0; v < COUNT; ++v) store_floats(gradient + v * LANES, load_floats(gradient + v * LANES) + sums[v]);
+    void end_row(int64_t row) {
+        if (row % RUN == 0) add_run();
+    }
+
+    void add_to(float* gradient) {
+        add_run();
+        for (int v = 0; v < COUNT; ++v) store_floats(gradient + v * LANES, load_floats(gradient + v * LANES) + total[v]);
+    }
+
+   private:
+    void add_run() {
+        for (int v = 0; v < COUNT; ++v) {
+            total[v] += run[v];
+            run[v] = Floats{};
+        }
     }
 };
 
