@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from bench.typical import Script
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import TrainConfig
@@ -45,7 +46,7 @@ def config(batch: int, holdout: float, runs_dir: str = "runs") -> TrainConfig:
 
 def typical(batch: int, holdout: float) -> tuple[Epoch, int]:
     """Return a function that trains the typical script for one epoch, and its number of parameters."""
-    train = load_dataset(config(batch, holdout).data, 32).train
+    train = load_dataset(config(batch, holdout).data, InputSize(3, 32, 32)).train
     torch.manual_seed(SEED)
     script = Script(MODEL, cast(Tensor, train.images), train.labels, batch)
     script.check()

@@ -9,6 +9,7 @@ from torchvision import transforms
 
 from bench.benchmark_case import BenchmarkCase, Workload, device
 from bench.typical import HALF, Pictures, loader
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.images import ResidentImages
 from fastvit_train.data.loader import Preprocess, RankInfo, TrainLoader
@@ -28,7 +29,7 @@ def ours(count: int, crop: str = "resized") -> TrainLoader:
     images, labels = pictures(count)
     rank_info = RankInfo(device())
     config = DataConfig(crop=crop, flip="random" if crop != "none" else "none")  # type: ignore[arg-type]
-    preprocess = Preprocess(HALF, HALF, 32, rank_info.device)
+    preprocess = Preprocess(HALF, HALF, InputSize(3, 32, 32), rank_info.device)
     return TrainLoader(
         ResidentImages(images, rank_info.device), labels, config, preprocess, min(BATCH, count), 1, 0, rank_info
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
 
@@ -16,8 +17,8 @@ class ResolvedConfig:
     --fit-memory, the batches that fit"""
     run_dir: Path
     """the run's folder"""
-    image_size: int
-    """side of the model's square input in pixels"""
+    input_size: InputSize
+    """channels, height and width of the model's input"""
     num_classes: int
     """number of the model's outputs"""
     mean: tuple[float, ...]

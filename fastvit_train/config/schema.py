@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fastvit_train.config.validation import (
+    Channels,
     Color,
     Count,
     DatasetName,
@@ -14,6 +15,7 @@ from fastvit_train.config.validation import (
     FolderName,
     Fraction,
     ImageSide,
+    ImageSize,
     LayerCount,
     Magnitude,
     Mark,
@@ -50,12 +52,14 @@ class ModelConfig:
     """start from the model and the weights of this finished run, also with other classes or another --image-size"""
     num_classes: Count | None = None
     """number of outputs; default: the number of classes of the data set"""
-    image_size: Annotated[ImageSide | None, Mark.NOT_A_DEPARTURE] = None
-    """side of the square input in pixels; default: the model's native size"""
+    image_size: Annotated[ImageSize, Mark.NOT_A_DEPARTURE] = None
+    """side of the input in pixels, or HEIGHTxWIDTH such as 32x48; default: the model's native size"""
+    in_chans: Channels | None = None
+    """channels of the input: 3 for red, green and blue, or 1 for gray levels; default: the model's own"""
     mean: Means | None = None
-    """mean of red, green and blue in the images, for pixels from 0 to 1; default: the model's own"""
+    """mean of each channel of the images, for pixels from 0 to 1; default: the model's own"""
     std: Deviations | None = None
-    """standard deviation of red, green and blue; default: the model's own"""
+    """standard deviation of each channel; default: the model's own"""
     patch_size: ImageSide | None = None
     """side of a patch in pixels"""
     embed_dim: Width | None = None
@@ -99,9 +103,9 @@ class DataConfig:
     background: Color = "white"
     """color that transparent parts of images are composed on: white, black, gray, or one such as #ffcc00"""
     fit: Literal["crop", "pad", "stretch"] = "crop"
-    """make image files square: crop the longer side, pad the shorter one with the background's color, or stretch it"""
+    """bring image files to the input's shape: crop a side, pad the other with the background's color, or stretch it"""
     crop_pct: PositiveFraction | None = None
-    """fraction of an image file's shorter side that --fit crop keeps; default: 1, with --pretrained the model's own"""
+    """what --fit crop keeps of the sides of the largest crop; default: 1, with --pretrained the model's own"""
     stream: Annotated[Literal["auto", "always", "never"], Mark.MAY_CHANGE] = "auto"
     """decode the images of a folder again in every epoch; auto does so only if they do not fit in memory"""
     sampler: Literal["shuffle", "balanced"] = "shuffle"

@@ -26,6 +26,7 @@ FLAGS = {
     "fit-memory": "auto-find-batch-size auto-batch-size auto-scale-batch-size scale-batch-size autobatch",
     "compile": "torchcompile torch-compile use-compile jit torchscript",
     "image-size": "img-size input-size imgsz img resolution res crop-size train-crop-size image-res input-res size",
+    "in-chans": "channels in-channels num-channels input-channels n-channels in-c ch nb-channels input-nc grayscale",
     "num-classes": "nb-classes n-classes nclasses classes nc num-labels n-labels output-dim out-dim num-outputs",
     "embed-dim": "dim hidden-size hidden-dim d-model n-embd embedding-dim emb-dim width encoder-embed-dim",
     "depth": "num-layers layers n-layer n-layers num-hidden-layers encoder-layers num-blocks n-blocks blocks",
@@ -103,8 +104,6 @@ ADVICE = {
     "multiprocessing-distributed dp tpu-cores fsdp deepspeed",
     "the launch decides on the device: a GPU if there is one, or accelerate launch --cpu -m fastvit_train": "device "
     "cpu cuda no-cuda use-cuda use-cpu accelerator use-gpu mps",
-    "images are read as RGB, so that there are always 3 channels": "channels in-chans in-channels num-channels "
-    "input-channels n-channels in-c ch nb-channels input-nc grayscale",
     "the model has a mean and a standard deviation; --mean and --std set others": "norm-mean norm-std normalize",
     "allowed: --crop, --flip, --cutout, --auto-augment, --color-jitter, --random-erasing, --mixup, --cutmix": (
         "augment augmentation aug vflip ra-sampler repeated-aug"

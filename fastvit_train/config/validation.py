@@ -20,6 +20,8 @@ MAX_FOLDER_NAME_BYTES = 200
 DATASETS = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder", "synthetic")
 HUGGING_FACE = "hf:"
 """begins the names of data sets in the format of the Hugging Face Hub"""
+MAX_SIDE = 2**12
+IMAGE_SIZES = f"a side in pixels, or HEIGHTxWIDTH such as 32x48, each from 1 to {MAX_SIDE:,}"
 COLORS = ("white", "black", "gray")
 FLAGS = "the flags"
 """the source of a value that was given on the command line"""
@@ -83,13 +85,27 @@ def _color(name: str) -> str:
     raise PydanticCustomError("text", f"{', '.join(COLORS)}, or a color such as #ffcc00")
 
 
+def _image_size(value: Any) -> Any:
+    """Accept a side in pixels, or HEIGHTxWIDTH, also as two numbers; equal sides become one number."""
+    if value is None:
+        return None
+    words = "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    match = re.fullmatch("([0-9]{1,4})(?:x([0-9]{1,4}))?", words)
+    height, width = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise PydanticCustomError("text", IMAGE_SIZES)
+    return height if height == width else f"{height}x{width}"
+
+
 Number = BeforeValidator(_number)
 Text = Annotated[StrictStr, AfterValidator(_plain_text)]
 DatasetName = Annotated[Text, AfterValidator(_dataset)]
 Color = Annotated[Text, AfterValidator(_color)]
 FolderName = Annotated[Text, AfterValidator(_folder_name)]
 Count = Annotated[int, Number, Field(ge=1, le=10**6)]
-ImageSide = Annotated[int, Number, Field(ge=1, le=2**12)]
+ImageSide = Annotated[int, Number, Field(ge=1, le=MAX_SIDE)]
+ImageSize = Annotated[str | int | None, BeforeValidator(_image_size)]  # tyro can't read a union in a union
+Channels = Annotated[Literal[1, 3], Number]
 Width = Annotated[int, Number, Field(ge=1, le=10**5)]
 LayerCount = Annotated[int, Number, Field(ge=1, le=10**3)]
 NonNegativeInt = Annotated[int, Number, Field(ge=0, le=10**9)]
@@ -101,8 +117,8 @@ OperationCount = Annotated[int, Number, Field(ge=1, le=14)]
 Magnitude = Annotated[int, Number, Field(ge=0, le=30)]
 Positive = Annotated[float, Number, Field(gt=0, le=1e9, allow_inf_nan=False)]
 PositiveFraction = Annotated[float, Number, Field(gt=0, le=1, allow_inf_nan=False, description="0.75 means 75%")]
-Means = tuple[UnitFraction, UnitFraction, UnitFraction]
-Deviations = tuple[Positive, Positive, Positive]
+Means = tuple[UnitFraction, ...]
+Deviations = tuple[Positive, ...]
 Precision = Annotated[
     Literal["no", "bf16", "fp16"], BeforeValidator(lambda value: "no" if value is False else value)  # `no` in YAML 1.1
 ]
@@ -136,7 +152,8 @@ def _message(key: str, error: ErrorDetails, hint: Any, source: str) -> str:
     value = error["input"]
     inner = _without_none(hint)
     if error["type"] == "literal_error":
-        options = get_args(get_args(inner)[0] if get_origin(inner) in (tuple, Annotated) else inner)
+        literal = get_args(inner)[0] if get_origin(inner) in (tuple, Annotated) else inner
+        options = list(map(str, get_args(literal)))
         hint_text = did_you_mean(str(value), options)
         return f"{key}: {value!r} in {source} is not allowed{hint_text}; allowed: {', '.join(options)}"
     flag = f"--{key.replace('_', '-')}"

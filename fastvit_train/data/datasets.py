@@ -11,11 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.config.validation import HUGGING_FACE
 from fastvit_train.data.augmentation.augment import generator
 from fastvit_train.data.decode import ImageFiles, decode_all
-from fastvit_train.data.rendering import Rendering
+from fastvit_train.data.rendering import Rendering, to_gray
 from fastvit_train.data.sources import folder, hugging_face, published
 from fastvit_train.utils.errors import UserError, counted
 
@@ -24,7 +25,7 @@ MAX_CLASSES_SHOWN = 10
 
 @dataclass(frozen=True)
 class Split:
-    """Images, as one uint8 tensor (samples, 3, height, width) or as files, and labels, int64 (samples,)."""
+    """Images, as one uint8 tensor (samples, channels, height, width) or as files, and labels, int64 (samples,)."""
 
     images: Tensor | ImageFiles
     labels: Tensor
@@ -39,22 +40,22 @@ class Split:
         """Return the index of the first sample of each class, for the first `max_classes` classes that have samples."""
         return torch.stack([(self.labels == label).nonzero()[0, 0] for label in self.labels.unique()[:max_classes]])
 
-    def pixels(self, samples: Tensor, image_size: int) -> Tensor:
-        """Return these samples' images, uint8 (samples, 3, height, width); files are decoded at `image_size`.
+    def pixels(self, samples: Tensor, input_size: InputSize) -> Tensor:
+        """Return these samples' images, uint8 (samples, channels, height, width); files are decoded.
 
         Raises:
             UserError: with the name of the first file that can't be decoded.
         """
         if isinstance(self.images, Tensor):
             return self.images[samples]
-        return decode_all(self.images.take(samples.tolist()), image_size)
+        return decode_all(self.images.take(samples.tolist()), input_size)
 
-    def square_pixels(self, samples: Tensor, image_size: int) -> Tensor:
-        """Return these samples' images, resized: uint8 (samples, 3, image_size, image_size)."""
-        images = self.pixels(samples, image_size)
-        if images.shape[-2:] == (image_size, image_size):
+    def resized_pixels(self, samples: Tensor, input_size: InputSize) -> Tensor:
+        """Return these samples' images, resized: uint8 (samples, *input_size)."""
+        images = self.pixels(samples, input_size)
+        if images.shape[-2:] == input_size.sides:
             return images
-        return F.interpolate(images.float(), image_size, mode="bilinear", antialias=True).round().to(torch.uint8)
+        return F.interpolate(images.float(), input_size.sides, mode="bilinear", antialias=True).round().to(torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,14 @@ class DatasetSpec:
 
 
 def load_dataset(
-    config: DataConfig, image_size: int, examine_streamed: bool = False, imitate: bool = False
+    config: DataConfig, input_size: InputSize, examine_streamed: bool = False, imitate: bool = False
 ) -> DatasetSpec:
     """Load the data set that `config` names; download it if it is not in `config.data_dir`.
 
     Args:
         config: names the data set and what is held out.
-        image_size: side in pixels of decoded folder images and synthetic images; other data sets keep their own size.
+        input_size: channels of all images, and height and width of decoded and of synthetic ones; other data sets keep
+            their own height and width.
         examine_streamed: look at the header of every image that is streamed, so that damaged ones are reported now.
         imitate: return synthetic images of the same shape and number instead of downloading a data set.
 
@@ -99,16 +101,16 @@ def load_dataset(
             images of a class are left.
     """
     loaders: dict[str, Callable[[], DatasetSpec]] = {
-        "digits": _digits,
-        "folder": lambda: _folder(config, image_size, examine_streamed),
-        "synthetic": lambda: _synthetic(image_size),
-        **dict.fromkeys(published.PUBLISHED, lambda: _published(config)),
+        "digits": lambda: _digits(input_size.channels),
+        "folder": lambda: _folder(config, input_size, examine_streamed),
+        "synthetic": lambda: _synthetic(input_size),
+        **dict.fromkeys(published.PUBLISHED, lambda: _published(config, input_size.channels)),
     }
     if config.dataset.startswith(HUGGING_FACE):
-        loaders[config.dataset] = lambda: _rows(config, image_size, examine_streamed)
+        loaders[config.dataset] = lambda: _rows(config, input_size, examine_streamed)
     imitate = imitate and config.dataset in published.PUBLISHED
     if imitate and not published.is_available(config.dataset, Path(config.data_dir)):
-        dataset = _imitation(config)
+        dataset = _imitation(config, input_size.channels)
     else:
         dataset = loaders[config.dataset]()
     if config.holdout:
@@ -180,36 +182,41 @@ def _hold_out(dataset: DatasetSpec, config: DataConfig) -> DatasetSpec:
     return replace(dataset, train=train, test=test, evaluated_on="holdout")
 
 
-def _digits() -> DatasetSpec:
-    """Load scikit-learn's digits (UCI, Alpaydin & Kaynak 1998): 1,797 images, 8x8 made 3x32x32; a fifth for test."""
+def _digits(channels: int) -> DatasetSpec:
+    """Load scikit-learn's digits (UCI, Alpaydin & Kaynak 1998): 1,797 images, 8x8 made 32x32; a fifth for test."""
     with (files("fastvit_train.data") / "digits.npz").open("rb") as file, np.load(file, allow_pickle=False) as archive:
         images = torch.from_numpy(archive["images"]).float().unsqueeze(1) * (255 / 16)
         labels = torch.from_numpy(archive["labels"]).long()
-    images = F.interpolate(images, (32, 32), mode="bilinear").round().to(torch.uint8).expand(-1, 3, -1, -1)
+    images = F.interpolate(images, (32, 32), mode="bilinear").round().to(torch.uint8).expand(-1, channels, -1, -1)
     everything = Split(images.contiguous(), labels)
     train, test = _stratified(labels, 0.2, "digits")
     return DatasetSpec("digits", tuple("0123456789"), everything.take(train), everything.take(test))
 
 
-def _published(config: DataConfig) -> DatasetSpec:
+def _published(config: DataConfig, channels: int) -> DatasetSpec:
     data = published.load(config.dataset, Path(config.data_dir), config.data_url)
     title = published.PUBLISHED[config.dataset].title
-    return DatasetSpec(title, data.classes, Split(*data.train), Split(*data.test))
+    train, test = (
+        Split(to_gray(images) if channels == 1 else images, labels) for images, labels in (data.train, data.test)
+    )
+    return DatasetSpec(title, data.classes, train, test)
 
 
-def _folder(config: DataConfig, image_size: int, examine_streamed: bool) -> DatasetSpec:
+def _folder(config: DataConfig, input_size: InputSize, examine_streamed: bool) -> DatasetSpec:
     listing = folder.list_images(Path(config.data_dir), config.holdout > 0)
-    return _load_listed(listing, config, image_size, examine_streamed)
+    return _load_listed(listing, config, input_size, examine_streamed)
 
 
-def _rows(config: DataConfig, image_size: int, examine_streamed: bool) -> DatasetSpec:
+def _rows(config: DataConfig, input_size: InputSize, examine_streamed: bool) -> DatasetSpec:
     listing, note = hugging_face.list_rows(config.dataset, config.holdout > 0)
-    dataset = _load_listed(listing, config, image_size, examine_streamed)
+    dataset = _load_listed(listing, config, input_size, examine_streamed)
     return replace(dataset, notes=(note, *dataset.notes))
 
 
-def _load_listed(listing: folder.Listing, config: DataConfig, image_size: int, examine_streamed: bool) -> DatasetSpec:
-    loaded = folder.load(listing, image_size, config.stream, Rendering.of(config), examine_streamed)
+def _load_listed(
+    listing: folder.Listing, config: DataConfig, input_size: InputSize, examine_streamed: bool
+) -> DatasetSpec:
+    loaded = folder.load(listing, input_size, config.stream, Rendering.of(config), examine_streamed)
     return DatasetSpec(
         listing.title,
         listing.classes,
@@ -220,31 +227,32 @@ def _load_listed(listing: folder.Listing, config: DataConfig, image_size: int, e
     )
 
 
-def _imitation(config: DataConfig) -> DatasetSpec:
-    """Make synthetic images with the shape, the number and the classes of a published data set."""
+def _imitation(config: DataConfig, channels: int) -> DatasetSpec:
+    """Make synthetic images with the sides, the number and the classes of a published data set."""
     original = published.PUBLISHED[config.dataset]
     note = (
         f"{original.title} is not in {config.data_dir}: synthetic images of its shape and number are used instead; "
         "training downloads it"
     )
-    synthetic = _synthetic(32, original.num_classes, original.num_images)
+    synthetic = _synthetic(InputSize(channels, 32, 32), original.num_classes, original.num_images)
     return replace(synthetic, name=f"synthetic {original.title}", notes=(note,))
 
 
-def _synthetic(image_size: int, num_classes: int = 10, num_images: tuple[int, int] = (4096, 1024)) -> DatasetSpec:
+def _synthetic(input_size: InputSize, num_classes: int = 10, num_images: tuple[int, int] = (4096, 1024)) -> DatasetSpec:
     """Make training and test images of any size: noise around one random pattern per class."""
-    needed = sum(num_images) * 3 * image_size**2
+    needed = sum(num_images) * input_size.nbytes
     if needed > (free := folder.free_memory()):
         raise UserError(
-            f"synthetic images of {image_size} x {image_size} pixels take {needed / 1e9:.1f} GB, but "
+            f"synthetic images of {input_size} pixels take {needed / 1e9:.1f} GB, but "
             f"{free / 1e9:.1f} GB are free; lower --image-size"
         )
     stream = generator(0, "synthetic")
-    patterns = F.interpolate(torch.rand(num_classes, 3, 4, 4, generator=stream), image_size, mode="bilinear")
+    patterns = torch.rand(num_classes, input_size.channels, 4, 4, generator=stream)
+    patterns = F.interpolate(patterns, input_size.sides, mode="bilinear")
 
     def make_split(count: int) -> Split:
         labels = torch.arange(count) % num_classes
-        noise = torch.randint(0, 128, (count, 3, image_size, image_size), dtype=torch.uint8, generator=stream)
+        noise = torch.randint(0, 128, (count, *input_size), dtype=torch.uint8, generator=stream)
         return Split(noise + (patterns * 127).to(torch.uint8)[labels], labels)
 
     train, test = map(make_split, num_images)

@@ -1,4 +1,4 @@
-"""Decode image files to RGB images of one size, and examine many files before a training."""
+"""Decode image files to images of one size, and examine many files before a training."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.data.rendering import DEFAULT_RENDERING, Rendering, black_and_white, may_be_transparent, to_rgb
 from fastvit_train.utils import machine
 from fastvit_train.utils.errors import UserError
@@ -89,38 +90,38 @@ class ImageFiles:
         return ImageFiles([self.paths[i] for i in samples], self.rendering)
 
 
-def decode(path: Source, image_size: int, rendering: Rendering = DEFAULT_RENDERING) -> Tensor:
-    """Decode an image file to uint8 (3, image_size, image_size).
+def decode(path: Source, input_size: InputSize, rendering: Rendering = DEFAULT_RENDERING) -> Tensor:
+    """Decode an image file to uint8 (channels, height, width).
 
     Args:
         path: the file; the first image in it is taken, and turned upright.
-        image_size: side in pixels.
-        rendering: how it becomes square and opaque.
+        input_size: channels, height and width.
+        rendering: how it becomes opaque, and of that size.
 
     Raises:
         UserError: if the file is missing, truncated, too large or not an image, or if nothing says which of its values
             are black and white; the message names it.
     """
-    image = try_decode(path, image_size, rendering)
+    image = try_decode(path, input_size, rendering)
     if isinstance(image, Unreadable):
         raise UserError(str(image))
     return image
 
 
-def try_decode(path: Source, image_size: int, rendering: Rendering) -> Tensor | Unreadable:
+def try_decode(path: Source, input_size: InputSize, rendering: Rendering) -> Tensor | Unreadable:
     """Decode an image file as `decode` does, or return why it can't be decoded."""
     with warnings.catch_warnings(action="ignore"):
-        return _try_decode(path, image_size, rendering)
+        return _try_decode(path, input_size, rendering)
 
 
-def try_decode_all(files: ImageFiles, image_size: int) -> list[Tensor | Unreadable]:
+def try_decode_all(files: ImageFiles, input_size: InputSize) -> list[Tensor | Unreadable]:
     """Decode image files in threads, as `try_decode` does."""
-    return _map_in_threads(_try_decode, files.paths, repeat(image_size), repeat(files.rendering))
+    return _map_in_threads(_try_decode, files.paths, repeat(input_size), repeat(files.rendering))
 
 
-def decode_all(files: ImageFiles, image_size: int) -> Tensor:
-    """Decode image files in threads, as `decode` does; returns uint8 (files, 3, image_size, image_size)."""
-    images = try_decode_all(files, image_size)
+def decode_all(files: ImageFiles, input_size: InputSize) -> Tensor:
+    """Decode image files in threads, as `decode` does; returns uint8 (files, *input_size)."""
+    images = try_decode_all(files, input_size)
     for image in images:
         if isinstance(image, Unreadable):
             raise UserError(str(image))
@@ -157,15 +158,18 @@ def _map_in_threads(function: Callable[..., Result], *arguments: Iterable[object
         return list(pool.map(function, *arguments))
 
 
-def _try_decode(path: Source, image_size: int, rendering: Rendering) -> Tensor | Unreadable:
+def _try_decode(path: Source, input_size: InputSize, rendering: Rendering) -> Tensor | Unreadable:
     try:
         with _open(path) as file:
             image = to_rgb(file, rendering.background)
-        if image.size != (image_size, image_size) or rendering.crop_pct < 1:
-            image = rendering.resize(image, image_size)
+        channels, height, width = input_size
+        if image.size != (width, height) or rendering.crop_pct < 1:
+            image = rendering.resize(image, width, height)
+        if channels == 1:
+            image = image.convert("L")
     except Exception as error:  # Pillow raises errors of any kind for damaged files, MemoryError among them
         return Unreadable(path, _reason(path, error))
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return torch.from_numpy(np.array(image)).view(height, width, channels).permute(2, 0, 1)
 
 
 def _examine(path: Source) -> bool | Unreadable:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.data.decode import ImageFiles, Unreadable, try_decode, try_decode_all
 from fastvit_train.distributed import worker_processes
 from fastvit_train.distributed.env import is_rank0
@@ -32,7 +33,7 @@ class Images(Protocol):
     """A source of images, all of the same size."""
 
     def batches(self, samples: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Yield, for each tensor of sample indices, the images, uint8 (batch, 3, height, width), on the device.
+        """Yield, for each tensor of sample indices, the images, uint8 (batch, channels, height, width), on the device.
 
         Args:
             samples: tensors of equal length, on the CPU.
@@ -65,12 +66,12 @@ class StreamedImages:
 
     Args:
         files: the files.
-        image_size: side in pixels.
+        input_size: channels, height and width of the decoded images.
         device: the device that the batches are copied to.
     """
 
-    def __init__(self, files: ImageFiles, image_size: int, device: torch.device) -> None:
-        self._files = _Files(files, image_size)
+    def __init__(self, files: ImageFiles, input_size: InputSize, device: torch.device) -> None:
+        self._files = _Files(files, input_size)
         self._device = device
         self._pins_memory = device.type == "cuda"
         """whether batches lie in page-locked memory: without it, a copy must end before the batch's memory is freed"""
@@ -90,7 +91,7 @@ class StreamedImages:
     def _load(self, batches: Sequence[list[int]]) -> Iterator[Tensor | list[Unreadable]]:
         if sum(map(len, batches)) <= MAX_WITHOUT_WORKERS:
             return map(self._files.load_in_threads, batches)
-        batch_bytes = 3 * self._files.image_size**2 * max(map(len, batches))
+        batch_bytes = self._files.input_size.nbytes * max(map(len, batches))
         reason = worker_processes.why_unavailable(batch_bytes, worker_processes.num_workers())
         if reason is None:
             try:
@@ -108,20 +109,20 @@ def _log_once(message: str) -> None:
 
 
 class _Files(Dataset):
-    def __init__(self, files: ImageFiles, image_size: int) -> None:
+    def __init__(self, files: ImageFiles, input_size: InputSize) -> None:
         self._files = files
-        self.image_size = image_size
+        self.input_size = input_size
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Tensor | Unreadable:
         """Decode an image; an error is returned, because a raised one would leave the worker with a traceback."""
-        return try_decode(self._files.paths[index], self.image_size, self._files.rendering)
+        return try_decode(self._files.paths[index], self.input_size, self._files.rendering)
 
     def load_in_threads(self, indices: Sequence[int]) -> Tensor | list[Unreadable]:
         """Load a batch without other processes."""
-        return _collate(try_decode_all(self._files.take(indices), self.image_size))
+        return _collate(try_decode_all(self._files.take(indices), self.input_size))
 
 
 def _collate(items: list[Tensor | Unreadable]) -> Tensor | list[Unreadable]:

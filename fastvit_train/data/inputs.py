@@ -24,7 +24,7 @@ def load_data(config: ResolvedConfig, accelerator: Accelerator, imitate: bool = 
     """
 
     def load(examine_streamed: bool) -> DatasetSpec:
-        dataset = load_dataset(config.data, config.image_size, examine_streamed, imitate)
+        dataset = load_dataset(config.data, config.input_size, examine_streamed, imitate)
         labels = torch.cat((dataset.train.labels, dataset.test.labels))
         check_labels(labels, config.num_classes, dataset.name)
         return dataset
@@ -71,10 +71,10 @@ def build_eval_loader(config: ResolvedConfig, dataset: DatasetSpec, rank_info: R
 
 def build_preprocess(config: ResolvedConfig, device: torch.device) -> Preprocess:
     """Build the preprocessing that turns uint8 images into the model's input on `device`."""
-    return Preprocess(config.mean, config.std, config.image_size, device)
+    return Preprocess(config.mean, config.std, config.input_size, device)
 
 
 def _open(split: Split, config: ResolvedConfig, rank_info: RankInfo) -> Images:
     if isinstance(split.images, Tensor):
         return ResidentImages(split.images, rank_info.device)
-    return StreamedImages(split.images, config.image_size, rank_info.device)
+    return StreamedImages(split.images, config.input_size, rank_info.device)

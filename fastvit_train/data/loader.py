@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.augmentation.augment import Augment, generator
 from fastvit_train.data.augmentation.epoch_table import EpochTable
@@ -30,15 +31,17 @@ class RankInfo:
 class Preprocess:
     """Turn uint8 or float images (0 to 255) into normalised float32 images of the model's size, on the device."""
 
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], image_size: int, device: torch.device) -> None:
-        self._image_size = image_size
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], input_size: InputSize, device: torch.device
+    ) -> None:
+        self._sides = input_size.sides
         self._scale = (1 / (255 * torch.tensor(std, device=device)))[:, None, None]
         self._offset = (-torch.tensor(mean, device=device) / torch.tensor(std, device=device))[:, None, None]
 
     def __call__(self, images_BCHW: Tensor) -> Tensor:
         images_BCHW = images_BCHW.float()
-        if images_BCHW.shape[-1] != self._image_size or images_BCHW.shape[-2] != self._image_size:
-            images_BCHW = F.interpolate(images_BCHW, self._image_size, mode="bilinear", antialias=True)
+        if images_BCHW.shape[-2:] != self._sides:
+            images_BCHW = F.interpolate(images_BCHW, self._sides, mode="bilinear", antialias=True)
         return torch.addcmul(self._offset, images_BCHW, self._scale)
 
     def to_pixels(self, images_BCHW: Tensor) -> Tensor:

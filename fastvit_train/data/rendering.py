@@ -1,10 +1,12 @@
-"""How a decoded file becomes an image: square, opaque, in red, green and blue."""
+"""How a decoded file becomes an image: of one size, opaque, in red, green and blue or in gray."""
 
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
+import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from fastvit_train.config.schema import DataConfig
 
@@ -12,11 +14,17 @@ WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 PHOTOMETRIC, BITS_PER_SAMPLE, MIN_SAMPLE, MAX_SAMPLE = 262, 258, 340, 341
 """tags of TIFF"""
 WHITE_IS_ZERO = 0
+LUMA = (0.299, 0.587, 0.114)
+"""shares of red, green and blue in a gray level (ITU-R BT.601)"""
+LUMA_BITS = 16
+"""bits of the shares as whole numbers, which Pillow computes with"""
+LUMA_BATCH = 4096
+"""images that are converted at once"""
 
 
 @dataclass(frozen=True)
 class Rendering:
-    """How image files become square images; the settings in `DataConfig` describe it."""
+    """How image files become images of one size; the settings in `DataConfig` describe it."""
 
     background: str = DataConfig.background
     fit: str = DataConfig.fit
@@ -28,26 +36,37 @@ class Rendering:
         return cls(config.background, config.fit, config.crop_pct or 1.0)
 
     def __str__(self) -> str:
-        """Describe the resizing for those who do it elsewhere; `image_size` is the side in pixels."""
+        """Describe the resizing for those who do it elsewhere; `image_size` is height and width in pixels."""
         how = "bilinear with antialiasing"
         if self.fit == "pad":
-            return f"longer side to image_size, {how}; borders in {self.background}"
+            return f"to fit into image_size, {how}; borders in {self.background}"
         if self.fit == "stretch":
             return f"both sides to image_size, {how}"
         larger = f" / {self.crop_pct:g}" if self.crop_pct < 1 else ""
-        return f"shorter side to image_size{larger}, {how}; center crop"
+        return f"to cover image_size{larger}, {how}; center crop"
 
-    def resize(self, image: Image.Image, size: int) -> Image.Image:
-        """Return `image` as `size` x `size` pixels."""
-        square, bilinear = (size, size), Image.Resampling.BILINEAR
+    def resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
+        """Return `image` as `width` x `height` pixels."""
+        size, bilinear = (width, height), Image.Resampling.BILINEAR
         if self.fit == "pad":
-            return ImageOps.pad(image, square, bilinear, self.background)
+            return ImageOps.pad(image, size, bilinear, self.background)
         if self.fit == "stretch":
-            return image.resize(square, bilinear)
-        return ImageOps.fit(image, square, bilinear, bleed=(1 - self.crop_pct) / 2)
+            return image.resize(size, bilinear)
+        return ImageOps.fit(image, size, bilinear, bleed=(1 - self.crop_pct) / 2)
 
 
 DEFAULT_RENDERING = Rendering()
+
+
+def to_gray(images_BCHW: Tensor) -> Tensor:
+    """Return the gray levels of uint8 RGB images, (batch, 1, height, width), as Pillow's convert("L") does."""
+    red, green, blue = (round(share * 2**LUMA_BITS) for share in LUMA)
+
+    def levels(images: Tensor) -> Tensor:
+        r, g, b = images.int().split(1, dim=1)
+        return (red * r + green * g + blue * b + 2 ** (LUMA_BITS - 1) >> LUMA_BITS).to(torch.uint8)
+
+    return torch.cat([levels(part) for part in images_BCHW.split(LUMA_BATCH)])
 
 
 def may_be_transparent(image: Image.Image) -> bool:

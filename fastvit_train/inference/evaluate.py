@@ -91,7 +91,7 @@ def evaluate_run(
     set_block(loaded.model, config.model.block)
     model = accelerator.prepare_model(loaded.model, device_placement=True, evaluation_mode=True)
     if name in COMPILING:
-        warm_up(model, 0, loader.batch_size, loaded.image_size, accelerator.device)
+        warm_up(model, 0, loader.batch_size, loaded.input_size, accelerator.device)
     viewed = model if tta == "none" else AveragedViews(model, tta)
     started = time.perf_counter()
     result = evaluate_model(viewed, loader, accelerator)
@@ -146,7 +146,7 @@ def _configure(
     return ResolvedConfig(
         settings,
         run_dir=loaded.folder or Path(),
-        image_size=loaded.image_size,
+        input_size=loaded.input_size,
         num_classes=loaded.num_classes,
         mean=mean,
         std=std,
@@ -175,6 +175,6 @@ def _check_classes(loaded: TrainedModel, dataset: DatasetSpec) -> None:
 def _set_attention(loaded: TrainedModel, name: str, loader: EvalLoader, accelerator: Accelerator) -> str:
     """Set the model's attention, the fastest one for "auto"; returns its name."""
     if name == AUTO:
-        name, _ = choose_attention(loaded.model, loader.batch_size, loaded.image_size, accelerator)
+        name, _ = choose_attention(loaded.model, loader.batch_size, loaded.input_size, accelerator)
     set_attention(loaded.model, name)
     return name

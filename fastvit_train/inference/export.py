@@ -21,6 +21,7 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 
 from fastvit_train import __version__
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.config.timm_config import imports, write_timm_config
 from fastvit_train.data.datasets import load_dataset
@@ -38,7 +39,7 @@ TIMM_CROP_MODES = {"crop": "center", "pad": "border", "stretch": "squash"}
 """timm's names for the values of --fit"""
 METADATA = "metadata.json"
 LogitsFunction = Callable[[Tensor], Tensor]
-"""takes uint8 images, (batch, 3, size, size); returns logits, (batch, classes)"""
+"""takes uint8 images, (batch, channels, height, width); returns logits, (batch, classes)"""
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ def write_quantized(run: TrainedModel, path: Path) -> str:
             raise
         except Exception as error:  # onnxruntime may raise anything
             raise UserError(f"{run.source} cannot be quantized: {_reason(error)}; leave --quantize out") from None
-        before, after = (accuracy(_load_onnx(file), dataset.test, run.image_size) for file in (program, path))
+        before, after = (accuracy(_load_onnx(file), dataset.test, run.input_size) for file in (program, path))
         sizes = [file.stat().st_size / 1e6 for file in (program, path)]
     measured = {"dataset": dataset.name, "evaluated_on": dataset.evaluated_on, "images": len(dataset.test.labels)}
     add_metadata(path, {**measured, "accuracy": after, "accuracy_before": before})
@@ -160,7 +161,7 @@ def describe(run: TrainedModel) -> dict[str, str]:
         "architecture": run.architecture,
         "model_args": json.dumps(get_model_args(run.model)),
         "class_names": json.dumps(run.classes),
-        "image_size": str(run.image_size),
+        "image_size": str(run.input_size.image_size),
         "resize": str(run.rendering),
         "mean": json.dumps(mean),
         "std": json.dumps(std),
@@ -169,12 +170,12 @@ def describe(run: TrainedModel) -> dict[str, str]:
 
 
 class _WithNormalization(nn.Module):
-    """Normalization and model in one: from uint8 RGB images (batch, 3, size, size) to logits (batch, classes)."""
+    """Normalization and model in one: from uint8 images (batch, channels, height, width) to logits (batch, classes)."""
 
     def __init__(self, run: TrainedModel) -> None:
         super().__init__()
         self.model = run.model
-        self.preprocess = Preprocess(*run.normalisation, run.image_size, run.device)
+        self.preprocess = Preprocess(*run.normalisation, run.input_size, run.device)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.model(self.preprocess(images))
@@ -182,7 +183,7 @@ class _WithNormalization(nn.Module):
 
 def _example_inputs(run: TrainedModel) -> tuple[Tensor]:
     # With a batch of one, the exporter would fix the batch size to 1.
-    return (torch.zeros(2, 3, run.image_size, run.image_size, dtype=torch.uint8),)
+    return (torch.zeros(2, *run.input_size, dtype=torch.uint8),)
 
 
 def _write_onnx(run: TrainedModel, path: Path) -> None:
@@ -231,9 +232,8 @@ def _load_safetensors(path: Path) -> LogitsFunction:
         metadata = file.metadata()
     model = timm.create_model(metadata["architecture"], **json.loads(metadata["model_args"]))
     model.load_state_dict(load_file(path))
-    return _with_preprocessing(
-        model, json.loads(metadata["mean"]), json.loads(metadata["std"]), int(metadata["image_size"])
-    )
+    mean, std = json.loads(metadata["mean"]), json.loads(metadata["std"])
+    return _with_preprocessing(model, mean, std, InputSize.of(len(mean), metadata["image_size"]))
 
 
 def _write_timm(run: TrainedModel, path: Path) -> None:
@@ -241,7 +241,7 @@ def _write_timm(run: TrainedModel, path: Path) -> None:
     # No further metadata: safetensors writes several entries in an order that changes from run to run.
     _write_weights(run, path / "model.safetensors", {})
     mean, std = run.normalisation
-    preprocessing: dict[str, Any] = {"input_size": (3, run.image_size, run.image_size), "mean": mean, "std": std}
+    preprocessing: dict[str, Any] = {"input_size": tuple(run.input_size), "mean": mean, "std": std}
     entries: dict[str, Any] = {"label_names": list(run.classes)}
     if run.config is not None:  # timm's entries describe its own weights, not the ones trained here
         crop_pct, crop_mode = run.rendering.crop_pct, TIMM_CROP_MODES[run.rendering.fit]
@@ -253,13 +253,13 @@ def _write_timm(run: TrainedModel, path: Path) -> None:
 def _load_timm(path: Path) -> LogitsFunction:
     model = timm.create_model(f"{FOLDER}{path}", pretrained=True)
     cfg = pretrained_cfg(model)
-    return _with_preprocessing(model, cfg["mean"], cfg["std"], cfg["input_size"][-1])
+    return _with_preprocessing(model, cfg["mean"], cfg["std"], InputSize(*cfg["input_size"]))
 
 
 def _with_preprocessing(
-    model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], image_size: int
+    model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...], input_size: InputSize
 ) -> LogitsFunction:
-    model, preprocess = model.eval(), Preprocess(mean, std, image_size, torch.device("cpu"))
+    model, preprocess = model.eval(), Preprocess(mean, std, input_size, torch.device("cpu"))
     return lambda images: model(preprocess(images))
 
 
@@ -273,23 +273,23 @@ FORMATS = {
 
 
 def _comparison_images(run: TrainedModel) -> tuple[Tensor, str]:
-    """Return images to compare logits on, uint8 (up to 256, 3, size, size), and the name of their data set.
+    """Return images to compare logits on, uint8 (up to 256, *size), and the name of their data set.
 
     They are spread evenly over the run's test set, or over that of the digits if the run's is not available here.
     """
     data = run.config.data if run.config is not None else DataConfig()
     try:
         # stream decodes only the selected images; the invalid URL prevents a download.
-        return _test_images(replace(data, stream="always", data_url="none:"), run.image_size)
+        return _test_images(replace(data, stream="always", data_url="none:"), run.input_size)
     except UserError:
-        return _test_images(DataConfig(), run.image_size)
+        return _test_images(DataConfig(), run.input_size)
 
 
-def _test_images(config: DataConfig, size: int) -> tuple[Tensor, str]:
+def _test_images(config: DataConfig, size: InputSize) -> tuple[Tensor, str]:
     dataset = load_dataset(config, size)
     count = len(dataset.test.labels)
     samples = torch.linspace(0, count - 1, min(count, MAX_IMAGES)).long()
-    return dataset.test.square_pixels(samples, size), dataset.name
+    return dataset.test.resized_pixels(samples, size), dataset.name
 
 
 def _max_difference(run: TrainedModel, compute: LogitsFunction, images: Tensor) -> float:

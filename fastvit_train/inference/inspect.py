@@ -15,7 +15,7 @@ from fastvit_train.data.decode import ImageFiles, count_transparent, decode_all,
 from fastvit_train.data.sources.image_paths import expand_paths
 from fastvit_train.inference.trained_model import TrainedModel, load_run
 from fastvit_train.models import AttentionMaps, attention_maps, patch_filters, position_similarity
-from fastvit_train.runs.plots.drawing import escape_mathtext, save_figure
+from fastvit_train.runs.plots.drawing import escape_mathtext, in_color, save_figure
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError, printable
 
@@ -36,7 +36,7 @@ class InspectedImages:
     """names of the files that are written"""
     captions: tuple[str, ...]
     pixels: Tensor
-    """uint8 (images, 3, size, size)"""
+    """uint8 (images, channels, height, width)"""
 
 
 def inspect_run(
@@ -77,7 +77,7 @@ def _read_images(images: Sequence[str], loaded: TrainedModel) -> InspectedImages
         if len(files) > MAX_IMAGES:
             raise UserError(f"inspect draws up to {MAX_IMAGES} images, got {len(files):,}; give fewer")
         chosen = ImageFiles([path for _, path in files], loaded.rendering)
-        pixels = decode_all(chosen, loaded.image_size)
+        pixels = decode_all(chosen, loaded.input_size)
         if line := describe_transparency(count_transparent(chosen.paths), chosen.rendering.background):
             log.warning("%s", line)
     names = tuple(printable(Path(name).stem) for name, _ in files)
@@ -96,7 +96,7 @@ def _select_test_images(loaded: TrainedModel, data_dir: str | None) -> Inspected
     firsts = dataset.test.first_of_each_class(TEST_IMAGES)
     names = tuple(f"{dataset.evaluated_on}{sample}" for sample in firsts.tolist())
     captions = tuple(dataset.classes[label] for label in labels[firsts].tolist())
-    return InspectedImages(names, captions, dataset.test.pixels(firsts, loaded.image_size))
+    return InspectedImages(names, captions, dataset.test.pixels(firsts, loaded.input_size))
 
 
 def _draw(loaded: TrainedModel, images: InspectedImages, maps: AttentionMaps, folder: Path, by_head: int) -> list[Path]:
@@ -171,7 +171,8 @@ def _draw_filters(filters: Tensor, path: Path) -> Path:
     for axes in panels.flat:
         axes.axis("off")
     for axes, weights in zip(panels.flat, filters, strict=False):
-        axes.imshow((weights / (2 * weights.abs().max().clamp(min=1e-12)) + 0.5).permute(1, 2, 0).numpy())
+        shades = weights / (2 * weights.abs().max().clamp(min=1e-12)) + 0.5
+        axes.imshow(in_color(shades).permute(1, 2, 0).numpy())
     save_figure(figure, path)
     return path
 
@@ -188,9 +189,9 @@ def _create_panels(rows: int, columns: int, title: str, side: float = 1.3) -> tu
 
 
 def _show_image(axes: Axes, pixels: Tensor, weights: Tensor | None = None) -> None:
-    """Show an image, uint8 (3, height, width), and over it a heat map (rows, columns), bright where it is large."""
+    """Show an image, uint8 (channels, height, width), and over it a heat map (rows, columns), bright where large."""
     height, width = pixels.shape[1:]
-    image = pixels.permute(1, 2, 0).numpy()
+    image = in_color(pixels).permute(1, 2, 0).numpy()
     if weights is None:
         axes.imshow(image)
         return

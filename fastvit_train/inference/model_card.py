@@ -108,12 +108,13 @@ def _description(run: TrainedModel) -> str:
     names = ", ".join(text(name) for name in run.classes[:MAX_CLASSES_LISTED])
     more = f" and {len(run.classes) - MAX_CLASSES_LISTED:,} more" if len(run.classes) > MAX_CLASSES_LISTED else ""
     trained_here = run.config is not None
-    resize = "the shorter side resized (bilinear), then a center crop" if trained_here else "resized as in config.json"
+    resize = f"resized {run.rendering}" if trained_here else "resized as in config.json"
+    kind = "gray" if run.input_size.channels == 1 else "RGB"
     return (
         f"An image classifier{', trained with fastvit-train' if trained_here else ''}.\n\n"
         f"- architecture: `{code(run.architecture)}`{origin}\n"
         f"- parameters: {run.parameters:,}\n"
-        f"- input: RGB images of {run.image_size} x {run.image_size} pixels, {resize}; "
+        f"- input: {kind} images of {run.input_size} pixels (height x width), {resize}; "
         f"pixels from 0 to 1, normalized with mean ({mean}) and standard deviation ({std})\n"
         f"- output: logits for {counted(len(run.classes), 'class')}: {names}{more}"
     )
@@ -169,7 +170,7 @@ def _limitations(run: TrainedModel, summary: dict[str, Any]) -> str:
         else ""
     )
     return (
-        f"## Limitations\n\nThe model sees images of {run.image_size} x {run.image_size} pixels and predicts one of "
+        f"## Limitations\n\nThe model sees images of {run.input_size} pixels and predicts one of "
         "its classes for every image, even for an image of something else. It has not been evaluated for bias, "
         f"robustness, safety or any other use.{holdout}"
     )

@@ -106,12 +106,12 @@ def predict_images(
 def _predict_batches(
     loaded: TrainedModel, files: Sequence[tuple[str, Path]], top: int, batch_size: int
 ) -> Iterator[tuple[list[Prediction], Tensor]]:
-    """Yield per batch the predictions and the images that could be read, uint8 (images, 3, size, size)."""
+    """Yield per batch the predictions and the images that could be read, uint8 (images, channels, height, width)."""
     for start in range(0, len(files), batch_size):
         batch = files[start : start + batch_size]
-        images = try_decode_all(ImageFiles([path for _, path in batch], loaded.rendering), loaded.image_size)
+        images = try_decode_all(ImageFiles([path for _, path in batch], loaded.rendering), loaded.input_size)
         readable = [pixels for pixels in images if isinstance(pixels, Tensor)]
-        pixels = torch.stack(readable) if readable else torch.empty(0, 3, loaded.image_size, loaded.image_size)
+        pixels = torch.stack(readable) if readable else torch.empty(0, *loaded.input_size)
         ranked = _probabilities(loaded, pixels).topk(top) if readable else None
         rows = iter(zip(ranked.values.tolist(), ranked.indices.tolist(), strict=True)) if ranked else iter(())
         predictions = []
@@ -145,8 +145,8 @@ def _print_table(loaded: TrainedModel, predictions: Sequence[Prediction]) -> Non
     console.print(table)
     mean, std = (", ".join(f"{value:g}" for value in values) for values in loaded.normalisation)
     console.print(
-        f"{loaded.source}: the shorter side of each image was resized to {loaded.image_size} pixels (bilinear), the "
-        f"center was cropped, and the pixels were normalized with mean {mean} and standard deviation {std}",
+        f"{loaded.source}: each image was resized ({loaded.rendering}), with image_size {loaded.input_size}, and "
+        f"normalized with mean {mean} and standard deviation {std}",
         markup=False,
         soft_wrap=True,
     )

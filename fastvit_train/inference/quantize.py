@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.data.datasets import Split
 
 PRODUCTS = ["MatMul", "Gemm"]
@@ -34,17 +35,17 @@ def quantize_program(program: Path, path: Path) -> None:
         logging.disable(level)
 
 
-def accuracy(logits: Callable[[Tensor], Tensor], split: Split, image_size: int) -> float:
+def accuracy(logits: Callable[[Tensor], Tensor], split: Split, input_size: InputSize) -> float:
     """Return the share of images that a program classifies correctly, from 0 to 1.
 
     Args:
-        logits: takes uint8 images, (batch, 3, image_size, image_size); returns logits, (batch, classes).
+        logits: takes uint8 images, (batch, *input_size); returns logits, (batch, classes).
         split: the images and their labels.
-        image_size: side of the program's input, in pixels.
+        input_size: channels, height and width of the program's input.
     """
     correct = 0
     for samples in torch.arange(len(split.labels)).split(BATCH_SIZE):
-        predicted = logits(split.square_pixels(samples, image_size)).argmax(1)
+        predicted = logits(split.resized_pixels(samples, input_size)).argmax(1)
         correct += int((predicted == split.labels[samples]).sum())
     return correct / len(split.labels)
 

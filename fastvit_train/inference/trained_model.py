@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastvit_train.config.init_from import FINAL
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.overrides import override
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.config.schema import DataConfig, ModelConfig, TrainConfig
@@ -57,8 +58,8 @@ class TrainedModel:
     """the attention implementation"""
     class_names: tuple[str, ...] | None
     """the names of the outputs, if known"""
-    image_size: int
-    """side of the square input, in pixels"""
+    input_size: InputSize
+    """channels, height and width of the input"""
     checkpoint: Checkpoint | None = None
     """the checkpoint that was asked for; None for the final weights"""
 
@@ -116,11 +117,11 @@ class TrainedModel:
         if self.config is None:
             raise UserError(f"{self.source} does not record a data set")
         data = self.config.data
-        return load_dataset(replace(data, data_dir=data_dir or data.data_dir), self.image_size)
+        return load_dataset(replace(data, data_dir=data_dir or data.data_dir), self.input_size)
 
     def preprocess(self, images_BCHW: Tensor) -> Tensor:
-        """Convert images, uint8 or float from 0 to 255, (batch, 3, height, width), to inputs on the model's device."""
-        return Preprocess(*self.normalisation, self.image_size, self.device)(images_BCHW.to(self.device))
+        """Convert images, uint8 or float from 0 to 255, (batch, channels, height, width), to the model's inputs."""
+        return Preprocess(*self.normalisation, self.input_size, self.device)(images_BCHW.to(self.device))
 
     @torch.no_grad()
     def predict(self, images_BCHW: Tensor) -> Tensor:
@@ -162,15 +163,15 @@ def load_run(
             chosen = find_checkpoint(folder, str(checkpoint), ema=config.optim.ema is not None)
         path = folder / FINAL if chosen is None else chosen.path
         weights = replace(config.model, weights=str(path), attention=AUTO, block="torch", patch_init="random")
-        model = build_model(weights, config.image_size, config.num_classes)
-        size = config.image_size
+        model = build_model(weights, config.input_size, config.num_classes)
+        size = config.input_size
         architecture = config.model.model
     elif checkpoint is not None:
         raise UserError(f"{source} has no checkpoints, so leave --checkpoint {checkpoint} out; only a run's folder has")
     else:
         config = None
         model, architecture = _load_from_timm(source, folder)
-        size = int(pretrained_cfg(model)["input_size"][-1])
+        size = InputSize(*pretrained_cfg(model)["input_size"])
     attention = attention or plain_attention(model)
     check_attention(ModelConfig(architecture, attention))
     set_attention(model, attention)

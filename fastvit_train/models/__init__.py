@@ -9,7 +9,7 @@ from fastvit_train.models.build import (
     build_model,
     check_model,
     check_timm_folder,
-    native_image_size,
+    native_input_size,
 )
 from fastvit_train.models.compiling import compile_model
 from fastvit_train.models.convert import pretrained_cfg
@@ -30,7 +30,7 @@ __all__ = [
     "check_model",
     "check_timm_folder",
     "compile_model",
-    "native_image_size",
+    "native_input_size",
     "patch_filters",
     "pick_attention",
     "plain_attention",

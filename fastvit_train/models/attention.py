@@ -13,6 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 import fastvit_kernels
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models.registry import OUR_MODELS
 from fastvit_train.utils.errors import UserError
@@ -80,14 +81,14 @@ def plain_attention(model: nn.Module) -> str:
 
 
 def pick_attention(
-    model: nn.Module, batch_size: int, image_size: int, device: torch.device, compiled: bool = False
+    model: nn.Module, batch_size: int, input_size: InputSize, device: torch.device, compiled: bool = False
 ) -> tuple[str, list[str]]:
     """Return the attention to train `model` with: the preferred one, unless another is measured to be clearly faster.
 
     Args:
         model: on any device; it is not changed.
         batch_size: images per forward pass of one rank.
-        image_size: side of the input in pixels.
+        input_size: channels, height and width of the input.
         device: the device to measure on, under the current autocast.
         compiled: whether the model will be compiled.
 
@@ -96,7 +97,7 @@ def pick_attention(
     """
     if plain_attention(model) == TIMM:
         return TIMM, [f"attention {TIMM}: the model's own; the others do not support this model"]
-    cases = _cases(model, batch_size, image_size, device)
+    cases = _cases(model, batch_size, input_size, device)
     mode: fastvit_kernels.Mode = "compiled" if compiled else "eager"
     choices = [fastvit_kernels.choose(**dict(case), device=device, mode=mode) for case in cases]
     fits_all = [name for name in choices[0].samples if all(name in choice.samples for choice in choices)]
@@ -114,7 +115,7 @@ def _add_up(samples: list[tuple[float, ...]], calls: list[int]) -> tuple[float, 
 def choose_attention(
     model: nn.Module,
     batch_size: int,
-    image_size: int,
+    input_size: InputSize,
     accelerator: Accelerator,
     measure: bool = True,
     compiled: bool = False,
@@ -124,7 +125,7 @@ def choose_attention(
     Args:
         model: on any device.
         batch_size: images per forward pass of one rank.
-        image_size: side of the input in pixels.
+        input_size: channels, height and width of the input.
         accelerator: rank 0 measures on its device, under its autocast.
         measure: if False, take the plain attention instead.
         compiled: whether the model will be compiled.
@@ -135,14 +136,14 @@ def choose_attention(
     result: list[Any] = [(plain_attention(model), [])]
     if accelerator.is_main_process and measure:
         with accelerator.autocast():
-            result = [pick_attention(model, batch_size, image_size, accelerator.device, compiled)]
+            result = [pick_attention(model, batch_size, input_size, accelerator.device, compiled)]
     name, messages = broadcast_object_list(result)[0]
     set_attention(model, name)
     return name, messages
 
 
 def _cases(
-    model: nn.Module, batch_size: int, image_size: int, device: torch.device
+    model: nn.Module, batch_size: int, input_size: InputSize, device: torch.device
 ) -> Counter[tuple[tuple[str, Any], ...]]:
     """Return the arguments for `fastvit_kernels.choose` that describe each attention call of `model`, with counts."""
     seen: Counter[tuple[tuple[str, Any], ...]] = Counter()
@@ -164,11 +165,11 @@ def _cases(
         if isinstance(module, fastvit_kernels.SelfAttention):
             module.register_forward_pre_hook(record)
     with torch.no_grad():
-        probe(torch.zeros(1, 3, image_size, image_size, device=device))
+        probe(torch.zeros(1, *input_size, device=device))
     return seen
 
 
-def warm_up(model: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device) -> float:
+def warm_up(model: nn.Module, train_batch: int, eval_batch: int, input_size: InputSize, device: torch.device) -> float:
     """Run the first passes of `model`, in training and in evaluation, and return the seconds that they take.
 
     Otherwise compilation would be part of the first step. Weights, gradients and random state do not change.
@@ -177,7 +178,7 @@ def warm_up(model: nn.Module, train_batch: int, eval_batch: int, image_size: int
         model: on `device`.
         train_batch: images of a training pass; 0 for no training pass.
         eval_batch: images of an evaluation pass.
-        image_size: side of the input in pixels.
+        input_size: channels, height and width of the input.
         device: the device of the model.
 
     Raises:
@@ -187,7 +188,7 @@ def warm_up(model: nn.Module, train_batch: int, eval_batch: int, image_size: int
     started = time.perf_counter()
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            _first_passes(model, train_batch, eval_batch, image_size, device)
+            _first_passes(model, train_batch, eval_batch, input_size, device)
     except ValueError as error:
         raise UserError(str(error)) from None
     seconds = time.perf_counter() - started
@@ -195,14 +196,16 @@ def warm_up(model: nn.Module, train_batch: int, eval_batch: int, image_size: int
     return seconds
 
 
-def _first_passes(model: nn.Module, train_batch: int, eval_batch: int, image_size: int, device: torch.device) -> None:
+def _first_passes(
+    model: nn.Module, train_batch: int, eval_batch: int, input_size: InputSize, device: torch.device
+) -> None:
     for _ in range(1 if device.type == "cpu" else 3):  # a CUDA graph is recorded on the second pass
         if train_batch:
             # As in a step, logits and loss live until after the backward pass: CUDA graphs depend on it.
-            logits = model.train()(torch.zeros(train_batch, 3, image_size, image_size, device=device))
+            logits = model.train()(torch.zeros(train_batch, *input_size, device=device))
             loss = F.cross_entropy(logits, torch.zeros(train_batch, dtype=torch.int64, device=device))
             loss.backward()
             model.zero_grad()
         with torch.no_grad():
-            model.eval()(torch.zeros(eval_batch, 3, image_size, image_size, device=device))
+            model.eval()(torch.zeros(eval_batch, *input_size, device=device))
     synchronize(device)

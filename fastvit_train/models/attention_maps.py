@@ -109,9 +109,9 @@ def position_similarity(model: nn.Module) -> Tensor | None:
 
 
 def patch_filters(model: nn.Module) -> Tensor | None:
-    """Return the first layer's filters by decreasing norm, (filters, 3, height, width); None if it has no RGB input."""
+    """Return the first layer's filters by decreasing norm, (filters, 1 or 3, height, width); None if it has others."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is None or first.weight.shape[1] != 3:
+    if first is None or first.weight.shape[1] not in (1, 3):
         return None
     filters = first.weight.detach().float().cpu()
     return filters[filters.flatten(1).norm(dim=1).argsort(descending=True)]

@@ -12,12 +12,15 @@ import torch
 from timm.models import PretrainedCfg
 from torch import nn
 
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.schema import ModelConfig
+from fastvit_train.data.rendering import LUMA
 from fastvit_train.models.attention import set_attention
 from fastvit_train.models.blocks import set_block
 from fastvit_train.models.convert import (
     checkpoint_filter_fn,
     convert_by_timm,
+    fit_channels,
     misfit,
     pretrained_cfg,
     reset_heads_if_other_classes,
@@ -26,7 +29,7 @@ from fastvit_train.models.registry import OUR_MODELS
 from fastvit_train.models.vit import ConvTokenizer, ViT
 from fastvit_train.runs.weights_file import read_weights
 from fastvit_train.utils import machine
-from fastvit_train.utils.errors import UserError, did_you_mean
+from fastvit_train.utils.errors import UserError, counted, did_you_mean
 from fastvit_train.utils.safe_load import read_json
 
 log = logging.getLogger(__name__)
@@ -59,17 +62,46 @@ def pretrained_cfg_of(name: str) -> PretrainedCfg:
     return cfg
 
 
-def native_image_size(name: str) -> int:
-    """Return the side in pixels of the input that the model `name` is designed for."""
-    return int(pretrained_cfg_of(name).input_size[-1])
+def native_input_size(name: str) -> InputSize:
+    """Return the size of the input that the model `name` is designed for."""
+    return InputSize(*pretrained_cfg_of(name).input_size)
 
 
-def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Module:
+def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Return a mean or standard deviation of the channels of color images for gray ones, or the other way around.
+
+    The standard deviation of gray levels is estimated.
+    """
+    if channels == 1 and len(values) == len(LUMA):
+        return (sum(share * value for share, value in zip(LUMA, values, strict=True)),)
+    return values * channels if len(values) == 1 else values
+
+
+def normalization(config: ModelConfig, cfg: dict[str, Any], channels: int) -> dict[str, tuple[float, ...]]:
+    """Return "mean" and "std" of each channel: those in `config`, or else the model's own, which `cfg` holds.
+
+    Raises:
+        UserError: if `config` has another number of values than the input has channels.
+    """
+    result = {}
+    for name in ("mean", "std"):
+        given: tuple[float, ...] | None = getattr(config, name)
+        values = per_channel(tuple(cfg[name]), channels) if given is None else given
+        if len(values) != channels:
+            raise UserError(
+                f"--{name} has {counted(len(values), 'number')}, but the input has {counted(channels, 'channel')}; "
+                "give a number for each channel (--in-chans)"
+            )
+        result[name] = values
+    return result
+
+
+def build_model(config: ModelConfig, input_size: InputSize, num_classes: int) -> nn.Module:
     """Build the model that `config` describes, and load `config.weights` if given.
 
     Args:
         config: settings of the model.
-        image_size: side of the input in pixels.
+        input_size: channels, height and width of the input; the channels are those of `config`.
         num_classes: number of outputs.
 
     Raises:
@@ -79,7 +111,8 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
     sizes = {key: value for key, value in asdict(config).items() if value is not None and key not in NOT_SIZES}
     options: dict[str, Any] = {**sizes, "num_classes": num_classes}
     if pretrained_cfg_of(config.model).fixed_input_size:
-        options["img_size"] = image_size
+        height, width = input_size.sides
+        options["img_size"] = height if height == width else (height, width)
     try:
         _check_memory(config.model, options)
         model = timm.create_model(config.model, **options)
@@ -87,10 +120,9 @@ def build_model(config: ModelConfig, image_size: int, num_classes: int) -> nn.Mo
         if config.model in OUR_MODELS:
             raise UserError(str(error)) from None
         raise UserError(f"{config.model} cannot be built with {options}: {error}") from None
-    normalization = {"mean": config.mean, "std": config.std}
-    cfg = {**pretrained_cfg(model), **{key: value for key, value in normalization.items() if value is not None}}
-    vars(model)["pretrained_cfg"] = cfg
-    _check_patches(model, config, image_size)
+    cfg = pretrained_cfg(model)
+    vars(model)["pretrained_cfg"] = {**cfg, **normalization(config, cfg, input_size.channels)}
+    _check_patches(model, config, input_size)
     set_attention(model, config.attention)
     set_block(model, config.block)
     if config.weights is not None:
@@ -122,15 +154,17 @@ def check_timm_folder(folder: Path) -> None:
         raise UserError(f"{folder} is neither a run nor a model folder from timm: config.json: {reason}") from None
 
 
-def _check_patches(model: nn.Module, config: ModelConfig, image_size: int) -> None:
+def _check_patches(model: nn.Module, config: ModelConfig, input_size: InputSize) -> None:
     """Raise UserError for a patch size that the model would ignore, and for images that it would crop silently."""
     tokenizer = getattr(model, "patch_embed", None)
     if isinstance(tokenizer, ConvTokenizer) and config.patch_size is not None:
         raise UserError(f"{config.model} computes its tokens by convolutions: omit --patch-size {config.patch_size}")
     patch = getattr(tokenizer, "patch_size", None) or 1
     sides = (patch, patch) if isinstance(patch, int) else tuple(patch)
-    if any(image_size % side for side in sides):
-        raise UserError(f"image size {image_size}x{image_size} is not a multiple of patch size {max(sides)}")
+    if any(side % length for side, length in zip(input_size.sides, sides, strict=True)):
+        raise UserError(
+            f"image size {input_size.height}x{input_size.width} is not a multiple of patch size {max(sides)}"
+        )
 
 
 def _recorded_image_size(weights: Path) -> tuple[int, int] | None:
@@ -155,6 +189,7 @@ def _load_weights(model: nn.Module, path: Path, rebuild: Callable[..., nn.Module
         raise UserError(f"{path} cannot be read as weights: {reason}") from None
     size = _recorded_image_size(path)
     try:
+        state_dict = fit_channels(state_dict, model)
         if isinstance(model, ViT):
             vars(model)["pretrained_model_args"] = {"img_size": size}
             state_dict = checkpoint_filter_fn(state_dict, model)

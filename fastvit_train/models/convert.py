@@ -57,6 +57,19 @@ def checkpoint_filter_fn(state_dict: StateDict, model: ViT) -> StateDict:
     return _fit_positions(state_dict, model)
 
 
+def fit_channels(state_dict: StateDict, model: nn.Module) -> StateDict:
+    """Adapt the weights of the first convolution to the model's number of channels, where one has 3 and the other 1.
+
+    The filters for gray levels are the sums of those for red, green and blue, and the other way around each gets a
+    third, so that the outputs for a gray image are the same.
+    """
+    name = f"{pretrained_cfg(model).get('first_conv')}.weight"
+    filters, own = state_dict.get(name), model.state_dict().get(name)
+    if filters is None or own is None or filters.ndim != 4 or {filters.shape[1], own.shape[1]} != {1, 3}:
+        return state_dict
+    return {**state_dict, name: (filters.sum(1, keepdim=True) / own.shape[1]).expand(-1, own.shape[1], -1, -1)}
+
+
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
     """Return timm's description of a model: its mean and std, the name of its classifier, and so on."""
     cfg = getattr(model, "pretrained_cfg", {})

@@ -3,11 +3,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.overrides import validate
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.datasets import count_classes
-from fastvit_train.models.build import check_model, native_image_size, pretrained_cfg_of
+from fastvit_train.models.build import check_model, native_input_size, normalization, pretrained_cfg_of
 from fastvit_train.models.pretrained.source import resolve_source
 from fastvit_train.runs.run_names import default_name
 
@@ -21,7 +22,7 @@ def fill_defaults(config: TrainConfig) -> TrainConfig:
     config = validate(config)
     config = validate(resolve_source(config))  # which a file describes, with any values
     check_model(config.model.model)
-    image_size = config.model.image_size or native_image_size(config.model.model)
+    image_size = config.model.image_size or native_input_size(config.model.model).image_size
     return replace(
         config,
         run=replace(config.run, exp_name=config.run.exp_name or default_name(config)),
@@ -44,14 +45,14 @@ def resolve(config: TrainConfig, num_classes: int | None = None) -> ResolvedConf
             cannot be read.
     """
     settings = fill_defaults(config)
-    run, cfg = settings.run, pretrained_cfg_of(settings.model.model)
-    assert settings.model.image_size is not None
+    run, model = settings.run, settings.model
+    assert model.image_size is not None
+    input_size = InputSize.of(model.in_chans or native_input_size(model.model).channels, model.image_size)
     return ResolvedConfig(
         settings,
         run_dir=Path(run.runs_dir) / str(run.exp_name),
-        image_size=settings.model.image_size,
+        input_size=input_size,
         num_classes=num_classes or settings.model.num_classes or count_classes(settings.data),
-        mean=settings.model.mean or tuple(cfg.mean),
-        std=settings.model.std or tuple(cfg.std),
+        **normalization(model, pretrained_cfg_of(model.model).to_dict(), input_size.channels),
         last_epoch=min(run.total_epochs, run.stop_after or run.total_epochs),
     )

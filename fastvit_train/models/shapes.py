@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastvit_train.config.input_size import InputSize
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -19,12 +21,12 @@ class Stage:
     parameters: int
 
 
-def stages(model: nn.Module, image_size: int) -> list[Stage]:
+def stages(model: nn.Module, input_size: InputSize) -> list[Stage]:
     """Return the parts of `model` in the order in which the forward pass calls them; containers are expanded one level.
 
     Args:
         model: on any device, including torch's meta device; it is not changed.
-        image_size: side of the input in pixels.
+        input_size: channels, height and width of the input.
     """
     probe = copy.deepcopy(model).eval()
     shapes: dict[str, tuple[int, ...]] = {}
@@ -40,7 +42,7 @@ def stages(model: nn.Module, image_size: int) -> list[Stage]:
     for name, part in parts.items():
         part.register_forward_hook(record(name))
     with torch.no_grad():
-        probe(torch.zeros(1, 3, image_size, image_size, device=next(probe.parameters()).device))
+        probe(torch.zeros(1, *input_size, device=next(probe.parameters()).device))
     result = [Stage(name, shape, _count(parts[name])) for name, shape in shapes.items()]
     return [stage for stage in result if stage.parameters]
 

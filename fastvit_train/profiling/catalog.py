@@ -12,11 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.recipes import RECIPES, recipe
 from fastvit_train.config.schema import ModelConfig, OptimConfig
 from fastvit_train.distributed import accelerator
 from fastvit_train.distributed.cpu_threads import use_all_cores
-from fastvit_train.models import OUR_MODELS, build_model, native_image_size, plain_attention, set_attention
+from fastvit_train.models import OUR_MODELS, build_model, native_input_size, plain_attention, set_attention
 from fastvit_train.models.resolve import resolve
 from fastvit_train.models.shapes import stages, tokens
 from fastvit_train.profiling.roofline import count_flops
@@ -115,28 +116,28 @@ def _describe_all(names: Sequence[str]) -> tuple[list[ModelEntry], list[str]]:
 
 def describe(name: str) -> ModelEntry:
     """Describe a model; UserError if it can't be built."""
-    parameters, token_count, flops = _count_sizes(ModelConfig(name), native_image_size(name), CLASSES)
+    parameters, token_count, flops = _count_sizes(ModelConfig(name), native_input_size(name), CLASSES)
     doc = (inspect.getdoc(timm.model_entrypoint(name)) or "").partition("\n")[0]
     description = doc.partition(";")[0].removesuffix(".")
     return ModelEntry(name, description, parameters, token_count, flops)
 
 
-def _count_sizes(config: ModelConfig, size: int, classes: int) -> tuple[int, int | None, float | None]:
+def _count_sizes(config: ModelConfig, input_size: InputSize, classes: int) -> tuple[int, int | None, float | None]:
     """Count the parameters, the tokens and the FLOPs of one image's forward pass, without allocating the weights.
 
     Args:
         config: settings of the model.
-        size: height and width of the input, pixels.
+        input_size: channels, height and width of the input.
         classes: number of classes.
     """
     with torch.device("meta"):
-        model = build_model(config, size, classes).eval()
+        model = build_model(config, input_size, classes).eval()
         with suppress(UserError):  # some of timm's models only have their own attention
             set_attention(model, "fused")
         parts, flops = [], None
         with suppress(Exception), torch.no_grad():  # some of timm's models read values, which meta tensors don't have
-            parts = stages(model, size)
-            flops = count_flops(lambda: model(torch.zeros(1, 3, size, size)))
+            parts = stages(model, input_size)
+            flops = count_flops(lambda: model(torch.zeros(1, *input_size)))
     return sum(p.numel() for p in model.parameters()), tokens(parts), flops
 
 
@@ -154,8 +155,8 @@ def measure_throughputs(names: Sequence[str], batch_size: int, device: torch.dev
 
 def _build_passes(name: str, batch_size: int, device: torch.device) -> tuple[Callable[[], None], Callable[[], None]]:
     """Build a training step and an inference pass of two copies of a model."""
-    size = native_image_size(name)
-    images = torch.randn(batch_size, 3, size, size, device=device)
+    size = native_input_size(name)
+    images = torch.randn(batch_size, *size, device=device)
     labels = torch.arange(batch_size, device=device) % CLASSES
     train_model, eval_model = (_build_on_device(name, size, device) for _ in range(2))
     optimizer = build_optimizer(train_model.train(), OptimConfig())
@@ -173,7 +174,7 @@ def _build_passes(name: str, batch_size: int, device: torch.device) -> tuple[Cal
     return step, infer
 
 
-def _build_on_device(name: str, size: int, device: torch.device) -> nn.Module:
+def _build_on_device(name: str, size: InputSize, device: torch.device) -> nn.Module:
     model = build_model(ModelConfig(name), size, CLASSES).to(device)
     set_attention(model, plain_attention(model))
     return model
@@ -200,7 +201,7 @@ def show_recipes() -> None:
     table = _make_table("recipe", "model", "data set", "epochs", "batch", "parameters", "MFLOPs")
     for name in RECIPES:
         config = resolve(recipe(name))
-        parameters, _, flops = _count_sizes(config.model, config.image_size, config.num_classes)
+        parameters, _, flops = _count_sizes(config.model, config.input_size, config.num_classes)
         table.add_row(
             name,
             config.model.model,

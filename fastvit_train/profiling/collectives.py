@@ -187,8 +187,7 @@ def _count_cost(session: TrainSession, wrap: ModelWrapper) -> RankCost:
     block_count = len(blocks_of(model))
     wrapped = wrap(model)
     optimizer = build_optimizer(model, config)
-    size = session.config.image_size
-    images, labels = torch.zeros(BATCH_SIZE, 3, size, size), torch.zeros(BATCH_SIZE, dtype=torch.long)
+    images, labels = torch.zeros(BATCH_SIZE, *session.config.input_size), torch.zeros(BATCH_SIZE, dtype=torch.long)
 
     def backward() -> None:
         for remaining in reversed(range(config.grad_accum)):

@@ -120,13 +120,13 @@ def _total_bytes(tensors: Iterable[Tensor]) -> int:
 
 def shapes_table(session: TrainSession) -> Table:
     """List the model's parts with the shape of their output for one image; a row holds all equal parts in sequence."""
-    size, model = session.config.image_size, eager_copy(session)
+    size, model = session.config.input_size, eager_copy(session)
     parts = stages(model, size)
     own_parameters = [(name, p.numel()) for name, p in model.named_parameters(recurse=False)]
     table = Table("part", box=box.SIMPLE_HEAD)
     table.add_column("output", justify="right")
     table.add_column("parameters", justify="right")
-    table.add_row("input", _format_shape((3, size, size)), "")
+    table.add_row("input", _format_shape(size), "")
     if (count := tokens(parts)) is not None:
         table.add_row("tokens", str(count), "")
     for name, parameters in own_parameters:

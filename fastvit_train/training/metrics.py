@@ -192,9 +192,11 @@ def write_weights(session: TrainSession, name: str, metadata: dict[str, str] | N
 
 def _write_model_config(session: TrainSession) -> None:
     """Write the config.json that timm needs next to the weights."""
-    classes, size = session.dataset.classes, session.config.image_size
+    classes = session.dataset.classes
     names = {"label_names": list(classes)} if len(classes) == session.bare_model.num_classes else {}
-    write_timm_config(session.bare_model, session.folder.root / "config.json", names, {"input_size": (3, size, size)})
+    write_timm_config(
+        session.bare_model, session.folder.root / "config.json", names, {"input_size": tuple(session.config.input_size)}
+    )
 
 
 def finish(session: TrainSession, evaluation: Evaluation, weights: str) -> dict[str, Any]:

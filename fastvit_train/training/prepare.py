@@ -72,7 +72,7 @@ class Trained:
 def build_trainable(config: ResolvedConfig) -> tuple[nn.Module, Optimizer]:
     """Build the model, with the same weights on every rank, and its optimizer."""
     set_seed(config.run.seed)
-    model = build_model(config.model, config.image_size, config.num_classes)
+    model = build_model(config.model, config.input_size, config.num_classes)
     if config.run.grad_checkpointing:
         checkpoint_blocks(model)
     if config.optim.freeze:
@@ -116,7 +116,7 @@ def resolve_implementations(
         return config, failures
     measure = not config.run.deterministic
     compiled = config.run.compile or env.compiles()
-    name, messages = choose_attention(model, inputs.micro_batch, config.image_size, accelerator, measure, compiled)
+    name, messages = choose_attention(model, inputs.micro_batch, config.input_size, accelerator, measure, compiled)
     return config.with_model(attention=name), failures + messages
 
 
@@ -158,7 +158,7 @@ def take_first_passes(
     device, compiled = accelerator.device, config.run.compile
     passes: list[float] = []
     if compiled or config.model.attention in COMPILING or config.model.block == "triton":
-        eval_batch, size = inputs.eval_loader.batch_size, config.image_size
+        eval_batch, size = inputs.eval_loader.batch_size, config.input_size
         passes.append(warm_up(model, 0 if whole_step else inputs.micro_batch, eval_batch, size, device))
         if ema is not None:
             passes.append(warm_up(ema.module, 0, eval_batch, size, device))

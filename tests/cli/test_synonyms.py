@@ -38,7 +38,7 @@ OURS = {name for takes in verb_types().values() for name in option_names(takes)}
         ("--warmup-epochs 3", "did you mean --warmup? (it is a fraction of all steps)"),
         ("--amp", "did you mean --precision? (as in --precision bf16)"),
         ("--output-dir x", "did you mean --runs-dir?"),
-        ("--channels 3", "images are read as RGB"),
+        ("--channels 3", "did you mean --in-chans"),
         ("--workers 3", "there is nothing to set"),
         ("-j 3", "there is nothing to set"),
         ("--gpus 3", "accelerate launch --multi_gpu --num_processes N"),

@@ -10,6 +10,7 @@ from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.augmentation.augment import Augment
 from fastvit_train.data.augmentation.crops import crop_boxes, resized_crop, shift
 from fastvit_train.data.loader import Preprocess
+from tests.support import rgb
 
 CPU = torch.device("cpu")
 
@@ -119,6 +120,6 @@ def test_cutout_blanks_one_square(seed: int) -> None:
 def test_preprocessing_is_torchvisions(seed: int) -> None:
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
     images = draw_images(3)
-    got = Preprocess(mean, std, 32, CPU)(images)
+    got = Preprocess(mean, std, rgb(32), CPU)(images)
     assert torch.allclose(got, functional.normalize(images.float() / 255, list(mean), list(std)), atol=1e-5)
-    assert Preprocess(mean, std, 64, CPU)(images).shape == (3, 3, 64, 64)
+    assert Preprocess(mean, std, rgb(64), CPU)(images).shape == (3, 3, 64, 64)

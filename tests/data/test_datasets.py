@@ -15,11 +15,11 @@ from fastvit_train.data.decode import decode
 from fastvit_train.data.images import StreamedImages
 from fastvit_train.data.sources import folder
 from fastvit_train.utils.errors import UserError
-from tests.support import write_folder
+from tests.support import rgb, write_folder
 
 
 def load(name: str, data_dir: Path, **settings: object) -> DatasetSpec:
-    return load_dataset(DataConfig(dataset=name, data_dir=str(data_dir), **settings), 32)
+    return load_dataset(DataConfig(dataset=name, data_dir=str(data_dir), **settings), rgb(32))
 
 
 def test_digits_are_scikit_learns_split_by_class() -> None:
@@ -62,7 +62,7 @@ def test_streamed_images_are_the_decoded_ones(tmp_path: Path) -> None:
     decoded, streamed = load("folder", root), load("folder", root, stream="always")
     assert not isinstance(streamed.train.images, torch.Tensor)
     samples = [torch.tensor([3, 0, 20]), torch.tensor([7])]
-    batches = StreamedImages(streamed.train.images, 32, torch.device("cpu")).batches(samples)
+    batches = StreamedImages(streamed.train.images, rgb(32), torch.device("cpu")).batches(samples)
     for samples_B, batch in zip(samples, batches, strict=True):
         assert torch.equal(batch, decoded.train.images[samples_B])
 
@@ -86,18 +86,18 @@ def test_every_kind_of_image_becomes_rgb_of_one_size(tmp_path: Path, mode: str, 
 def test_images_of_odd_sizes_and_kinds_are_right(tmp_path: Path) -> None:
     grey = np.full((8, 8), 0x80FF, ">u2")
     (tmp_path / "16 bits.pgm").write_bytes(b"P5 8 8 65535\n" + grey.tobytes())
-    assert set(decode(tmp_path / "16 bits.pgm", 8).unique().tolist()) == {128}
+    assert set(decode(tmp_path / "16 bits.pgm", rgb(8)).unique().tolist()) == {128}
     for size in ((1, 1), (1, 60_000), (60_000, 1), (1, 2)):
         Image.new("RGB", size, (10, 20, 30)).save(tmp_path / "odd.png")
-        assert decode(tmp_path / "odd.png", 32).float().mean((1, 2)).tolist() == [10, 20, 30]
+        assert decode(tmp_path / "odd.png", rgb(32)).float().mean((1, 2)).tolist() == [10, 20, 30]
     frames = [Image.new("RGB", (8, 8), (red, 0, 0)) for red in (50, 200, 100)]
     frames[0].save(tmp_path / "many.gif", save_all=True, append_images=frames[1:])
-    assert int(decode(tmp_path / "many.gif", 8)[0].max()) == 50, "the first frame"
+    assert int(decode(tmp_path / "many.gif", rgb(8))[0].max()) == 50, "the first frame"
     lying = Image.fromarray(np.repeat(np.uint8([[0, 255]]), 8, 0).repeat(4, 1))  # dark left, bright right
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees clockwise
     lying.save(tmp_path / "turned.png", exif=exif)
-    turned = decode(tmp_path / "turned.png", 8)[0].float()
+    turned = decode(tmp_path / "turned.png", rgb(8))[0].float()
     assert turned[:4].mean() == 0 and turned[4:].mean() == 255
 
 
@@ -106,14 +106,14 @@ def test_an_image_at_the_limit_decodes_and_one_pixel_more_does_not(
 ) -> None:
     Image.new("RGB", (10, 10)).save(tmp_path / "it.png")
     monkeypatch.setattr("fastvit_train.data.decode.MAX_PIXELS", 100)
-    decode(tmp_path / "it.png", 8)
+    decode(tmp_path / "it.png", rgb(8))
     monkeypatch.setattr("fastvit_train.data.decode.MAX_PIXELS", 99)
     with pytest.raises(UserError, match=r"it.png can't be decoded \(10 x 10 pixels; at most 99 are allowed"):
-        decode(tmp_path / "it.png", 8)
+        decode(tmp_path / "it.png", rgb(8))
     monkeypatch.undo()
     monkeypatch.setattr("fastvit_train.data.decode.MAX_FILE_BYTES", 20)
     with pytest.raises(UserError, match="not a regular file of at most 20 bytes"):
-        decode(tmp_path / "it.png", 8)
+        decode(tmp_path / "it.png", rgb(8))
 
 
 def _truncate(path: Path) -> None:

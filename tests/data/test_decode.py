@@ -10,21 +10,22 @@ import torch
 from PIL import Image, TiffImagePlugin
 
 from fastvit_train.cli.main import main
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.overrides import validate
 from fastvit_train.config.schema import DataConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
 from fastvit_train.data.decode import decode
-from fastvit_train.data.rendering import Rendering
+from fastvit_train.data.rendering import Rendering, to_gray
 from fastvit_train.inference.trained_model import load_run
 from fastvit_train.training.loop import fit, train
 from fastvit_train.utils.errors import UserError
-from tests.support import launch, one_line_error, write_folder
+from tests.support import launch, one_line_error, rgb, write_folder
 
 RED, WHITE = (200, 0, 0), (255, 255, 255)
 
 
 def load(root: Path, **settings: object) -> DatasetSpec:
-    return load_dataset(DataConfig(dataset="folder", data_dir=str(root), **settings), 32, examine_streamed=True)
+    return load_dataset(DataConfig(dataset="folder", data_dir=str(root), **settings), rgb(32), examine_streamed=True)
 
 
 def drawing(mode: str, suffix: str, path: Path) -> Path:
@@ -71,14 +72,14 @@ def test_transparent_parts_are_composed_on_the_background(tmp_path: Path, mode: 
     path = drawing(mode, suffix, tmp_path / "drawing")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        on_white = decode(path, 32).permute(1, 2, 0)
+        on_white = decode(path, rgb(32)).permute(1, 2, 0)
     top = on_white[4, 4].tolist()
     assert on_white[28, 28].tolist() == list(WHITE)
     if mode.startswith(("RGB", "P")):
         assert np.abs(np.array(top) - RED).max() <= 8
     else:
         assert top[0] == top[1] == top[2] == (255 if mode.startswith("1") else pytest.approx(60, abs=1))
-    assert decode(path, 32, Rendering("#102030")).permute(1, 2, 0)[28, 28].tolist() == [16, 32, 48]
+    assert decode(path, rgb(32), Rendering("#102030")).permute(1, 2, 0)[28, 28].tolist() == [16, 32, 48]
 
 
 def test_opaque_images_with_an_alpha_channel_keep_their_pixels(tmp_path: Path) -> None:
@@ -86,7 +87,7 @@ def test_opaque_images_with_an_alpha_channel_keep_their_pixels(tmp_path: Path) -
     image = Image.fromarray(pixels)
     image.putalpha(255)
     image.save(tmp_path / "opaque.png")
-    assert np.array_equal(decode(tmp_path / "opaque.png", 32).permute(1, 2, 0).numpy(), pixels)
+    assert np.array_equal(decode(tmp_path / "opaque.png", rgb(32)).permute(1, 2, 0).numpy(), pixels)
 
 
 def stripes(path: Path) -> Path:
@@ -109,7 +110,7 @@ PURE_RED, GREEN, BLUE, GRAY = (255, 0, 0), (0, 255, 0), (0, 0, 255), (128, 128, 
     ],
 )
 def test_images_that_are_not_square(tmp_path: Path, rendering: Rendering, corners: tuple, middle: tuple) -> None:
-    pixels = decode(stripes(tmp_path / "wide.png"), 64, rendering).permute(1, 2, 0)
+    pixels = decode(stripes(tmp_path / "wide.png"), rgb(64), rendering).permute(1, 2, 0)
     assert pixels.shape == (64, 64, 3)
     assert (tuple(pixels[2, 4].tolist()), tuple(pixels[2, -5].tolist())) == corners
     assert (tuple(pixels[32, 24].tolist()), tuple(pixels[32, 39].tolist())) == middle
@@ -118,10 +119,41 @@ def test_images_that_are_not_square(tmp_path: Path, rendering: Rendering, corner
         assert rows == list(range(16, 48))
 
 
+@pytest.mark.parametrize(
+    ("fit", "corners", "middle"),
+    [
+        ("crop", (PURE_RED, WHITE), (GREEN, BLUE)),  # the middle 20 rows
+        ("stretch", (PURE_RED, WHITE), (GREEN, BLUE)),
+        ("pad", (GRAY, GRAY), (GREEN, BLUE)),  # 40 x 20 pixels between borders of 20 columns each
+    ],
+)
+def test_inputs_that_are_not_square(tmp_path: Path, fit: str, corners: tuple, middle: tuple) -> None:
+    width = 60 if fit == "crop" else 80
+    size = InputSize(3, 20, width)
+    pixels = decode(stripes(tmp_path / "wide.png"), size, Rendering("gray", fit)).permute(1, 2, 0)
+    assert pixels.shape == (20, width, 3)
+    assert (tuple(pixels[2, 4].tolist()), tuple(pixels[2, -5].tolist())) == corners
+    assert (tuple(pixels[10, width // 2 - 4].tolist()), tuple(pixels[10, width // 2 + 3].tolist())) == middle
+    reds = (pixels == torch.tensor(PURE_RED)).all(2).nonzero()[:, 1].unique().tolist()
+    assert reds[0] == {"crop": 0, "stretch": 0, "pad": 20}[fit]
+
+
+def test_gray_levels_are_pillows(tmp_path: Path, seed: int) -> None:
+    pixels = torch.randint(0, 256, (5, 3, 64, 48), dtype=torch.uint8)
+    for number, image in enumerate(pixels):
+        picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+        picture.save(path := tmp_path / f"{number}.png")
+        expected = torch.from_numpy(np.array(picture.convert("L")))[None]
+        assert torch.equal(to_gray(pixels)[number], expected)
+        assert torch.equal(decode(path, InputSize(1, 64, 48)), expected)
+    gray = pixels[:, :1].expand(-1, 3, -1, -1)
+    assert torch.equal(to_gray(gray), pixels[:, :1]), "levels that were gray before stay as they were"
+
+
 def test_a_part_of_the_crop_is_kept(tmp_path: Path) -> None:
     ramp = np.tile(np.arange(100, dtype=np.uint8), (100, 1))
     Image.fromarray(ramp).save(tmp_path / "ramp.png")
-    kept = decode(tmp_path / "ramp.png", 50, Rendering(crop_pct=0.5))
+    kept = decode(tmp_path / "ramp.png", rgb(50), Rendering(crop_pct=0.5))
     assert np.array_equal(kept[0].numpy(), ramp[25:75, 25:75])  # no pixel is resized
 
 
@@ -132,8 +164,8 @@ def test_training_and_prediction_render_images_alike(tmp_path: Path, stream: str
     for fit_name in ("crop", "pad"):
         dataset = load(root, stream=stream, fit=fit_name)
         sample = 12  # the last one of the first class
-        wide = dataset.train.pixels(torch.tensor([sample]), 32)[0]
-        expected = decode(root / "train" / "circle" / "wide.png", 32, Rendering(fit=fit_name))
+        wide = dataset.train.pixels(torch.tensor([sample]), rgb(32))[0]
+        expected = decode(root / "train" / "circle" / "wide.png", rgb(32), Rendering(fit=fit_name))
         assert torch.equal(wide, expected), fit_name
     settings = {"dataset": "folder", "data_dir": str(root), "fit": "pad", "runs_dir": str(tmp_path / "runs")}
     train(exp_name="run", epochs=1, batch_size=8, attention="fused", **settings)
@@ -156,8 +188,8 @@ def test_training_composes_drawings_and_says_so_once(
     for _ in range(2):  # the second time from the cache
         dataset = load(root, stream=stream, background="gray")
         assert dataset.notes == (line,)
-        assert dataset.train.pixels(torch.tensor([3]), 32)[0, :, 28, 28].tolist() == [128] * 3
-    assert load(root, stream=stream).train.pixels(torch.tensor([3]), 32)[0, :, 28, 28].tolist() == [255] * 3
+        assert dataset.train.pixels(torch.tensor([3]), rgb(32))[0, :, 28, 28].tolist() == [128] * 3
+    assert load(root, stream=stream).train.pixels(torch.tensor([3]), rgb(32))[0, :, 28, 28].tolist() == [255] * 3
     settings = {"dataset": "folder", "data_dir": str(root), "stream": stream, "background": "gray"}
     fit(small_config(**settings, epochs=1, batch_size=6))
     assert capsys.readouterr().out.count(line) == 1
@@ -222,7 +254,7 @@ def test_tiffs_are_scaled_by_the_range_that_the_file_states(
 ) -> None:
     low, high = (0, 65535) if black is None else (black, white)
     values = (low + RAMP * (high - low)).astype(dtype)
-    shown = decode(tiff(tmp_path / "ramp.tiff", values, black, white), 32)
+    shown = decode(tiff(tmp_path / "ramp.tiff", values, black, white), rgb(32))
     assert np.abs(shown.numpy() - EXPECTED).max() <= 1 and shown.max() == 255
 
 
@@ -246,7 +278,7 @@ def test_sixteen_bits_are_scaled_to_eight(tmp_path: Path, suffix: str, mode: str
         Image.frombytes("I;16B", (32, 32), values.astype(">u2").tobytes()).save(path)
     else:
         Image.fromarray(values).save(path)
-    assert np.abs(decode(path, 32).numpy() - EXPECTED).max() <= 1
+    assert np.abs(decode(path, rgb(32)).numpy() - EXPECTED).max() <= 1
 
 
 def test_white_may_be_zero(tmp_path: Path) -> None:
@@ -258,7 +290,7 @@ def test_white_may_be_zero(tmp_path: Path) -> None:
     at = content.index(np.array([262, 3], "<u2").tobytes())
     content[at + 8 : at + 10] = bytes(2)
     path.write_bytes(content)
-    assert np.abs(decode(path, 32).numpy() - EXPECTED[::-1, ::-1]).max() <= 1
+    assert np.abs(decode(path, rgb(32)).numpy() - EXPECTED[::-1, ::-1]).max() <= 1
 
 
 @pytest.fixture

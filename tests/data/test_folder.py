@@ -16,14 +16,14 @@ from fastvit_train.inference.evaluate import evaluate
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.training.loop import fit
 from fastvit_train.utils.errors import UserError
-from tests.support import write_folder
+from tests.support import rgb, write_folder
 
 NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
 
 
 def load(root: Path, **settings: object) -> DatasetSpec:
     config = DataConfig(dataset="folder", data_dir=str(root), **settings)
-    dataset = load_dataset(config, 32)
+    dataset = load_dataset(config, rgb(32))
     assert count_classes(config) == len(dataset.classes)
     return dataset
 
@@ -115,9 +115,9 @@ def test_the_split_is_recorded_and_eval_uses_it(tmp_path: Path, small_config: Ca
 
 def test_the_seed_of_the_run_does_not_move_the_holdout(small_config: Callable[..., TrainConfig]) -> None:
     config = small_config(holdout=0.1).data
-    digits = load_dataset(config, 32)
-    assert torch.equal(load_dataset(replace(config), 32).test.labels, digits.test.labels)
-    assert not torch.equal(load_dataset(replace(config, holdout_seed=1), 32).test.images, digits.test.images)  # type: ignore[arg-type]
+    digits = load_dataset(config, rgb(32))
+    assert torch.equal(load_dataset(replace(config), rgb(32)).test.labels, digits.test.labels)
+    assert not torch.equal(load_dataset(replace(config, holdout_seed=1), rgb(32)).test.images, digits.test.images)  # type: ignore[arg-type]
 
 
 def test_folders_of_classes_alone_need_a_holdout(tmp_path: Path) -> None:

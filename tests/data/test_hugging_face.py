@@ -16,7 +16,7 @@ from fastvit_train.inference.evaluate import evaluate_run
 from fastvit_train.inference.model_card import HUB_NAME
 from fastvit_train.training.loop import train
 from fastvit_train.utils.errors import UserError
-from tests.support import launch, one_line_error
+from tests.support import launch, one_line_error, rgb
 from tests.support.parquet import IMAGE, NAMED, NUMBER, TEXT, alternating, images, png, write, write_split
 
 datasets = pytest.importorskip("datasets")
@@ -28,7 +28,7 @@ def _own_cache_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def load(root: Path, size: int = 16, **settings: Any) -> DatasetSpec:
-    return load_dataset(DataConfig(dataset=f"hf:{root}", **settings), size, examine_streamed=True)
+    return load_dataset(DataConfig(dataset=f"hf:{root}", **settings), rgb(size), examine_streamed=True)
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ def test_images_are_decoded_as_files_are(tmp_path: Path, stream: str) -> None:
     dataset = load(write(tmp_path / "animals"), stream=stream, fit="pad")
     file = tmp_path / "7.png"
     file.write_bytes(png(7))
-    expected = decode(file, 16, Rendering(fit="pad"))
-    assert torch.equal(dataset.train.pixels(torch.tensor([7]), 16)[0], expected)
+    expected = decode(file, rgb(16), Rendering(fit="pad"))
+    assert torch.equal(dataset.train.pixels(torch.tensor([7]), rgb(16))[0], expected)
 
 
 def test_decoded_images_are_cached_until_the_data_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,7 +159,7 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path, case: str) -> None:
 def test_names_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "_is_reachable", lambda: False)
     with pytest.raises(UserError, match=r"^--dataset hf:no/such cannot be loaded: [^\n]+$"):
-        load_dataset(DataConfig(dataset="hf:no/such"), 16)
+        load_dataset(DataConfig(dataset="hf:no/such"), rgb(16))
     mistaken = launch("--dataset", "cifar", "--runs-dir", tmp_path / "runs", before=["--cpu"])
     error = one_line_error(mistaken.stderr)
     assert error.startswith("--dataset 'cifar' is not allowed (did you mean cifar10 or cifar100?); allowed: digits, ")

@@ -17,7 +17,7 @@ from fastvit_train.data.sources.folder import list_images
 from fastvit_train.data.sources.image_paths import EXTENSIONS, describe, expand_paths, find_images
 from fastvit_train.training.loop import fit
 from fastvit_train.utils.errors import UserError
-from tests.support import write_folder
+from tests.support import rgb, write_folder
 
 
 @pytest.fixture
@@ -140,4 +140,4 @@ def test_a_class_without_images_says_what_it_holds_instead(photos: Path) -> None
     for path in (photos / "train" / "square").iterdir():
         path.rename(path.with_suffix(".heic"))
     with pytest.raises(UserError, match=r"square holds no images .12 files are not images we read: .heic 12."):
-        load_dataset(DataConfig(dataset="folder", data_dir=str(photos)), 32)
+        load_dataset(DataConfig(dataset="folder", data_dir=str(photos)), rgb(32))

@@ -9,9 +9,10 @@ from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.images import ResidentImages
 from fastvit_train.data.loader import EvalLoader, Preprocess, RankInfo, TrainLoader, check_batch_size, fit_batch_size
 from fastvit_train.utils.errors import UserError
+from tests.support import rgb
 
 CPU = torch.device("cpu")
-PREPROCESS = Preprocess((0.5,) * 3, (0.5,) * 3, 8, CPU)
+PREPROCESS = Preprocess((0.5,) * 3, (0.5,) * 3, rgb(8), CPU)
 COUNT = 53
 
 

@@ -26,13 +26,13 @@ from fastvit_train.data.sources.download import _ProgressBar, download
 from fastvit_train.data.sources.published import CIFAR10, CIFAR100
 from fastvit_train.utils.errors import UserError
 from tests.reliability.malformed import Evil
-from tests.support import accept_cifar, idx_bytes, write_cifar10, write_fashion_mnist
+from tests.support import accept_cifar, idx_bytes, rgb, write_cifar10, write_fashion_mnist
 
 OFFLINE = "http://127.0.0.1:9"
 
 
 def load(name: str, data_dir: Path, url: str = OFFLINE) -> DatasetSpec:
-    return load_dataset(DataConfig(dataset=name, data_dir=str(data_dir), data_url=url), 32)
+    return load_dataset(DataConfig(dataset=name, data_dir=str(data_dir), data_url=url), rgb(32))
 
 
 def digest(dataset: DatasetSpec) -> str:

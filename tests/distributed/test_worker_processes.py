@@ -21,7 +21,7 @@ from fastvit_train.distributed import worker_processes
 from fastvit_train.distributed.worker_processes import load_in_workers
 from fastvit_train.utils.errors import UserError
 from tests.reliability.victims import SERVER
-from tests.support import wait_until, write_folder
+from tests.support import rgb, wait_until, write_folder
 
 CPU = torch.device("cpu")
 BATCHES = [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
@@ -129,7 +129,7 @@ def streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StreamedImages:
     """Twenty-four images, enough for workers."""
     monkeypatch.setattr(images, "MAX_WITHOUT_WORKERS", 0)
     images._log_once.cache_clear()
-    return StreamedImages(ImageFiles(sorted(write_folder(tmp_path / "data").glob("train/*/*.png"))), 32, CPU)
+    return StreamedImages(ImageFiles(sorted(write_folder(tmp_path / "data").glob("train/*/*.png"))), rgb(32), CPU)
 
 
 def read(streamed: StreamedImages) -> torch.Tensor:

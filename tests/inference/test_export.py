@@ -22,6 +22,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from fastvit_train.cli.main import main
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.data.sources import download
 from fastvit_train.inference.export import FORMATS, _write_safetensors
 from fastvit_train.inference.trained_model import load_run
@@ -41,6 +42,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     main(["--runs-dir", str(root), "--exp-name", "mc-vit", *SMALL])
     photos = ("--dataset", "folder", "--data-dir", str(write_folder(root / "photos", classes=SHAPES, size=40)))
     main(["--runs-dir", str(root), "--exp-name", "c-vit", "--model", "c_vit_4_4_32", *photos, *SMALL])
+    wide = ("--in-chans", "1", "--image-size", "16x40", "--dataset", "folder", "--data-dir", str(root / "photos"))
+    main(["--runs-dir", str(root), "--exp-name", "wide-gray", *wide, *SMALL])
     torch.manual_seed(0)
     ours = timm.create_model("mc_vit_4_4_32", num_classes=7, img_size=24, depth=1, qkv_bias=False)
     save_for_hf(ours, str(root / "by-timm"), safe_serialization=True)
@@ -100,7 +103,7 @@ def logits_of(path: Path, to: str, images: Tensor) -> tuple[Tensor, dict[str, st
     cfg = model.pretrained_cfg
     metadata = {
         "class_names": json.dumps(cfg["label_names"]),
-        "image_size": str(cfg["input_size"][-1]),
+        "image_size": str(InputSize(*cfg["input_size"]).image_size),
         "architecture": cfg["architecture"],
         "mean": json.dumps(cfg["mean"]),
         "std": json.dumps(cfg["std"]),
@@ -112,7 +115,7 @@ def logits_of(path: Path, to: str, images: Tensor) -> tuple[Tensor, dict[str, st
 TRACED = ("onnx", "torch-export")  # tracing takes seconds
 CASES = [
     pytest.param(name, to, marks=[pytest.mark.slow] if to in TRACED and name != "mc-vit" else [])
-    for name in ("mc-vit", "c-vit", "by-timm", "timms-own", "timms-afresh", "cct_2_3x2_32", "cvt_7_4_32")
+    for name in ("mc-vit", "c-vit", "wide-gray", "by-timm", "timms-own", "timms-afresh", "cct_2_3x2_32", "cvt_7_4_32")
     for to in FORMATS
 ]
 
@@ -124,15 +127,15 @@ def test_an_exported_model_gives_the_same_logits(
 ) -> None:
     run = shutil.copytree(models / name, tmp_path / name, symlinks=True)
     loaded = load_run(run, device="cpu")
-    size = loaded.image_size
+    size = loaded.input_size
     path = exported(run, to, capsys)
     for count in (1, 5, 65):
-        images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+        images = torch.randint(0, 256, (count, *size), dtype=torch.uint8)
         logits, metadata = logits_of(path, to, images)
         torch.testing.assert_close(logits, loaded.model(loaded.preprocess(images)), rtol=0, atol=1e-4)
     assert metadata["architecture"] == loaded.architecture
     assert tuple(json.loads(metadata["class_names"])) == loaded.classes
-    assert int(metadata["image_size"]) == size == {"by-timm": 24}.get(name, 32)
+    assert metadata["image_size"] == str(size.image_size) == {"by-timm": "24", "wide-gray": "16x40"}.get(name, "32")
     assert tuple(map(tuple, (json.loads(metadata["mean"]), json.loads(metadata["std"])))) == loaded.normalisation
     if to != "timm":
         assert "center" in metadata["resize"]

@@ -18,7 +18,7 @@ from fastvit_train.cli.main import main
 from fastvit_train.inference.evaluate import evaluate
 from fastvit_train.inference.trained_model import load_run
 from tests.inference.test_export import refused
-from tests.support import write_folder
+from tests.support import rgb, write_folder
 
 PRINTED = r"written to (.*): test accuracy on digits (\S+)%, before (\S+)% \(359 images\); (\S+) MB, before (\S+) MB\n"
 
@@ -40,7 +40,7 @@ def test_both_accuracies_are_measured_printed_and_recorded(
     assert len(quantized) >= 4 * 2 + 1, "qkv, projection and both layers of the MLP of each block, and the classifier"
     session = onnxruntime.InferenceSession(path)
     test = load_run(run).dataset().test
-    batches = [test.square_pixels(samples, 32).numpy() for samples in torch.arange(359).split(256)]
+    batches = [test.resized_pixels(samples, rgb(32)).numpy() for samples in torch.arange(359).split(256)]
     logits = torch.cat([torch.from_numpy(session.run(None, {"images": images})[0]) for images in batches])
     after = (logits.argmax(1) == test.labels).double().mean().item()
     assert float(printed[2]) == pytest.approx(100 * after, abs=0.006)

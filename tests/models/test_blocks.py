@@ -12,6 +12,7 @@ from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models import build_model, check_block, set_block
 from fastvit_train.utils.errors import UserError
 from tests.kernels.accuracy import assert_accurate, logits_and_gradients
+from tests.support import rgb
 
 TINY = {"embed_dim": 24, "depth": 2, "num_heads": 2, "patch_size": 8}
 
@@ -65,7 +66,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(triton_device: str, see
 )
 def test_models_that_the_kernel_does_not_support_are_refused(options: dict[str, Any], reason: str) -> None:
     with pytest.raises(UserError, match=reason) as raised:
-        build_model(ModelConfig(**{"attention": "fused", "depth": 2, **options}, block="triton"), 32, 10)
+        build_model(ModelConfig(**{"attention": "fused", "depth": 2, **options}, block="triton"), rgb(32), 10)
     assert str(raised.value).endswith("use --block torch") and "\n" not in str(raised.value)
 
 

@@ -13,6 +13,7 @@ from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models import build_model
 from fastvit_train.utils.errors import UserError
 from tests.models.reference import compact_logits, compact_state, seed_logits, seed_state
+from tests.support import rgb
 
 COMPACT = {
     # name: (depth, dim, hidden, tokens, convs, cls, heads)
@@ -84,9 +85,9 @@ def test_weights_flag_loads_wrapped_files_and_resets_a_head_of_other_classes(
     path = tmp_path / "peer.pth"
     torch.save({"epoch": 3, wrapping: {f"module.{key}": value for key, value in state.items()}}, path)
     config = ModelConfig(model="c_vit_4_4_32", weights=str(path))
-    same = build_model(config, image_size=32, num_classes=10)
+    same = build_model(config, input_size=rgb(32), num_classes=10)
     assert torch.equal(same.head.weight, state["classifier.weight"])
-    other = build_model(config, image_size=32, num_classes=100)
+    other = build_model(config, input_size=rgb(32), num_classes=100)
     assert other.head.weight.shape == (100, 48)
     assert torch.equal(other.blocks[0].mlp.fc1.weight, state["encoder.blocks.0.mlp.dense_1.weight"])
 
@@ -94,7 +95,7 @@ def test_weights_flag_loads_wrapped_files_and_resets_a_head_of_other_classes(
 def test_positions_are_resampled_for_another_image_size(seed: int, tmp_path: Path) -> None:
     path = tmp_path / "peer.pth"
     torch.save(seed_state(), path)
-    model = build_model(ModelConfig(model="c_vit_4_4_32", weights=str(path)), image_size=64, num_classes=10)
+    model = build_model(ModelConfig(model="c_vit_4_4_32", weights=str(path)), input_size=rgb(64), num_classes=10)
     assert model.pos_embed.shape == (1, 1 + 16 * 16, 48)
 
 
@@ -111,17 +112,19 @@ def test_timms_route_keeps_the_classifier_that_fits(seed: int, tmp_path: Path, n
 def test_files_that_hold_something_else_are_refused(tmp_path: Path, content: object) -> None:
     torch.save(content, tmp_path / "bad.pth")
     with pytest.raises(UserError, match=r"bad\.pth cannot be read as weights"):
-        build_model(ModelConfig(weights=str(tmp_path / "bad.pth")), image_size=32, num_classes=10)
+        build_model(ModelConfig(weights=str(tmp_path / "bad.pth")), input_size=rgb(32), num_classes=10)
 
 
 @pytest.mark.parametrize("name", ["mc_vit_4_4_32", "cvt_7_4_32", "cct_2_3x2_32"])
 def test_weights_of_a_model_with_other_tokens_are_refused(seed: int, tmp_path: Path, name: str) -> None:
     torch.save(seed_state(), tmp_path / "peer.pth")
     with pytest.raises(UserError, match="does not fit the model"):
-        build_model(ModelConfig(model=name, weights=str(tmp_path / "peer.pth")), image_size=32, num_classes=10)
+        build_model(ModelConfig(model=name, weights=str(tmp_path / "peer.pth")), input_size=rgb(32), num_classes=10)
     (tmp_path / "bad.safetensors").write_bytes(b"damaged")
     with pytest.raises(UserError, match="cannot be read as weights"):
-        build_model(ModelConfig(model=name, weights=str(tmp_path / "bad.safetensors")), image_size=32, num_classes=10)
+        build_model(
+            ModelConfig(model=name, weights=str(tmp_path / "bad.safetensors")), input_size=rgb(32), num_classes=10
+        )
 
 
 @pytest.mark.parametrize("content", [b"", b"not weights", b"PK\x03\x04"], ids=["empty", "text", "zip"])
@@ -129,7 +132,7 @@ def test_files_that_hold_no_weights_are_refused_by_name(tmp_path: Path, content:
     path = tmp_path / "bad.pth"
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"bad\.pth cannot be read as weights"):
-        build_model(ModelConfig(weights=str(path)), image_size=32, num_classes=10)
+        build_model(ModelConfig(weights=str(path)), input_size=rgb(32), num_classes=10)
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
@@ -140,7 +143,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "evil.pth"
     torch.save({"x": Evil()}, path)
     with pytest.raises(UserError, match="cannot be read as weights"):
-        build_model(ModelConfig(weights=str(path)), image_size=32, num_classes=10)
+        build_model(ModelConfig(weights=str(path)), input_size=rgb(32), num_classes=10)
     assert not (tmp_path / "ran").exists()
 
 
@@ -148,4 +151,4 @@ def test_weights_of_another_model_are_refused(seed: int, tmp_path: Path) -> None
     path = tmp_path / "peer.pth"
     torch.save(seed_state(depth=2), path)
     with pytest.raises(UserError, match="does not fit the model"):
-        build_model(ModelConfig(model="c_vit_4_4_32", weights=str(path)), image_size=32, num_classes=10)
+        build_model(ModelConfig(model="c_vit_4_4_32", weights=str(path)), input_size=rgb(32), num_classes=10)

@@ -12,6 +12,7 @@ from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models import OUR_MODELS, build_model, check_attention, check_model
 from fastvit_train.models.vit import ViT
 from fastvit_train.utils.errors import UserError
+from tests.support import rgb
 
 PARAMETERS = {
     "c_vit_4_4_32": 119_098,
@@ -99,7 +100,7 @@ def test_every_size_is_settable() -> None:
         model="mc_vit_4_4_32", patch_size=8, embed_dim=32, depth=2, num_heads=8, mlp_ratio=2.0, qkv_bias=False,
         initializer_range=0.5, drop_rate=0.1, attn_drop_rate=0.2, drop_path_rate=0.3, pos_embed="sine",
     )  # fmt: skip
-    model = build_model(config, image_size=48, num_classes=5)
+    model = build_model(config, input_size=rgb(48), num_classes=5)
     block = model.blocks[-1]
     assert model.pos_embed.shape == (1, 36, 32) and not model.pos_embed.requires_grad
     assert (len(model.blocks), block.attn.num_heads, block.mlp.fc1.out_features) == (2, 8, 64)
@@ -131,7 +132,7 @@ def test_the_seeds_initial_weights() -> None:
 )
 def test_sizes_that_do_not_fit(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        build_model(ModelConfig(**settings), image_size=32, num_classes=10)
+        build_model(ModelConfig(**settings), input_size=rgb(32), num_classes=10)
 
 
 def test_unknown_names_are_answered_with_the_known_ones() -> None:
@@ -142,26 +143,26 @@ def test_unknown_names_are_answered_with_the_known_ones() -> None:
     with pytest.raises(UserError, match="attention 'timm' is for timm's own models"):
         check_attention(ModelConfig(attention="timm"))
     with pytest.raises(UserError, match="ResNet has no attention"):
-        build_model(ModelConfig(model="resnet18", attention="naive"), image_size=32, num_classes=10)
+        build_model(ModelConfig(model="resnet18", attention="naive"), input_size=rgb(32), num_classes=10)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "resnet10t"])
 def test_timms_own_models_build_at_another_size(name: str) -> None:
-    model = build_model(ModelConfig(model=name), image_size=32, num_classes=4)
+    model = build_model(ModelConfig(model=name), input_size=rgb(32), num_classes=4)
     assert model.eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 4)
 
 
 def test_settings_that_a_model_would_ignore_or_cut_off_are_refused() -> None:
     with pytest.raises(UserError, match="omit --patch-size 5"):
-        build_model(ModelConfig(model="cct_2_3x2_32", patch_size=5), image_size=32, num_classes=10)
+        build_model(ModelConfig(model="cct_2_3x2_32", patch_size=5), input_size=rgb(32), num_classes=10)
     with pytest.raises(UserError, match="image size 20x20 is not a multiple of patch size 16"):
-        build_model(ModelConfig(model="vit_tiny_patch16_224"), image_size=20, num_classes=10)
+        build_model(ModelConfig(model="vit_tiny_patch16_224"), input_size=rgb(20), num_classes=10)
     with pytest.raises(UserError, match="vit_tiny_patch16_224 cannot be built with .*pos_embed"):
-        build_model(ModelConfig(model="vit_tiny_patch16_224", pos_embed="sine"), image_size=32, num_classes=10)
+        build_model(ModelConfig(model="vit_tiny_patch16_224", pos_embed="sine"), input_size=rgb(32), num_classes=10)
     with pytest.raises(UserError, match="cannot be built"):
-        build_model(ModelConfig(model="vit_tiny_patch16_224.nope"), image_size=32, num_classes=10)
+        build_model(ModelConfig(model="vit_tiny_patch16_224.nope"), input_size=rgb(32), num_classes=10)
     with pytest.raises(UserError, match=r"mlp_ratio 0\.001"):
-        build_model(ModelConfig(mlp_ratio=0.001), image_size=32, num_classes=10)
+        build_model(ModelConfig(mlp_ratio=0.001), input_size=rgb(32), num_classes=10)
 
 
 @pytest.mark.parametrize("name", ["c_vit_4_4_32", "mc_vit_4_4_32"])

@@ -18,6 +18,7 @@ from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models import build_model
 from fastvit_train.models.vit import ConvTokenizer
 from fastvit_train.utils.errors import UserError
+from tests.support import rgb
 
 TINY = {"embed_dim": 12, "depth": 1, "num_heads": 2}
 TIMM_VIT = "vit_tiny_patch16_224"
@@ -65,7 +66,7 @@ def test_weights_take_the_grid_from_the_config_next_to_them(seed: int, tmp_path:
     save_for_hf(wide, tmp_path, safe_serialization=True)
     attention = "fused" if name.startswith("mc") else "timm"
     config = tiny(name, attention=attention, weights=str(tmp_path / "model.safetensors"), patch_size=4)
-    square = build_model(config, image_size=32, num_classes=10)
+    square = build_model(config, input_size=rgb(32), num_classes=10)
     prefix = wide.num_prefix_tokens
     expected = resample_abs_pos_embed(wide.pos_embed, [8, 8], [4, 16], num_prefix_tokens=prefix)
     assert torch.allclose(get(square, "pos_embed"), expected, atol=1e-6)
@@ -83,7 +84,7 @@ def test_timms_own_models_get_resampled_positions(seed: int, tmp_path: Path) -> 
     options = {"embed_dim": 12, "depth": 1, "num_heads": 2}
     peer = timm.create_model(TIMM_VIT, img_size=64, num_classes=10, **options)
     path = saved(peer.state_dict(), tmp_path)
-    model = build_model(tiny(TIMM_VIT, attention="timm", weights=path), image_size=96, num_classes=10)
+    model = build_model(tiny(TIMM_VIT, attention="timm", weights=path), input_size=rgb(96), num_classes=10)
     expected = resample_abs_pos_embed(peer.pos_embed, [6, 6], [4, 4], num_prefix_tokens=1)
     assert torch.allclose(get(model, "pos_embed"), expected, atol=1e-6)
     assert torch.equal(get(model, "head.weight"), peer.head.weight)
@@ -98,7 +99,7 @@ def test_all_heads_for_other_classes_are_reset(
     peer = timm.create_model(name, img_size=size, num_classes=classes, **TINY)
     path = saved(peer.state_dict(), tmp_path)
     config = tiny(name, attention="auto" if name.startswith("mc") else "timm", weights=path)
-    model = build_model(config, image_size=size, num_classes=3)
+    model = build_model(config, input_size=rgb(size), num_classes=3)
     heads = [name for name in model.state_dict() if name.startswith("head") and name.endswith("weight")]
     assert len(heads) == (2 if name == DISTILLED else 1)
     assert all(get(model, head).shape == (3, 12) for head in heads)
@@ -143,34 +144,34 @@ def zeros(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
 def test_weights_are_found_in_what_other_trainers_write(seed: int, tmp_path: Path, wrapping: str) -> None:
-    state = build_model(tiny(), image_size=32, num_classes=10).state_dict()
-    model = build_model(tiny(weights=saved(WRAPPINGS[wrapping](state), tmp_path)), image_size=32, num_classes=10)
+    state = build_model(tiny(), input_size=rgb(32), num_classes=10).state_dict()
+    model = build_model(tiny(weights=saved(WRAPPINGS[wrapping](state), tmp_path)), input_size=rgb(32), num_classes=10)
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
 def test_prefixes_in_a_safetensors_file_are_removed(seed: int, tmp_path: Path) -> None:
-    state = build_model(tiny(), image_size=32, num_classes=10).state_dict()
+    state = build_model(tiny(), input_size=rgb(32), num_classes=10).state_dict()
     save_file(prefixed("model.", state), path := tmp_path / "peer.safetensors")
-    model = build_model(tiny(weights=str(path)), image_size=32, num_classes=10)
+    model = build_model(tiny(weights=str(path)), input_size=rgb(32), num_classes=10)
     assert torch.equal(get(model, "pos_embed"), state["pos_embed"])
 
 
 def test_tensors_that_are_left_out_are_named(seed: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    state = build_model(tiny(), image_size=32, num_classes=10).state_dict()
+    state = build_model(tiny(), input_size=rgb(32), num_classes=10).state_dict()
     path = saved(WRAPPINGS["lightning with a loss"](state), tmp_path)
     with caplog.at_level(logging.WARNING):
-        build_model(tiny(weights=path), image_size=32, num_classes=10)
+        build_model(tiny(weights=path), input_size=rgb(32), num_classes=10)
     assert "only the weights under 'state_dict.net' are loaded, without loss.weight" in caplog.text
 
 
 def refusal(content: object, tmp_path: Path, **settings: Any) -> str:
     with pytest.raises(UserError) as error:
-        build_model(tiny(**settings, weights=saved(content, tmp_path)), image_size=32, num_classes=10)
+        build_model(tiny(**settings, weights=saved(content, tmp_path)), input_size=rgb(32), num_classes=10)
     return str(error.value)
 
 
 def test_a_misfit_is_described_to_the_end(seed: int, tmp_path: Path) -> None:
-    state = build_model(tiny(), image_size=32, num_classes=10).state_dict()
+    state = build_model(tiny(), input_size=rgb(32), num_classes=10).state_dict()
     two = prefixed("generator.", state) | prefixed("critic.", state)
     assert "names begin with generator, critic, and the model's with" in refusal(two, tmp_path)
     deeper = state | {key.replace("blocks.0", "blocks.1"): v for key, v in state.items() if "blocks.0" in key}
@@ -188,7 +189,7 @@ class Settings:
 
 
 def test_objects_in_a_file_are_named_with_what_to_do(seed: int, tmp_path: Path) -> None:
-    state = build_model(tiny(), image_size=32, num_classes=10).state_dict()
+    state = build_model(tiny(), input_size=rgb(32), num_classes=10).state_dict()
     message = refusal({"state_dict": state, "settings": Settings()}, tmp_path)
     assert "tests.models.test_weights.Settings" in message
     assert message.endswith("torch.save(torch.load(FILE, weights_only=False)['state_dict'], 'weights.pth')")

@@ -17,6 +17,7 @@ from fastvit_train.models.shapes import stages, tokens
 from fastvit_train.profiling import catalog
 from fastvit_train.profiling.roofline import count_flops
 from fastvit_train.utils.safe_load import read_settings
+from tests.support import rgb
 
 
 @pytest.fixture(autouse=True)
@@ -39,9 +40,9 @@ def rows(text: str) -> dict[str, list[str]]:
 @pytest.mark.parametrize("name", ["c_vit_4_4_32", "cct_2_3x2_32"])
 def test_sizes_are_counted_without_weights(name: str) -> None:
     entry = catalog.describe(name)
-    model = build_model(ModelConfig(name), 32, 10).eval()
+    model = build_model(ModelConfig(name), rgb(32), 10).eval()
     assert entry.parameters == sum(p.numel() for p in model.parameters())
-    assert entry.tokens == tokens(stages(model, 32)) == {"c_vit_4_4_32": 65, "cct_2_3x2_32": 64}[name]
+    assert entry.tokens == tokens(stages(model, rgb(32))) == {"c_vit_4_4_32": 65, "cct_2_3x2_32": 64}[name]
     with torch.no_grad():
         assert entry.flops == count_flops(lambda: model(torch.zeros(1, 3, 32, 32))) > 1e6
 

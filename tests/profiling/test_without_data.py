@@ -8,7 +8,7 @@ from fastvit_train.cli.main import main
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.datasets import load_dataset
 from fastvit_train.data.sources import download, published
-from tests.support import write_cifar10
+from tests.support import rgb, write_cifar10
 
 SMALL = ("--embed-dim", "8", "--depth", "1", "--num-heads", "2", "--patch-size", "8", "--attention", "fused")
 
@@ -26,7 +26,7 @@ def _nothing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_an_imitation_has_the_shape_of_the_data_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, classes: int, images: int
 ) -> None:
-    data = load_dataset(DataConfig(dataset=name, data_dir="nowhere"), 32, imitate=True)  # type: ignore[arg-type]
+    data = load_dataset(DataConfig(dataset=name, data_dir="nowhere"), rgb(32), imitate=True)  # type: ignore[arg-type]
     assert len(data.classes) == classes and len(data.train.labels) == images and len(data.test.labels) == 10_000
     assert data.train.images.shape == (images, 3, 32, 32)  # type: ignore[union-attr]
     assert len(data.train.labels.unique()) == classes
@@ -35,7 +35,7 @@ def test_an_imitation_has_the_shape_of_the_data_set(
 
 def test_data_that_is_there_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_cifar10(tmp_path / "data", monkeypatch)
-    data = load_dataset(DataConfig(dataset="cifar10", data_dir=str(folder)), 32, imitate=True)
+    data = load_dataset(DataConfig(dataset="cifar10", data_dir=str(folder)), rgb(32), imitate=True)
     assert data.name == "CIFAR-10" and len(data.train.labels) < 50_000
 
 

@@ -21,7 +21,7 @@ from fastvit_train.training.setup import setup
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.torch_private import TorchDispatchMode
-from tests.support import ROOT, run, write_folder
+from tests.support import ROOT, rgb, run, write_folder
 
 Config = Callable[..., TrainConfig]
 
@@ -106,7 +106,7 @@ def test_only_page_locked_memory_is_copied_without_waiting(
 
     files = ImageFiles(sorted(write_folder(tmp_path).glob("test/*/*.png")))
     monkeypatch.setattr(torch.Tensor, "to", to)
-    list(StreamedImages(files, 32, torch.device(kind)).batches([torch.arange(4)]))
+    list(StreamedImages(files, rgb(32), torch.device(kind)).batches([torch.arange(4)]))
     assert copies == [(kind, waits)]
 
 

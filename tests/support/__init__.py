@@ -16,12 +16,18 @@ import pytest
 from PIL import Image
 from torchvision.datasets.utils import calculate_md5
 
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.data.sources.published import CIFAR10, CIFAR100
 
 ROOT = Path(__file__).parents[2]
 ON_CPUS = {"CUDA_VISIBLE_DEVICES": ""}
 """for several processes: a machine with a GPU may have no second one"""
 ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli"]
+
+
+def rgb(side: int) -> InputSize:
+    """The size of a square input in red, green and blue."""
+    return InputSize(3, side, side)
 
 
 def launch(

@@ -17,7 +17,7 @@ from fastvit_train.training.loop import fit, train
 from fastvit_train.training.optim.layers import freeze_first
 from fastvit_train.training.optim.optimizer import build_optimizer
 from fastvit_train.utils.errors import UserError
-from tests.support import launch, one_line_error, run, write_folder
+from tests.support import launch, one_line_error, rgb, run, write_folder
 
 SmallConfig = Callable[..., TrainConfig]
 SMALL = {"depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 8, "attention": "fused", "batch_size": 240}
@@ -47,7 +47,7 @@ def test_other_classes_and_another_size_from_the_command_line(source: Path, tmp_
     assert done.returncode == 0, done.stderr
     assert "another number of classes: its classifier is not loaded" in done.stderr
     tuned, first = load_run(source.parent / "next"), load_run(source)
-    assert tuned.classes == ("circle", "square") and tuned.image_size == 48 and first.image_size == 32
+    assert tuned.classes == ("circle", "square") and tuned.input_size == rgb(48) and first.input_size == rgb(32)
     ours, theirs = tuned.model.state_dict(), first.model.state_dict()
     assert ours["pos_embed"].shape[1] == 36 and theirs["pos_embed"].shape[1] == 16
     same = [name for name in theirs if name != "pos_embed" and not name.startswith("head.")]

@@ -66,7 +66,7 @@ def test_a_folder_of_timm_with_another_size_and_other_classes(theirs: Path, tmp_
     settings = {**COMMON, "attention": "timm", "runs_dir": str(tmp_path / "runs")}
     train(model=f"local-dir:{theirs}", pretrained=True, image_size=32, exp_name="next", **settings)
     tuned = load_run(tmp_path / "runs" / "next")
-    assert tuned.architecture == "test_vit" and tuned.image_size == 32 and tuned.num_classes == 10
+    assert tuned.architecture == "test_vit" and tuned.input_size.image_size == 32 and tuned.num_classes == 10
     assert tuned.normalisation == (MEAN, STD) == (tuned.config.mean, tuned.config.std)
     weights = load_file(theirs / "model.safetensors")
     assert same_but_for_the_classifier(tuned.model.state_dict(), weights)

@@ -10,7 +10,7 @@ from fastvit_train.cli.main import main
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.loader import Preprocess
 from fastvit_train.training.display.preview import preview
-from tests.support import one_line_error
+from tests.support import one_line_error, rgb
 from tests.support.pictures import record_pictures
 
 SmallConfig = Callable[..., TrainConfig]
@@ -32,7 +32,7 @@ def test_the_sheet_shows_the_images_of_the_first_step_and_their_shares(
 
 def test_pixels_are_those_before_the_normalisation(seed: int) -> None:
     images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), 8, torch.device("cpu"))
+    preprocess = Preprocess((0.4, 0.5, 0.6), (0.2, 0.25, 0.3), rgb(8), torch.device("cpu"))
     assert torch.equal(preprocess.to_pixels(preprocess(images)), images)
 
 

@@ -14,6 +14,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.data.decode import ImageFiles, Source, Unreadable, describe_transparency, examine
 from fastvit_train.data.images import StreamedImages, cache_path, read_cache, write_cache, write_list
 from fastvit_train.data.rendering import Rendering
@@ -173,12 +174,12 @@ def _list_split(classes: ClassFolders) -> tuple[tuple[list[Path], Tensor], Passe
     return (paths, torch.tensor(labels, dtype=torch.int64)), passed_over
 
 
-def load(listing: Listing, image_size: int, stream: str, rendering: Rendering, examine_streamed: bool) -> Loaded:
+def load(listing: Listing, input_size: InputSize, stream: str, rendering: Rendering, examine_streamed: bool) -> Loaded:
     """Load the images of both splits.
 
     Args:
         listing: the files.
-        image_size: side of decoded images in pixels.
+        input_size: channels, height and width of decoded images.
         stream: "always", "never", or "auto": stream if the images would take more than half of the free memory.
         rendering: how files become images.
         examine_streamed: look at the header of each image that is streamed, before it is decoded.
@@ -187,25 +188,24 @@ def load(listing: Listing, image_size: int, stream: str, rendering: Rendering, e
         UserError: if files can't be decoded (the message lists them), or if the images don't fit in memory.
     """
     train, test = ImageFiles(listing.train[0], rendering), ImageFiles(listing.test[0], rendering)
-    if _streams(len(train) + len(test), image_size, stream):
+    if _streams(len(train) + len(test), input_size, stream):
         transparent = _examine(listing) if examine_streamed else 0
         return Loaded(train, test, _notes(listing, transparent, rendering.background))
-    cache = cache_path(listing.root, listing.files, "decoded", len(train), image_size, rendering)
+    cache = cache_path(listing.root, listing.files, "decoded", len(train), input_size, rendering)
     transparent = _examine(listing)
     tensors = read_cache(cache, SPLITS)
     if tensors is None:
-        tensors = _decode(listing, train, test, image_size)
+        tensors = _decode(listing, train, test, input_size)
         write_cache(cache, tensors, listing.root)
     return Loaded(tensors["train"], tensors["test"], _notes(listing, transparent, rendering.background))
 
 
-def _streams(num_images: int, image_size: int, stream: str) -> bool:
+def _streams(num_images: int, input_size: InputSize, stream: str) -> bool:
     """Return whether to decode `num_images` images again in each epoch; `stream` is as in `load`."""
-    needed = num_images * 3 * image_size**2
+    needed = num_images * input_size.nbytes
     too_large = stream == "auto" and needed > free_memory() / 2
     if too_large:
-        size = f"{image_size} x {image_size}"
-        log.warning("%d images of %s pixels take %.1f GB: streaming from disk", num_images, size, needed / 1e9)
+        log.warning("%d images of %s pixels take %.1f GB: streaming from disk", num_images, input_size, needed / 1e9)
     if too_large or stream == "always":
         return True
     if needed > (free := free_memory()):
@@ -250,14 +250,14 @@ def _examine(listing: Listing) -> int:
     return transparent
 
 
-def _decode(listing: Listing, train: ImageFiles, test: ImageFiles, image_size: int) -> dict[str, Tensor]:
+def _decode(listing: Listing, train: ImageFiles, test: ImageFiles, input_size: InputSize) -> dict[str, Tensor]:
     """Decode both splits; UserError if there are damaged files."""
     damaged: list[Unreadable] = []
     tensors = {}
     for name, files in zip(SPLITS, (train, test), strict=True):
-        images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8)
+        images = torch.empty(len(files), *input_size, dtype=torch.uint8)
         samples = torch.arange(len(files)).split(DECODE_BATCH) if len(files) else ()
-        batches = StreamedImages(files, image_size, torch.device("cpu")).try_batches(samples)
+        batches = StreamedImages(files, input_size, torch.device("cpu")).try_batches(samples)
         title = f"decoding {listing.title}, {name}"
         progress = track(batches, title, total=len(samples), disable=not sys.stderr.isatty())
         for samples_B, batch in zip(samples, progress, strict=True):

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastvit_train.inference.evaluate import EvaluatedRun
 from fastvit_train.inference.inspect import OPACITY
 from fastvit_train.models import attention_maps
+from fastvit_train.runs.plots.drawing import in_color
 
 MAX_MISTAKES = 12
 MAX_ATTENTION_IMAGES = 6
@@ -73,7 +74,7 @@ def most_confident_mistakes(evaluated: EvaluatedRun) -> list[Mistake]:
     chosen = wrong[evaluation.confidence[wrong].argsort(descending=True, stable=True)][:MAX_MISTAKES]
     if not len(chosen):
         return []
-    pixels = evaluated.dataset.test.pixels(chosen, evaluated.run.image_size)
+    pixels = evaluated.dataset.test.pixels(chosen, evaluated.run.input_size)
     return [
         Mistake(
             png(image),
@@ -93,7 +94,7 @@ def attention_images(evaluated: EvaluatedRun) -> AttentionImages:
     """
     run, evaluation, classes = evaluated.run, evaluated.evaluation, class_names(evaluated)
     samples = evaluated.dataset.test.first_of_each_class(MAX_ATTENTION_IMAGES)
-    pixels = evaluated.dataset.test.pixels(samples, run.image_size)
+    pixels = evaluated.dataset.test.pixels(samples, run.input_size)
     maps = attention_maps(run.model, run.preprocess(pixels))
     images = [
         AttentionImage(
@@ -115,7 +116,7 @@ def class_names(evaluated: EvaluatedRun) -> tuple[str, ...]:
 
 
 def _draw_heat_map(image: Tensor, weights: Tensor) -> HeatMap:
-    """Draw weights (rows, columns) over the gray image, uint8 (3, height, width); large weights are bright."""
+    """Draw weights (rows, columns) over the gray image, uint8 (1 or 3, height, width); large weights are bright."""
     height, width = image.shape[1:]
     enlarged = F.interpolate(weights[None, None], (height, width), mode="nearest")[0, 0]
     heat = colormaps["inferno"]((enlarged / enlarged.max().clamp(min=1e-12)).numpy())[..., :3]
@@ -128,9 +129,9 @@ def _draw_heat_map(image: Tensor, weights: Tensor) -> HeatMap:
 
 
 def png(image: Tensor) -> str:
-    """Return an image, uint8 (3, height, width), as a data: URI; the pixels of a small image are repeated."""
+    """Return an image, uint8 (1 or 3, height, width), as a data: URI; the pixels of a small image are repeated."""
     times = max(1, MIN_SIDE // min(image.shape[1:]))
     large = image.repeat_interleave(times, 1).repeat_interleave(times, 2)
     buffer = BytesIO()
-    Image.fromarray(large.permute(1, 2, 0).contiguous().cpu().numpy()).save(buffer, "PNG")
+    Image.fromarray(in_color(large).permute(1, 2, 0).contiguous().cpu().numpy()).save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

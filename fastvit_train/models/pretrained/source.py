@@ -11,9 +11,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from timm.models import get_model_args
 
+from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.sources.hub import offline_if_unreachable
-from fastvit_train.models.build import check_model, check_timm_folder, pretrained_cfg_of
+from fastvit_train.models.build import check_model, check_timm_folder, per_channel, pretrained_cfg_of
 from fastvit_train.models.pretrained.hub import HUB, needs_hub, unreachable_reason
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.safe_load import read_json
@@ -21,7 +22,7 @@ from fastvit_train.utils.safe_load import read_json
 FOLDER = "local-dir:"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 """timm's names for a file of weights; of these, the first that exists is loaded"""
-SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "pos_embed")
+SIZES = ("in_chans", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "pos_embed")
 """the arguments of a model that are settings too"""
 SET_OTHERWISE = ("num_classes", "img_size", "initializer_range", "drop_rate", "attn_drop_rate", "drop_path_rate")
 """the arguments of a model that do not decide which weights it has; the settings may have other values"""
@@ -54,9 +55,9 @@ def resolve_source(config: TrainConfig) -> TrainConfig:
     _check_arguments(model.model, named, arguments)
     found = {
         **sizes,
-        "image_size": _side(arguments.get("img_size") or cfg.get("input_size")),
-        "mean": _channels(cfg.get("mean")),
-        "std": _channels(cfg.get("std")),
+        "image_size": _image_size(arguments.get("img_size") or cfg.get("input_size")),
+        "mean": _channels(cfg.get("mean"), model.in_chans),
+        "std": _channels(cfg.get("std"), model.in_chans),
         "weights": str(_weights_in(folder, model.model)),
     }
     unset = {name: value for name, value in found.items() if getattr(model, name) is None}
@@ -107,7 +108,7 @@ def _weights_in(folder: Path, source: str) -> Path:
 def _check_arguments(source: str, name: str, arguments: dict[str, Any]) -> None:
     """Raise UserError for arguments of the model that no setting can repeat."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        usual = {"in_chans": 3, **get_model_args(timm.create_model(name))}
+        usual = get_model_args(timm.create_model(name))
     others = [
         f"{key}={value!r}"
         for key, value in arguments.items()
@@ -117,11 +118,14 @@ def _check_arguments(source: str, name: str, arguments: dict[str, Any]) -> None:
         raise UserError(f"--model {source} was built with {', '.join(others)}, which no setting can repeat")
 
 
-def _channels(values: Any) -> tuple[float, float, float] | None:
-    return tuple(values) if isinstance(values, list) and len(values) == 3 else None
+def _channels(values: Any, in_chans: int | None) -> tuple[float, ...] | None:
+    if not isinstance(values, list) or len(values) not in (1, 3):
+        return None
+    return per_channel(tuple(values), in_chans or len(values))
 
 
-def _side(size: Any) -> int | None:
-    """Return the side of a square input, in pixels, from one number or from the last of several."""
-    side = size[-1] if isinstance(size, list | tuple) and size else size
-    return side if isinstance(side, int) else None
+def _image_size(size: Any) -> str | int | None:
+    """Return the setting for the input's height and width: from a side, or from the last two of several numbers."""
+    if isinstance(size, list | tuple) and len(size) > 1:
+        return InputSize(3, *size[-2:]).image_size
+    return size if isinstance(size, int) else None

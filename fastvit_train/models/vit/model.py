@@ -88,7 +88,7 @@ class ViT(nn.Module):
             )
         _check_choice("pos_embed", pos_embed, ("learned", "sine", "conv"))
         image_size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
-        self.num_classes = num_classes
+        self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.pooling = pooling
         self.global_pool = self._checked_pool(global_pool)

@@ -7,6 +7,7 @@ from typing import Any
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from fastvit_train.runs.plots.fonts import drawable, set_fonts
 from fastvit_train.utils.errors import UserError, printable
@@ -25,6 +26,11 @@ def save_figure(figure: Figure, output: Path) -> None:
         raise UserError(
             f"the figure {output} cannot be written ({error}); give another --output, such as curves.png"
         ) from None
+
+
+def in_color(image: Tensor) -> Tensor:
+    """Return an image, (1 or 3, height, width), in red, green and blue; matplotlib would color one channel."""
+    return image.expand(3, -1, -1)
 
 
 def add_legend(axes: Axes, handles: Sequence[Artist], names: Sequence[str], **options: Any) -> None:

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
-from fastvit_train.runs.plots.drawing import add_legend, escape_mathtext, save_figure
+from fastvit_train.runs.plots.drawing import add_legend, escape_mathtext, in_color, save_figure
 
 MAX_LABELED_CLASSES = 30
 """with more classes, names and counts in a confusion matrix are not legible"""
@@ -107,7 +107,7 @@ def plot_roc(false: Tensor, true: Tensor, precision: Tensor, title: str, output:
 
 
 def plot_images(images: Tensor, captions: Sequence[str], output: Path) -> None:
-    """Plot images, uint8 (images, 3, height, width), with their captions, six in a row, as a PNG.
+    """Plot images, uint8 (images, 1 or 3, height, width), with their captions, six in a row, as a PNG.
 
     Raises:
         UserError: if the figure cannot be written.
@@ -121,7 +121,7 @@ def plot_images(images: Tensor, captions: Sequence[str], output: Path) -> None:
         axes.axis("off")
         axes.set_anchor("N")  # or the layout takes the space above an image that is narrower than its place for free
     for axes, image, caption in zip(panels, images, captions, strict=False):
-        axes.imshow(image.permute(1, 2, 0).numpy())
+        axes.imshow(in_color(image).permute(1, 2, 0).numpy())
         axes.set_title("\n".join(map(_shorten, caption.split("\n"))), fontsize=8)
     save_figure(figure, output)
 
