@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from bench.typical import Script
-from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.overrides import override
 from fastvit_train.config.recipes import recipe
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.datasets import load_dataset
 from fastvit_train.training.display.progress_bar import ProgressBar

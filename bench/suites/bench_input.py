@@ -9,7 +9,7 @@ from torchvision import transforms
 
 from bench.benchmark_case import BenchmarkCase, Workload, device
 from bench.typical import HALF, Pictures, loader
-from fastvit_train.config.input_size import InputSize
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.images import ResidentImages
 from fastvit_train.data.loader import Preprocess, RankInfo, TrainLoader

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit_train.config.input_size import InputSize
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.config.validation import HUGGING_FACE
 from fastvit_train.data.augmentation.augment import generator

@@ -16,7 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from fastvit_train.config.input_size import InputSize
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.data.rendering import DEFAULT_RENDERING, Rendering, black_and_white, may_be_transparent, to_rgb
 from fastvit_train.utils import machine
 from fastvit_train.utils.errors import UserError

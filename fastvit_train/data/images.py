@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-from fastvit_train.config.input_size import InputSize
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.data.decode import ImageFiles, Unreadable, try_decode, try_decode_all
 from fastvit_train.distributed import worker_processes
 from fastvit_train.distributed.env import is_rank0

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastvit_train.config.input_size import InputSize
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.augmentation.augment import Augment, generator
 from fastvit_train.data.augmentation.epoch_table import EpochTable

@@ -21,7 +21,7 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 
 from fastvit_train import __version__
-from fastvit_train.config.input_size import InputSize
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.config.timm_config import imports, write_timm_config
 from fastvit_train.data.datasets import load_dataset

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastvit_train.config.input_size import InputSize
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.data.datasets import Split
 
 PRODUCTS = ["MatMul", "Gemm"]

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastvit_train.config.init_from import FINAL
-from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.overrides import override
-from fastvit_train.config.resolved import ResolvedConfig
+from fastvit_train.config.resolved import InputSize, ResolvedConfig
 from fastvit_train.config.schema import DataConfig, ModelConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
 from fastvit_train.data.loader import Preprocess

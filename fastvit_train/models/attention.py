@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 import fastvit_kernels
-from fastvit_train.config.input_size import InputSize
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models.registry import OUR_MODELS
 from fastvit_train.utils.errors import UserError

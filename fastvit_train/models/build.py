@@ -12,7 +12,7 @@ import torch
 from timm.models import PretrainedCfg
 from torch import nn
 
-from fastvit_train.config.input_size import InputSize
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.config.schema import ModelConfig
 from fastvit_train.data.rendering import LUMA
 from fastvit_train.models.attention import set_attention

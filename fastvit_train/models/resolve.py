@@ -3,9 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.overrides import validate
-from fastvit_train.config.resolved import ResolvedConfig
+from fastvit_train.config.resolved import InputSize, ResolvedConfig
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.datasets import count_classes
 from fastvit_train.models.build import check_model, native_input_size, normalization, pretrained_cfg_of

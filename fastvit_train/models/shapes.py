@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastvit_train.config.input_size import InputSize
+from fastvit_train.config.resolved import InputSize
 
 
 @dataclass(frozen=True)

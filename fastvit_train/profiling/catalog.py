@@ -12,8 +12,8 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.recipes import RECIPES, recipe
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.config.schema import ModelConfig, OptimConfig
 from fastvit_train.distributed import accelerator
 from fastvit_train.distributed.cpu_threads import use_all_cores

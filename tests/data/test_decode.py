@@ -10,8 +10,8 @@ import torch
 from PIL import Image, TiffImagePlugin
 
 from fastvit_train.cli.main import main
-from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.overrides import validate
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.config.schema import DataConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
 from fastvit_train.data.decode import decode

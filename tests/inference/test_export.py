@@ -22,7 +22,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 
 from fastvit_train.cli.main import main
-from fastvit_train.config.input_size import InputSize
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.data.sources import download
 from fastvit_train.inference.export import FORMATS, _write_safetensors
 from fastvit_train.inference.trained_model import load_run

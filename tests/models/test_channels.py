@@ -7,7 +7,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from fastvit_train.config.input_size import InputSize
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.config.schema import ModelConfig, TrainConfig
 from fastvit_train.models import build_model
 from fastvit_train.models.resolve import resolve

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets.utils import calculate_md5
 
-from fastvit_train.config.input_size import InputSize
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.data.sources.published import CIFAR10, CIFAR100
 
 ROOT = Path(__file__).parents[2]

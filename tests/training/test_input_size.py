@@ -10,8 +10,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from fastvit_train.cli.main import main
-from fastvit_train.config.input_size import InputSize
 from fastvit_train.config.overrides import override
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.datasets import load_dataset
 from fastvit_train.inference.evaluate import evaluate

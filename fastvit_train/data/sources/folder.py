@@ -14,7 +14,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fastvit_train.config.input_size import InputSize
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.data.decode import ImageFiles, Source, Unreadable, describe_transparency, examine
 from fastvit_train.data.images import StreamedImages, cache_path, read_cache, write_cache, write_list
 from fastvit_train.data.rendering import Rendering

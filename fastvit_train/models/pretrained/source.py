@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from timm.models import get_model_args
 
-from fastvit_train.config.input_size import InputSize
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.sources.hub import offline_if_unreachable
 from fastvit_train.models.build import check_model, check_timm_folder, per_channel, pretrained_cfg_of
