@@ -91,7 +91,7 @@ class DataConfig:
     """Data and augmentation."""
 
     dataset: DatasetName = "digits"
-    """such as cifar10; folder, which reads DATA_DIR/train/CLASS/ and test/; or hf:USER/NAME, on the Hub"""
+    """such as cifar10; folder: DATA_DIR/train/CLASS/ and test/; shards: the .tar files in DATA_DIR; or hf:USER/NAME"""
     data_dir: Annotated[Text, Mark.MAY_CHANGE, Mark.PATH, Mark.NOT_A_DEPARTURE] = "data"
     """folder that holds the data sets and receives downloads"""
     data_url: Annotated[Text | None, Mark.MAY_CHANGE, Mark.NOT_A_DEPARTURE] = None

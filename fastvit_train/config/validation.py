@@ -17,7 +17,9 @@ from fastvit_train.utils.errors import UserError, did_you_mean
 MAX_TEXT_BYTES = 1000
 MAX_NAME_BYTES = 250
 MAX_FOLDER_NAME_BYTES = 200
-DATASETS = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder", "synthetic")
+DATASETS = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder", "shards", "synthetic")
+FROM_DATA_DIR = ("folder", "shards")
+"""data sets that are what lies in the folder --data-dir, and are named after it"""
 HUGGING_FACE = "hf:"
 """begins the names of data sets in the format of the Hugging Face Hub"""
 MAX_SIDE = 2**12

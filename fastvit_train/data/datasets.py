@@ -17,7 +17,7 @@ from fastvit_train.config.validation import HUGGING_FACE
 from fastvit_train.data.augmentation.augment import generator
 from fastvit_train.data.decode import ImageFiles, decode_all
 from fastvit_train.data.rendering import Rendering, to_gray
-from fastvit_train.data.sources import folder, hugging_face, published
+from fastvit_train.data.sources import folder, hugging_face, published, shards
 from fastvit_train.utils.errors import UserError, counted
 
 MAX_CLASSES_SHOWN = 10
@@ -103,6 +103,7 @@ def load_dataset(
     loaders: dict[str, Callable[[], DatasetSpec]] = {
         "digits": lambda: _digits(input_size.channels),
         "folder": lambda: _folder(config, input_size, examine_streamed),
+        "shards": lambda: _shards(config, input_size, examine_streamed),
         "synthetic": lambda: _synthetic(input_size),
         **dict.fromkeys(published.PUBLISHED, lambda: _published(config, input_size.channels)),
     }
@@ -124,10 +125,12 @@ def count_classes(config: DataConfig) -> int:
     """Return the number of classes of the data set that `config` names, without loading it.
 
     Raises:
-        UserError: if it is a folder of images that is missing or incomplete, or if the Hub does not have it.
+        UserError: if it is a folder that is missing, incomplete or damaged, or if the Hub does not have it.
     """
     if config.dataset == "folder":
         return len(folder.find_layout(Path(config.data_dir), config.holdout > 0).train)
+    if config.dataset == "shards":
+        return shards.count_classes(Path(config.data_dir), config.holdout > 0)
     if config.dataset.startswith(HUGGING_FACE):
         return hugging_face.count_classes(config.dataset)
     if config.dataset in published.PUBLISHED:
@@ -205,6 +208,12 @@ def _published(config: DataConfig, channels: int) -> DatasetSpec:
 def _folder(config: DataConfig, input_size: InputSize, examine_streamed: bool) -> DatasetSpec:
     listing = folder.list_images(Path(config.data_dir), config.holdout > 0)
     return _load_listed(listing, config, input_size, examine_streamed)
+
+
+def _shards(config: DataConfig, input_size: InputSize, examine_streamed: bool) -> DatasetSpec:
+    listing, note = shards.list_members(Path(config.data_dir), config.holdout > 0)
+    dataset = _load_listed(listing, config, input_size, examine_streamed)
+    return replace(dataset, notes=(*filter(None, (note,)), *dataset.notes))
 
 
 def _rows(config: DataConfig, input_size: InputSize, examine_streamed: bool) -> DatasetSpec:

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import SEEK_END, BytesIO
+from io import SEEK_END
 from itertools import repeat
 from pathlib import Path
 from stat import S_ISREG
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fastvit_train.config.resolved import InputSize
+from fastvit_train.data.encoded import Source
 from fastvit_train.data.rendering import DEFAULT_RENDERING, Rendering, black_and_white, may_be_transparent, to_rgb
 from fastvit_train.utils import machine
 from fastvit_train.utils.errors import UserError
@@ -30,36 +31,6 @@ ENDINGS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 TAIL_BYTES = 1024
 MISSING = "it does not exist"
 Result = TypeVar("Result")
-
-
-class Table(Protocol):
-    """Rows of a data set of the Hugging Face Hub, each with an image as bytes or as the path of a file."""
-
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-
-@dataclass(frozen=True)
-class Row:
-    """The image in a row of a table."""
-
-    table: Table
-    column: str
-    index: int
-    split: str
-
-    def __str__(self) -> str:
-        return f"row {self.index} of split {self.split}"
-
-    def read(self) -> bytes:
-        """Return the content of the image's file."""
-        image = self.table[self.index][self.column]
-        if image is None:
-            raise ValueError("it has no image")
-        return Path(image["path"]).read_bytes() if image["bytes"] is None else bytes(image["bytes"])
-
-
-Source = Path | Row
-"""where an encoded image is"""
 
 
 @dataclass(frozen=True)
@@ -202,31 +173,27 @@ def _reason(path: Source, error: Exception) -> str:
 
 @contextmanager
 def _open(path: Source) -> Iterator[Image.Image]:
-    """Open an image file. The size and the values in its header are checked before it is decoded."""
-    with Image.open(_readable(path), formats=FORMATS) as file:
-        if file.width * file.height > MAX_PIXELS:
-            raise ValueError(f"{file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are allowed")
-        black_and_white(file)
-        yield file
+    """Open an image file. The sizes and the values in its header are checked before it is decoded."""
+    if isinstance(path, Path):
+        _check_file(S_ISREG(path.stat().st_mode))  # before it is opened: a pipe would wait
+    with path.open("rb") as stream:
+        _check_file(stream.seek(0, SEEK_END) <= MAX_FILE_BYTES)
+        stream.seek(0)
+        with Image.open(stream, formats=FORMATS) as file:
+            if file.width * file.height > MAX_PIXELS:
+                raise ValueError(f"{file.width} x {file.height} pixels; at most {MAX_PIXELS:,} are allowed")
+            black_and_white(file)
+            yield file
 
 
-def _readable(path: Source) -> Path | BytesIO:
-    """Return what Pillow opens; ValueError if it is too large, or not a regular file."""
-    readable: Path | BytesIO
-    if isinstance(path, Row):
-        content = path.read()
-        readable, regular, size = BytesIO(content), True, len(content)
-    else:
-        stat = path.stat()
-        readable, regular, size = path, S_ISREG(stat.st_mode), stat.st_size
-    if not regular or size > MAX_FILE_BYTES:
+def _check_file(is_right: bool) -> None:
+    if not is_right:
         raise ValueError(f"not a regular file of at most {MAX_FILE_BYTES:,} bytes")
-    return readable
 
 
 def _looks_complete(path: Source, image_format: str) -> bool:
     if image_format not in ENDINGS:
         return False
-    with BytesIO(path.read()) if isinstance(path, Row) else path.open("rb") as stream:
+    with path.open("rb") as stream:
         stream.seek(max(0, stream.seek(0, SEEK_END) - TAIL_BYTES))
         return ENDINGS[image_format] in stream.read()

@@ -36,14 +36,18 @@ class Rendering:
         return cls(config.background, config.fit, config.crop_pct or 1.0)
 
     def __str__(self) -> str:
-        """Describe the resizing for those who do it elsewhere; `image_size` is height and width in pixels."""
+        """Describe the resizing for those who do it elsewhere."""
+        return self.describe("image_size")
+
+    def describe(self, size: str) -> str:
+        """Return what resizing does, as in "resized to cover 32 x 32 pixels"; `size` is the height and width."""
         how = "bilinear with antialiasing"
         if self.fit == "pad":
-            return f"to fit into image_size, {how}; borders in {self.background}"
+            return f"to fit into {size}, {how}; borders in {self.background}"
         if self.fit == "stretch":
-            return f"both sides to image_size, {how}"
+            return f"to {size}, both sides on their own, {how}"
         larger = f" / {self.crop_pct:g}" if self.crop_pct < 1 else ""
-        return f"to cover image_size{larger}, {how}; center crop"
+        return f"to cover {size}{larger}, {how}; center crop"
 
     def resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
         """Return `image` as `width` x `height` pixels."""

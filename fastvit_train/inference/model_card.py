@@ -108,13 +108,14 @@ def _description(run: TrainedModel) -> str:
     names = ", ".join(text(name) for name in run.classes[:MAX_CLASSES_LISTED])
     more = f" and {len(run.classes) - MAX_CLASSES_LISTED:,} more" if len(run.classes) > MAX_CLASSES_LISTED else ""
     trained_here = run.config is not None
-    resize = f"resized {run.rendering}" if trained_here else "resized as in config.json"
+    size = f"{run.input_size} pixels"
+    resize = f"resized {run.rendering.describe(size)}" if trained_here else f"{size}, resized as in config.json"
     kind = "gray" if run.input_size.channels == 1 else "RGB"
     return (
         f"An image classifier{', trained with fastvit-train' if trained_here else ''}.\n\n"
         f"- architecture: `{code(run.architecture)}`{origin}\n"
         f"- parameters: {run.parameters:,}\n"
-        f"- input: {kind} images of {run.input_size} pixels (height x width), {resize}; "
+        f"- input: {kind} images (height x width), {resize}; "
         f"pixels from 0 to 1, normalized with mean ({mean}) and standard deviation ({std})\n"
         f"- output: logits for {counted(len(run.classes), 'class')}: {names}{more}"
     )

@@ -145,7 +145,7 @@ def _print_table(loaded: TrainedModel, predictions: Sequence[Prediction]) -> Non
     console.print(table)
     mean, std = (", ".join(f"{value:g}" for value in values) for values in loaded.normalisation)
     console.print(
-        f"{loaded.source}: each image was resized ({loaded.rendering}), with image_size {loaded.input_size}, and "
+        f"{loaded.source}: each image was resized {loaded.rendering.describe(f'{loaded.input_size} pixels')}; then it was "
         f"normalized with mean {mean} and standard deviation {std}",
         markup=False,
         soft_wrap=True,

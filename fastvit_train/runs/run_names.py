@@ -8,7 +8,7 @@ from pathlib import Path
 from fastvit_train.config.overrides import differences, to_plain
 from fastvit_train.config.recipes import DEFAULT_RECIPE
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.config.validation import HUGGING_FACE, MAX_FOLDER_NAME_BYTES
+from fastvit_train.config.validation import FROM_DATA_DIR, HUGGING_FACE, MAX_FOLDER_NAME_BYTES
 from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.utils.errors import UserError
 
@@ -27,7 +27,7 @@ def default_name(config: TrainConfig) -> str:
 def default_group(config: TrainConfig) -> str:
     """Return the default name without the seed, for runs that differ only in it."""
     recipe, data = config.run.recipe, config.data
-    named = data.data_dir if data.dataset == "folder" else data.dataset
+    named = data.data_dir if data.dataset in FROM_DATA_DIR else data.dataset
     source = _plain(Path(named.removeprefix(HUGGING_FACE)).resolve().name)
     parts = [] if recipe == DEFAULT_RECIPE else [recipe]
     parts += [] if recipe.endswith(f"-{data.dataset}") else [source or data.dataset]

@@ -73,7 +73,9 @@ def test_the_table_says_how_images_are_resized(
     Image.new("RGB", (300, 200), "white").save("[red]large.png")
     main(["predict", str(trained), "[red]large.png", "--show", "--output", "shown"])
     text = capsys.readouterr().out
-    assert "was resized to 32 pixels (bilinear), the center was cropped" in text
+    assert (
+        "was resized to cover 32 x 32 pixels, bilinear with antialiasing; center crop; then it was normalized" in text
+    )
     assert "[red]large.png" in text
     assert not (trained / "predictions").exists()
 

@@ -30,6 +30,7 @@ from tests.support.pages import (
     relative_links,
 )
 from tests.support.parquet import write as write_parquet
+from tests.support.tars import write as write_shards
 
 MODULE = "-m fastvit_train"
 REDIRECTED = " > "
@@ -126,6 +127,7 @@ def after_first_command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pa
         write_fashion_mnist(folder / "data", np.zeros((30, 28, 28)), np.zeros((10, 28, 28)), packed=True)
         write_folder(folder / "photos")
         write_parquet(folder / "animals")
+        write_shards(folder / "shards")
         write_folder(folder / "CIFAR-10 (test images partly JPEG)")
         write_folder(folder / "CIFAR-10 (lossless test images)")
         (folder / "accelerate_configs").symlink_to(ROOT / "accelerate_configs")

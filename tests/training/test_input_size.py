@@ -86,7 +86,7 @@ def test_pictures_show_wide_gray_images(
     main([verb, str(runs / "whole"), *words])
     assert [path.name for path in output.iterdir()]
     if verb == "predict":
-        assert "to cover image_size" in (printed := " ".join(capsys.readouterr().out.split())) and "16 x 40" in printed
+        assert "resized to cover 16 x 40 pixels" in " ".join(capsys.readouterr().out.split())
         assert Image.open(output / "1.png").convert("RGB").getcolors(10**6)
 
 

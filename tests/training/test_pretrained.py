@@ -76,7 +76,9 @@ def test_a_folder_of_timm_with_another_size_and_other_classes(theirs: Path, tmp_
 def test_what_is_not_given_is_that_of_the_published_model(theirs: Path) -> None:
     config = resolved_model(ModelConfig(f"local-dir:{theirs}", pretrained=True, std=(0.7, 0.7, 0.7)))
     weights = str(theirs / "model.safetensors")
-    assert config == ModelConfig("test_vit", image_size=160, mean=MEAN, std=(0.7, 0.7, 0.7), weights=weights)
+    assert config == ModelConfig(
+        "test_vit", image_size=160, in_chans=3, mean=MEAN, std=(0.7, 0.7, 0.7), weights=weights
+    )
     assert resolved_model(ModelConfig("test_vit")) == ModelConfig("test_vit")
 
 

@@ -15,7 +15,8 @@ from rich.progress import track
 from torch import Tensor
 
 from fastvit_train.config.resolved import InputSize
-from fastvit_train.data.decode import ImageFiles, Source, Unreadable, describe_transparency, examine
+from fastvit_train.data.decode import ImageFiles, Unreadable, describe_transparency, examine
+from fastvit_train.data.encoded import Source
 from fastvit_train.data.images import StreamedImages, cache_path, read_cache, write_cache, write_list
 from fastvit_train.data.rendering import Rendering
 from fastvit_train.data.sources.image_paths import PassedOver, describe, find_folders, find_images, no_images_error

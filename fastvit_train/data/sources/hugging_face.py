@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastvit_train.config.validation import HUGGING_FACE
-from fastvit_train.data.decode import Row
+from fastvit_train.data.encoded import Row
 from fastvit_train.data.sources.folder import TEST_NAMES, TRAIN_NAME, Listing
 from fastvit_train.data.sources.hub import offline_if_unreachable
 from fastvit_train.utils.errors import UserError, printable

@@ -1,0 +1,245 @@
+"""Shards: tar files in WebDataset's format, whose images are read where they lie, without being unpacked.
+
+A sample is a group of files with the same name but for the extension, one after another: an image, and its class in a
+file `.cls` or as an entry of a file `.json`. Source: https://github.com/webdataset/webdataset
+"""
+
+import json
+import re
+import sys
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import IO
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from fastvit_train.data.encoded import Member
+from fastvit_train.data.images import cache_path, read_cache, write_cache
+from fastvit_train.data.sources.folder import TRAIN_NAME, Listing
+from fastvit_train.data.sources.image_paths import is_hidden, is_image
+from fastvit_train.utils.errors import UserError, counted, printable
+
+TEST_WORDS = ("test", "val", "validation", "valid")
+LABEL_KEYS = ("cls", "label", "class", "target")
+"""the entries of a .json file that may hold the class, preferred first"""
+CLASS_NAMES = "classnames.txt"
+"""the file next to the shards whose line N names class N - 1, as CLIP's benchmarks have it"""
+UNLABELED = "-1"
+"""the label of images whose class is kept secret"""
+NUMBER = "[0-9]{1,9}"
+SAMPLE = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
+"""the name of a file: the sample's, up to the first dot, and the extension"""
+MAX_LABEL_BYTES = MAX_END_BYTES = 1 << 20
+COLUMNS = ("shard", "start", "size", "label", "texts")
+"""names of tensors in caches"""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The tar files of a data set; `test` is empty if a part of the training set is held out for testing."""
+
+    train: list[Path]
+    test: list[Path]
+    test_name: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where an image is in its shard, and what its label says; size 0 for no image, an empty label for no label."""
+
+    start: int
+    size: int
+    label: str
+
+
+@dataclass(frozen=True)
+class Index:
+    """The images of some shards and their labels, and how many samples lack one of the two."""
+
+    members: list[Member]
+    labels: list[str]
+    passed_over: int
+
+
+def list_members(root: Path, holdout: bool = False) -> tuple[Listing, str]:
+    """Find the images in the tar files below `root`.
+
+    Args:
+        root: the folder of the shards. A shard belongs to the split that its path names, as `train` in
+            `train/0001.tar` or `photos-train-0001.tar`.
+        holdout: part of the training set is held out, so that no test split is needed or read.
+
+    Returns:
+        The images, and a line about samples that are passed over; it is empty if there are none.
+
+    Raises:
+        UserError: if there are no shards, if one is damaged, or if samples or their classes are not found.
+    """
+    shards = _find_shards(root, holdout)
+    train, test = _index(root, shards.train), _index(root, shards.test)
+    classes, numbers = _classes(root, train.labels)
+
+    def split(index: Index) -> tuple[list[Member], Tensor]:
+        if unknown := sorted(set(index.labels) - set(numbers)):
+            raise UserError(f"{root}: no training image has the class {unknown[0]!r}, but a test image has it")
+        return index.members, torch.tensor([numbers[label] for label in index.labels], dtype=torch.int64)
+
+    passed_over = train.passed_over + test.passed_over
+    note = f"{counted(passed_over, 'sample')} without an image or without a class passed over" if passed_over else ""
+    files = [*shards.train, *shards.test]
+    title = printable(root.resolve().name)
+    return Listing(root, title, classes, shards.test_name, split(train), split(test), Counter(), files), note
+
+
+def count_classes(root: Path, holdout: bool) -> int:
+    """Return the number of classes; arguments and errors are those of `list_members`."""
+    return len(_classes(root, _index(root, _find_shards(root, holdout).train).labels)[0])
+
+
+def _find_shards(root: Path, holdout: bool) -> Shards:
+    expected = f"expected {root}/train-0000.tar and {root}/test-0000.tar"
+    if not root.is_dir():
+        raise UserError(f"--data-dir {root} is not a folder; {expected}")
+    found = sorted(path for path in root.rglob("*.tar") if not any(map(is_hidden, path.relative_to(root).parts)))
+    if not found:
+        packed = next(root.rglob("*.tar.*"), next(root.rglob("*.tgz"), None))
+        hint = f", and {packed.name} is compressed: decompress it" if packed else ""
+        raise UserError(f"--data-dir {root} has no .tar files{hint}; {expected}")
+    words = {path: re.findall("[a-z]+", path.relative_to(root).as_posix().lower()) for path in found}
+    tests = {name: [path for path in found if name in words[path]] for name in TEST_WORDS}
+    others = [path for path in found if not any(path in paths for paths in tests.values())]
+    train = [path for path in others if TRAIN_NAME in words[path]]
+    if holdout:
+        return Shards(_some(root, train or others), [], "holdout")
+    test_name = next((name for name in TEST_WORDS if tests[name]), None)
+    if not train or test_name is None:
+        missing = "train" if not train else f"{', '.join(TEST_WORDS[:-1])} or {TEST_WORDS[-1]}"
+        raise UserError(
+            f"--data-dir {root} has no .tar files with {missing} in their names; {expected}, or a training with "
+            "--holdout 0.1, which evaluates on some training images"
+        )
+    return Shards(train, tests[test_name], test_name)
+
+
+def _some(root: Path, shards: list[Path]) -> list[Path]:
+    if not shards:
+        raise UserError(f"--data-dir {root} has only .tar files of a test set; expected {root}/train-0000.tar")
+    return shards
+
+
+def _index(root: Path, shards: Sequence[Path]) -> Index:
+    """Find the images in `shards`. The headers are read again only if a shard changes."""
+    cache = cache_path(root, shards, "shards")
+    columns = read_cache(cache, COLUMNS)
+    if columns is None:
+        columns = _scan_all(root, shards)
+        write_cache(cache, columns, root)
+    texts = json.loads(bytes(columns["texts"].tolist()))
+    rows = list(zip(*(columns[name].tolist() for name in COLUMNS[:-1]), strict=True))
+    whole = [(Member(shards[shard], start, size), texts[label]) for shard, start, size, label in rows if size]
+    labeled = [(member, label) for member, label in whole if label]
+    if shards and not labeled:
+        keys = ", ".join(LABEL_KEYS)
+        raise UserError(
+            f"{shards[0]} has no sample with an image and a class; expected files such as 0001.jpg and 0001.cls, or "
+            f"0001.json with one of the entries {keys}"
+        )
+    return Index([member for member, _ in labeled], [label for _, label in labeled], len(rows) - len(labeled))
+
+
+def _scan_all(root: Path, shards: Sequence[Path]) -> dict[str, Tensor]:
+    """Return the tensors that a cache holds: of all samples, and the labels' texts as JSON."""
+    progress = track(shards, f"reading headers in {root.name}", disable=not sys.stderr.isatty())
+    samples = [(number, sample) for number, shard in enumerate(progress) for sample in _scan(shard)]
+    texts = sorted({sample.label for _, sample in samples})
+    label_of = {text: label for label, text in enumerate(texts)}
+    rows = [(number, sample.start, sample.size, label_of[sample.label]) for number, sample in samples]
+    columns = torch.tensor(rows, dtype=torch.int64).view(-1, len(COLUMNS) - 1).T.contiguous()
+    encoded = torch.tensor(list(json.dumps(texts).encode()), dtype=torch.uint8)
+    return {**{name: column.clone() for name, column in zip(COLUMNS, columns, strict=False)}, "texts": encoded}
+
+
+def _scan(shard: Path) -> Iterator[Sample]:
+    """Yield the samples of a shard, from the headers of its files."""
+    try:
+        with shard.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
+            named = ((match, member) for member in tar if member.isreg() and (match := SAMPLE.fullmatch(member.name)))
+            for _, files in groupby(named, key=lambda item: item[0][1]):
+                yield _sample(tar, {match[2].lower(): member for match, member in files})
+            _check_end(stream, tar)
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise UserError(f"{shard} can't be read as a tar file ({error}); fetch it again") from None
+    except OSError as error:
+        raise UserError(f"{shard} can't be read ({error.strerror or error})") from None
+
+
+def _sample(tar: tarfile.TarFile, files: dict[str, tarfile.TarInfo]) -> Sample:
+    """Return the sample of files that differ in their extensions; of several images, the one with the shortest."""
+    images = [extension for extension in files if is_image(f"image.{extension}")]
+    image = files[min(images, key=len)] if images else None
+    label = ""
+    if "cls" in files:
+        label = _content(tar, files["cls"]).strip()
+    elif "json" in files:
+        with suppress(ValueError):  # a file that is not JSON says nothing about the class
+            label = _entry(json.loads(_content(tar, files["json"])))
+    start, size = (image.offset_data, image.size) if image else (0, 0)
+    label = str(int(label)) if re.fullmatch(NUMBER, label) else label
+    return Sample(start, size, "" if label == UNLABELED else label)
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
+    stream = tar.extractfile(member)
+    return stream.read(MAX_LABEL_BYTES).decode(errors="replace") if stream else ""
+
+
+def _entry(described: object) -> str:
+    """Return the class in the content of a .json file; empty if there is none."""
+    if isinstance(described, dict):
+        values = [described[key] for key in LABEL_KEYS if key in described]
+        if values and isinstance(values[0], int | str):
+            return str(values[0]).strip()
+    return ""
+
+
+def _check_end(stream: IO[bytes], tar: tarfile.TarFile) -> None:
+    """Raise ValueError unless the tar file ends where its last file does: tarfile stops at a damaged header."""
+    last = tar.getmembers()[-1:]
+    blocks = sum(member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for member in last)
+    if last and stream.seek(0, 2) < last[0].offset_data + last[0].size:
+        raise ValueError("it is incomplete")
+    stream.seek(blocks)
+    if stream.read(MAX_END_BYTES).strip(b"\0"):
+        raise ValueError(f"a damaged header at byte {blocks:,}")
+
+
+def _classes(root: Path, labels: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Return the names of the classes, and the number of each label: numbers in order, or else texts in order."""
+    texts = sorted(set(labels))
+    names = _class_names(root)
+    if not all(re.fullmatch(NUMBER, text) for text in texts):
+        return tuple(map(printable, texts)), {text: number for number, text in enumerate(texts)}
+    texts.sort(key=int)
+    if names is None:
+        return tuple(texts), {text: number for number, text in enumerate(texts)}
+    if int(texts[-1]) >= len(names):
+        listed = counted(len(names), "class")
+        raise UserError(f"{root / CLASS_NAMES} names {listed}, counted from 0, but an image has class {texts[-1]}")
+    return names, {str(number): number for number in range(len(names))}
+
+
+def _class_names(root: Path) -> tuple[str, ...] | None:
+    path = root / CLASS_NAMES
+    if not path.is_file():
+        return None
+    try:
+        return tuple(printable(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({error})") from None
