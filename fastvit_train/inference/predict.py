@@ -144,9 +144,10 @@ def _print_table(loaded: TrainedModel, predictions: Sequence[Prediction]) -> Non
             table.add_row(*map(escape, (printable(prediction.image), name, f"{probability:.1%}", others)))
     console.print(table)
     mean, std = (", ".join(f"{value:g}" for value in values) for values in loaded.normalisation)
+    resized = loaded.rendering.describe(f"{loaded.input_size} pixels")
     console.print(
-        f"{loaded.source}: each image was resized {loaded.rendering.describe(f'{loaded.input_size} pixels')}; then it was "
-        f"normalized with mean {mean} and standard deviation {std}",
+        f"{loaded.source}: each image was resized {resized}; then it was normalized with mean {mean} and standard "
+        f"deviation {std}",
         markup=False,
         soft_wrap=True,
     )
