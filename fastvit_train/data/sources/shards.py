@@ -136,6 +136,8 @@ def _some(root: Path, shards: list[Path]) -> list[Path]:
 
 def _index(root: Path, shards: Sequence[Path]) -> Index:
     """Find the images in `shards`. The headers are read again only if a shard changes."""
+    if not shards:
+        return Index([], [], 0)
     cache = cache_path(root, shards, "shards")
     columns = read_cache(cache, COLUMNS)
     if columns is None:
@@ -145,7 +147,7 @@ def _index(root: Path, shards: Sequence[Path]) -> Index:
     rows = list(zip(*(columns[name].tolist() for name in COLUMNS[:-1]), strict=True))
     whole = [(Member(shards[shard], start, size), texts[label]) for shard, start, size, label in rows if size]
     labeled = [(member, label) for member, label in whole if label]
-    if shards and not labeled:
+    if not labeled:
         keys = ", ".join(LABEL_KEYS)
         raise UserError(
             f"{shards[0]} has no sample with an image and a class; expected files such as 0001.jpg and 0001.cls, or "
