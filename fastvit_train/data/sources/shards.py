@@ -174,7 +174,7 @@ def _scan(shard: Path) -> Iterator[Sample]:
         with shard.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
             named = ((match, member) for member in tar if member.isreg() and (match := SAMPLE.fullmatch(member.name)))
             for _, files in groupby(named, key=lambda item: item[0][1]):
-                yield _sample(tar, {match[2].lower(): member for match, member in files})
+                yield _sample(stream, {match[2].lower(): member for match, member in files})
             _check_end(stream, tar)
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(f"{shard} can't be read as a tar file ({error}); fetch it again") from None
@@ -182,24 +182,24 @@ def _scan(shard: Path) -> Iterator[Sample]:
         raise UserError(f"{shard} can't be read ({error.strerror or error})") from None
 
 
-def _sample(tar: tarfile.TarFile, files: dict[str, tarfile.TarInfo]) -> Sample:
+def _sample(stream: IO[bytes], files: dict[str, tarfile.TarInfo]) -> Sample:
     """Return the sample of files that differ in their extensions; of several images, the one with the shortest."""
     images = [extension for extension in files if is_image(f"image.{extension}")]
     image = files[min(images, key=len)] if images else None
     label = ""
     if "cls" in files:
-        label = _content(tar, files["cls"]).strip()
+        label = _content(stream, files["cls"]).strip()
     elif "json" in files:
         with suppress(ValueError):  # a file that is not JSON says nothing about the class
-            label = _entry(json.loads(_content(tar, files["json"])))
+            label = _entry(json.loads(_content(stream, files["json"])))
     start, size = (image.offset_data, image.size) if image else (0, 0)
     label = str(int(label)) if re.fullmatch(NUMBER, label) else label
     return Sample(start, size, "" if label == UNLABELED else label)
 
 
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
-    stream = tar.extractfile(member)
-    return stream.read(MAX_LABEL_BYTES).decode(errors="replace") if stream else ""
+def _content(stream: IO[bytes], member: tarfile.TarInfo) -> str:
+    stream.seek(member.offset_data)
+    return stream.read(min(member.size, MAX_LABEL_BYTES)).decode(errors="replace")
 
 
 def _entry(described: object) -> str:
