@@ -39,6 +39,7 @@ READ = """
 fetch(arguments[0], {mode: arguments[1]}).then((answer) => answer.text()).then(arguments[2], () => arguments[2]("not"))
 """
 TRAIN_LOSS, TEST_LOSS, ACCURACY = range(3)
+CHARTS = "document.querySelectorAll('#charts figure')"
 pytestmark = needs_browser
 
 
@@ -123,17 +124,18 @@ def chart(page: webdriver.Chrome, number: int) -> WebElement:
 
 def lines(page: webdriver.Chrome, number: int) -> int:
     """How many curves a chart has."""
-    return len(chart(page, number).find_elements(By.CSS_SELECTOR, ".plot .line"))
+    return page.execute_script(f"return {CHARTS}[arguments[0]].querySelectorAll('.plot .line').length", number)
 
 
 def points(page: webdriver.Chrome, number: int) -> int:
     """How many points the first curve of a chart has."""
-    line = "return arguments[0].querySelector('.plot > svg > .line')?.getAttribute('d').split(/[ML]/).length - 1"
-    return page.execute_script(line, chart(page, number)) or 0
+    line = f"{CHARTS}[arguments[0]].querySelector('.plot > svg > .line')"
+    return page.execute_script(f"return {line}?.getAttribute('d').split(/[ML]/).length - 1", number) or 0
 
 
 def legend(page: webdriver.Chrome) -> list[str]:
-    return [entry.text.strip() for entry in page.find_elements(By.CSS_SELECTOR, "#legend li")]
+    """The names in the legend, read at once: the page may draw it anew at any time."""
+    return page.execute_script("return [...document.querySelectorAll('#legend li')].map((e) => e.innerText.trim())")
 
 
 def values(folder: Path, key: str) -> list[Any]:
@@ -186,7 +188,8 @@ def test_ticked_runs_are_drawn_together_and_compared(page: webdriver.Chrome, run
     assert not page.find_element(By.ID, "comparison").is_displayed()
     tick(page, "b")
     wait_until(lambda: page.find_element(By.ID, "comparison").is_displayed())
-    assert legend(page) == ["b", "a"] and [lines(page, number) for number in range(3)] == [2, 2, 2]
+    wait_until(lambda: legend(page) == ["b", "a"])
+    assert [lines(page, number) for number in range(3)] == [2, 2, 2]
     styles = page.execute_script(
         "return [...document.querySelectorAll('#charts figure:first-child .plot .line')].map((e) => e.classList.value)"
     )
