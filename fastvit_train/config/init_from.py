@@ -6,6 +6,7 @@ from typing import Any
 
 from fastvit_train.config import settings_file
 from fastvit_train.config.overrides import to_plain, with_underscores
+from fastvit_train.config.resolved import per_channel
 from fastvit_train.config.schema import ModelConfig, TrainConfig
 from fastvit_train.utils.errors import UserError
 
@@ -30,7 +31,19 @@ def with_model_of(settings: dict[str, Any]) -> dict[str, Any]:
     settings, model = with_underscores(settings), _model_of(str(run))
     if settings.get("weights") not in (None, model["weights"]):
         raise UserError(f"--init-from {run} brings its own weights; leave --weights {settings['weights']} out")
-    return {**model, **settings, "weights": model["weights"]}
+    return {**_with_channels(model, settings.get("in_chans")), **settings, "weights": model["weights"]}
+
+
+def _with_channels(model: dict[str, Any], in_chans: object) -> dict[str, Any]:
+    """Return the model's settings with the mean and standard deviation for as many channels as are asked for."""
+    if str(in_chans) not in ("1", "3"):
+        return model
+    recorded = {name: model[name] for name in ("mean", "std") if _are_numbers(model[name])}
+    return {**model, **{name: per_channel(tuple(values), int(str(in_chans))) for name, values in recorded.items()}}
+
+
+def _are_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
 
 
 def _model_of(run: str) -> dict[str, Any]:

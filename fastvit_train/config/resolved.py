@@ -7,6 +7,9 @@ from typing import Any, NamedTuple, Self
 
 from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 
+LUMA = (0.299, 0.587, 0.114)
+"""shares of red, green and blue in a gray level (ITU-R BT.601)"""
+
 
 class InputSize(NamedTuple):
     """Channels, and height and width in pixels, of the images that a model takes; one channel holds gray levels."""
@@ -38,6 +41,18 @@ class InputSize(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.height} x {self.width}"
+
+
+def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    """Return a mean or standard deviation of the channels of color images for gray ones, or the other way around.
+
+    The standard deviation of gray levels is estimated.
+    """
+    if len(set(values)) == 1:
+        return values[:1] * channels
+    if channels == 1 and len(values) == len(LUMA):
+        return (sum(share * value for share, value in zip(LUMA, values, strict=True)),)
+    return values
 
 
 @dataclass(frozen=True)

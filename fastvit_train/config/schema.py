@@ -105,7 +105,7 @@ class DataConfig:
     fit: Literal["crop", "pad", "stretch"] = "crop"
     """bring image files to the input's shape: crop a side, pad the other with the background's color, or stretch it"""
     crop_pct: PositiveFraction | None = None
-    """what --fit crop keeps of the sides of the largest crop; default: 1, with --pretrained the model's own"""
+    """part of each side of the crop that --fit crop keeps; default: 1, with --pretrained the model's own"""
     stream: Annotated[Literal["auto", "always", "never"], Mark.MAY_CHANGE] = "auto"
     """decode the images of a folder again in every epoch; auto does so only if they do not fit in memory"""
     sampler: Literal["shuffle", "balanced"] = "shuffle"

@@ -91,6 +91,7 @@ def _image_size(value: Any) -> Any:
     """Accept a side in pixels, or HEIGHTxWIDTH, also as two numbers; equal sides become one number."""
     if value is None:
         return None
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
     words = "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
     match = re.fullmatch("([0-9]{1,4})(?:x([0-9]{1,4}))?", words)
     height, width = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
@@ -107,7 +108,7 @@ FolderName = Annotated[Text, AfterValidator(_folder_name)]
 Count = Annotated[int, Number, Field(ge=1, le=10**6)]
 ImageSide = Annotated[int, Number, Field(ge=1, le=MAX_SIDE)]
 ImageSize = Annotated[str | int | None, BeforeValidator(_image_size)]  # tyro can't read a union in a union
-Channels = Annotated[Literal[1, 3], Number]
+Channels = Annotated[Literal[1, 3], BeforeValidator(lambda value: {"1": 1, "3": 3}.get(str(value), str(value)))]
 Width = Annotated[int, Number, Field(ge=1, le=10**5)]
 LayerCount = Annotated[int, Number, Field(ge=1, le=10**3)]
 NonNegativeInt = Annotated[int, Number, Field(ge=0, le=10**9)]
@@ -168,7 +169,7 @@ def _message(key: str, error: ErrorDetails, hint: Any, source: str) -> str:
         one = get_args(inner)[0] if get_origin(inner) is tuple else inner
         return f"{flag} {value} is out of range; allowed: {_allowed(one)}"
     kind = get_args(inner)[0] if get_origin(inner) is Annotated else get_origin(inner) or inner
-    return f"{key}: {value!r} in {source} is not of type {getattr(kind, '__name__', kind)}"
+    return f"{key}: {value!r} in {source} is not of type {'list' if kind is tuple else getattr(kind, '__name__', kind)}"
 
 
 def _allowed(hint: Any) -> str:

@@ -139,9 +139,11 @@ def count_classes(config: DataConfig) -> int:
 
 
 def check_files(config: DataConfig) -> None:
-    """Raise UserError if the data set is a folder of images that is incomplete; no image is opened."""
+    """Raise UserError if the data set is a folder of images or shards that is incomplete; no image is opened."""
     if config.dataset == "folder":
         folder.list_images(Path(config.data_dir), config.holdout > 0)
+    if config.dataset == "shards":
+        shards.count_classes(Path(config.data_dir), config.holdout > 0)
 
 
 def check_labels(labels: Tensor, num_classes: int, what: str) -> None:
@@ -211,9 +213,9 @@ def _folder(config: DataConfig, input_size: InputSize, examine_streamed: bool) -
 
 
 def _shards(config: DataConfig, input_size: InputSize, examine_streamed: bool) -> DatasetSpec:
-    listing, note = shards.list_members(Path(config.data_dir), config.holdout > 0)
+    listing, notes = shards.list_members(Path(config.data_dir), config.holdout > 0)
     dataset = _load_listed(listing, config, input_size, examine_streamed)
-    return replace(dataset, notes=(*filter(None, (note,)), *dataset.notes))
+    return replace(dataset, notes=(*notes, *dataset.notes))
 
 
 def _rows(config: DataConfig, input_size: InputSize, examine_streamed: bool) -> DatasetSpec:

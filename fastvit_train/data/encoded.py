@@ -30,7 +30,7 @@ class Row:
         image = self.table[self.index][self.column]
         if image is None:
             raise ValueError("it has no image")
-        return Path(image["path"]).open(mode) if image["bytes"] is None else BytesIO(image["bytes"])
+        return Path(image["path"]).open("rb") if image["bytes"] is None else BytesIO(image["bytes"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +43,17 @@ class Member:
     size: int
 
     def __str__(self) -> str:
-        with self.archive.open("rb") as stream:
-            stream.seek(self.start - tarfile.BLOCKSIZE)
-            header = tarfile.TarInfo.frombuf(stream.read(tarfile.BLOCKSIZE), "utf-8", "replace")
+        try:
+            with self.archive.open("rb") as stream:
+                stream.seek(self.start - tarfile.BLOCKSIZE)
+                header = tarfile.TarInfo.frombuf(stream.read(tarfile.BLOCKSIZE), "utf-8", "replace")
+        except (OSError, tarfile.TarError):  # it was removed or changed since its headers were read
+            return f"the image at byte {self.start:,} of {self.archive}"
         return f"{header.name} in {self.archive}"
 
     def open(self, mode: Literal["rb"]) -> IO[bytes]:
         """Open it as if it were a file of its own."""
-        return BufferedReader(_Part(self.archive.open(mode), self.start, self.size))
+        return BufferedReader(_Part(self.archive.open("rb"), self.start, self.size))
 
 
 Source = Path | Row | Member

@@ -8,14 +8,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from fastvit_train.config.resolved import LUMA
 from fastvit_train.config.schema import DataConfig
 
 WITH_ALPHA = ("RGBA", "LA", "PA", "RGBa", "La")
 PHOTOMETRIC, BITS_PER_SAMPLE, MIN_SAMPLE, MAX_SAMPLE = 262, 258, 340, 341
 """tags of TIFF"""
 WHITE_IS_ZERO = 0
-LUMA = (0.299, 0.587, 0.114)
-"""shares of red, green and blue in a gray level (ITU-R BT.601)"""
 LUMA_BITS = 16
 """bits of the shares as whole numbers, which Pillow computes with"""
 LUMA_BATCH = 4096
@@ -46,7 +45,7 @@ class Rendering:
             return f"to fit into {size}, {how}; borders in {self.background}"
         if self.fit == "stretch":
             return f"to {size}, both sides on their own, {how}"
-        larger = f" / {self.crop_pct:g}" if self.crop_pct < 1 else ""
+        larger = f" enlarged by 1 / {self.crop_pct:g}" if self.crop_pct < 1 else ""
         return f"to cover {size}{larger}, {how}; center crop"
 
     def resize(self, image: Image.Image, width: int, height: int) -> Image.Image:

@@ -108,14 +108,14 @@ def _description(run: TrainedModel) -> str:
     names = ", ".join(text(name) for name in run.classes[:MAX_CLASSES_LISTED])
     more = f" and {len(run.classes) - MAX_CLASSES_LISTED:,} more" if len(run.classes) > MAX_CLASSES_LISTED else ""
     trained_here = run.config is not None
-    size = f"{run.input_size} pixels"
+    size = f"{run.input_size} pixels (height x width)"
     resize = f"resized {run.rendering.describe(size)}" if trained_here else f"{size}, resized as in config.json"
     kind = "gray" if run.input_size.channels == 1 else "RGB"
     return (
         f"An image classifier{', trained with fastvit-train' if trained_here else ''}.\n\n"
         f"- architecture: `{code(run.architecture)}`{origin}\n"
         f"- parameters: {run.parameters:,}\n"
-        f"- input: {kind} images (height x width), {resize}; "
+        f"- input: {kind} images, {resize}; "
         f"pixels from 0 to 1, normalized with mean ({mean}) and standard deviation ({std})\n"
         f"- output: logits for {counted(len(run.classes), 'class')}: {names}{more}"
     )
@@ -180,6 +180,7 @@ def _limitations(run: TrainedModel, summary: dict[str, Any]) -> str:
 def _usage(run: TrainedModel, repo: str) -> str:
     ours = "  # install fastvit_train from its repository; it registers its models with timm"
     note = ours if needs_import(run.model) else ""
+    mode = "L" if run.input_size.channels == 1 else "RGB"
     return f"""## Usage
 
 ```python
@@ -187,7 +188,7 @@ def _usage(run: TrainedModel, repo: str) -> str:
 from PIL import Image
 model = timm.create_model("hf-hub:{repo}", pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-print(model(transform(Image.open("image.png").convert("RGB"))[None]).softmax(1))
+print(model(transform(Image.open("image.png").convert("{mode}"))[None]).softmax(1))
 ```
 
 ```bash

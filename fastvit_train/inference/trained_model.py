@@ -170,7 +170,7 @@ def load_run(
     else:
         config = None
         model, architecture = _load_from_timm(source, folder)
-        size = InputSize(*pretrained_cfg(model)["input_size"])
+        size = _input_size(model, source)
     attention = attention or plain_attention(model)
     check_attention(ModelConfig(architecture, attention))
     set_attention(model, attention)
@@ -218,6 +218,13 @@ def _read_timm_config(folder: Path) -> dict[str, Any]:
         return entries
     except (OSError, ValueError) as error:
         raise UserError(f"{folder} is not a finished run: its config.json cannot be read ({error})") from None
+
+
+def _input_size(model: nn.Module, source: str) -> InputSize:
+    size = InputSize(*pretrained_cfg(model)["input_size"])
+    if size.channels not in (1, 3):
+        raise UserError(f"{source} takes images of {size.channels} channels; allowed: models for 1 or 3 channels")
+    return size
 
 
 def _load_from_timm(source: str, folder: Path) -> tuple[nn.Module, str]:

@@ -12,9 +12,8 @@ import torch
 from timm.models import PretrainedCfg
 from torch import nn
 
-from fastvit_train.config.resolved import InputSize
+from fastvit_train.config.resolved import InputSize, per_channel
 from fastvit_train.config.schema import ModelConfig
-from fastvit_train.data.rendering import LUMA
 from fastvit_train.models.attention import set_attention
 from fastvit_train.models.blocks import set_block
 from fastvit_train.models.convert import (
@@ -65,16 +64,6 @@ def pretrained_cfg_of(name: str) -> PretrainedCfg:
 def native_input_size(name: str) -> InputSize:
     """Return the size of the input that the model `name` is designed for."""
     return InputSize(*pretrained_cfg_of(name).input_size)
-
-
-def per_channel(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
-    """Return a mean or standard deviation of the channels of color images for gray ones, or the other way around.
-
-    The standard deviation of gray levels is estimated.
-    """
-    if channels == 1 and len(values) == len(LUMA):
-        return (sum(share * value for share, value in zip(LUMA, values, strict=True)),)
-    return values * channels if len(values) == 1 else values
 
 
 def normalization(config: ModelConfig, cfg: dict[str, Any], channels: int) -> dict[str, tuple[float, ...]]:
@@ -189,13 +178,12 @@ def _load_weights(model: nn.Module, path: Path, rebuild: Callable[..., nn.Module
         raise UserError(f"{path} cannot be read as weights: {reason}") from None
     size = _recorded_image_size(path)
     try:
-        state_dict = fit_channels(state_dict, model)
         if isinstance(model, ViT):
             vars(model)["pretrained_model_args"] = {"img_size": size}
-            state_dict = checkpoint_filter_fn(state_dict, model)
+            state_dict = fit_channels(checkpoint_filter_fn(state_dict, model), model)
         elif misfit(state_dict, model) or (size is not None and size[0] != size[1]):
             rebuild = functools.partial(rebuild, pretrained_model_args={"img_size": size})
-            state_dict = convert_by_timm(state_dict, model, rebuild)
+            state_dict = convert_by_timm(fit_channels(state_dict, model), model, rebuild)
         other_classes = reset_heads_if_other_classes(state_dict, model)
         if problem := misfit(state_dict, model):
             raise ValueError(problem)

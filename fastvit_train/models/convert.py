@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -61,13 +61,15 @@ def fit_channels(state_dict: StateDict, model: nn.Module) -> StateDict:
     """Adapt the weights of the first convolution to the model's number of channels, where one has 3 and the other 1.
 
     The filters for gray levels are the sums of those for red, green and blue, and the other way around each gets a
-    third, so that the outputs for a gray image are the same.
+    third, so that the outputs for an input with three equal channels are the same.
     """
-    name = f"{pretrained_cfg(model).get('first_conv')}.weight"
-    filters, own = state_dict.get(name), model.state_dict().get(name)
-    if filters is None or own is None or filters.ndim != 4 or {filters.shape[1], own.shape[1]} != {1, 3}:
-        return state_dict
-    return {**state_dict, name: (filters.sum(1, keepdim=True) / own.shape[1]).expand(-1, own.shape[1], -1, -1)}
+    own, fitted = model.state_dict(), {}
+    for name in _names(model, "first_conv"):
+        filters, wanted = state_dict.get(f"{name}.weight"), own.get(f"{name}.weight")
+        if filters is not None and wanted is not None and {filters.shape[1], wanted.shape[1]} == {1, 3}:
+            gray = filters.sum(1, keepdim=True) / wanted.shape[1]
+            fitted[f"{name}.weight"] = gray.expand(-1, wanted.shape[1], *gray.shape[2:])
+    return {**state_dict, **fitted}
 
 
 def pretrained_cfg(model: nn.Module) -> dict[str, Any]:
@@ -162,7 +164,7 @@ def convert_by_timm(state_dict: StateDict, model: nn.Module, rebuild: Callable[.
     Raises:
         Exception: anything, if timm cannot load the weights into this model.
     """
-    weights = [state_dict[key] for name in _classifiers(model) if (key := f"{name}.weight") in state_dict]
+    weights = [state_dict[key] for name in _names(model, "classifier") if (key := f"{name}.weight") in state_dict]
     num_classes = len(weights[0]) if weights else 0
     # Only the filter's own model calls it: timm has no function that returns it.
     overlay = {"state_dict": state_dict, "source": "", "num_classes": num_classes, "label_offset": 0}
@@ -170,9 +172,9 @@ def convert_by_timm(state_dict: StateDict, model: nn.Module, rebuild: Callable[.
         return rebuild(pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay).state_dict()
 
 
-def _classifiers(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the model's classifiers; a distilled model has two."""
-    names = pretrained_cfg(model).get("classifier") or ()
+def _names(model: nn.Module, kind: Literal["classifier", "first_conv"]) -> tuple[str, ...]:
+    """Return the names of the model's layers of a kind; a distilled model has two classifiers."""
+    names = pretrained_cfg(model).get(kind) or ()
     return (names,) if isinstance(names, str) else tuple(names)
 
 
@@ -186,7 +188,7 @@ def reset_heads_if_other_classes(state_dict: StateDict, model: nn.Module) -> boo
     Returns:
         True if the classifiers were replaced.
     """
-    names, own = _classifiers(model), model.state_dict()
+    names, own = _names(model, "classifier"), model.state_dict()
     weights = [f"{name}.weight" for name in names if f"{name}.weight" in own]
     fits = all(key in state_dict and len(state_dict[key]) == len(own[key]) for key in weights)
     if fits or not any(key in own for key in state_dict):

@@ -120,6 +120,51 @@ def test_labels_are_numbers_or_texts_and_names_come_from_a_file(tmp_path: Path) 
     assert labels(tmp_path / "named", "2", "0", "1") == (("ant", "bee", "cat"), [2, 0, 1])
     with pytest.raises(UserError, match=r"classnames.txt names 3 classes, counted from 0, but an image has class 3"):
         labels(tmp_path / "named", "3", "0")
+    (tmp_path / "named" / "classnames.txt").write_text("\ufeffant\n\ncat\n", encoding="utf-8")
+    with pytest.raises(UserError, match=r"classnames.txt has no name in line 2"):
+        labels(tmp_path / "named", "2", "0")
+
+
+@pytest.mark.parametrize(
+    ("described", "label"),
+    [
+        ('{"label": null, "class": " dog "}', "dog"),
+        ('{"target": 3, "label": 4}', "4"),
+        ('{"label": true}', ""),
+        ('{"label": [1]}', ""),
+        ("[1]", ""),
+        ("no JSON", ""),
+        ("[" * 100_000, ""),
+    ],
+    ids=range(7),
+)
+def test_the_class_in_a_json_file(tmp_path: Path, described: str, label: str) -> None:
+    shard = write_tar(tmp_path / "it.tar", [("a.png", png(0)), ("a.json", described.encode())])
+    (sample,) = shards._scan(shard)
+    assert sample.label == label and sample.size == len(png(0))
+
+
+def test_linked_folders_are_read_once_and_what_is_not_used_is_counted(tmp_path: Path) -> None:
+    elsewhere = write(tmp_path / "elsewhere")
+    root = tmp_path / "animals"
+    root.mkdir()
+    (root / "linked").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(root)
+    write_tar(root / "others.tar", samples(2))
+    write_tar(root / "val-0.tar", samples(2))
+    dataset = load(root)
+    assert (len(dataset.train.labels), len(dataset.test.labels)) == (40, 10)
+    assert dataset.notes == ("2 .tar files passed over: not of the splits train and test",)
+
+
+def test_a_shard_that_is_removed_or_cut_short_meanwhile_is_named(tmp_path: Path) -> None:
+    root = write(tmp_path / "animals")
+    dataset = load(root, stream="always")
+    truncate(root / "train-0001.tar", 700)
+    (root / "train-0000.tar").unlink()
+    for sample, message in ((7, "train-0000.tar does not exist"), (30, "train-0001.tar can't be decoded")):
+        with pytest.raises(UserError, match=rf"the image at byte [0-9,]+ of .*{message}"):
+            dataset.train.pixels(torch.tensor([sample]), rgb(16))
 
 
 def test_samples_without_image_or_class_are_counted(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fastvit_train  # noqa: F401 registers the models
+from fastvit_train.config.resolved import InputSize
 from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models import build_model
 from fastvit_train.utils.errors import UserError
@@ -60,6 +61,23 @@ def test_compact_weights_give_the_compact_familys_logits(seed: int, tmp_path: Pa
     model = load(name, state, tmp_path, ".safetensors")
     with torch.no_grad():
         assert_same_logits(model(images), exact)
+
+
+@pytest.mark.parametrize("name", ["c_vit_4_4_32", *COMPACT])
+def test_published_weights_are_adapted_to_gray_images(seed: int, tmp_path: Path, name: str) -> None:
+    gray = torch.randn(3, 1, 32, 32)
+    images = gray.double().expand(-1, 3, -1, -1)
+    if name in COMPACT:
+        depth, dim, hidden, tokens, convs, cls, heads = COMPACT[name]
+        state = compact_state(depth, dim, hidden, tokens, convs, cls)
+        exact = compact_logits({k: v.double() for k, v in state.items()}, images, depth, heads)
+    else:
+        state = seed_state()
+        exact = seed_logits({k: v.double() for k, v in state.items()}, images, depth=4, num_heads=4)
+    save_file({key: value.contiguous() for key, value in state.items()}, path := tmp_path / "theirs.safetensors")
+    config = ModelConfig(name, weights=str(path), in_chans=1)
+    with torch.no_grad():
+        assert_same_logits(build_model(config, InputSize(1, 32, 32), 10).eval()(gray), exact)
 
 
 def test_an_mc_vit_of_the_seed_loads_whatever_its_new_layers_are_called(seed: int) -> None:

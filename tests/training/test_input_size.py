@@ -1,13 +1,17 @@
 """Gray images and images that are not square: trained, resumed, evaluated and shown as all others."""
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from timm.models import save_for_hf
 
 from fastvit_train.cli.main import main
 from fastvit_train.config.overrides import override
@@ -90,6 +94,41 @@ def test_pictures_show_wide_gray_images(
         assert Image.open(output / "1.png").convert("RGB").getcolors(10**6)
 
 
+def test_the_example_of_a_pushed_model_reads_gray_images(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(runs / "whole", tmp_path / "run", symlinks=True)
+    main(["push", str(run), "me/wide", "--dry-run"])
+    readme = (run / "hub" / "README.md").read_text()
+    assert "- input: gray images, resized to cover 16 x 40 pixels (height x width)" in readme
+    (example,) = re.findall(r"^```python\n(.*?)^```", readme, re.MULTILINE | re.DOTALL)
+    Image.new("RGB", (100, 40)).save(tmp_path / "image.png")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(compile(example.replace("hf-hub:me/wide", f"local-dir:{run / 'hub'}"), "README.md", "exec"), {})
+    assert "tensor([[" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("in_chans", "mean"), [(1, (0.5 * 0.299 + 0.6 * 0.587 + 0.7 * 0.114,)), (3, (0.5, 0.6, 0.7))])
+def test_a_run_with_its_own_mean_is_a_start_for_other_channels(
+    in_chans: int, mean: tuple[float, ...], tmp_path: Path
+) -> None:
+    settings = {"runs_dir": str(tmp_path), "epochs": 1, **SMALL, "batch_size": 240}
+    train(exp_name="first", mean=(0.5, 0.6, 0.7), std=(0.2, 0.2, 0.2), **settings)
+    train(exp_name="second", init_from=str(tmp_path / "first"), in_chans=in_chans, **settings)
+    first, second = (load_run(tmp_path / name) for name in ("first", "second"))
+    assert second.normalisation == (pytest.approx(mean), (0.2,) * in_chans)
+    back = {"exp_name": "back", "init_from": str(tmp_path / "second"), "in_chans": 3}
+    train(**back, **settings)
+    assert len(load_run(tmp_path / "back").normalisation[0]) == 3 and first.input_size.channels == 3
+
+
+def test_models_of_other_channels_are_refused(tmp_path: Path) -> None:
+    save_for_hf(timm.create_model("test_vit", in_chans=4, img_size=32), tmp_path, safe_serialization=True)
+    with pytest.raises(UserError, match="takes images of 4 channels; allowed: models for 1 or 3 channels"):
+        load_run(f"local-dir:{tmp_path}")
+
+
 def test_data_sets_of_tensors_become_gray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_cifar10(tmp_path, monkeypatch)
     config = override(TrainConfig(), {"dataset": "cifar10", "data_dir": str(tmp_path)}, "the test").data
@@ -113,7 +152,10 @@ def test_every_data_set_has_one_channel(name: str) -> None:
         ({"image_size": [0, 32]}, r"--image-size \[0, 32\] is not allowed"),
         ({"image_size": 4097}, "--image-size 4097 is not allowed"),
         ({"image_size": "30x32"}, "image size 30x32 is not a multiple of patch size 4"),
-        ({"in_chans": 2}, "in_chans: 2 in train\\(\\) is not allowed; allowed: 1, 3"),
+        ({"in_chans": "gray"}, r"in_chans: 'gray' in train\(\) is not allowed; allowed: 1, 3"),
+        ({"in_chans": True}, "allowed: 1, 3"),
+        ({"mean": 0.5}, r"mean: 0.5 in train\(\) is not of type list"),
+        ({"in_chans": 2}, r"in_chans: '2' in train\(\) is not allowed; allowed: 1, 3"),
     ],
 )
 def test_sizes_that_are_refused(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -122,6 +164,6 @@ def test_sizes_that_are_refused(settings: dict[str, Any], message: str, tmp_path
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("value", [32, "32", "32x32", [32, 32], (32, 32)])
+@pytest.mark.parametrize("value", [32, "32", 32.0, "32x32", [32, 32], (32, 32)])
 def test_a_square_is_one_number(value: object) -> None:
     assert override(TrainConfig(), {"image_size": value}, "the test").model.image_size == 32

@@ -70,7 +70,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Loaded:
-    """The images of both splits: uint8 (samples, 3, size, size), or files if they are streamed; lines to print."""
+    """The images of both splits: uint8 (samples, channels, height, width), or files to stream; lines to print."""
 
     train: Tensor | ImageFiles
     test: Tensor | ImageFiles

@@ -5,18 +5,20 @@ file `.cls` or as an entry of a file `.json`. Source: https://github.com/webdata
 """
 
 import json
+import os
 import re
 import sys
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import IO
 
 import torch
+from filelock import FileLock
 from rich.progress import track
 from torch import Tensor
 
@@ -24,13 +26,14 @@ from fastvit_train.data.encoded import Member
 from fastvit_train.data.images import cache_path, read_cache, write_cache
 from fastvit_train.data.sources.folder import TRAIN_NAME, Listing
 from fastvit_train.data.sources.image_paths import is_hidden, is_image
+from fastvit_train.distributed.env import is_rank0
 from fastvit_train.utils.errors import UserError, counted, printable
 
 TEST_WORDS = ("test", "val", "validation", "valid")
 LABEL_KEYS = ("cls", "label", "class", "target")
 """the entries of a .json file that may hold the class, preferred first"""
 CLASS_NAMES = "classnames.txt"
-"""the file next to the shards whose line N names class N - 1, as CLIP's benchmarks have it"""
+"""the file in the folder that names the classes 0, 1 and so on, one in each line, as CLIP's benchmarks have it"""
 UNLABELED = "-1"
 """the label of images whose class is kept secret"""
 NUMBER = "[0-9]{1,9}"
@@ -48,6 +51,8 @@ class Shards:
     train: list[Path]
     test: list[Path]
     test_name: str
+    unused: int = 0
+    """number of .tar files in neither split"""
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Index:
     passed_over: int
 
 
-def list_members(root: Path, holdout: bool = False) -> tuple[Listing, str]:
+def list_members(root: Path, holdout: bool = False) -> tuple[Listing, tuple[str, ...]]:
     """Find the images in the tar files below `root`.
 
     Args:
@@ -77,7 +82,7 @@ def list_members(root: Path, holdout: bool = False) -> tuple[Listing, str]:
         holdout: part of the training set is held out, so that no test split is needed or read.
 
     Returns:
-        The images, and a line about samples that are passed over; it is empty if there are none.
+        The images, and lines about files and samples that are passed over.
 
     Raises:
         UserError: if there are no shards, if one is damaged, or if samples or their classes are not found.
@@ -92,10 +97,14 @@ def list_members(root: Path, holdout: bool = False) -> tuple[Listing, str]:
         return index.members, torch.tensor([numbers[label] for label in index.labels], dtype=torch.int64)
 
     passed_over = train.passed_over + test.passed_over
-    note = f"{counted(passed_over, 'sample')} without an image or without a class passed over" if passed_over else ""
+    notes = (
+        f"{counted(shards.unused, '.tar file')} passed over: not of the splits train and {shards.test_name}",
+        f"{counted(passed_over, 'sample')} without an image or without a class passed over",
+    )
+    shown = tuple(note for note, count in zip(notes, (shards.unused, passed_over), strict=True) if count)
     files = [*shards.train, *shards.test]
     title = printable(root.resolve().name)
-    return Listing(root, title, classes, shards.test_name, split(train), split(test), Counter(), files), note
+    return Listing(root, title, classes, shards.test_name, split(train), split(test), Counter(), files), shown
 
 
 def count_classes(root: Path, holdout: bool) -> int:
@@ -107,7 +116,7 @@ def _find_shards(root: Path, holdout: bool) -> Shards:
     expected = f"expected {root}/train-0000.tar and {root}/test-0000.tar"
     if not root.is_dir():
         raise UserError(f"--data-dir {root} is not a folder; {expected}")
-    found = sorted(path for path in root.rglob("*.tar") if not any(map(is_hidden, path.relative_to(root).parts)))
+    found = _tar_files(root)
     if not found:
         packed = next(root.rglob("*.tar.*"), next(root.rglob("*.tgz"), None))
         hint = f", and {packed.name} is compressed: decompress it" if packed else ""
@@ -125,7 +134,23 @@ def _find_shards(root: Path, holdout: bool) -> Shards:
             f"--data-dir {root} has no .tar files with {missing} in their names; {expected}, or a training with "
             "--holdout 0.1, which evaluates on some training images"
         )
-    return Shards(train, tests[test_name], test_name)
+    return Shards(train, tests[test_name], test_name, len(found) - len(train) - len(tests[test_name]))
+
+
+def _tar_files(root: Path) -> list[Path]:
+    """Return the .tar files in `root` and in all folders below it, linked ones too, each folder once."""
+    found: list[Path] = []
+    seen: set[str] = set()
+    for parent, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(parent)
+        folders[:] = [] if real in seen else [name for name in folders if not is_hidden(name)]
+        found += [] if real in seen else [Path(parent, name) for name in files if _is_tar(name)]
+        seen.add(real)
+    return sorted(found)
+
+
+def _is_tar(name: str) -> bool:
+    return name.lower().endswith(".tar") and not is_hidden(name)
 
 
 def _some(root: Path, shards: list[Path]) -> list[Path]:
@@ -139,10 +164,11 @@ def _index(root: Path, shards: Sequence[Path]) -> Index:
     if not shards:
         return Index([], [], 0)
     cache = cache_path(root, shards, "shards")
-    columns = read_cache(cache, COLUMNS)
-    if columns is None:
-        columns = _scan_all(root, shards)
-        write_cache(cache, columns, root)
+    with _one_at_a_time(cache):
+        columns = read_cache(cache, COLUMNS)
+        if columns is None:
+            columns = _scan_all(root, shards)
+            write_cache(cache, columns, root)
     texts = json.loads(bytes(columns["texts"].tolist()))
     rows = list(zip(*(columns[name].tolist() for name in COLUMNS[:-1]), strict=True))
     whole = [(Member(shards[shard], start, size), texts[label]) for shard, start, size, label in rows if size]
@@ -156,9 +182,20 @@ def _index(root: Path, shards: Sequence[Path]) -> Index:
     return Index([member for member, _ in labeled], [label for _, label in labeled], len(rows) - len(labeled))
 
 
+@contextmanager
+def _one_at_a_time(cache: Path | None) -> Iterator[None]:
+    """Let one process of this machine after another read the headers: all but the first find them in the cache."""
+    with ExitStack() as stack:
+        if cache is not None:
+            with suppress(OSError):  # if the lock can't be written, nor can the cache
+                cache.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(cache.with_suffix(".lock")))
+        yield
+
+
 def _scan_all(root: Path, shards: Sequence[Path]) -> dict[str, Tensor]:
     """Return the tensors that a cache holds: of all samples, and the labels' texts as JSON."""
-    progress = track(shards, f"reading headers in {root.name}", disable=not sys.stderr.isatty())
+    progress = track(shards, f"reading headers in {root.name}", disable=not is_rank0() or not sys.stderr.isatty())
     samples = [(number, sample) for number, shard in enumerate(progress) for sample in _scan(shard)]
     texts = sorted({sample.label for _, sample in samples})
     label_of = {text: label for label, text in enumerate(texts)}
@@ -190,7 +227,7 @@ def _sample(stream: IO[bytes], files: dict[str, tarfile.TarInfo]) -> Sample:
     if "cls" in files:
         label = _content(stream, files["cls"]).strip()
     elif "json" in files:
-        with suppress(ValueError):  # a file that is not JSON says nothing about the class
+        with suppress(ValueError, RecursionError):  # a file that is not JSON says nothing about the class
             label = _entry(json.loads(_content(stream, files["json"])))
     start, size = (image.offset_data, image.size) if image else (0, 0)
     label = str(int(label)) if re.fullmatch(NUMBER, label) else label
@@ -204,11 +241,9 @@ def _content(stream: IO[bytes], member: tarfile.TarInfo) -> str:
 
 def _entry(described: object) -> str:
     """Return the class in the content of a .json file; empty if there is none."""
-    if isinstance(described, dict):
-        values = [described[key] for key in LABEL_KEYS if key in described]
-        if values and isinstance(values[0], int | str):
-            return str(values[0]).strip()
-    return ""
+    entries = described if isinstance(described, dict) else {}
+    values = (entries.get(key) for key in LABEL_KEYS)
+    return next((str(value).strip() for value in values if type(value) in (int, str)), "")
 
 
 def _check_end(stream: IO[bytes], tar: tarfile.TarFile) -> None:
@@ -242,6 +277,10 @@ def _class_names(root: Path) -> tuple[str, ...] | None:
     if not path.is_file():
         return None
     try:
-        return tuple(printable(line.strip()) for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read ({error})") from None
+    names = tuple(printable(line.strip()) for line in lines)
+    if not all(names):
+        raise UserError(f"{path} has no name in line {names.index('') + 1}; give each class a line")
+    return names

@@ -11,10 +11,10 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError
 from timm.models import get_model_args
 
-from fastvit_train.config.resolved import InputSize
+from fastvit_train.config.resolved import InputSize, per_channel
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.data.sources.hub import offline_if_unreachable
-from fastvit_train.models.build import check_model, check_timm_folder, per_channel, pretrained_cfg_of
+from fastvit_train.models.build import check_model, check_timm_folder, pretrained_cfg_of
 from fastvit_train.models.pretrained.hub import HUB, needs_hub, unreachable_reason
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.safe_load import read_json
@@ -56,8 +56,8 @@ def resolve_source(config: TrainConfig) -> TrainConfig:
     found = {
         **sizes,
         "image_size": _image_size(arguments.get("img_size") or cfg.get("input_size")),
-        "mean": _channels(cfg.get("mean"), model.in_chans),
-        "std": _channels(cfg.get("std"), model.in_chans),
+        "mean": _statistics(cfg.get("mean"), model.in_chans),
+        "std": _statistics(cfg.get("std"), model.in_chans),
         "weights": str(_weights_in(folder, model.model)),
     }
     unset = {name: value for name, value in found.items() if getattr(model, name) is None}
@@ -118,7 +118,7 @@ def _check_arguments(source: str, name: str, arguments: dict[str, Any]) -> None:
         raise UserError(f"--model {source} was built with {', '.join(others)}, which no setting can repeat")
 
 
-def _channels(values: Any, in_chans: int | None) -> tuple[float, ...] | None:
+def _statistics(values: Any, in_chans: int | None) -> tuple[float, ...] | None:
     if not isinstance(values, list) or len(values) not in (1, 3):
         return None
     return per_channel(tuple(values), in_chans or len(values))

@@ -84,8 +84,12 @@ def _check(name: str, value: str, config: TrainConfig) -> None:
 
 
 def _is_whole(name: str, config: TrainConfig) -> bool:
+    return _accepts(name, 2.0, config) and not _accepts(name, 1.5, config)
+
+
+def _accepts(name: str, value: float, config: TrainConfig) -> bool:
     try:
-        override(config, {name: 1.5}, name)
-    except UserError as error:
-        return "is not of type int" in str(error)
-    return False
+        override(config, {name: value}, name)
+    except UserError:
+        return False
+    return True

@@ -13,10 +13,18 @@ CONFIG = recipe("quickstart")
 
 
 def test_ranges_and_lists() -> None:
-    words = ["lr=1e-3..3e-2:log", "--embed-dim=16..48", "warmup=0..0.5", "flip=none,random", "decay_all=True,False"]
+    words = [
+        "lr=1e-3..3e-2:log",
+        "--embed-dim=16..48",
+        "image_size=24..64",
+        "warmup=0..0.5",
+        "flip=none,random",
+        "decay_all=True,False",
+    ]
     assert parse([*words, "momentum=0.9,0.95"], CONFIG) == {
         "lr": FloatDistribution(1e-3, 3e-2, log=True),
         "embed_dim": IntDistribution(16, 48),
+        "image_size": IntDistribution(24, 64),
         "warmup": FloatDistribution(0, 0.5),
         "flip": CategoricalDistribution(["none", "random"]),
         "decay_all": CategoricalDistribution([True, False]),
