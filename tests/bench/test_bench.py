@@ -352,6 +352,7 @@ def test_unknown_rows_are_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     assert stop.value.code == 2 and capsys.readouterr().err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = record_pictures(monkeypatch)
     rows = [

@@ -134,6 +134,7 @@ def test_mistakes_in_a_config_file(text: str, message: str, capsys: pytest.Captu
     assert re.search(message, mistake(capsys, "--config", file, "--runs-dir", tmp_path / "runs"))
 
 
+@pytest.mark.slow
 def test_a_run_can_be_run_again_from_its_saved_configuration(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     small = ["--epochs", "2", "--embed-dim", "16", "--depth", "1", "--seed", "3", "--track", "tensorboard"]
@@ -145,6 +146,7 @@ def test_a_run_can_be_run_again_from_its_saved_configuration(tmp_path: Path) -> 
     main(["--config", str(runs / "a" / "config.yaml"), "--resume", "must"])
 
 
+@pytest.mark.slow
 def test_eval_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs = tmp_path / "runs"
     main(["--runs-dir", str(runs), "--exp-name", "a", "--epochs", "1", "--depth", "1", "--attention", "sdpa"])
@@ -155,6 +157,7 @@ def test_eval_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert (tmp_path / "x.png").is_file()
 
 
+@pytest.mark.slow
 def test_cifar_and_folders_by_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = ["--epochs", "1", "--depth", "1", "--embed-dim", "16", "--runs-dir", str(tmp_path / "runs")]
     small += ["--attention", "fused"]

@@ -65,6 +65,7 @@ def output_lines(command: list[str]) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 @needs("bash")
 def test_bash(script: Callable[[str], Path]) -> None:
     path = script("bash")
@@ -132,6 +133,7 @@ def _read_until(terminal: int, text: str, seconds: float = 30) -> None:
             read += os.read(terminal, 4096)
 
 
+@pytest.mark.slow
 def test_the_script_says_how_to_install_it(capsys: pytest.CaptureFixture[str]) -> None:
     for shell in ("bash", "zsh", "fish"):
         main(["completion", shell])

@@ -139,6 +139,7 @@ def test_no_colours_under_no_color(in_a_terminal: Callable[[str], list[str]]) ->
     assert one_line_error(parts[3]) == MISTAKE
 
 
+@pytest.mark.slow
 def test_nothing_but_text_in_a_pipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for args in (["--help"], ["eval", "--help"], ["recipes"], ["--epoch"], [*TINY, "--runs-dir", str(tmp_path)]):
         with contextlib.suppress(SystemExit):

@@ -21,6 +21,7 @@ def imported(code: str) -> list[str]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -83,6 +84,7 @@ def test_our_models_are_registered_in_either_order(code: str) -> None:
     assert "timm" in imported(f"{code}\nimport timm; assert timm.create_model('mc_vit_4_4_32').num_classes == 10")
 
 
+@pytest.mark.slow
 def test_the_public_names_are_what_they_were() -> None:
     code = """
 import fastvit_train

@@ -35,6 +35,7 @@ def edit(path: Path, remove: tuple[str, ...] = (), **entries: object) -> None:
     path.write_text(yaml.safe_dump({**kept, **entries}), encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_missing_setting_has_its_default(begun: Path, small_config: Config) -> None:
     edit(begun / "config.yaml", remove=("crop_scale", "ema", "patch_init", "keep", "fastvit_train"))
     assert RunFolder(begun).read_config()["crop_scale"] == 0.8
@@ -44,6 +45,7 @@ def test_a_missing_setting_has_its_default(begun: Path, small_config: Config) ->
     assert fit(small_config(epochs=2), resume="must")["epochs"] == 2
 
 
+@pytest.mark.slow
 def test_the_file_records_the_version(begun: Path, tmp_path: Path) -> None:
     assert begun.joinpath("config.yaml").read_text().startswith(f"fastvit_train: {__version__}\n")
     assert "fastvit_train" not in RunFolder(begun).read_config()
@@ -51,6 +53,7 @@ def test_the_file_records_the_version(begun: Path, tmp_path: Path) -> None:
     assert (begun.parent / "again" / "summary.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", [{"colour": "red"}, {"schedule": "spiral"}, {"epochs": "many"}])
 def test_errors_of_a_newer_file_say_so(
     entry: dict[str, object], begun: Path, small_config: Config, capsys: pytest.CaptureFixture[str]
@@ -89,6 +92,7 @@ def change_checkpoints(run: Path, change: Callable[[dict[str, object]], object])
         atomic_io.write_checksums(path.parent)
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_is_resumed(begun: Path, small_config: Config) -> None:
     """It lacks what only a newer version records: of the state, and of the data."""
     change_checkpoints(
@@ -97,6 +101,7 @@ def test_an_older_checkpoint_is_resumed(begun: Path, small_config: Config) -> No
     assert fit(small_config(epochs=2), resume="must")["epochs"] == 2
 
 
+@pytest.mark.slow
 def test_the_error_of_a_newer_checkpoint_says_so(begun: Path, small_config: Config) -> None:
     change_checkpoints(begun, lambda saved: (saved.update(version="99.1"), saved["progress"].update(mood="good")))
     with pytest.raises(UserError, match=f"can't be read .*mood.*; {UPGRADE}"):

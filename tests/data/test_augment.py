@@ -43,6 +43,7 @@ def test_resized_crop_is_torchvisions(seed: int) -> None:
         assert torch.allclose(got, expected, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_crop_boxes_are_distributed_as_torchvisions(seed: int) -> None:
     count = 20_000
     boxes = torch.stack(crop_boxes(torch.rand(count, 20), torch.rand(count, 2), torch.Size((32, 32)), 0.8), 1)

@@ -157,6 +157,7 @@ def test_a_part_of_the_crop_is_kept(tmp_path: Path) -> None:
     assert np.array_equal(kept[0].numpy(), ramp[25:75, 25:75])  # no pixel is resized
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", ["never", "always"])
 def test_training_and_prediction_render_images_alike(tmp_path: Path, stream: str) -> None:
     root = write_folder(tmp_path / "data")
@@ -195,6 +196,7 @@ def test_training_composes_drawings_and_says_so_once(
     assert capsys.readouterr().out.count(line) == 1
 
 
+@pytest.mark.slow
 def test_predict_and_inspect_compose_drawings_and_say_so_once(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

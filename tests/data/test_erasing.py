@@ -17,6 +17,7 @@ def erased_boxes(count: int, probability: float, size: tuple[int, int]) -> torch
     return torch.stack(edges, 1)[rows.any(1)].double()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(32, 32), (20, 28)])
 def test_rectangles_are_distributed_as_torchvisions(seed: int, size: tuple[int, int]) -> None:
     count = 20_000

@@ -83,6 +83,7 @@ def test_holdout_needs_no_test_split(tmp_path: Path) -> None:
     assert (len(dataset.train.labels), len(dataset.test.labels), dataset.evaluated_on) == (32, 8, "holdout")
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_and_evaluated_on_it(tmp_path: Path) -> None:
     root = write(tmp_path / "animals")
     settings = {
@@ -156,6 +157,7 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path, case: str) -> None:
         load(tmp_path / "broken")
 
 
+@pytest.mark.slow
 def test_names_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "_is_reachable", lambda: False)
     with pytest.raises(UserError, match=r"^--dataset hf:no/such cannot be loaded: [^\n]+$"):

@@ -35,6 +35,7 @@ def divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("crop", ["none", "shift", "resized"])
 def test_all_ranks_together_get_the_batch_of_a_single_process(crop: str, seed: int) -> None:
     """Row for row, with the same augmentation, for any world size and number of micro-batches."""

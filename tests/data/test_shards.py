@@ -70,6 +70,7 @@ def test_a_member_is_read_as_a_file_of_its_own(tmp_path: Path) -> None:
         assert stream.seek(200) == 200 and stream.read(1) == b"", "nothing of the next member"
 
 
+@pytest.mark.slow
 def test_a_model_learns_from_shards_and_resumes_with_the_same_bits(tmp_path: Path) -> None:
     root, runs = write(tmp_path / "animals"), tmp_path / "runs"
     settings = {"dataset": "shards", "data_dir": str(root), "runs_dir": str(runs), "epochs": 8, "lr": 3e-3, **SMALL}
@@ -215,6 +216,7 @@ def test_mistakes_are_one_line(tmp_path: Path, break_it: Any, message: str) -> N
         load(root)
 
 
+@pytest.mark.slow
 def test_compressed_shards_are_named(tmp_path: Path) -> None:
     (tmp_path / "train-0000.tar.gz").write_bytes(gzip.compress(b"x"))
     done = launch("--dataset", "shards", "--data-dir", tmp_path, "--runs-dir", tmp_path / "runs")

@@ -65,6 +65,7 @@ def test_a_rank_without_a_world_is_rank_0(monkeypatch: pytest.MonkeyPatch) -> No
     assert env.is_rank0()
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_work(spoilt: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--embed-dim", "8", "--depth", "1", "--num-heads", "1", "--attention", "fused", "--epochs", "1"]
     main([*small, "--runs-dir", str(tmp_path), "--exp-name", "run"])

@@ -62,6 +62,7 @@ def test_a_bare_launch_uses_all_the_cores_unless_told_otherwise(tmp_path: Path) 
     assert "cpu, 1 thread;" in launch(*small, OMP_NUM_THREADS="1").stdout
 
 
+@pytest.mark.slow
 def test_a_mistake_under_the_launcher_is_one_line_of_ours(tmp_path: Path) -> None:
     result = launch("--model", "no_such_model", "--runs-dir", tmp_path / "runs")
     assert result.returncode != 0

@@ -168,6 +168,7 @@ def read_in_a_daemon(streamed: StreamedImages, results: "multiprocessing.SimpleQ
     results.put(float(read(streamed).float().sum()))
 
 
+@pytest.mark.slow
 def test_a_daemonic_process_decodes_in_threads(streamed: StreamedImages) -> None:
     results = SERVER.SimpleQueue()
     process = SERVER.Process(target=read_in_a_daemon, args=(streamed, results), daemon=True)

@@ -122,6 +122,7 @@ def test_a_run_with_a_holdout_is_evaluated_on_the_test_set_on_request(
     assert (evaluated.dataset.evaluated_on, evaluated.evaluation.samples) == (on, images)
 
 
+@pytest.mark.slow
 def test_a_model_of_two_classes_has_no_top_5_accuracy(
     small_config: Callable[..., TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +134,7 @@ def test_a_model_of_two_classes_has_no_top_5_accuracy(
     assert "(test, 24 images) accuracy " in output and "top-5" not in output
 
 
+@pytest.mark.slow
 def test_a_run_and_its_timm_folder_are_evaluated_alike(
     trained: Path, timms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -258,6 +260,7 @@ def test_the_ranking_of_two_classes_is_judged_over_all_thresholds(seed: int) -> 
     assert evaluation_of(torch.randn(20, 2), torch.zeros(20, dtype=torch.int64)).average_precision is None
 
 
+@pytest.mark.slow
 def test_two_classes_have_a_picture_of_their_curves(
     small_config: Callable[..., TrainConfig],
     tmp_path: Path,
@@ -293,6 +296,7 @@ def test_the_views_are_averaged_as_probabilities(seed: int, tta: TTA) -> None:
     torch.testing.assert_close(got, torch.stack([view.softmax(1) for view in views]).mean(0).log())
 
 
+@pytest.mark.slow
 def test_tta_is_named_and_goes_into_a_folder_of_its_own(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

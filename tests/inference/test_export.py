@@ -120,6 +120,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "to"), CASES)
 @torch.no_grad()
 def test_an_exported_model_gives_the_same_logits(
@@ -152,6 +153,7 @@ def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     return one_line_error(capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_logits_are_compared_on_the_test_images_or_on_digits(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +208,7 @@ def test_a_model_that_the_exporter_does_not_support_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_output_can_be_named_and_nothing_else_is_overwritten(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,6 +14,7 @@ from tests.support import one_line_error
 from tests.support.pictures import Picture, record_pictures
 
 
+@pytest.mark.slow
 def test_a_run_is_inspected_on_its_test_set(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -61,6 +62,7 @@ def test_a_timm_folder_is_inspected_on_images(
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_names_that_differ_only_in_case_get_numbers(timms: Path, tmp_path: Path) -> None:
     """A disk that ignores the case of names would keep only one of the pictures."""
     images = [tmp_path / "photos" / "cat.png", tmp_path / "Cat.png"]
@@ -71,6 +73,7 @@ def test_names_that_differ_only_in_case_get_numbers(timms: Path, tmp_path: Path)
     assert {"1-cat-attention.png", "2-Cat-attention.png"} < {path.name for path in (tmp_path / "out").iterdir()}
 
 
+@pytest.mark.slow
 def test_each_panel_shows_the_attention_map_of_its_image(
     trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

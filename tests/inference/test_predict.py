@@ -80,6 +80,7 @@ def test_the_table_says_how_images_are_resized(
     assert not (trained / "predictions").exists()
 
 
+@pytest.mark.slow
 def test_pictures_show_each_image_with_its_prediction(
     trained: Path, digits: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

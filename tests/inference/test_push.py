@@ -60,6 +60,7 @@ def front_matter(readme: str) -> dict:
     return yaml.safe_load(readme.split("---\n")[1])
 
 
+@pytest.mark.slow
 def test_a_run_arrives_byte_for_byte_and_loads_from_there(
     run: Path, hub: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

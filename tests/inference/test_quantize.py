@@ -23,6 +23,7 @@ from tests.support import rgb, write_folder
 PRINTED = r"written to (.*): test accuracy on digits (\S+)%, before (\S+)% \(359 images\); (\S+) MB, before (\S+) MB\n"
 
 
+@pytest.mark.slow
 def test_both_accuracies_are_measured_printed_and_recorded(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

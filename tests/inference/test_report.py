@@ -101,6 +101,7 @@ def summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text())
 
 
+@pytest.mark.slow
 def test_the_results_of_two_runs_match_their_summaries(runs: Path, tmp_path: Path) -> None:
     page = report(tmp_path, runs / "c", runs / "mc")
     rows, both = page.table("From summary.json"), [summary(runs / name) for name in ("c", "mc")]
@@ -247,6 +248,7 @@ def test_a_model_without_a_run_has_a_page(runs: Path, tmp_path: Path) -> None:
     assert "does not record a data set" in page.text
 
 
+@pytest.mark.slow
 def test_many_classes_and_a_model_without_attention(tmp_path: Path) -> None:
     data = write_folder(tmp_path / "data", per_class=2, classes=tuple(f"class {i:02}" for i in range(32)))
     flags = ("--model", "resnet10t", "--epochs", "1", "--dataset", "folder", "--data-dir", data, "--image-size", "32")

@@ -15,6 +15,7 @@ from fastvit_train.utils.errors import UserError
 SMALL = {"epochs": 1, "embed_dim": 16, "depth": 1, "num_heads": 2, "patch_size": 8, "attention": "fused"}
 
 
+@pytest.mark.slow
 def test_train_evaluate_load_run(tmp_path: Path) -> None:
     summary = fastvit_train.train("quickstart", **SMALL, runs_dir=str(tmp_path), exp_name="run")
     assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -35,6 +35,7 @@ def test_a_compiled_run_is_the_run(small_config: Callable[..., TrainConfig], tmp
     assert weights[0].keys() == weights[1].keys()
 
 
+@pytest.mark.slow
 def test_nothing_compiles_after_the_first_step(
     small_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

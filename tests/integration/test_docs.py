@@ -163,6 +163,7 @@ def test_every_command_and_example_runs_in_order(
         assert "of digits after 3 epochs" in text and "calibration error" in text and "torch.Size([4, 8, 8])" in text
 
 
+@pytest.mark.slow
 def test_the_examples_of_the_operator_run(capsys: pytest.CaptureFixture[str]) -> None:
     examples = blocks(ROOT / "kernels" / "README.md", "python")
     assert len(examples) == 2

@@ -39,6 +39,7 @@ def test_compare_prints_its_table_first(trained: Path, capsys: pytest.CaptureFix
     assert stop.value.code == 2 and "/dev/null/x.png cannot be written" in one_line_error(err)
 
 
+@pytest.mark.slow
 def test_several_seeds_print_their_table_first(
     small_config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

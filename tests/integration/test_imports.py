@@ -160,6 +160,7 @@ def test_kernels_is_a_folder_not_a_package() -> None:
     assert not list((ROOT / "kernels").glob("*.py"))
 
 
+@pytest.mark.slow
 def test_the_operator_works_with_nothing_of_ours_around_it() -> None:
     code = """
 import sys

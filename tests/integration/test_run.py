@@ -48,6 +48,7 @@ def without_clock(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     return [{key: value for key, value in row.items() if key not in clock} for row in rows]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_behind(
     small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +143,7 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(
     assert without_clock(read_jsonl(whole / "metrics.jsonl")) == without_clock(read_jsonl(parts / "metrics.jsonl"))
 
 
+@pytest.mark.slow
 def test_a_resume_that_lost_the_random_state_is_noticed(small_config: SmallConfig, tmp_path: Path) -> None:
     fit(small_config(stop_after=1, drop_rate=0.1))
     path = tmp_path / "runs" / "run" / "checkpoints" / "last" / "random_states_0.pkl"
@@ -151,6 +153,7 @@ def test_a_resume_that_lost_the_random_state_is_noticed(small_config: SmallConfi
         fit(small_config(drop_rate=0.1), resume="must")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "progress.json"])
 def test_a_damaged_checkpoint_is_named(small_config: SmallConfig, tmp_path: Path, name: str) -> None:
     fit(small_config(stop_after=1))
@@ -165,6 +168,7 @@ def test_a_damaged_checkpoint_is_named(small_config: SmallConfig, tmp_path: Path
         fit(small_config(), resume="must")
 
 
+@pytest.mark.slow
 def test_a_run_that_lost_its_checkpoints_is_not_started_over_unasked(small_config: SmallConfig, tmp_path: Path) -> None:
     fit(small_config(epochs=1))
     run = tmp_path / "runs" / "run"
@@ -174,6 +178,7 @@ def test_a_run_that_lost_its_checkpoints_is_not_started_over_unasked(small_confi
     assert (run / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_resuming_with_other_settings_lists_them(small_config: SmallConfig, tmp_path: Path) -> None:
     fit(small_config(stop_after=1))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -182,6 +187,7 @@ def test_resuming_with_other_settings_lists_them(small_config: SmallConfig, tmp_
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_resuming_on_other_data_is_refused(small_config: SmallConfig, tmp_path: Path) -> None:
     data = write_folder(tmp_path / "shapes")
     settings = {"dataset": "folder", "data_dir": str(data), "batch_size": 8}
@@ -199,6 +205,7 @@ def test_resuming_on_other_data_is_refused(small_config: SmallConfig, tmp_path: 
         fit(small_config(**settings), resume="auto")
 
 
+@pytest.mark.slow
 def test_a_folder_that_holds_a_run_is_not_touched_unasked(small_config: SmallConfig, tmp_path: Path) -> None:
     fit(small_config(epochs=1))
     run = tmp_path / "runs" / "run"
@@ -220,6 +227,7 @@ def test_a_folder_that_holds_a_run_is_not_touched_unasked(small_config: SmallCon
     assert (foreign / "chapter.tex").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_starting_over_may_be_killed_anywhere(
     small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +284,7 @@ def test_nothing_is_written_when_something_is_wrong(small_config: SmallConfig, t
     assert not list(Path(os.environ["XDG_CACHE_HOME"]).rglob("*"))
 
 
+@pytest.mark.slow
 def test_a_run_evaluates_the_same_under_every_attention(small_config: SmallConfig, tmp_path: Path) -> None:
     summary = fit(small_config(attention="naive"))
     for name in ("naive", "fused", "sdpa"):
@@ -284,6 +293,7 @@ def test_a_run_evaluates_the_same_under_every_attention(small_config: SmallConfi
         assert result.loss == pytest.approx(summary["test_loss"], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_accumulation_takes_the_same_steps(small_config: SmallConfig, tmp_path: Path) -> None:
     losses = []
     for accum in (1, 4):
@@ -303,6 +313,7 @@ def test_a_loss_that_is_no_number_names_the_step(small_config: SmallConfig) -> N
     assert "there is no checkpoint yet" in message
 
 
+@pytest.mark.slow
 def test_folders_streamed_and_resident_train_alike(small_config: SmallConfig, tmp_path: Path) -> None:
     data = write_folder(tmp_path / "shapes")
     settings = {"dataset": "folder", "data_dir": str(data), "batch_size": 8, "epochs": 2}
@@ -312,6 +323,7 @@ def test_folders_streamed_and_resident_train_alike(small_config: SmallConfig, tm
     assert summary["num_classes"] == 2 and summary["dataset"] == "shapes"
 
 
+@pytest.mark.slow
 def test_a_set_smaller_than_a_batch_is_one_batch(small_config: SmallConfig, tmp_path: Path) -> None:
     data = write_folder(tmp_path / "shapes", per_class=5)
     summary = fit(small_config(dataset="folder", data_dir=str(data), batch_size=256))
@@ -327,6 +339,7 @@ def test_one_of_timms_own_models_trains(small_config: SmallConfig, tmp_path: Pat
     assert exported["pretrained_cfg"]["input_size"] == [3, 32, 32]
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_what_it_found_and_the_next_command(
     small_config: SmallConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -344,6 +357,7 @@ def test_a_run_ends_with_what_it_found_and_the_next_command(
     assert warning in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_curves_and_tables_of_two_runs(small_config: SmallConfig, tmp_path: Path) -> None:
     runs = []
     for model in ("c_vit_4_4_32", "mc_vit_4_4_32"):

@@ -20,7 +20,11 @@ QUICKLY = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("triton", "co
 """all implementations; what is interpreted or compiled is slow"""
 DRAWS = 4
 """number of draws whose errors are summed, because the errors of two draws can differ by a factor of two"""
-QUICK = {"compiled": ((5, 7, 24, 3), [torch.float32, torch.bfloat16]), "triton": ((3, 64, 48, 4), [torch.float32])}
+QUICK = {
+    "compiled": ((5, 7, 24, 3), [torch.float32]),
+    "cpp": ((5, 7, 24, 3), [torch.float32, torch.bfloat16]),
+    "triton": ((3, 64, 48, 4), [torch.float32]),
+}
 
 
 def names_on(device: str) -> list[str]:
@@ -116,6 +120,7 @@ def test_gradcheck(name: str, seed: int) -> None:
     assert torch.autograd.gradcheck(operator(name, 2), arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "device"), on_each_device([pytest.param(name) for name in NAMES]))
 @pytest.mark.parametrize("shape", [(3, 7, 24, 3), (2, 5, 96, 4)], ids=str)
 def test_every_element_is_written(name: str, shape: tuple[int, int, int, int], device: str, seed: int) -> None:
@@ -177,10 +182,8 @@ def test_dropout_is_the_same_in_the_backward_pass(
     assert abs(single - slope) <= abs(double - single) + rounding
 
 
-@pytest.mark.parametrize(
-    "model_name",
-    ["mc_vit_4_4_32", *(pytest.param(n, marks=pytest.mark.slow) for n in ("c_vit_4_4_32", "cct_2_3x2_32"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model_name", ["mc_vit_4_4_32", "c_vit_4_4_32", "cct_2_3x2_32"])
 def test_one_checkpoint_gives_the_same_logits_and_gradients_under_each(
     model_name: str, triton_device: str, seed: int
 ) -> None:

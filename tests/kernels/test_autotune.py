@@ -100,7 +100,8 @@ def test_an_implementation_that_does_not_support_the_shape_is_left_out_without_a
     assert str(choice).endswith("; left out narrow: 5 is too long")
 
 
-@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), torch.float16])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.filterwarnings("error:attention auto")
 def test_ours_pass_the_check_and_large_batches_stay_within_float16(
     dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch
@@ -146,6 +147,7 @@ def test_an_empty_batch_is_not_timed() -> None:
         fastvit_kernels.attention(torch.zeros(2, 0, 16), torch.zeros(48, 16), None, 2)
 
 
+@pytest.mark.slow
 def test_inside_a_compiled_graph(seed: int, capsys: pytest.CaptureFixture[str]) -> None:
     x, weight = torch.randn(2, 5, 16), torch.randn(48, 16)
     function = torch.compile(lambda x: fastvit_kernels.attention(x, weight, None, 2), fullgraph=True, dynamic=False)

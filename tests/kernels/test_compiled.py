@@ -34,6 +34,7 @@ def test_more_shapes_than_dynamo_recompiles_one_function_for(seed: int) -> None:
             fastvit_kernels.attention(x, weight, bias, 2, implementation="compiled")
 
 
+@pytest.mark.slow
 def test_inside_a_larger_compiled_graph(seed: int) -> None:
     arguments = draw((3, 5, 16, 2), True, torch.float32)
 

@@ -45,6 +45,7 @@ def test_weights_of_one_call_are_independent(triton_device: str, seed: int) -> N
         assert (kept * neighbour).mean().abs() < 6 / kept.numel() ** 0.5
 
 
+@pytest.mark.slow
 def test_a_factor_depends_on_seed_head_query_and_key_alone(triton_device: str, seed: int) -> None:
     drawn = factors(seed, 0.5, triton_device)
     assert torch.equal(drawn, factors(seed, 0.5, triton_device))

@@ -102,6 +102,7 @@ def test_the_gradients_agree_with_finite_differences(triton_device: str, seed: i
         assert abs(float((gradient.double() * step).sum()) - expected) <= 5e-3 * scale
 
 
+@pytest.mark.slow
 def test_the_result_is_the_same_each_time_and_every_program_counts(triton_device: str, seed: int) -> None:
     arguments = draw((5, 33, 24, 40), torch.float32, triton_device)  # more blocks of tokens than programs
     upstream = torch.randn(5, 33, 24, device=triton_device)

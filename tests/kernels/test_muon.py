@@ -67,6 +67,7 @@ def test_matrices_of_all_shapes_are_updated(seed: int, kernel: tuple[Update, str
         assert torch.allclose(weight.double().cpu(), new_weight, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_learning_rate_and_scale_may_be_on_the_device(seed: int, kernel: tuple[Update, str]) -> None:
     update, device = kernel
     by_value, by_tensor = draw(1, device), draw(1, device)

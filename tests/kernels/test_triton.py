@@ -112,6 +112,7 @@ def test_opcheck(case: int, triton_device: str, seed: int) -> None:
     torch.library.opcheck(operator, arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [0, 1, 2])
 @BOTH
 def test_gradients_of_a_part_of_the_arguments(
@@ -137,6 +138,7 @@ def test_the_flops_are_those_of_the_definition(shape: tuple[int, int, int, int],
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.slow
 @BOTH
 def test_a_whole_graph_compiles_through_it(shape: tuple[int, int, int, int], triton_device: str, seed: int) -> None:
     arguments = draw(shape, True, torch.float32, triton_device)
@@ -149,6 +151,7 @@ def test_a_whole_graph_compiles_through_it(shape: tuple[int, int, int, int], tri
         assert_accurate([result.float()], [other.float()], [right])
 
 
+@pytest.mark.slow
 @BOTH
 def test_autocast_computes_in_its_dtype_and_returns_gradients_in_the_parameters(
     shape: tuple[int, int, int, int], triton_device: str, seed: int
@@ -220,6 +223,7 @@ def test_products_too_small_for_a_gpu_are_refused_by_the_kernels_themselves() ->
             )
 
 
+@pytest.mark.slow
 def test_autocast_leaves_the_conversion_of_the_weights_to_the_kernels(triton_device: str, seed: int) -> None:
     """The gradients of float32 weights are the sums in float32, not rounded to autocast's dtype."""
     x, weight, bias = draw(FUSED, True, torch.float32, triton_device)

@@ -24,6 +24,7 @@ def build(name: str, **options: Any) -> nn.Module:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mc_vit_4_4_32", "c_vit_4_4_32"])
 def test_logits_and_gradients_are_those_of_torchs_operators(name: str, triton_device: str, seed: int) -> None:
     model, images = build(name).to(triton_device), torch.randn(3, 3, 32, 32, device=triton_device)
@@ -42,6 +43,7 @@ def test_logits_and_gradients_are_those_of_torchs_operators(name: str, triton_de
     assert called and torch.equal(again[0][0], baseline[0][0])
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_gives_the_same_gradients(triton_device: str, seed: int) -> None:
     model, images = build("mc_vit_4_4_32").to(triton_device), torch.randn(2, 3, 32, 32, device=triton_device)
     set_block(model, "triton")

@@ -47,6 +47,7 @@ def test_it_is_for_models_that_cut_patches(seed: int) -> None:
         whiten_patches(timm.create_model("cct_2_3x2_32"), correlated(2))
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_it(small_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     settings = {"lr": 0.0, "epochs": 1, "weight_decay": 0.0}
     fit(small_config(exp_name="random", **settings))

@@ -47,6 +47,7 @@ def test_sizes_are_counted_without_weights(name: str) -> None:
         assert entry.flops == count_flops(lambda: model(torch.zeros(1, 3, 32, 32))) > 1e6
 
 
+@pytest.mark.slow
 def test_models_by_size(capsys: pytest.CaptureFixture[str]) -> None:
     main(["models", "--no-measure"])
     table = rows(capsys.readouterr().out)
@@ -72,6 +73,7 @@ def test_throughput_is_measured_and_the_method_is_printed(capsys: pytest.Capture
     )
 
 
+@pytest.mark.slow
 def test_recipes_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     main(["recipes"])
     out = capsys.readouterr().out

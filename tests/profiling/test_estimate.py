@@ -60,6 +60,7 @@ def test_settings_shapes_and_disk_are_those_of_the_run(dry_run_output: tuple[str
     assert f'"parameters": {rows["all"][0].replace(",", "")},' in model
 
 
+@pytest.mark.slow
 def test_memory_speed_and_time_are_printed(dry_run_output: tuple[str, list[Path]]) -> None:
     rows = {line.split()[0]: line.split()[1:] for line in dry_run_output[0].splitlines() if line.strip()}
     assert float(rows["memory"][0].replace(",", "")) > 50

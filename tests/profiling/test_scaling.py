@@ -53,6 +53,7 @@ def test_ddp_sums_every_gradient_once(small_config: Config, model: str) -> None:
             assert cost.gradients == 4 * trainable(session) and cost.gathered == 0
 
 
+@pytest.mark.slow
 def test_gradients_of_several_buckets_and_micro_batches_are_summed_once(small_config: Config) -> None:
     with short_run(small(small_config, embed_dim=512, depth=3, grad_accum=2), steps=1) as session:
         result = collectives.ddp_cost(session, 4).collectives
@@ -69,6 +70,7 @@ def test_batch_norms_buffers_are_broadcast_and_no_others(small_config: Config) -
         assert sent == sum(buffer.nbytes for buffer in session.bare_model.buffers()) > 0
 
 
+@pytest.mark.slow
 def test_a_shard_is_one_processs_part_but_for_padding(small_config: Config) -> None:
     with short_run(small(small_config), steps=1) as session:
         whole = collectives.single_process_cost(session)
@@ -103,6 +105,7 @@ def test_bf16_gathers_half_and_clipping_exchanges_the_norm(
         assert half.gathered == plain.gathered / 2 and half.weights == plain.weights
 
 
+@pytest.mark.slow
 def test_one_process_holds_what_a_training_allocates(small_config: Config) -> None:
     config = small(small_config, drop_path_rate=0.1)
     with short_run(config, steps=1) as session:
@@ -178,6 +181,7 @@ def test_efficiency_falls_and_the_conclusion_says_where_by_half() -> None:
     assert conclude([*rows, sharded]).endswith("at 4,096 processes FSDP2 needs 75% of DDP's memory")
 
 
+@pytest.mark.slow
 def test_the_command_prints_tables_and_writes_figures_and_a_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +207,7 @@ def test_the_command_prints_tables_and_writes_figures_and_a_picture(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["plan"]
 
 
+@pytest.mark.slow
 def test_strong_scaling_measures_what_each_process_takes(small_config: Config) -> None:
     options = check_options(PlanOptions(scaling="strong", world_sizes=(2, 8, 16, 64), steps=1))
     result = scaling.plan_model(small_config(grad_accum=2), options)

@@ -33,6 +33,7 @@ def profiled(config: TrainConfig, tmp_path: Path, steps: int = 3) -> Profile:
     return profile_run(config, steps, tmp_path / "profile")
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_step_add_up(small_config: Config, tmp_path: Path, only_bf16: None) -> None:
     result = profiled(small_config(), tmp_path)
     low, high = result.spread
@@ -46,6 +47,7 @@ def test_the_parts_of_a_step_add_up(small_config: Config, tmp_path: Path, only_b
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_the_trace_names_the_parts(small_config: Config, tmp_path: Path, only_bf16: None) -> None:
     profiled(small_config(), tmp_path, steps=2)
     events = json.loads((tmp_path / "profile" / "trace-rank0.json").read_text())["traceEvents"]
@@ -162,6 +164,7 @@ def test_graph_breaks_are_counted(
     assert profiled(small_config(compile=True, depth=1), tmp_path, steps=1).graph_breaks >= 1
 
 
+@pytest.mark.slow
 def test_a_candidate_that_fails_is_told_and_the_rest_measured(
     small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

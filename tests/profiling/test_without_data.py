@@ -20,6 +20,7 @@ def _nothing_is_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(module, "download", lambda *_: pytest.fail("it downloads"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "classes", "images"), [("cifar10", 10, 50_000), ("cifar100", 100, 50_000), ("fashion-mnist", 10, 60_000)]
 )
@@ -39,6 +40,7 @@ def test_data_that_is_there_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert data.name == "CIFAR-10" and len(data.train.labels) < 50_000
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_a_recipe_without_its_data(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     main(["--recipe", "upstream-cifar100", "--batch-size", "500", "--eval-batch-size", "500", "--dry-run", *SMALL])
     text = capsys.readouterr().out
@@ -47,6 +49,7 @@ def test_a_dry_run_of_a_recipe_without_its_data(capsys: pytest.CaptureFixture[st
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_profile_of_a_recipe_without_its_data(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,7 +44,8 @@ def said(victim: Victim) -> str:
     return " ".join(victim.log.read_text(errors="replace").split())
 
 
-@pytest.mark.parametrize("how", [pytest.param("stop", marks=pytest.mark.slow), "continue"])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["stop", "continue"])
 def test_a_disk_that_fills_up(how: str, disk: Path, tmp_path: Path, seed: int, count: Count) -> None:
     """A checkpoint takes about 150 KiB; a random number of bytes is left, enough for at most two more."""
     logs = tmp_path / "logs"
@@ -76,6 +77,7 @@ def test_a_disk_that_fills_up(how: str, disk: Path, tmp_path: Path, seed: int, c
     count(f"disks filled up, {how}, nothing lost")
 
 
+@pytest.mark.slow
 def test_a_read_only_folder(disk: Path, tmp_path: Path) -> None:
     finished = Victim(disk, "run", "--stop-after", 1, log=tmp_path / "first")
     assert finished.wait() == [0], said(finished)
@@ -90,6 +92,7 @@ def test_a_read_only_folder(disk: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in disk.iterdir()) == ["run"]
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_for_a_resumed_run(disk: Path, tmp_path: Path) -> None:
     first = Victim(disk, "run", "--stop-after", 1, log=tmp_path / "first")
     assert first.wait() == [0], said(first)
@@ -127,6 +130,7 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(kind: str, tmp_p
     assert differences(outcome(resumed.folder), undisturbed(1)) == []
 
 
+@pytest.mark.slow
 def test_nothing_changes_if_every_checkpoint_is_damaged(tmp_path: Path) -> None:
     victim = Victim(tmp_path, "run", "--stop-after", 1)
     assert victim.wait() == [0]
@@ -154,6 +158,7 @@ def test_the_newest_and_the_best_are_kept(keep: int, tmp_path: Path) -> None:
     assert saved["step"] == saved["best_step"] == best
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_that_could_be_written_is_kept(tmp_path: Path) -> None:
     """The best epoch's checkpoint is damaged later; the link then leads to the best one that is left."""
     victim = Victim(tmp_path, "run", "--stop-after", 2, "--keep", 9)

@@ -48,6 +48,7 @@ def backwards() -> None:
     time.time = lambda: 4e9 - 100 * (time.perf_counter() - start)
 
 
+@pytest.mark.slow
 def test_a_clock_that_runs_backwards(tmp_path: Path) -> None:
     victim = Victim(tmp_path, "run", trick=backwards)
     assert victim.wait() == [0], victim.log.read_text()

@@ -27,6 +27,7 @@ from tests.support.file_systems import on_every_disk, take_abilities_away
 Config = Callable[..., TrainConfig]
 
 
+@pytest.mark.slow
 @on_every_disk
 def test_a_run_on_a_disk_that_lacks_abilities(number: int, tmp_path: Path) -> None:
     trick = functools.partial(take_abilities_away, tmp_path, number)
@@ -138,6 +139,7 @@ def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return runs / "run"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copy", COPIES)
 def test_a_copied_run_goes_on(copy: Callable[[Path, Path], None], begun: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"

@@ -66,6 +66,7 @@ def test_a_run_killed_at_random_ends_as_one_that_was_not(
         count(f"random kills of {processes} process{'es' * (processes > 1)}, nothing lost", kills)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_samplers_position_is_noticed(tmp_path: Path) -> None:
     # The last checkpoint before the kill is that of step 15, within epoch 2.
     die = DieAt("training.loop._train_step", 16, trick=forget_the_samplers_position)
@@ -74,6 +75,7 @@ def test_a_checkpoint_without_the_samplers_position_is_noticed(tmp_path: Path) -
     assert victim.wait() != [0] or differences(outcome(victim.folder), undisturbed(1))
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_it_removes_an_old_checkpoint_removes_it_later(tmp_path: Path) -> None:
     last = 13
     die = DieAt("runs.checkpoint._prune", last, signal.SIGKILL)
@@ -82,6 +84,7 @@ def test_a_run_killed_before_it_removes_an_old_checkpoint_removes_it_later(tmp_p
     assert victim.wait() == [0] and differences(outcome(victim.folder), undisturbed(1)) == []
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_it_writes_the_best_weights_writes_them_when_resumed(tmp_path: Path) -> None:
     accuracies = [row["test_accuracy"] for row in undisturbed(1)["metrics"]]
     best_so_far = sum(accuracy > max(accuracies[:epoch], default=-1) for epoch, accuracy in enumerate(accuracies))
@@ -91,6 +94,7 @@ def test_a_run_killed_before_it_writes_the_best_weights_writes_them_when_resumed
     assert victim.wait() == [0] and differences(outcome(victim.folder), undisturbed(1)) == []
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_another_number_of_processes(tmp_path: Path) -> None:
     """There is no dropout, because each process draws its own."""
     same = ("--drop-rate", "0", "--ema", "0.99")

@@ -66,6 +66,7 @@ CONFIGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", range(0, len(CONFIGS), 30))
 def test_configurations(tmp_path: Path, count: Count, chunk: int) -> None:
     file = tmp_path / "it.yaml"
@@ -79,6 +80,7 @@ VALUES = st.none() | st.booleans() | NUMBERS | st.text(max_size=20) | st.floats(
 KEYS = st.sampled_from([key for key in flatten(TrainConfig()) if key not in ("compile", "attention", "runs_dir")])
 
 
+@pytest.mark.slow
 @A_FEW_OR_MANY
 def test_generated_configurations(tmp_path: Path, count: Count, seed: int, examples: int) -> None:
     file = tmp_path / "it.yaml"
@@ -117,6 +119,7 @@ FLAGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_flags(tmp_path: Path, count: Count) -> None:
     for flags in FLAGS:
         before = ("--runs-dir", NOT_WRITABLE, *TINY) if flags[0].startswith("-") else ()
@@ -130,6 +133,7 @@ def _wrong_values(hint: Any) -> list[str]:
     return ["\0", "\x1b[31mx", "a\nb", "x" * 3000]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("some", [1, pytest.param(100, marks=pytest.mark.soak)])
 def test_every_flag_with_wrong_values(count: Count, seed: int, some: int) -> None:
     draw = random.Random(seed)
@@ -233,6 +237,7 @@ def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     assert not (tmp_path / "started").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ghostscript")
 def test_images(photos: Path, count: Count) -> None:
     for name, content in IMAGES.items():

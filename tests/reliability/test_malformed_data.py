@@ -60,6 +60,7 @@ IDX = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["raw", "gz"])
 def test_idx_files(tmp_path: Path, count: Count, packed: bool) -> None:
     root = write_fashion(tmp_path / "data")
@@ -79,6 +80,7 @@ def test_idx_files(tmp_path: Path, count: Count, packed: bool) -> None:
         count(MALFORMED)
 
 
+@pytest.mark.slow
 @A_FEW_OR_MANY
 def test_idx_files_mutated(tmp_path: Path, count: Count, seed: int, examples: int) -> None:
     root = write_fashion(tmp_path / "data")
@@ -121,6 +123,7 @@ def test_the_hostile_pickles_would_run(marker: Path) -> None:
         marker.unlink()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["data_batch_3", "batches.meta"])
 def test_cifar_batches(tmp_path: Path, count: Count, marker: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     root = write_cifar10(tmp_path / "data", monkeypatch, per_batch=3)
@@ -135,6 +138,7 @@ def test_cifar_batches(tmp_path: Path, count: Count, marker: Path, monkeypatch: 
     assert is_refused(count, "--dataset", "cifar10", "--data-dir", root, *NOWHERE)
 
 
+@pytest.mark.slow
 @A_FEW_OR_MANY
 def test_cifar_batches_mutated(
     tmp_path: Path, count: Count, seed: int, examples: int, monkeypatch: pytest.MonkeyPatch
@@ -150,6 +154,7 @@ def test_cifar_batches_mutated(
     check_examples(mutated(original), examples, seed, check)
 
 
+@pytest.mark.slow
 def test_archives(tmp_path: Path, count: Count, monkeypatch: pytest.MonkeyPatch) -> None:
     """An archive with another MD5 is not unpacked, whatever the names of its members are."""
     outside = tmp_path / "outside"

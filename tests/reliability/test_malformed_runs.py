@@ -61,6 +61,7 @@ def hostile_weights(marker: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_weights(tmp_path: Path, count: Count, marker: Path) -> None:
     file = tmp_path / "it.pth"
     for name, content in hostile_weights(marker).items():
@@ -73,6 +74,7 @@ def test_weights(tmp_path: Path, count: Count, marker: Path) -> None:
         assert is_refused(count, *NOWHERE, "--weights", file), content
 
 
+@pytest.mark.slow
 def test_safetensors(tmp_path: Path, count: Count, marker: Path) -> None:
     file = tmp_path / "it.safetensors"
     tensor = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
@@ -89,6 +91,7 @@ def test_safetensors(tmp_path: Path, count: Count, marker: Path) -> None:
         assert is_refused(count, *NOWHERE, "--weights", file), content[:50]
 
 
+@pytest.mark.slow
 @A_FEW_OR_MANY
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_weights_mutated(finished: Path, tmp_path: Path, count: Count, seed: int, suffix: str, examples: int) -> None:
@@ -139,6 +142,7 @@ SUMMARIES = [b"", b"[]", b"5", b"{}", b"null", DEEP, b"\x80", b'{"model": ' * 99
 FIGURES = [None, [], {}, "x", True, [[0] * 50], "9" * 10]
 
 
+@pytest.mark.slow
 def test_runs(copy: Path, tmp_path: Path, count: Count) -> None:
     evaluate, compare = ("eval", copy), ("compare", copy, "--output", f"{NOT_WRITABLE}/x.png")
     garbled: list[tuple[str, list[bytes], tuple[object, ...]]] = [
@@ -161,6 +165,7 @@ def test_runs(copy: Path, tmp_path: Path, count: Count) -> None:
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("some", [6, pytest.param(300, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
 def test_summary_values_of_another_type(copy: Path, count: Count, seed: int, name: str, some: int) -> None:
@@ -205,6 +210,7 @@ def resume(run: Path) -> tuple[object, ...]:
     return ("--runs-dir", run.parent, "--exp-name", run.name, *TINY, "--resume", "must")
 
 
+@pytest.mark.slow
 def test_hostile_checkpoints(copy: Path, count: Count, marker: Path) -> None:
     last = (copy / "checkpoints" / "last").resolve()
     before = shutil.copytree(last, copy.parent / "before")
@@ -226,6 +232,7 @@ def test_hostile_checkpoints(copy: Path, count: Count, marker: Path) -> None:
         assert is_refused(count, *resume(copy)), planted
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forged", [False, True], ids=["damaged", "forged"])
 @A_FEW_OR_MANY
 def test_checkpoints_mutated(copy: Path, count: Count, seed: int, forged: bool, examples: int) -> None:

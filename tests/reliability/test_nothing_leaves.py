@@ -55,6 +55,7 @@ main(["--dataset", "cifar10", "--data-url", "http://mirror.invalid/", *tiny])
 """
 
 
+@pytest.mark.slow
 def test_nothing_is_sent_unless_asked_for(tmp_path: Path) -> None:
     (tmp_path / "hook").mkdir()
     (tmp_path / "hook" / "sitecustomize.py").write_text(WATCH)

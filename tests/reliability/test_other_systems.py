@@ -65,6 +65,7 @@ def test_a_name_that_windows_can_have(name: str) -> None:
     assert windows.why_refused(Path("/runs") / name) is None
 
 
+@pytest.mark.slow
 def test_a_path_that_is_too_long_for_windows(trained: Path) -> None:
     longest = "/" + "/".join(["r" * 88] * 2)
     assert len(longest) == windows.MAX_PATH - windows.ROOM - 1

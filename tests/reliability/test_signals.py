@@ -110,6 +110,7 @@ def test_a_signal_during_compilation(tmp_path: Path) -> None:
     assert (victim.folder / "checkpoints" / "step_0").is_dir()
 
 
+@pytest.mark.slow
 def test_a_signal_stops_all_ranks_within_a_few_epochs(tmp_path: Path) -> None:
     """An epoch takes a tenth of a second, and the ranks exchange their status every quarter of a second."""
     victim = Victim(tmp_path, "run", "--epochs", 1000, processes=2)
@@ -138,6 +139,7 @@ def hang_when_saving() -> None:
     atomic_io.write_checksums = hang
 
 
+@pytest.mark.slow
 def test_a_run_that_is_being_trained_is_refused_to_others_and_a_stale_lock_is_not(tmp_path: Path) -> None:
     first = Victim(tmp_path, "run", "--epochs", 1000)
     first.wait_for("epoch   1/")

@@ -46,12 +46,14 @@ def test_a_run_in_training_is_compared_by_its_results_so_far(runs: Path, capsys:
     assert Path("curves.png").is_file()
 
 
+@pytest.mark.slow
 def test_energy_per_image_has_a_row_if_one_run_has_it(runs: Path, capsys: Capture) -> None:
     assert "energy" not in compare(capsys, runs / "done", runs / "training", "--markdown")[0]
     write_summary(runs / "done", energy_joules_per_image=0.001234)
     assert "| energy per image, mJ | 1.23 | — |" in compare(capsys, runs / "done", runs / "training", "--markdown")[0]
 
 
+@pytest.mark.slow
 def test_a_separate_evaluation_has_a_row_if_one_run_has_it(runs: Path, capsys: Capture) -> None:
     folders = (runs / "done", runs / "training", "--markdown")
     assert "by eval" not in compare(capsys, *folders)[0]
@@ -113,6 +115,7 @@ def test_mistakes_are_one_line(args: list[str], message: str, runs: Path, capsys
     assert not Path("curves.png").exists()
 
 
+@pytest.mark.slow
 def test_programs_read_json_and_csv(runs: Path, capsys: Capture) -> None:
     write_summary(runs / "done", test_loss=float("nan"))
     out, err = compare(capsys, *sorted(runs.iterdir()), "--json")

@@ -30,6 +30,7 @@ def _forget() -> Iterator[None]:
         function.cache_clear()
 
 
+@pytest.mark.slow
 def test_letters_that_no_font_has_are_drawn_as_codes_with_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

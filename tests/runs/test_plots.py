@@ -13,6 +13,7 @@ from tests.runs.folders import write_run
 from tests.support.pictures import record_pictures
 
 
+@pytest.mark.slow
 def test_losses_share_a_panel_and_the_best_epoch_is_marked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = record_pictures(monkeypatch)
     runs = [
@@ -36,6 +37,7 @@ def _overlap(boxes: list[Bbox]) -> bool:
     return any(a.overlaps(b) for a, b in combinations(boxes, 2))
 
 
+@pytest.mark.slow
 def test_a_short_run_is_drawn_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = record_pictures(monkeypatch)
     plot_curves([write_run(tmp_path / "run", epochs=2)], tmp_path / "curves.png", "")
@@ -45,6 +47,7 @@ def test_a_short_run_is_drawn_by_step(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(loss.get_lines()[1].get_xdata()) == list(accuracy.get_lines()[0].get_xdata()) == [10, 20]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "x"), [(2, [2, 4, 6, 8]), (90, [1.5, 3, 4.5, 6])])
 def test_curves_over_the_training_time(
     seconds: float, x: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -56,6 +59,7 @@ def test_curves_over_the_training_time(
     assert loss.get_xlabel() == f"training time, {unit}" and list(loss.get_lines()[1].get_xdata()) == x
 
 
+@pytest.mark.slow
 def test_losses_that_are_inf_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = record_pictures(monkeypatch)
     run = write_run(tmp_path / "run", test_loss=[1.0, float("inf"), 2.0, float("nan")])
@@ -79,6 +83,7 @@ def test_a_confusion_matrix_shows_shares_counts_and_names(tmp_path: Path, monkey
     assert brightness[1][1] < brightness[0][0] < brightness[0][1] < brightness[1][0]
 
 
+@pytest.mark.slow
 def test_long_titles_and_names_stay_inside_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = record_pictures(monkeypatch)
     title = "a data set with a long name, " * 8
@@ -93,6 +98,7 @@ def test_long_titles_and_names_stay_inside_the_picture(tmp_path: Path, monkeypat
     assert first.x1 < second.x0, "the names do not overlap"
 
 
+@pytest.mark.slow
 def test_a_plan_shows_memory_and_speed_of_each_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = record_pictures(monkeypatch)
     points = [(1, 3.5, 800.0), (2, 3.4, 1500.0), (1024, 3.1, 90_000.0)]

@@ -46,6 +46,7 @@ def test_runs_under_each_attention_end_alike(small_config: Config, tmp_path: Pat
         assert values == pytest.approx(ends["fused"], abs=1e-4), name
 
 
+@pytest.mark.slow
 def test_auto_is_the_default_and_its_pick_is_recorded_and_kept(
     small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -75,6 +76,7 @@ def test_auto_measures_under_the_conditions_of_the_run(
     assert modes == ["compiled" if compile else "eager"]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_takes_another_attention_if_it_is_named(small_config: Config, tmp_path: Path) -> None:
     fit(small_config(stop_after=1, attention="naive"))
     assert fit(small_config(attention="fused"), resume="must")["attention"] == "fused"
@@ -100,6 +102,7 @@ def test_tokens_that_the_attention_cant_serve_are_one_line(small_config: Config,
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_compiling_is_warmed_up_without_a_trace_in_the_run(
     small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +128,7 @@ def test_timms_vit_trains_with_ours(small_config: Config, tmp_path: Path, monkey
     assert [r.evaluation.loss for r in results] == pytest.approx([results[0].evaluation.loss] * 4, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_that_it_cant_serve_keeps_its_own(small_config: Config) -> None:
     resnet = {
         "model": "test_resnet",
@@ -152,6 +156,7 @@ def test_what_cant_run_here_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_on_a_cpu_blocks_are_one_kernel_unless_an_attention_is_named(
     small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +202,7 @@ def test_a_block_that_contradicts_the_attention_or_does_not_fit_is_refused(
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_without_a_working_compiler_a_run_trains_and_says_so_in_a_line(
     small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def same_weights(first: Path, second: Path) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_a_run_sets_the_switches_restores_them_and_measures_no_attention(
     small_config: SmallConfig, tmp_path: Path, during: list[dict[str, object]]
 ) -> None:

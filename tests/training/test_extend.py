@@ -35,6 +35,7 @@ def test_a_run_that_is_extended_twice_is_the_run_that_was_planned_so(
     assert RunFolder(extended).read_config()["extend"] == [2, 1]
 
 
+@pytest.mark.slow
 def test_the_schedule_begins_again_and_says_so(small_config: SmallConfig, tmp_path: Path) -> None:
     fit(small_config(epochs=2, warmup=0.0, schedule="linear", lr=0.004))
     fit(small_config(epochs=2, warmup=0.0, schedule="linear", lr=0.004, extend=(4,)), resume="must")
@@ -47,6 +48,7 @@ def test_the_schedule_begins_again_and_says_so(small_config: SmallConfig, tmp_pa
     assert "epoch   6/6" in log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "then", "message"),
     [

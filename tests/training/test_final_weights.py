@@ -60,6 +60,7 @@ def same(first: Path, second: Path) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("scripted")
 @pytest.mark.parametrize(("measure", "best"), [("accuracy", 1), ("balanced", 2), ("loss", 3)])
 def test_the_best_epoch_is_the_one_asked_for_and_patience_ends_with_its_weights(
@@ -91,6 +92,7 @@ def test_the_summary_is_about_the_best_epochs_weights(
     assert evaluate(run).accuracy == summary["test_accuracy"]
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_ends_alike(small_config: SmallConfig, tmp_path: Path) -> None:
     settings = {"lr": 0.05, "optimizer": "sgd", "momentum": 0.99, "patience": 1, "epochs": 30, "mixup": 0.2, "ema": 0.5}
     settings |= {"sampler": "balanced"}
@@ -107,6 +109,7 @@ def test_stopped_and_resumed_ends_alike(small_config: SmallConfig, tmp_path: Pat
     assert parts["test_loss"] == again["test_loss"] == whole["test_loss"]
 
 
+@pytest.mark.slow
 def test_weights_of_another_epoch_are_not_taken_for_the_best(small_config: SmallConfig, tmp_path: Path) -> None:
     settings = {"lr": 0.0, "patience": 1, "epochs": 30}
     fit(small_config(**settings))
@@ -132,6 +135,7 @@ def test_the_average_is_that_of_the_last_epochs(small_config: SmallConfig, tmp_p
     assert summary["final_weights"] == "average" and evaluate(run).loss == pytest.approx(summary["test_loss"])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_not_finished_has_its_last_weights(small_config: SmallConfig, tmp_path: Path) -> None:
     summary = fit(small_config(epochs=3, average_last=3, stop_after=2, save_model_every=1))
     run = tmp_path / "runs" / "run"
@@ -161,6 +165,7 @@ def test_seeds_that_train_together_cannot_stop_apart(small_config: SmallConfig) 
         fit_seeds(small_config(patience=2), 2, together=True)
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_knows_its_best_epoch(small_config: SmallConfig, tmp_path: Path) -> None:
     fit(small_config(stop_after=1))
     run = tmp_path / "runs" / "run"

@@ -30,6 +30,7 @@ def source(tmp_path: Path) -> Path:
     return tmp_path / "runs" / "source"
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_another_with_its_sizes(source: Path, tmp_path: Path) -> None:
     train(init_from=str(source), runs_dir=str(tmp_path / "runs"), exp_name="next", lr=0.0, epochs=1, attention="fused")
     ours, theirs = load_file(source.parent / "next" / "model.safetensors"), load_file(source / "model.safetensors")
@@ -39,6 +40,7 @@ def test_a_run_starts_from_another_with_its_sizes(source: Path, tmp_path: Path) 
     assert f"initialized from {source}/model.safetensors" in (source.parent / "next" / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_other_classes_and_another_size_from_the_command_line(source: Path, tmp_path: Path) -> None:
     data = write_folder(tmp_path / "shapes", per_class=4)
     flags = ["--recipe", "fast-cifar10", "--dataset", "folder", "--data-dir", data, "--init-from", source]
@@ -54,6 +56,7 @@ def test_other_classes_and_another_size_from_the_command_line(source: Path, tmp_
     assert all(torch.equal(ours[name], theirs[name]) for name in same)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_does_not_read_the_weights_again(source: Path, tmp_path: Path) -> None:
     common = {"runs_dir": str(tmp_path / "runs"), "epochs": 2, "attention": "fused", "batch_size": 240}
     train(init_from=str(source), exp_name="whole", **common)
@@ -64,6 +67,7 @@ def test_a_resumed_run_does_not_read_the_weights_again(source: Path, tmp_path: P
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -90,6 +94,7 @@ def test_a_run_is_not_written_over_the_run_that_it_starts_from(source: Path) -> 
     assert (source / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_two_sources_and_an_unfinished_run_are_one_line_on_the_command_line(source: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fastvit_train", "--init-from", str(source), "--runs-dir", str(tmp_path / "new")]
     done = run([*command, "--weights", "other.pth"])
@@ -100,6 +105,7 @@ def test_two_sources_and_an_unfinished_run_are_one_line_on_the_command_line(sour
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -142,6 +148,7 @@ def test_each_layer_has_its_share_of_the_learning_rate(optimizer: str) -> None:
         assert decays[id(parameter)] == (0.1 if decay_all or parameter.ndim > 1 else 0.0), parameter_name
 
 
+@pytest.mark.slow
 def test_the_schedule_scales_each_layer_and_the_highest_is_recorded(small_config: SmallConfig, tmp_path: Path) -> None:
     """With plain gradient descent, the first step of a layer is its share of what it would be."""
     plain = {"optimizer": "sgd", "weight_decay": 0.0, "lr": 0.1, "schedule": "constant", "warmup": 0.0}
@@ -157,6 +164,7 @@ def test_the_schedule_scales_each_layer_and_the_highest_is_recorded(small_config
     assert RunFolder(tmp_path / "runs" / "decayed").metrics.read_text().count('"learning_rate": 0.1,') == 1
 
 
+@pytest.mark.slow
 def test_a_run_with_frozen_layers_is_resumed_with_the_same_bits(small_config: SmallConfig, tmp_path: Path) -> None:
     settings = {"freeze": 1, "layer_decay": 0.7, "ema": 0.9, "cutmix": 1.0}
     fit(small_config(exp_name="whole", **settings))

@@ -64,6 +64,7 @@ def test_nothing_fits_and_other_errors_are_not_hidden() -> None:
         fit_memory.largest_that_fits([2, 4], 10, lambda: fail)
 
 
+@pytest.mark.slow
 def test_with_memory_to_spare_the_run_is_the_run_without_it(small_config: SmallConfig, tmp_path: Path) -> None:
     fit(small_config(exp_name="plain", drop_rate=0.1))
     fit(small_config(exp_name="fitted", drop_rate=0.1, fit_memory=True))
@@ -71,6 +72,7 @@ def test_with_memory_to_spare_the_run_is_the_run_without_it(small_config: SmallC
     assert all(torch.equal(value, fitted[key]) for key, value in plain.items())
 
 
+@pytest.mark.slow
 def test_what_was_found_is_what_the_run_uses_and_records(
     small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

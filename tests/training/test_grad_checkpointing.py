@@ -44,6 +44,7 @@ def test_a_run_ends_with_the_same_weights(
             assert torch.equal(value, weights[1][key]), key
 
 
+@pytest.mark.slow
 def test_a_run_can_turn_it_on_when_it_is_resumed(small_config: SmallConfig, tmp_path: Path) -> None:
     fit(small_config(exp_name="whole"))
     fit(small_config(exp_name="parts", stop_after=1))
@@ -52,6 +53,7 @@ def test_a_run_can_turn_it_on_when_it_is_resumed(small_config: SmallConfig, tmp_
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["mc_vit_4_4_32", "vit_tiny_patch16_224"])
 def test_less_is_kept_and_no_more_work_is_counted(small_config: SmallConfig, model: str) -> None:
     sizes = {"embed_dim": None, "depth": None, "num_heads": None, "patch_size": None, "image_size": 32}

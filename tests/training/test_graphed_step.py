@@ -65,6 +65,7 @@ def weights(session: TrainSession) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for name, p in named if name != "attention_pool.bias"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_the_recorded_function_is_the_step_of_the_loop(start: Start, settings: dict[str, Any]) -> None:
     sessions = [start("loop", **settings), start("tables", **settings)]
@@ -107,6 +108,7 @@ def test_what_prepares_an_epoch_counts_as_training_time(start: Start, monkeypatc
     assert session.state.epoch_seconds >= 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_trying_the_step_changes_nothing(start: Start, settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
@@ -126,6 +128,7 @@ def test_trying_the_step_changes_nothing(start: Start, settings: dict[str, Any])
     assert train(session) == expected
 
 
+@pytest.mark.slow
 def test_an_epoch_may_be_shorter_than_the_trials(start: Start) -> None:
     session = with_device_step(start(batch_size=1438))
     assert session.graphed_step is not None and session.train_loader.steps_per_epoch == 1

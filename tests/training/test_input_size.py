@@ -46,6 +46,7 @@ def runs(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> 
     return runs
 
 
+@pytest.mark.slow
 def test_it_learns_from_gray_levels_and_the_evaluation_is_the_same(runs: Path) -> None:
     run = load_run(runs / "whole")
     assert run.input_size == (1, 16, 40) and run.model.patch_embed.grid_size == (4, 10)
@@ -53,6 +54,7 @@ def test_it_learns_from_gray_levels_and_the_evaluation_is_the_same(runs: Path) -
     assert evaluate(runs / "whole").accuracy == 1.0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_with_the_same_bits(runs: Path, settings: dict[str, Any]) -> None:
     halves = {"runs_dir": str(runs), "exp_name": "halves", "epochs": 8, "lr": 3e-3, **AUGMENTED, **settings}
     train(stop_after=3, **halves)
@@ -75,6 +77,7 @@ def test_two_processes_agree_with_one(settings: dict[str, Any], tmp_path: Path) 
         assert [epoch[key] for epoch in one] == pytest.approx([epoch[key] for epoch in two], abs=1e-5), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", ["inspect", "predict", "report"])
 def test_pictures_show_wide_gray_images(
     verb: str, runs: Path, settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]

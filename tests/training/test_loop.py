@@ -99,6 +99,7 @@ def test_on_a_gpu_torch_sees_no_synchronisation_either(small_config: Config, com
     train_epoch(session, bar, after_the_first)
 
 
+@pytest.mark.slow
 def test_on_epoch_finds_the_metrics_of_each_epoch_and_changes_nothing(small_config: Config, tmp_path: Path) -> None:
     found = []
 
@@ -112,6 +113,7 @@ def test_on_epoch_finds_the_metrics_of_each_epoch_and_changes_nothing(small_conf
     assert fit(small_config(**settings, exp_name="other"))["test_loss"] == watched["test_loss"]
 
 
+@pytest.mark.slow
 def test_a_busy_machine_is_reported_once(small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train_step = loop._train_step
 

@@ -25,6 +25,7 @@ def started(tmp_path: Path, precision: str | None) -> str:
         return start_accelerator(1, (), tmp_path, precision).mixed_precision
 
 
+@pytest.mark.slow
 def test_the_next_run_in_a_process_has_its_own_precision(small_config: SmallConfig, tmp_path: Path) -> None:
     small = flatten(small_config(epochs=1)) | {"exp_name": "low"}
     assert train(**small | {"precision": "bf16"})["mixed_precision"] == "bf16"
@@ -35,6 +36,7 @@ def test_the_next_run_in_a_process_has_its_own_precision(small_config: SmallConf
     assert recorded["precision"] == "bf16"
 
 
+@pytest.mark.slow
 @on_a_cpu
 @pytest.mark.parametrize(("capability", "warns"), [("AVX2", True), ("AVX512", False)])
 def test_bf16_that_a_cpu_would_emulate_is_warned_of(

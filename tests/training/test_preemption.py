@@ -112,6 +112,7 @@ def test_signals_are_taken_while_a_run_lasts_and_given_back() -> None:
     assert signal.getsignal(signal.SIGUSR1) == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_raises_keyboard_interrupt_in_python_once_the_checkpoint_is_written(
     small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +176,7 @@ def test_a_loss_that_is_no_number_ends_the_epoch_early(
     assert not list(session.folder.checkpoints.glob("step_*"))
 
 
+@pytest.mark.slow
 def test_weights_that_are_no_numbers_are_not_saved(
     small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -196,6 +198,7 @@ def test_weights_that_are_no_numbers_are_not_saved(
     assert fit(small_config(), resume="must")["epochs"] == 3
 
 
+@pytest.mark.slow
 def test_the_moving_average_is_what_is_evaluated_and_written(small_config: SmallConfig, tmp_path: Path) -> None:
     decay, epochs = 0.8, 2
     summary = fit(small_config(ema=decay, epochs=epochs, batch_size=480, exp_name="averaged", save_every=1, keep=99))
@@ -211,6 +214,7 @@ def test_the_moving_average_is_what_is_evaluated_and_written(small_config: Small
     assert not torch.equal(written["head.weight"], steps[-1]["head.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "nmuon", "lion"])
 def test_steps_that_the_scaler_skips_are_counted_and_shown(
     small_config: SmallConfig,

@@ -50,6 +50,7 @@ def same_but_for_the_classifier(first: dict[str, torch.Tensor], second: dict[str
     return all(torch.equal(first[name], second[name]) for name in names)
 
 
+@pytest.mark.slow
 def test_a_folder_of_our_own(ours: Path, tmp_path: Path) -> None:
     train(model=f"local-dir:{ours}", pretrained=True, runs_dir=str(tmp_path / "runs"), exp_name="next", **COMMON)
     config, before = RunFolder(tmp_path / "runs" / "next").read_config(), RunFolder(ours).read_config()
@@ -62,6 +63,7 @@ def test_a_folder_of_our_own(ours: Path, tmp_path: Path) -> None:
     assert load_run(tuned).normalisation == (MEAN, STD)
 
 
+@pytest.mark.slow
 def test_a_folder_of_timm_with_another_size_and_other_classes(theirs: Path, tmp_path: Path) -> None:
     settings = {**COMMON, "attention": "timm", "runs_dir": str(tmp_path / "runs")}
     train(model=f"local-dir:{theirs}", pretrained=True, image_size=32, exp_name="next", **settings)

@@ -16,6 +16,7 @@ from tests.support.pictures import record_pictures
 SmallConfig = Callable[..., TrainConfig]
 
 
+@pytest.mark.slow
 def test_the_sheet_shows_the_images_of_the_first_step_and_their_shares(
     small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,7 @@ def test_all_cores_restores_the_threads(other_threads: None, monkeypatch: pytest
     assert torch.get_num_threads() == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_run_leaves_the_process_as_it_found_it(
     small_config: SmallConfig, other_threads: None, monkeypatch: pytest.MonkeyPatch, fails: bool
@@ -92,6 +93,7 @@ def test_a_run_leaves_the_process_as_it_found_it(
     assert len(during) == 1
 
 
+@pytest.mark.slow
 def test_the_callers_random_numbers_go_on(small_config: SmallConfig, tmp_path: Path) -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), float(np.random.rand()), float(torch.rand(()))

@@ -49,6 +49,7 @@ def names(runs: Path) -> set[str]:
     return {path.name for path in runs.iterdir()}
 
 
+@pytest.mark.slow
 def test_a_second_run_gets_a_number(small_config: SmallConfig, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     for _ in range(2):
@@ -64,6 +65,7 @@ def test_a_second_run_gets_a_number(small_config: SmallConfig, tmp_path: Path) -
         fit(small_config(**FAST | {"exp_name": QUICKSTART}))
 
 
+@pytest.mark.slow
 def test_a_name_that_is_taken_during_the_setup_is_not_used_twice(
     small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,6 +87,7 @@ def epochs_of(runs: Path) -> dict[str, int]:
     return {path.parent.name: json.loads(path.read_text())["epochs"] for path in runs.glob("*/summary.json")}
 
 
+@pytest.mark.slow
 def test_resume_finds_the_newest_run_with_these_settings(small_config: SmallConfig, tmp_path: Path) -> None:
     runs, two = tmp_path / "runs", FAST | {"epochs": 2}
     fit(small_config(**two, stop_after=1), resume="auto")  # there is none to resume
@@ -95,6 +98,7 @@ def test_resume_finds_the_newest_run_with_these_settings(small_config: SmallConf
         fit(small_config(**FAST | {"epochs": 5}), resume="must")
 
 
+@pytest.mark.slow
 def test_resume_finds_a_run_with_the_default_name_of_earlier_versions(
     small_config: SmallConfig, tmp_path: Path
 ) -> None:
@@ -108,6 +112,7 @@ def test_resume_finds_a_run_with_the_default_name_of_earlier_versions(
     assert epochs_of(tmp_path / "runs") == {earlier: 2, "photos-mc_vit_4_4_32-seed0": 1}
 
 
+@pytest.mark.slow
 def test_overwrite_takes_the_newest_run(small_config: SmallConfig, tmp_path: Path) -> None:
     for _ in range(2):
         fit(small_config(**FAST))
@@ -115,6 +120,7 @@ def test_overwrite_takes_the_newest_run(small_config: SmallConfig, tmp_path: Pat
     assert epochs_of(tmp_path / "runs") == {QUICKSTART: 1, f"{QUICKSTART}-2": 2}
 
 
+@pytest.mark.slow
 def test_several_seeds_without_a_name_do_not_collide(small_config: SmallConfig, tmp_path: Path) -> None:
     group = "digits-mc_vit_4_4_32"
     assert fit_seeds(small_config(**FAST), 1)["runs"] == [f"{group}-seed0"]

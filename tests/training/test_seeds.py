@@ -15,6 +15,7 @@ from fastvit_train.utils.errors import UserError
 from tests.support import launch, one_line_error
 
 
+@pytest.mark.slow
 def test_seeds_are_the_runs_that_they_would_be_alone(
     small_config: Callable[..., TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -35,6 +36,7 @@ def test_seeds_are_the_runs_that_they_would_be_alone(
     assert f"many-3seeds.json; next: fastvit compare {runs}\n" in said
 
 
+@pytest.mark.slow
 def test_the_clock_stops_at_the_first_evaluation_that_reaches_the_target(
     small_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
@@ -51,11 +53,13 @@ def test_the_clock_stops_at_the_first_evaluation_that_reaches_the_target(
     assert f"reached after {first} epochs" in (tmp_path / "runs" / "timed" / "train.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_target_that_is_not_reached_has_no_time(small_config: Callable[..., TrainConfig]) -> None:
     summary = fit(small_config(epochs=1, target_accuracy=1.0))
     assert summary["seconds_to_target"] is None and summary["epochs_to_target"] is None
 
 
+@pytest.mark.slow
 def test_the_clock_goes_on_in_a_resumed_run(small_config: Callable[..., TrainConfig]) -> None:
     first = fit(small_config(stop_after=1, target_accuracy=0.01))
     assert first["epochs_to_target"] == 1

@@ -41,6 +41,7 @@ def results(runs: Path, name: str, seed: int) -> list[Any]:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_each_seed_has_the_bits_that_it_has_alone(
     small_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,6 +133,7 @@ def test_several_processes_cannot_train_seeds_together(small_config: Config, mon
         fit_seeds(small_config(), 2, together=True)
 
 
+@pytest.mark.slow
 def test_runs_that_stand_at_different_steps_are_refused(small_config: Config, tmp_path: Path) -> None:
     fit(small_config(exp_name="run-seed0", epochs=2, stop_after=1))
     message = r"same number of steps, not 5 \(run-seed0\), 0 \(run-seed1\); leave it out to continue one by one"

@@ -220,6 +220,7 @@ def use_gpu_meter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(setup, "Meter", lambda device, enabled: Meter(CUDA, enabled))
 
 
+@pytest.mark.slow
 def test_a_run_reports_the_usage_of_its_gpu(
     small_config: Callable[..., TrainConfig], tmp_path: Path, nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +246,7 @@ def test_a_run_reports_the_usage_of_its_gpu(
     assert " J  " in line and " W  GPU 80%  " in line and " MiB" in line
 
 
+@pytest.mark.slow
 def test_a_run_of_short_epochs_has_energy_and_its_epochs_have_none(
     small_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

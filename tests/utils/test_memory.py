@@ -45,6 +45,7 @@ print(memory.peak_mib(cpu))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak can't be reset on other systems")
 def test_the_peak_is_measured_from_its_last_reset() -> None:
     # In a process of its own: one that has trained retains freed memory, where a tensor adds nothing to the peak.

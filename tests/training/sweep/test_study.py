@@ -39,6 +39,7 @@ def trials(runs: Path) -> list[optuna.trial.FrozenTrial]:
     return optuna.load_study(study_name="sweep", storage=storage).get_trials()
 
 
+@pytest.mark.slow
 def test_trials_are_runs_with_a_table_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(command(tmp_path, "--trials", 1))
     folder, done = tmp_path / "sweep", trials(tmp_path)
