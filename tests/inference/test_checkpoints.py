@@ -25,6 +25,7 @@ from fastvit_train.training import loop
 from fastvit_train.utils.errors import UserError
 from tests.support import one_line_error
 
+pytestmark = pytest.mark.slow
 SMALL = {
     "epochs": 4,
     "batch_size": 240,
@@ -71,7 +72,6 @@ def accuracy(run: Path, epoch: int) -> float:
     return float(read_jsonl(run / "metrics.jsonl")[epoch - 1]["test_accuracy"])
 
 
-@pytest.mark.slow
 def test_the_best_checkpoint_is_that_of_the_best_epoch(run: Path) -> None:
     evaluated = evaluate_run(run, checkpoint="best")
     assert evaluated.evaluation.accuracy == accuracy(run, BEST_EPOCH) > 0
@@ -186,7 +186,6 @@ def test_a_model_card_has_the_accuracy_of_the_checkpoint(run: Path) -> None:
     assert all(torch.equal(value, best[name]) for name, value in load_file(folder / "model.safetensors").items())
 
 
-@pytest.mark.slow
 def test_evaluation_from_python_and_what_it_records(run: Path) -> None:
     assert fastvit_train.evaluate(run, checkpoint="best").accuracy == accuracy(run, 2)
     main(["eval", str(run), "--checkpoint", "best"])

@@ -28,6 +28,7 @@ from fastvit_train.inference.export import FORMATS, _write_safetensors
 from fastvit_train.inference.trained_model import load_run
 from tests.support import one_line_error, write_cifar10, write_folder
 
+pytestmark = pytest.mark.slow
 SMALL = (
     *("--depth", "2", "--embed-dim", "16", "--num-heads", "2", "--patch-size", "8", "--attention", "sdpa"),
     *("--epochs", "2", "--no-telemetry"),
@@ -120,7 +121,6 @@ CASES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "to"), CASES)
 @torch.no_grad()
 def test_an_exported_model_gives_the_same_logits(
@@ -153,7 +153,6 @@ def refused(capsys: pytest.CaptureFixture[str], *args: object) -> str:
     return one_line_error(capsys.readouterr().err)
 
 
-@pytest.mark.slow
 def test_logits_are_compared_on_the_test_images_or_on_digits(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -208,7 +207,6 @@ def test_a_model_that_the_exporter_does_not_support_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_the_output_can_be_named_and_nothing_else_is_overwritten(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

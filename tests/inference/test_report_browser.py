@@ -23,7 +23,7 @@ SMALL = (
     *("--depth", "1", "--embed-dim", "16", "--num-heads", "2", "--patch-size", "8", "--attention", "fused"),
     *("--batch-size", "240", "--no-telemetry", "--epochs", "3"),
 )
-pytestmark = needs_browser
+pytestmark = [needs_browser, pytest.mark.slow]
 CHART = 1  # test loss
 
 

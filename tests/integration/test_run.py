@@ -109,7 +109,8 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("stream", [pytest.param(False, marks=pytest.mark.slow), True], ids=["resident", "streamed"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [False, True], ids=["resident", "streamed"])
 def test_killed_in_the_middle_of_an_epoch_and_resumed(
     small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:

@@ -114,9 +114,8 @@ def spoil(path: Path, kind: str) -> None:
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
 
 
-@pytest.mark.parametrize(
-    "kind", ["one bit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("missing", "cut short"))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["one bit", "missing", "cut short"])
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(kind: str, tmp_path: Path, seed: int) -> None:
     victim = Victim(tmp_path, "run", "--stop-after", 2)
     assert victim.wait() == [0]
@@ -146,7 +145,8 @@ def test_nothing_changes_if_every_checkpoint_is_damaged(tmp_path: Path) -> None:
     assert before == {path: path.read_bytes() for path in victim.folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("keep", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("keep", [1, 3])
 def test_the_newest_and_the_best_are_kept(keep: int, tmp_path: Path) -> None:
     victim = Victim(tmp_path, "run", "--keep", keep)
     assert victim.wait() == [0]

@@ -16,7 +16,8 @@ SmallConfig = Callable[..., TrainConfig]
 SETTINGS = {"epochs": 2, "mixup": 0.2, "ema": 0.9, "average_last": 1, "flip": "alternating", "warmup": 0.25}
 
 
-@pytest.mark.parametrize("optimizer", ["nmuon", pytest.param("adamw", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["nmuon", "adamw"])
 def test_a_run_that_is_extended_twice_is_the_run_that_was_planned_so(
     small_config: SmallConfig, tmp_path: Path, optimizer: str
 ) -> None:

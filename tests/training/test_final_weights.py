@@ -77,7 +77,8 @@ def test_the_best_epoch_is_the_one_asked_for_and_patience_ends_with_its_weights(
     assert f"the final weights are those of epoch {best}, the best one" in (run / "train.log").read_text()
 
 
-@pytest.mark.parametrize("ema", [pytest.param(None, marks=pytest.mark.slow), 0.5])
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [None, 0.5])
 def test_the_summary_is_about_the_best_epochs_weights(
     small_config: SmallConfig, tmp_path: Path, ema: float | None
 ) -> None:
@@ -120,7 +121,8 @@ def test_weights_of_another_epoch_are_not_taken_for_the_best(small_config: Small
     assert "best.safetensors is not that of epoch" in (run / "train.log").read_text()
 
 
-@pytest.mark.parametrize("ema", [pytest.param(None, marks=pytest.mark.slow), 0.9])
+@pytest.mark.slow
+@pytest.mark.parametrize("ema", [None, 0.9])
 def test_the_average_is_that_of_the_last_epochs(small_config: SmallConfig, tmp_path: Path, ema: float | None) -> None:
     settings = {"epochs": 4, "average_last": 3, "save_model_every": 1, "ema": ema}
     summary = fit(small_config(exp_name="whole", **settings))

@@ -18,6 +18,7 @@ from fastvit_train.utils.memory import saved_for_backward
 SmallConfig = Callable[..., TrainConfig]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

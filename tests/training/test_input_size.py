@@ -112,6 +112,7 @@ def test_the_example_of_a_pushed_model_reads_gray_images(
     assert "tensor([[" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("in_chans", "mean"), [(1, (0.5 * 0.299 + 0.6 * 0.587 + 0.7 * 0.114,)), (3, (0.5, 0.6, 0.7))])
 def test_a_run_with_its_own_mean_is_a_start_for_other_channels(
     in_chans: int, mean: tuple[float, ...], tmp_path: Path

@@ -40,7 +40,7 @@ fetch(arguments[0], {mode: arguments[1]}).then((answer) => answer.text()).then(a
 """
 TRAIN_LOSS, TEST_LOSS, ACCURACY = range(3)
 CHARTS = "document.querySelectorAll('#charts figure')"
-pytestmark = needs_browser
+pytestmark = [needs_browser, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,6 @@ def values(folder: Path, key: str) -> list[Any]:
     return [row[key] for row in read_jsonl(RunFolder(folder).metrics)]
 
 
-@pytest.mark.slow
 def test_the_curve_of_a_run_in_training_grows(page: webdriver.Chrome, runs: Path) -> None:
     command = launch_command("--runs-dir", runs, "--exp-name", "live", "--epochs", 100_000, *SMALL)
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
