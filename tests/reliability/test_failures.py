@@ -94,12 +94,13 @@ def errors(victim: Victim) -> list[str]:
     return re.findall(r"^fastvit_train: error: (.*)$", said, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("processes", "rank"), [(1, 0), (2, 1), pytest.param(2, 0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "rank"), [(1, 0), (2, 1), (2, 0)])
 @pytest.mark.parametrize(
     ("trick", "status", "message"),
     [
         (break_decoding, 2, r"a process that loads images failed \(RuntimeError: the decoder is broken\)"),
-        pytest.param(kill_a_worker, 2, "a process that loads images has ended", marks=pytest.mark.slow),
+        (kill_a_worker, 2, "a process that loads images has ended"),
         (
             break_a_hook,
             1,

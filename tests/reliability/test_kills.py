@@ -49,7 +49,7 @@ def kill_and_resume(runs: Path, stream: random.Random, processes: int, kills: in
 @pytest.mark.parametrize(
     ("processes", "rounds", "kills"),
     [
-        pytest.param(1, 1, 1, id="one-process"),
+        pytest.param(1, 1, 1, id="one-process", marks=pytest.mark.slow),
         pytest.param(2, 1, 1, id="two-processes", marks=pytest.mark.slow),
         pytest.param(1, 6, 6, id="one-process-36-times", marks=pytest.mark.soak),
         pytest.param(2, 4, 4, id="two-processes-16-times", marks=pytest.mark.soak),
