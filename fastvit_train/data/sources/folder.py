@@ -26,6 +26,8 @@ from fastvit_train.utils.errors import UserError, counted, printable
 
 log = logging.getLogger(__name__)
 TRAIN_NAME, TEST_NAMES = "train", ("test", "val")
+LONG_TEST_NAMES = (*TEST_NAMES, "validation", "valid")
+"""names of test splits in data sets that are not folders of images, preferred first"""
 SPLITS, TRANSPARENT = ("train", "test"), "transparent"
 """names of tensors in caches"""
 DECODE_BATCH = 256

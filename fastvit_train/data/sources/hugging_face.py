@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastvit_train.config.validation import HUGGING_FACE
 from fastvit_train.data.encoded import Row
-from fastvit_train.data.sources.folder import TEST_NAMES, TRAIN_NAME, Listing
+from fastvit_train.data.sources.folder import LONG_TEST_NAMES, TRAIN_NAME, Listing
 from fastvit_train.data.sources.hub import offline_if_unreachable
 from fastvit_train.utils.errors import UserError, printable
 
@@ -140,7 +140,7 @@ def _train_split(tables: "DatasetDict") -> str:
 
 def _read_test_split(dataset: str, tables: "DatasetDict", column: str) -> tuple[str, list[Any]]:
     """Return the name of the first test split that has labels, and the values of its column of labels."""
-    tests = [name for name in (*TEST_NAMES, "validation", "valid") if name in tables]
+    tests = [name for name in LONG_TEST_NAMES if name in tables]
     for name in tests if TRAIN_NAME in tables else ():
         values = _values(tables[name], column)
         if UNLABELED not in values:

@@ -56,13 +56,26 @@ def find_folders(folder: Path) -> tuple[list[Path], PassedOver]:
 def find_images(folder: Path) -> tuple[list[Path], PassedOver]:
     """Return the images in `folder` and in all folders below it, sorted by path, and what is passed over.
 
-    Linked folders are followed after all others. Each folder is read once, and none that contains `folder`.
-
     Raises:
         UserError: if a folder can't be read.
     """
     images: list[Path] = []
     passed_over: PassedOver = Counter()
+    for parent, files, hidden_folders in walk(folder):
+        passed_over[HIDDEN] += hidden_folders
+        images += [parent / name for name in files if is_image(name)]
+        passed_over += count_others(files)
+    return sorted(images), passed_over
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, list[str], int]]:
+    """Yield `folder` and all folders below it, each with the names of its files and the number of its hidden folders.
+
+    Linked folders are followed after all others. Each folder is read once, and none that contains `folder`.
+
+    Raises:
+        UserError: if a folder can't be read.
+    """
     seen = {str(parent) for parent in Path(os.path.realpath(folder)).parents}
     to_walk = [folder]
     for start in to_walk:  # links are appended on the way
@@ -72,12 +85,10 @@ def find_images(folder: Path) -> tuple[list[Path], PassedOver]:
                 folders.clear()
                 continue
             seen.add(real)
-            passed_over[HIDDEN] += sum(map(is_hidden, folders))
+            hidden = sum(map(is_hidden, folders))
             folders[:] = sorted(name for name in folders if not is_hidden(name))
             to_walk += [path for name in folders if (path := Path(parent, name)).is_symlink()]
-            images += [Path(parent, name) for name in files if is_image(name)]
-            passed_over += count_others(files)
-    return sorted(images), passed_over
+            yield Path(parent), files, hidden
 
 
 def count_others(files: Iterable[str]) -> PassedOver:

@@ -5,7 +5,6 @@ file `.cls` or as an entry of a file `.json`. Source: https://github.com/webdata
 """
 
 import json
-import os
 import re
 import sys
 import tarfile
@@ -13,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from io import SEEK_END
 from itertools import groupby
 from pathlib import Path
 from typing import IO
@@ -24,12 +24,11 @@ from torch import Tensor
 
 from fastvit_train.data.encoded import Member
 from fastvit_train.data.images import cache_path, read_cache, write_cache
-from fastvit_train.data.sources.folder import TRAIN_NAME, Listing
-from fastvit_train.data.sources.image_paths import is_hidden, is_image
+from fastvit_train.data.sources.folder import LONG_TEST_NAMES, TRAIN_NAME, Listing
+from fastvit_train.data.sources.image_paths import is_hidden, is_image, walk
 from fastvit_train.distributed.env import is_rank0
 from fastvit_train.utils.errors import UserError, counted, printable
 
-TEST_WORDS = ("test", "val", "validation", "valid")
 LABEL_KEYS = ("cls", "label", "class", "target")
 """the entries of a .json file that may hold the class, preferred first"""
 CLASS_NAMES = "classnames.txt"
@@ -40,7 +39,7 @@ NUMBER = "[0-9]{1,9}"
 SAMPLE = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")
 """the name of a file: the sample's, up to the first dot, and the extension"""
 MAX_LABEL_BYTES = MAX_END_BYTES = 1 << 20
-COLUMNS = ("shard", "start", "size", "label", "texts")
+CACHED = ("samples", "texts")
 """names of tensors in caches"""
 
 
@@ -66,11 +65,18 @@ class Sample:
 
 @dataclass(frozen=True)
 class Index:
-    """The images of some shards and their labels, and how many samples lack one of the two."""
+    """The samples of some shards that have an image and a class, and how many lack one of the two."""
 
-    members: list[Member]
-    labels: list[str]
+    samples: Tensor
+    """int64 (samples, 4): the number of the shard, the image's start and size in it, and the number of the text"""
+    texts: list[str]
+    """what the labels say, by number"""
     passed_over: int
+
+    @property
+    def labels(self) -> set[str]:
+        """What the labels of the samples say."""
+        return {self.texts[number] for number in self.samples[:, 3].unique().tolist()}
 
 
 def list_members(root: Path, holdout: bool = False) -> tuple[Listing, tuple[str, ...]]:
@@ -85,26 +91,29 @@ def list_members(root: Path, holdout: bool = False) -> tuple[Listing, tuple[str,
         The images, and lines about files and samples that are passed over.
 
     Raises:
-        UserError: if there are no shards, if one is damaged, or if samples or their classes are not found.
+        UserError: if there are no shards, if one of them is damaged, or if no sample has an image and a class.
     """
     shards = _find_shards(root, holdout)
     train, test = _index(root, shards.train), _index(root, shards.test)
     classes, numbers = _classes(root, train.labels)
+    if unknown := sorted(test.labels - set(numbers)):
+        raise UserError(f"{root}: no training image has the class {unknown[0]!r}, but a test image has it")
 
-    def split(index: Index) -> tuple[list[Member], Tensor]:
-        if unknown := sorted(set(index.labels) - set(numbers)):
-            raise UserError(f"{root}: no training image has the class {unknown[0]!r}, but a test image has it")
-        return index.members, torch.tensor([numbers[label] for label in index.labels], dtype=torch.int64)
+    def split(index: Index, paths: list[Path]) -> tuple[list[Member], Tensor]:
+        members = [Member(paths[shard], start, size) for shard, start, size in index.samples[:, :3].tolist()]
+        by_text = torch.tensor([numbers.get(text, -1) for text in index.texts], dtype=torch.int64)
+        return members, by_text[index.samples[:, 3]]
 
-    passed_over = train.passed_over + test.passed_over
-    notes = (
-        f"{counted(shards.unused, '.tar file')} passed over: not of the splits train and {shards.test_name}",
-        f"{counted(passed_over, 'sample')} without an image or without a class passed over",
-    )
-    shown = tuple(note for note, count in zip(notes, (shards.unused, passed_over), strict=True) if count)
+    notes = []
+    if shards.unused:
+        unused = counted(shards.unused, ".tar file")
+        notes.append(f"{unused} passed over: not of the splits train and {shards.test_name}")
+    if passed_over := train.passed_over + test.passed_over:
+        notes.append(f"{counted(passed_over, 'sample')} without an image or without a class passed over")
+    splits = split(train, shards.train), split(test, shards.test)
     files = [*shards.train, *shards.test]
-    title = printable(root.resolve().name)
-    return Listing(root, title, classes, shards.test_name, split(train), split(test), Counter(), files), shown
+    listing = Listing(root, printable(root.resolve().name), classes, shards.test_name, *splits, Counter(), files)
+    return listing, tuple(notes)
 
 
 def count_classes(root: Path, holdout: bool) -> int:
@@ -122,14 +131,16 @@ def _find_shards(root: Path, holdout: bool) -> Shards:
         hint = f", and {packed.name} is compressed: decompress it" if packed else ""
         raise UserError(f"--data-dir {root} has no .tar files{hint}; {expected}")
     words = {path: re.findall("[a-z]+", path.relative_to(root).as_posix().lower()) for path in found}
-    tests = {name: [path for path in found if name in words[path]] for name in TEST_WORDS}
+    tests = {name: [path for path in found if name in words[path]] for name in LONG_TEST_NAMES}
     others = [path for path in found if not any(path in paths for paths in tests.values())]
     train = [path for path in others if TRAIN_NAME in words[path]]
+    if holdout and not others:
+        raise UserError(f"--data-dir {root} has only .tar files of a test set; expected {root}/train-0000.tar")
     if holdout:
-        return Shards(_some(root, train or others), [], "holdout")
-    test_name = next((name for name in TEST_WORDS if tests[name]), None)
+        return Shards(train or others, [], "holdout")
+    test_name = next((name for name in LONG_TEST_NAMES if tests[name]), None)
     if not train or test_name is None:
-        missing = "train" if not train else f"{', '.join(TEST_WORDS[:-1])} or {TEST_WORDS[-1]}"
+        missing = "train" if not train else f"{', '.join(LONG_TEST_NAMES[:-1])} or {LONG_TEST_NAMES[-1]}"
         raise UserError(
             f"--data-dir {root} has no .tar files with {missing} in their names; {expected}, or a training with "
             "--holdout 0.1, which evaluates on some training images"
@@ -138,48 +149,34 @@ def _find_shards(root: Path, holdout: bool) -> Shards:
 
 
 def _tar_files(root: Path) -> list[Path]:
-    """Return the .tar files in `root` and in all folders below it, linked ones too, each folder once."""
-    found: list[Path] = []
-    seen: set[str] = set()
-    for parent, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(parent)
-        folders[:] = [] if real in seen else [name for name in folders if not is_hidden(name)]
-        found += [] if real in seen else [Path(parent, name) for name in files if _is_tar(name)]
-        seen.add(real)
-    return sorted(found)
+    """Return the .tar files in `root` and in all folders below it, linked ones too."""
+    return sorted(parent / name for parent, files, _ in walk(root) for name in files if _is_tar(name))
 
 
 def _is_tar(name: str) -> bool:
     return name.lower().endswith(".tar") and not is_hidden(name)
 
 
-def _some(root: Path, shards: list[Path]) -> list[Path]:
-    if not shards:
-        raise UserError(f"--data-dir {root} has only .tar files of a test set; expected {root}/train-0000.tar")
-    return shards
-
-
 def _index(root: Path, shards: Sequence[Path]) -> Index:
     """Find the images in `shards`. The headers are read again only if a shard changes."""
     if not shards:
-        return Index([], [], 0)
+        return Index(torch.empty(0, 4, dtype=torch.int64), [], 0)
     cache = cache_path(root, shards, "shards")
     with _one_at_a_time(cache):
-        columns = read_cache(cache, COLUMNS)
-        if columns is None:
-            columns = _scan_all(root, shards)
-            write_cache(cache, columns, root)
-    texts = json.loads(bytes(columns["texts"].tolist()))
-    rows = list(zip(*(columns[name].tolist() for name in COLUMNS[:-1]), strict=True))
-    whole = [(Member(shards[shard], start, size), texts[label]) for shard, start, size, label in rows if size]
-    labeled = [(member, label) for member, label in whole if label]
-    if not labeled:
+        tensors = read_cache(cache, CACHED)
+        if tensors is None:
+            tensors = _scan_all(root, shards)
+            write_cache(cache, tensors, root)
+    samples, texts = tensors["samples"], json.loads(bytes(tensors["texts"].tolist()))
+    is_labeled = torch.tensor([bool(text) for text in texts], dtype=torch.bool)[samples[:, 3]]
+    whole = samples[is_labeled & (samples[:, 2] > 0)]
+    if not len(whole):
         keys = ", ".join(LABEL_KEYS)
         raise UserError(
             f"{shards[0]} has no sample with an image and a class; expected files such as 0001.jpg and 0001.cls, or "
             f"0001.json with one of the entries {keys}"
         )
-    return Index([member for member, _ in labeled], [label for _, label in labeled], len(rows) - len(labeled))
+    return Index(whole, texts, len(samples) - len(whole))
 
 
 @contextmanager
@@ -200,9 +197,8 @@ def _scan_all(root: Path, shards: Sequence[Path]) -> dict[str, Tensor]:
     texts = sorted({sample.label for _, sample in samples})
     label_of = {text: label for label, text in enumerate(texts)}
     rows = [(number, sample.start, sample.size, label_of[sample.label]) for number, sample in samples]
-    columns = torch.tensor(rows, dtype=torch.int64).view(-1, len(COLUMNS) - 1).T.contiguous()
     encoded = torch.tensor(list(json.dumps(texts).encode()), dtype=torch.uint8)
-    return {**{name: column.clone() for name, column in zip(COLUMNS, columns, strict=False)}, "texts": encoded}
+    return {"samples": torch.tensor(rows, dtype=torch.int64).view(-1, 4), "texts": encoded}
 
 
 def _scan(shard: Path) -> Iterator[Sample]:
@@ -248,18 +244,20 @@ def _entry(described: object) -> str:
 
 def _check_end(stream: IO[bytes], tar: tarfile.TarFile) -> None:
     """Raise ValueError unless the tar file ends where its last file does: tarfile stops at a damaged header."""
-    last = tar.getmembers()[-1:]
-    blocks = sum(member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE for member in last)
-    if last and stream.seek(0, 2) < last[0].offset_data + last[0].size:
-        raise ValueError("it is incomplete")
-    stream.seek(blocks)
+    members, end = tar.getmembers(), 0
+    if members:
+        last = members[-1]
+        end = last.offset_data + -(-last.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        if stream.seek(0, SEEK_END) < last.offset_data + last.size:
+            raise ValueError("it is incomplete")
+    stream.seek(end)
     if stream.read(MAX_END_BYTES).strip(b"\0"):
-        raise ValueError(f"a damaged header at byte {blocks:,}")
+        raise ValueError(f"a damaged header at byte {end:,}")
 
 
-def _classes(root: Path, labels: Sequence[str]) -> tuple[tuple[str, ...], dict[str, int]]:
+def _classes(root: Path, labels: set[str]) -> tuple[tuple[str, ...], dict[str, int]]:
     """Return the names of the classes, and the number of each label: numbers in order, or else texts in order."""
-    texts = sorted(set(labels))
+    texts = sorted(labels)
     names = _class_names(root)
     if not all(re.fullmatch(NUMBER, text) for text in texts):
         return tuple(map(printable, texts)), {text: number for number, text in enumerate(texts)}
