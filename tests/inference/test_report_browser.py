@@ -17,7 +17,7 @@ from selenium.webdriver.remote.webelement import WebElement
 
 from fastvit_train.cli.main import main
 from fastvit_train.inference.report.page import write_report
-from tests.support.browser import check_contrasts, needs_browser, open_browser, set_screen
+from tests.support.browser import check_contrasts, needs_browser, open_browser, requested_urls, set_screen
 
 SMALL = (
     *("--depth", "1", "--embed-dim", "16", "--num-heads", "2", "--patch-size", "8", "--attention", "fused"),
@@ -52,8 +52,7 @@ def page(runs: Path, browser: webdriver.Chrome) -> Iterator[webdriver.Chrome]:
     browser.get((runs / "page.html").as_uri())
     yield browser
     assert browser.get_log("browser") == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    requested = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+    requested = requested_urls(browser)
     assert requested and all(url.startswith((f"{runs.as_uri()}/", "data:")) for url in requested)
 
 

@@ -1,5 +1,6 @@
 """A real browser without a window, for the tests of pages; import it after pytest.importorskip("selenium")."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -37,6 +38,12 @@ def set_screen(browser: webdriver.Chrome, width: int, **features: str) -> None:
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     named = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": named})
+
+
+def requested_urls(browser: webdriver.Chrome) -> set[str]:
+    """What the browser has requested since its log was read last."""
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    return {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
 
 
 def check_contrasts(page: webdriver.Chrome) -> None:

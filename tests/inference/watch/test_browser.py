@@ -1,6 +1,5 @@
 """The page of `watch` in a browser: curves that grow while a run trains, ticked runs, keyboard, screens, safety."""
 
-import json
 import os
 import shutil
 import signal
@@ -25,7 +24,7 @@ from fastvit_train.runs.lock import RunLock
 from fastvit_train.runs.results import read_runs
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from tests.support import ROOT, environment, launch_command, wait_until
-from tests.support.browser import check_contrasts, needs_browser, open_browser, set_screen
+from tests.support.browser import check_contrasts, needs_browser, open_browser, requested_urls, set_screen
 from tests.support.watching import serving
 
 SMALL = (
@@ -88,8 +87,7 @@ def page(server: WatchServer, browser: webdriver.Chrome) -> Iterator[webdriver.C
     wait_for_rows(browser, server)
     yield browser
     assert browser.get_log("browser") == []
-    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    requested = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+    requested = requested_urls(browser)
     assert requested and all(url.startswith((server.url, "data:")) for url in requested)
     browser.get("about:blank")
 
