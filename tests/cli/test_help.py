@@ -18,13 +18,13 @@ from fastvit_train.cli.flags import flags_of, option_names
 from fastvit_train.cli.main import main
 from fastvit_train.cli.overview import overview
 from fastvit_train.cli.verbs import VERBS
+from fastvit_train.config.validation import DATASETS
 from tests.reliability.malformed import TINY
 from tests.support import ROOT, environment, one_line_error
 
 COLOUR = re.compile(r"\x1b\[(?:\d+;)*(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;\d+)*m")
 MISTAKE = (
-    "--dataset 'mnist' is not allowed (did you mean fashion-mnist?); "
-    "allowed: digits, cifar10, cifar100, fashion-mnist, folder, synthetic, or hf:USER/NAME"
+    f"--dataset 'mnist' is not allowed (did you mean fashion-mnist?); allowed: {', '.join(DATASETS)}, or hf:USER/NAME"
 )
 WORDS = f"""
 import sys
