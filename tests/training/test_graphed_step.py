@@ -1,5 +1,6 @@
 """The training step as one CUDA graph: it is the step of the loop, and the host only launches it."""
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -173,9 +174,7 @@ def nan_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=["plain", "ema and clipping", "grad_checkpointing", "mixed", "frozen layers"],
 )
-def test_a_step_is_one_launch(
-    start: Start, nan_is_fine: None, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
-) -> None:
+def test_a_step_is_one_launch(start: Start, nan_is_fine: None, settings: dict[str, Any]) -> None:
     recipe = {"optimizer": "nmuon", "crop": "shift", "flip": "alternating", "batch_size": 256, "precision": "bf16"}
     model = {"embed_dim": 48, "depth": 4, "num_heads": 4, "patch_size": 4, "image_size": 32, "attention": "triton"}
     torch._dynamo.utils.counters.clear()
@@ -186,24 +185,19 @@ def test_a_step_is_one_launch(
     assert not torch._dynamo.utils.counters["graph_break"]
     if not settings:
         assert sum(counts.captured.values()) <= 240
-    seconds, step = [], loop._train_step
-
-    def timed(*arguments: Any) -> None:
-        started = time.perf_counter()
-        step(*arguments)
-        seconds.append(time.perf_counter() - started)
-
-    monkeypatch.setattr(loop, "_train_step", timed)
     train_epoch(session, ProgressBar(session.log.console, 1, 1, 1))
     session.state.step_in_epoch = 0
     session.graphed_step.start_epoch(session, session.graphed_step.tables.totals)
+    seconds = []
     with null_gpu.counted() as counts:
-        for _ in range(5):
+        for _ in range(50):
+            started = time.thread_time()  # nothing waits in a step, and other processes' time is not the step's
             loop._train_step(session, session.graphed_step.launch)
-    assert counts.calls["cudaGraphLaunch"] == 5
+            seconds.append(time.thread_time() - started)
+    assert counts.calls["cudaGraphLaunch"] == 50
     assert sum(counts.launched.values()) == counts.synchronisations == counts.violations == 0
-    assert sorted(seconds)[len(seconds) // 2] < 0.3e-3
-    print(f"nodes {sum(counts.replayed.values()) / 5}, host {sorted(seconds)[len(seconds) // 2] * 1e3:.3f} ms")
+    assert statistics.median(seconds) < 0.3e-3
+    print(f"nodes {sum(counts.replayed.values()) / 50}, host {statistics.median(seconds) * 1e3:.3f} ms")
 
 
 @pytest.mark.nullgpu
