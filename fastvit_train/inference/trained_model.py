@@ -119,7 +119,18 @@ class TrainedModel:
         return load_dataset(replace(data, data_dir=data_dir or data.data_dir), self.input_size)
 
     def preprocess(self, images_BCHW: Tensor) -> Tensor:
-        """Convert images, uint8 or float from 0 to 255, (batch, channels, height, width), to the model's inputs."""
+        """Convert images, uint8 or float from 0 to 255, (batch, channels, height, width), to the model's inputs.
+
+        Images of another height or width are resized.
+
+        Raises:
+            UserError: if the images have another number of channels than the model's inputs, or there is no batch.
+        """
+        if images_BCHW.ndim != 4 or images_BCHW.shape[1] != self.input_size.channels:
+            raise UserError(
+                f"images of shape {tuple(images_BCHW.shape)} do not fit {self.source}; "
+                f"it takes (batch, {self.input_size.channels}, height, width)"
+            )
         return Preprocess(*self.normalisation, self.input_size, self.device)(images_BCHW.to(self.device))
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,9 @@ def test_train_evaluate_load_run(tmp_path: Path) -> None:
     probabilities = run.predict(test.images)
     assert probabilities.shape == (359, 10) and torch.allclose(probabilities.sum(1), torch.ones(359), atol=1e-5)
     assert probabilities.argmax(1).equal(result.predicted)
+    for wrong in (test.images[0], test.images[:2, :1]):
+        with pytest.raises(UserError, match=re.escape(f"images of shape {tuple(wrong.shape)} do not fit")):
+            run.predict(wrong)
     assert run.classes == tuple("0123456789") and run.parameters == summary["parameters"]
     assert (
         fastvit_train.train(**SMALL, runs_dir=str(tmp_path), exp_name="run", resume="must")["steps"] == summary["steps"]
