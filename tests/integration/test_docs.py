@@ -1,10 +1,12 @@
 """The pages are right: every command and example runs in the order given, and every link and path exists."""
 
 import functools
+import http.client
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +20,7 @@ from accelerate.commands.launch import launch_command_parser
 from fastvit_train.cli.main import main
 from fastvit_train.cli.verbs import VERBS
 from fastvit_train.runs.run_names import default_group
-from tests.support import ROOT, run, write_cifar10, write_fashion_mnist, write_folder
+from tests.support import ROOT, environment, run, write_cifar10, write_fashion_mnist, write_folder
 from tests.support.pages import (
     ALL_PAGES,
     BENCH_PAGES,
@@ -240,6 +242,22 @@ def run_main(args: list[str], command: str) -> None:
         assert not stop.code, f"{command} ended with status {stop.code}"
 
 
+def watch_until_it_answers(args: list[str]) -> None:
+    """A page's `watch`, on a port that is free: it sends its page, and Ctrl-C ends it."""
+    command = [sys.executable, "-m", "fastvit_train", *args, "--port", "0"]
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = re.search(r"http://(127\.0\.0\.1:\d+)/", process.stdout.readline())
+        assert address is not None
+        connection = http.client.HTTPConnection(address[1], timeout=60)
+        connection.request("GET", "/")
+        answer = connection.getresponse()
+        assert answer.status == 200 and b"<html" in answer.read()
+        connection.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+
+
 def run_command(command: str) -> None:
     """A page's command: this program's verbs in this process and made small, all else in bash."""
     if command in IN_CI or command.startswith("pip install -e "):
@@ -247,6 +265,9 @@ def run_command(command: str) -> None:
     args = program_args(command)
     if args is None or MODULE not in command or REDIRECTED in command:
         subprocess.run(["bash", "-ec", command], check=True, timeout=300)
+        return
+    if args[:1] == ["watch"]:
+        watch_until_it_answers(args)
         return
     if command.startswith("accelerate") and (not args or args[0].startswith("-")):
         args += SMALL if "--resume" in args else [*SMALL, "--stop-after", "1"]
