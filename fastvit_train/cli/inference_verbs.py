@@ -41,7 +41,7 @@ class Eval:
     run: Run
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
     checkpoint: Checkpoint = None
-    """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
+    """weights of a run: best, last, or the step of one in checkpoints/; default: the final ones"""
     dataset: DatasetArgument = None
     """evaluate on the test set of this data set; default: the data that the run was evaluated on"""
     data_dir: DataDir = None
@@ -87,7 +87,7 @@ class Predict:
     images: Images
     """files, folders or patterns; - reads an image, or a list of file names, from standard input"""
     checkpoint: Checkpoint = None
-    """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
+    """weights of a run: best, last, or the step of one in checkpoints/; default: the final ones"""
     top: int = 3
     """number of classes to print for each image"""
     json: bool = False
@@ -127,7 +127,7 @@ class Inspect:
     images: Images
     """files, folders or patterns; default: one image of each class of the test set"""
     checkpoint: Checkpoint = None
-    """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
+    """weights of a run: best, last, or the step of one in checkpoints/; default: the final ones"""
     data_dir: DataDir = None
     """folder of the data sets, if they have moved since the training"""
     output: OutputFolder = None
@@ -174,7 +174,7 @@ class Export:
     run: Run
     """a run's folder, local-dir:FOLDER, hf-hub:USER/MODEL, or a timm model name"""
     checkpoint: Checkpoint = None
-    """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
+    """weights of a run: best, last, or the step of one in checkpoints/; default: the final ones"""
     to: Literal["onnx", "torch-export", "safetensors", "timm"] = "onnx"
     """onnx and torch-export write a program that takes uint8 images; safetensors and timm write weights and a config"""
     quantize: Literal["int8"] | None = None
@@ -200,7 +200,7 @@ class Push:
     repo: Repository
     """USER/NAME on the Hub"""
     checkpoint: Checkpoint = None
-    """weights of a run: best, last, or the step of one in checkpoints/; default: those of the last epoch"""
+    """weights of a run: best, last, or the step of one in checkpoints/; default: the final ones"""
     public: bool = False
     """make a new repository public (default: private); also needed to push to an existing public repository"""
     dry_run: bool = False

@@ -1,7 +1,7 @@
 """How a decoded file becomes an image: of one size, opaque, in red, green and blue or in gray."""
 
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -19,6 +19,9 @@ LUMA_BITS = 16
 """bits of the shares as whole numbers, which Pillow computes with"""
 LUMA_BATCH = 4096
 """images that are converted at once"""
+
+TIMM_CROP_MODES = {"crop": "center", "pad": "border", "stretch": "squash"}
+"""timm's names for the values of --fit"""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class Rendering:
             return f"to {size}, both sides on their own, {how}"
         larger = f" enlarged by 1 / {self.crop_pct:g}" if self.crop_pct < 1 else ""
         return f"to cover {size}{larger}, {how}; center crop"
+
+    def timm_entries(self) -> dict[str, Any]:
+        """Return the entries of timm's `pretrained_cfg` that describe it."""
+        return {"interpolation": "bilinear", "crop_pct": self.crop_pct, "crop_mode": TIMM_CROP_MODES[self.fit]}
 
     def resize(self, image: Image.Image, width: int, height: int) -> Image.Image:
         """Return `image` as `width` x `height` pixels."""

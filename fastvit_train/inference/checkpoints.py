@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastvit_train.config.init_from import FINAL
 from fastvit_train.runs.checkpoint import by_step
-from fastvit_train.runs.results import read_summary
+from fastvit_train.runs.results import LAST_EPOCH, read_summary
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError
@@ -17,6 +17,8 @@ SHARDED = "pytorch_model_fsdp.bin"
 """the weights in a checkpoint of a launch with FSDP"""
 BEST, LAST = "best", "last"
 BEST_FILE = "best.safetensors"
+METRICS = {"accuracy": ("test_accuracy", 1), "balanced": ("balanced_test_accuracy", 1), "loss": ("test_loss", -1)}
+"""by the value of --keep-best-of: the metric that decides which epoch is the best, and -1 if the lowest value is"""
 
 
 @dataclass(frozen=True)
@@ -40,19 +42,20 @@ class Checkpoint:
         return f"checkpoint {self.name}: {when}{accuracy}"
 
 
-def find_checkpoint(folder: Path, name: str, ema: bool) -> Checkpoint:
+def find_checkpoint(folder: Path, name: str, ema: bool, keep_best_of: str) -> Checkpoint:
     """Return a checkpoint of a run.
 
     Args:
         folder: the run's folder.
-        name: `best`, the epoch with the highest accuracy (the earliest of these if there are several); `last`; or a
+        name: `best`, the best epoch (the earliest of these if there are several); `last`, what was trained last; or a
             step, as in checkpoints/step_N.
         ema: whether the run evaluates a moving average of the weights.
+        keep_best_of: what the best epoch has the highest value of, or the lowest if it is the loss; see `METRICS`.
 
     Raises:
         UserError: if there is no such checkpoint, listing those that exist, or if it is damaged.
     """
-    found = {checkpoint.name: checkpoint for checkpoint in _list(folder, ema)}
+    found = {checkpoint.name: checkpoint for checkpoint in _list(folder, ema, keep_best_of)}
     if name not in found:
         listed = ", ".join(
             name + (f" (step {c.step})" if c.epoch is None else f" (epoch {c.epoch})") for name, c in found.items()
@@ -66,7 +69,7 @@ def find_checkpoint(folder: Path, name: str, ema: bool) -> Checkpoint:
     return checkpoint
 
 
-def _list(folder: Path, ema: bool) -> list[Checkpoint]:
+def _list(folder: Path, ema: bool, keep_best_of: str) -> list[Checkpoint]:
     """Return the best and the last checkpoint, if there are any, and all checkpoints by step."""
     rows = [row for row in read_jsonl(RunFolder(folder).metrics) if _is_epoch(row)]
     by_step = {row["step"]: row for row in rows}
@@ -77,13 +80,12 @@ def _list(folder: Path, ema: bool) -> list[Checkpoint]:
 
     steps = _saved_steps(folder, ema, rows)
     result = []
-    best = max(rows, key=lambda row: row["test_accuracy"])["step"] if rows else None
-    written = _read_step(folder / BEST_FILE)
+    best, written = _best_step(rows, keep_best_of), _read_step(folder / BEST_FILE)
     if best in steps and best != written:  # an earlier version wrote no such file, or the disk was full
         result.append(describe(BEST, steps[best], best))
     elif written is not None:
         result.append(describe(BEST, folder / BEST_FILE, written))
-    final = _final_step(folder)
+    final = _step_of_final_weights(folder)
     if final is not None and final >= max(steps, default=0):
         result.append(describe(LAST, folder / FINAL, final))
     elif steps:
@@ -114,12 +116,20 @@ def _read_step(path: Path) -> int | None:
         return None
 
 
-def _final_step(folder: Path) -> int | None:
-    """Return the step of the final weights; None if the run is not finished."""
+def _best_step(rows: list[dict[str, Any]], keep_best_of: str) -> int | None:
+    """Return the last step of the best epoch; None if no epoch's value is known."""
+    key, sign = METRICS[keep_best_of]
+    known = [row for row in rows if isinstance(row.get(key), float | int)]
+    return max(known, key=lambda row: sign * row[key])["step"] if known else None
+
+
+def _step_of_final_weights(folder: Path) -> int | None:
+    """Return the step after which the final weights are; None if they are not those of the last epoch of a run."""
     if not (folder / FINAL).is_file():
         return None
     try:
-        steps = read_summary(folder).get("steps")
+        summary = read_summary(folder)
     except UserError:
         return None
-    return steps if type(steps) is int else None
+    steps = summary.get("steps")
+    return steps if type(steps) is int and summary.get("final_weights", LAST_EPOCH) == LAST_EPOCH else None

@@ -135,6 +135,7 @@ def _configure(
     data = loaded.config.data if loaded.config is not None else DataConfig()
     if dataset is not None:
         other = override(TrainConfig(), {"dataset": dataset}, "eval").data
+        other = replace(other, fit=data.fit, background=data.background, crop_pct=data.crop_pct)
         data = replace(data, holdout=0.0) if dataset == data.dataset else other
     recorded = loaded.config.model.attention if loaded.config is not None else loaded.attention
     settings = TrainConfig(

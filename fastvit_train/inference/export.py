@@ -35,8 +35,6 @@ from fastvit_train.utils.errors import UserError, counted, printable
 TOLERANCE = 1e-4
 """maximum absolute difference of a logit"""
 MAX_IMAGES, BATCH_SIZE = 256, 64
-TIMM_CROP_MODES = {"crop": "center", "pad": "border", "stretch": "squash"}
-"""timm's names for the values of --fit"""
 METADATA = "metadata.json"
 LogitsFunction = Callable[[Tensor], Tensor]
 """takes uint8 images, (batch, channels, height, width); returns logits, (batch, classes)"""
@@ -244,8 +242,7 @@ def _write_timm(run: TrainedModel, path: Path) -> None:
     preprocessing: dict[str, Any] = {"input_size": tuple(run.input_size), "mean": mean, "std": std}
     entries: dict[str, Any] = {"label_names": list(run.classes)}
     if run.config is not None:  # timm's entries describe its own weights, not the ones trained here
-        crop_pct, crop_mode = run.rendering.crop_pct, TIMM_CROP_MODES[run.rendering.fit]
-        preprocessing |= {"interpolation": "bilinear", "crop_pct": crop_pct, "crop_mode": crop_mode}
+        preprocessing |= run.rendering.timm_entries()
         entries["pretrained_cfg"] = {"license": None}
     write_timm_config(run.model, path / "config.json", entries, preprocessing)
 

@@ -15,7 +15,7 @@ from fastvit_train.config.validation import HUGGING_FACE, Mark
 from fastvit_train.inference.trained_model import TrainedModel
 from fastvit_train.models import OUR_MODELS
 from fastvit_train.runs import comparison
-from fastvit_train.runs.results import read_runs, read_summary
+from fastvit_train.runs.results import AVERAGE, BEST_EPOCH, LAST_EPOCH, read_runs, read_summary
 from fastvit_train.utils.errors import UserError, counted
 from fastvit_train.utils.markdown import code, table, text
 
@@ -88,7 +88,7 @@ def _header(run: TrainedModel, repo: str, license: str | None, summary: dict[str
 def _accuracy(run: TrainedModel, summary: dict[str, Any]) -> tuple[str, float | None]:
     """Return the name and the value of the weights' accuracy, a fraction; None if they were not evaluated."""
     if run.checkpoint is None:
-        return "accuracy of the last epoch", _number(summary, "test_accuracy")
+        return f"accuracy of {_final_weights(summary)}", _number(summary, "test_accuracy")
     accuracy = run.checkpoint.accuracy
     return f"accuracy of epoch {run.checkpoint.epoch}", None if accuracy is None else round(accuracy, 6)
 
@@ -152,16 +152,27 @@ def _results(run: TrainedModel, folder: Path, summary: dict[str, Any]) -> str:
     results = table([["", "value"], *([name, text(value)] for name, value in rows)])
     return (
         f"## Results\n\n{_which_weights(run)}{results}\n\n"
-        f"The accuracy is that of the last epoch, on {images}. The best epoch was chosen on "
-        "the same images, so its accuracy is biased upwards: do not compare it with the test accuracy of other models. "
-        "`metrics.jsonl` has the metrics of every epoch."
+        f"The accuracy is that of {_final_weights(summary)}, on {images}. {_bias(summary)}: do not compare it with the "
+        "test accuracy of other models. `metrics.jsonl` has the metrics of every epoch."
     )
+
+
+def _final_weights(summary: dict[str, Any]) -> str:
+    names = {BEST_EPOCH: "the best epoch", AVERAGE: "the average of the last epochs' weights"}
+    return names.get(summary.get("final_weights", LAST_EPOCH), "the last epoch")
+
+
+def _bias(summary: dict[str, Any]) -> str:
+    """Return which accuracy was chosen on the images that it is of."""
+    if summary.get("final_weights") == BEST_EPOCH:
+        return "The best epoch was chosen on these images, so its accuracy is biased upwards"
+    return "The highest accuracy of all epochs was chosen on the same images, so it is biased upwards"
 
 
 def _which_weights(run: TrainedModel) -> str:
     if run.checkpoint is None:
         return ""
-    return f"The weights are those of {run.checkpoint}. The table describes the whole run and its last epoch.\n\n"
+    return f"The weights are those of {run.checkpoint}. The table describes the whole run and its final weights.\n\n"
 
 
 def _limitations(run: TrainedModel, summary: dict[str, Any]) -> str:

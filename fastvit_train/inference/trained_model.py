@@ -153,9 +153,9 @@ def load_run(
         attention: the attention implementation; by default a plain one that runs on every machine. The weights are
             the same for all of them.
         device: by default torch's current accelerator, or the CPU if there is none.
-        checkpoint: the weights of a run to load: "best" (of the epoch with the highest accuracy), "last", or the step
-            of one in its folder checkpoints/; by default the weights after the last epoch of a finished run. With a
-            checkpoint, the run need not be finished.
+        checkpoint: the weights of a run to load: "best" (of the best epoch), "last", or the step of one in its folder
+            checkpoints/; by default the final weights of a finished run. With a checkpoint, the run need not be
+            finished.
 
     Raises:
         UserError: if the model or the checkpoint does not exist or is damaged, or if the attention is not available.
@@ -170,7 +170,7 @@ def load_run(
     if is_run:
         config = _read_config(folder, finished=checkpoint is None)
         if checkpoint is not None:
-            chosen = find_checkpoint(folder, str(checkpoint), ema=config.optim.ema is not None)
+            chosen = find_checkpoint(folder, str(checkpoint), config.optim.ema is not None, config.run.keep_best_of)
         path = folder / FINAL if chosen is None else chosen.path
         weights = replace(config.model, weights=str(path), attention=AUTO, block="torch", patch_init="random")
         model = build_model(weights, config.input_size, config.num_classes)

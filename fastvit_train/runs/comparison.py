@@ -24,6 +24,7 @@ def _format_epochs(results: dict[str, Any]) -> str:
 
 
 ENERGY_PER_IMAGE = "energy per image, mJ"
+BALANCED, MAJORITY = "balanced accuracy", "majority baseline"
 SUMMARY_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "model": lambda s: s["model"],
     "data": lambda s: s["dataset"] if s["evaluated_on"] == "test" else f"{s['dataset']}, {s['evaluated_on']}",
@@ -34,7 +35,9 @@ SUMMARY_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "train loss": lambda s: f"{s['train_loss']:.4f}",
     "test loss": lambda s: f"{s['test_loss']:.4f}",
     "accuracy": lambda s: f"{s['test_accuracy']:.2%}",
-    "best epoch's accuracy": lambda s: f"{s['best_test_accuracy']:.2%}",
+    BALANCED: lambda s: f"{s['balanced_test_accuracy']:.2%}",
+    MAJORITY: lambda s: f"{s['majority_share']:.2%}",
+    "highest accuracy": lambda s: f"{s['best_test_accuracy']:.2%}",
     "training time": lambda s: f"{s['train_seconds']:,.0f} s",
     "images/s": lambda s: f"{s['images_per_second']:,.0f}",
     ENERGY_PER_IMAGE: lambda s: f"{1e3 * s['energy_joules_per_image']:.3g}",
@@ -47,7 +50,7 @@ EVALUATION_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "images of eval": lambda e: f"{e['images']:,} of {e['dataset']}",
 }
 """the same for what `eval` wrote into the run's folder"""
-OPTIONAL_ROWS = (ENERGY_PER_IMAGE, *EVALUATION_ROWS)
+OPTIONAL_ROWS = (BALANCED, MAJORITY, ENERGY_PER_IMAGE, *EVALUATION_ROWS)
 """rows that are shown if one of the runs has a value"""
 SHOWN_SETTINGS = ("model", "dataset", "recipe")
 """settings that have a row among the results"""

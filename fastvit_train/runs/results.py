@@ -16,6 +16,8 @@ TEXT_KEYS = ("model", "dataset", "evaluated_on", "recipe", "mixed_precision", "d
 MAX_TEXT_LENGTH = 200
 INVALID = (KeyError, TypeError, ValueError, OverflowError)
 """errors that a value of the wrong type raises when it is formatted"""
+LAST_EPOCH, BEST_EPOCH, AVERAGE = "last epoch", "best epoch", "average"
+"""what the final weights of a run can be, as summary.json says"""
 RUN_FILES = ("config.yaml", "summary.json", "metrics.jsonl")
 """a folder with one of these files is a run"""
 

@@ -26,7 +26,7 @@ def save_checkpoint(session: TrainSession) -> None:
             session.accelerator,
             session.scheduler.optimizer,
             session.state,
-            session.dataset.identity(),
+            session.dataset.identity() | session.loss.identity(),
             session.config.run.keep,
         )
 

@@ -16,6 +16,7 @@ from fastvit_train.config.overrides import override
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed.process_state import RandomStates, unchanged
 from fastvit_train.models.evaluator import Evaluation, evaluate_model
+from fastvit_train.runs.results import LAST_EPOCH
 from fastvit_train.runs.run_folder import ResumeMode
 from fastvit_train.training import metrics
 from fastvit_train.training.checkpointing import apply_save_error_policy, name_last_checkpoint, save_checkpoint
@@ -138,7 +139,7 @@ def _train(session: TrainSession, bar: ProgressBar, on_epoch: OnEpoch | None) ->
         message = f"{stop} at step {state.step}; {name_last_checkpoint(session)}, --resume auto continues from it"
         raise stopped(stop.signal_number, message) from None
     weights = final_weights.bring_back(session)
-    if evaluation is None or weights != "last epoch":  # None: the run was resumed after its last epoch
+    if evaluation is None or weights != LAST_EPOCH:  # None: the run was resumed after its last epoch
         evaluation = evaluate_model(session.eval_model, session.eval_loader, accelerator)
     summary = metrics.finish(session, evaluation, weights)
     metrics.finish_trackers(session)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from fastvit_train.config.init_from import FINAL
 from fastvit_train.config.overrides import flatten
 from fastvit_train.config.timm_config import write_timm_config
+from fastvit_train.data.rendering import Rendering
 from fastvit_train.distributed import sync
 from fastvit_train.distributed.accelerator import device_name, emulates_bf16
 from fastvit_train.models.evaluator import Evaluation
@@ -99,6 +100,7 @@ def record_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: fl
         "train_accuracy": state.epoch_correct / images,
         "test_loss": evaluation.loss,
         "test_accuracy": evaluation.accuracy,
+        "balanced_test_accuracy": evaluation.balanced_accuracy,
         "learning_rate": peak_lr(session.scheduler.optimizer),
         "images_per_second": images / seconds,
         "seconds": seconds,
@@ -194,9 +196,8 @@ def _write_model_config(session: TrainSession) -> None:
     """Write the config.json that timm needs next to the weights."""
     classes = session.dataset.classes
     names = {"label_names": list(classes)} if len(classes) == session.bare_model.num_classes else {}
-    write_timm_config(
-        session.bare_model, session.folder.root / "config.json", names, {"input_size": tuple(session.config.input_size)}
-    )
+    preprocessing = {"input_size": tuple(session.config.input_size), **Rendering.of(session.config.data).timm_entries()}
+    write_timm_config(session.bare_model, session.folder.root / "config.json", names, preprocessing)
 
 
 def finish(session: TrainSession, evaluation: Evaluation, weights: str) -> dict[str, Any]:

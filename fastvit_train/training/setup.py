@@ -287,7 +287,7 @@ def load_checkpoint(
     folder: RunFolder, trained: Trained, inputs: Inputs, launch: Launch
 ) -> tuple[TrainState, list[str]]:
     """Load the newest undamaged checkpoint; returns the run's state, and messages about newer checkpoints."""
-    data = inputs.dataset.identity()
+    data = inputs.dataset.identity() | inputs.loss.identity()
     return checkpoint.load(
         folder.checkpoints, launch.accelerator, trained.scheduler.optimizer, data, parallelize.check_checkpoint
     )

@@ -1,11 +1,14 @@
 """--dataset hf:NAME: columns and splits are recognised, images are decoded as files are, mistakes are one line."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from fastvit_train.cli.main import main
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data import images as image_batches
 from fastvit_train.data.datasets import DatasetSpec, count_classes, load_dataset
@@ -101,14 +104,28 @@ def test_a_run_is_trained_and_evaluated_on_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_stream_it(tmp_path: Path) -> None:
-    root = write(tmp_path / "animals")
-    done = launch(
-        "--dataset", f"hf:{root}", "--stream", "always", "--epochs", 1, "--batch-size", 8, "--image-size", 16,
-        "--runs-dir", tmp_path / "runs", processes=2, HF_DATASETS_CACHE=str(tmp_path / "hf-cache"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "animals: 40 training images, 10 evaluation images (test), 2 classes" in done.stdout + done.stderr
+def test_a_run_that_is_stopped_ends_with_the_same_bits(tmp_path: Path) -> None:
+    settings = {"dataset": f"hf:{write(tmp_path / 'animals')}", "runs_dir": str(tmp_path / "runs"), "epochs": 3}
+    settings |= {"batch_size": 8, "image_size": 16, "depth": 1, "attention": "fused", "save_every": 2}
+    train(exp_name="whole", **settings)
+    train(exp_name="parts", stream="always", stop_after=1, **settings)
+    train(exp_name="parts", stream="always", resume="must", **settings)
+    whole, parts = (load_file(tmp_path / "runs" / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
+@pytest.mark.slow
+def test_two_processes_that_stream_it_agree_with_one(tmp_path: Path) -> None:
+    flags = ("--dataset", f"hf:{write(tmp_path / 'animals')}", "--stream", "always", "--epochs", 2, "--batch-size", 8)
+    for processes in (1, 2):
+        done = launch(
+            *flags, "--image-size", 16, "--runs-dir", tmp_path, "--exp-name", processes,
+            processes=processes, HF_DATASETS_CACHE=str(tmp_path / "hf-cache"),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "animals: 40 training images, 10 evaluation images (test), 2 classes" in done.stdout + done.stderr
+    one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in "12")
+    assert one["test_loss"] == pytest.approx(two["test_loss"], abs=1e-5)
 
 
 BROKEN: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
@@ -158,10 +175,15 @@ def test_what_is_missing_or_damaged_is_named(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.slow
-def test_names_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_that_are_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(hub, "_is_reachable", lambda: False)
-    with pytest.raises(UserError, match=r"^--dataset hf:no/such cannot be loaded: [^\n]+$"):
-        load_dataset(DataConfig(dataset="hf:no/such"), rgb(16))
+    with pytest.raises(SystemExit) as stop:
+        main(["--dataset", "hf:no/such", "--runs-dir", str(tmp_path / "runs")])
+    error = one_line_error(capsys.readouterr().err)
+    assert stop.value.code == 2 and error.startswith("--dataset hf:no/such cannot be loaded: ")
+    assert error.endswith("; check the network (HF_ENDPOINT names a mirror), or give hf:FOLDER with a copy")
     mistaken = launch("--dataset", "cifar", "--runs-dir", tmp_path / "runs", before=["--cpu"])
     error = one_line_error(mistaken.stderr)
     assert error.startswith("--dataset 'cifar' is not allowed (did you mean cifar10 or cifar100?); allowed: digits, ")

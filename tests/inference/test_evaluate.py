@@ -5,6 +5,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,11 @@ from fastvit_train.inference.predict import predict_images
 from fastvit_train.inference.trained_model import load_run
 from fastvit_train.inference.tta import TTA, AveragedViews
 from fastvit_train.models.evaluator import Evaluation, _ahead
-from fastvit_train.training.loop import fit
+from fastvit_train.training.loop import fit, train
 from fastvit_train.utils.errors import UserError
 from tests.support import launch, one_line_error, write_folder
 from tests.support.pictures import record_pictures
+from tests.support.tars import write_tar
 
 
 def evaluation_of(logits: torch.Tensor, labels: torch.Tensor) -> Evaluation:
@@ -123,6 +125,30 @@ def test_a_run_with_a_holdout_is_evaluated_on_the_test_set_on_request(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_other_images_are_rendered_as_in_training(tmp_path: Path) -> None:
+    """Wide images in a folder and in shards are the same to a run that pads them."""
+    images = tmp_path / "photos"
+    for split, label in product(("train", "test"), (0, 1)):
+        (images / split / str(label)).mkdir(parents=True)
+        for number in range(6):
+            picture = Image.effect_noise((48, 16), 90 + 50 * label).convert("RGB")
+            picture.save(images / split / str(label) / f"{number}.png")
+    tests = sorted((images / "test").rglob("*.png"))
+    for split in ("train", "test"):
+        files = [
+            (f"{number:02}.{kind}", content)
+            for number, path in enumerate(sorted((images / split).rglob("*.png")))
+            for kind, content in (("png", path.read_bytes()), ("cls", path.parent.name.encode()))
+        ]
+        write_tar(tmp_path / "shards" / f"{split}-0.tar", files)
+    settings = {"fit": "pad", "background": "black", "epochs": 1, "depth": 1, "attention": "fused", "batch_size": 4}
+    train(dataset="folder", data_dir=str(images), runs_dir=str(tmp_path), exp_name="run", **settings)
+    own = evaluate.evaluate(tmp_path / "run")
+    other = evaluate.evaluate(tmp_path / "run", dataset="shards", data_dir=str(tmp_path / "shards"))
+    assert own.samples == len(tests) and torch.equal(own.confidence, other.confidence)
+
+
 def test_a_model_of_two_classes_has_no_top_5_accuracy(
     small_config: Callable[..., TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -114,6 +114,21 @@ def test_the_model_card_describes_the_run(run: Path, capsys: pytest.CaptureFixtu
     assert "held" not in readme and str(run.parent) not in readme
 
 
+@pytest.mark.parametrize(
+    ("weights", "name"), [("best epoch", "the best epoch"), ("average", "the average of the last epochs' weights")]
+)
+def test_the_model_card_says_which_weights_the_accuracy_is_of(
+    weights: str, name: str, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "final_weights": weights}))
+    push(capsys, run, "me/digits", "--dry-run")
+    readme = (run / "hub" / "README.md").read_text()
+    assert front_matter(readme)["model-index"][0]["results"][0]["metrics"][0]["name"] == f"accuracy of {name}"
+    assert f"The accuracy is that of {name}, on the test set." in readme and "of the last epoch," not in readme
+    assert ("The best epoch was chosen on these images" in readme) == (weights == "best epoch")
+
+
 def test_the_model_card_mentions_a_holdout_and_escapes_names(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], hub: FakeHub
 ) -> None:

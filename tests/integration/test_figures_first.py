@@ -35,7 +35,7 @@ def test_compare_prints_its_table_first(trained: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as stop:
         main(["compare", str(trained), "--output", "/dev/null/x.png"])
     out, err = capsys.readouterr()
-    assert "best epoch's accuracy" in out and "written to" not in out
+    assert "highest accuracy" in out and "written to" not in out
     assert stop.value.code == 2 and "/dev/null/x.png cannot be written" in one_line_error(err)
 
 

@@ -207,6 +207,19 @@ def test_resuming_on_other_data_is_refused(small_config: SmallConfig, tmp_path: 
 
 
 @pytest.mark.slow
+def test_resuming_with_other_weights_of_the_classes_is_refused(small_config: SmallConfig, tmp_path: Path) -> None:
+    """The settings have only the name of the file."""
+    weights = tmp_path / "weights.json"
+    weights.write_text(json.dumps({str(digit): 1 + digit for digit in range(10)}))
+    settings = {"class_weights": str(weights), "epochs": 3}
+    fit(small_config(stop_after=1, **settings))
+    fit(small_config(stop_after=2, **settings), resume="must")
+    weights.write_text(json.dumps({str(digit): 10 - digit for digit in range(10)}))
+    with pytest.raises(UserError, match=r"trained on other data \(class weights: \["):
+        fit(small_config(**settings), resume="must")
+
+
+@pytest.mark.slow
 def test_a_folder_that_holds_a_run_is_not_touched_unasked(small_config: SmallConfig, tmp_path: Path) -> None:
     fit(small_config(epochs=1))
     run = tmp_path / "runs" / "run"

@@ -40,7 +40,7 @@ def test_a_run_in_training_is_compared_by_its_results_so_far(runs: Path, capsys:
     rows = {name: values for name, *values in cells}
     assert rows["model"] == ["mc_vit_4_4_32", "c_vit_4_4_32"]
     assert rows["epochs"] == ["4", "3 of 10"] and rows["accuracy"] == ["75.00%", "70.00%"]
-    assert rows["best epoch's accuracy"] == ["80.00%", "70.00%"] and rows["training time"] == ["8 s", "6 s"]
+    assert rows["highest accuracy"] == ["80.00%", "70.00%"] and rows["training time"] == ["8 s", "6 s"]
     assert rows["parameters"] == ["1,234", "—"] and rows["images/s"] == ["100", "100"]
     assert rows["--lr"] == ["0.5", "0.006"] and "--weight-decay" not in rows and "--exp-name" not in rows
     assert Path("curves.png").is_file()

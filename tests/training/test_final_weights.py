@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.inference.evaluate import evaluate
+from fastvit_train.inference.trained_model import load_run
 from fastvit_train.models.evaluator import Evaluation
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training import loop
@@ -75,6 +76,11 @@ def test_the_best_epoch_is_the_one_asked_for_and_patience_ends_with_its_weights(
     assert (run / "checkpoints" / "best").resolve().name == f"step_{best * 5}"
     assert summary["best_test_accuracy"] == 0.8
     assert f"the final weights are those of epoch {best}, the best one" in (run / "train.log").read_text()
+    for name, epoch in (("best", best), ("last", best + 2)):
+        chosen = load_run(run, checkpoint=name, device="cpu")
+        assert chosen.checkpoint is not None and chosen.checkpoint.epoch == epoch
+        expected = load_file(run / f"model_epoch_{epoch}.safetensors")
+        assert all(torch.equal(value, expected[key]) for key, value in chosen.model.state_dict().items())
 
 
 @pytest.mark.slow
@@ -135,6 +141,8 @@ def test_the_average_is_that_of_the_last_epochs(small_config: SmallConfig, tmp_p
         torch.testing.assert_close(value, expected, atol=1e-7, rtol=1e-6)
     assert same(run / "model.safetensors", tmp_path / "runs" / "parts" / "model.safetensors")
     assert summary["final_weights"] == "average" and evaluate(run).loss == pytest.approx(summary["test_loss"])
+    last = load_run(run, checkpoint="last", device="cpu").model.state_dict()
+    assert all(torch.equal(last[name], value) for name, value in epochs[-1].items())
 
 
 @pytest.mark.slow

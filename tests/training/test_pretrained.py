@@ -27,7 +27,8 @@ COMMON: dict[str, Any] = {"epochs": 1, "lr": 0.0, "batch_size": 360, "attention"
 def ours(tmp_path: Path) -> Path:
     """The folder of a run, which timm can load too; no size is the default one."""
     sizes = {"depth": 1, "embed_dim": 24, "num_heads": 2, "patch_size": 8, "mlp_ratio": 2, "qkv_bias": False}
-    train(runs_dir=str(tmp_path / "runs"), exp_name="first", mean=MEAN, std=STD, pos_embed="sine", **sizes, **COMMON)
+    rendering = {"mean": MEAN, "std": STD, "crop_pct": 0.9}
+    train(runs_dir=str(tmp_path / "runs"), exp_name="first", pos_embed="sine", **rendering, **sizes, **COMMON)
     return tmp_path / "runs" / "first"
 
 
@@ -56,7 +57,8 @@ def test_a_folder_of_our_own(ours: Path, tmp_path: Path) -> None:
     config, before = RunFolder(tmp_path / "runs" / "next").read_config(), RunFolder(ours).read_config()
     for name in ("model", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "pos_embed"):
         assert config[name] == before[name], name
-    assert config["mean"] == list(MEAN) and config["weights"] == str(ours / "model.safetensors")
+    assert config["mean"] == list(MEAN) and config["crop_pct"] == 0.9
+    assert config["weights"] == str(ours / "model.safetensors")
     tuned = tmp_path / "runs" / "next"
     assert same_but_for_the_classifier(load_file(tuned / "model.safetensors"), load_file(ours / "model.safetensors"))
     shutil.rmtree(ours)
@@ -70,6 +72,7 @@ def test_a_folder_of_timm_with_another_size_and_other_classes(theirs: Path, tmp_
     tuned = load_run(tmp_path / "runs" / "next")
     assert tuned.architecture == "test_vit" and tuned.input_size.image_size == 32 and tuned.num_classes == 10
     assert tuned.normalisation == (MEAN, STD) == (tuned.config.mean, tuned.config.std)
+    assert json.loads((tuned.folder / "config.json").read_text())["pretrained_cfg"]["crop_pct"] == 0.8
     weights = load_file(theirs / "model.safetensors")
     assert same_but_for_the_classifier(tuned.model.state_dict(), weights)
     assert tuned.model.pos_embed.shape[1] == 2 * 2 + 1 != weights["pos_embed"].shape[1]

@@ -100,14 +100,17 @@ def _load(dataset: str) -> "DatasetDict":
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     name, configuration = _split_name(dataset)
+    reachable = True
     try:
         if Path(name).is_dir():
             return datasets.load_dataset(name, configuration)
-        with offline_if_unreachable():
+        with offline_if_unreachable() as reachable:
             return datasets.load_dataset(name, configuration)
     except Exception as error:  # whatever the Hub's client, or the parser of one of many formats, raises
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         hint = f"; choose one as in {HUGGING_FACE}{name}:CONFIGURATION" if "onfig" in reason else ""
+        if not reachable:
+            hint = f"; check the network (HF_ENDPOINT names a mirror), or give {HUGGING_FACE}FOLDER with a copy"
         raise UserError(f"--dataset {dataset} cannot be loaded: {reason}{hint}") from None
 
 

@@ -10,7 +10,14 @@ from fastvit_train.config.recipes import recipe
 from fastvit_train.config.validation import Mark
 from fastvit_train.inference.report.records import RunRecord
 from fastvit_train.models.resolve import fill_defaults
-from fastvit_train.runs.comparison import ENERGY_PER_IMAGE, MISSING, SUMMARY_ROWS, differing_settings, format_setting
+from fastvit_train.runs.comparison import (
+    BALANCED,
+    ENERGY_PER_IMAGE,
+    MISSING,
+    SUMMARY_ROWS,
+    differing_settings,
+    format_setting,
+)
 from fastvit_train.runs.results import INVALID, MAX_TEXT_LENGTH
 from fastvit_train.utils.errors import UserError, counted, printable
 
@@ -27,7 +34,8 @@ SUMMARY_KEYS = {
     "train loss": "train_loss",
     "test loss": "test_loss",
     "accuracy": "test_accuracy",
-    "best epoch's accuracy": "best_test_accuracy",
+    BALANCED: "balanced_test_accuracy",
+    "highest accuracy": "best_test_accuracy",
     "training time": "train_seconds",
     "images/s": "images_per_second",
     "peak memory, MiB": "peak_memory_mib",

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.distributed import env, sync
 from fastvit_train.models.evaluator import Evaluation
+from fastvit_train.runs.results import AVERAGE, BEST_EPOCH, LAST_EPOCH
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils.errors import UserError, counted
 
@@ -70,23 +71,23 @@ def bring_back(session: TrainSession) -> str:
     """Load the weights that the run is to end with into the model that is evaluated and saved, on all ranks.
 
     Returns:
-        What they are: "last epoch", "best epoch" or "average". The latter two have to be evaluated.
+        What they are: LAST_EPOCH, BEST_EPOCH or AVERAGE. The latter two have to be evaluated.
     """
     run, state, log = session.config.run, session.state, session.log
     if session.average is not None and state.epoch == run.total_epochs:
         session.accelerator.unwrap_model(session.eval_model).load_state_dict(session.average.module.state_dict())
         log.line(f"the final weights are the average of those after the last {counted(run.average_last or 0, 'epoch')}")
-        return "average"
+        return AVERAGE
     if run.patience is None or state.best_step == state.step:
-        return "last epoch"
+        return LAST_EPOCH
     epoch = state.best_step // session.train_loader.steps_per_epoch
     if not _load_best(session):
         log.line(f"the final weights are those of the last epoch: {BEST_WEIGHTS} is not that of epoch {epoch}")
-        return "last epoch"
+        return LAST_EPOCH
     log.line(f"the final weights are those of epoch {epoch}, the best one")
     if session.dataset.evaluated_on == "test":
         log.line("it was chosen on the test images, so the accuracy is biased upwards; --holdout 0.1 avoids this")
-    return "best epoch"
+    return BEST_EPOCH
 
 
 def _load_best(session: TrainSession) -> bool:

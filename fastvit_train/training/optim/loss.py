@@ -31,6 +31,12 @@ class Loss:
         )
         return losses_B.mean()
 
+    def identity(self) -> dict[str, object]:
+        """Describe what a resumed run must find unchanged and no setting holds: the weights, which a file may give."""
+        if self.class_weights is None:
+            return {}
+        return {"class weights": [float(f"{weight:.6g}") for weight in self.class_weights.tolist()]}
+
 
 def build_loss(config: OptimConfig, dataset: DatasetSpec, num_classes: int, device: torch.device) -> Loss:
     """Build the loss that `config` asks for.
