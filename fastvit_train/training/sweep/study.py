@@ -1,6 +1,7 @@
 """The trials of a sweep: each is a run of its own, in a process of its own; optuna chooses their settings."""
 
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from fastvit_train.config import settings_file
 from fastvit_train.config.overrides import marked, override, to_plain
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.config.validation import Mark
+from fastvit_train.runs.lock import LockedError, RunLock
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.training.sweep.results import RUN, shown, write_results
 from fastvit_train.training.sweep.space import parse
@@ -53,8 +55,12 @@ def sweep(config: TrainConfig, words: Sequence[str], trials: int, name: str, pru
 
     Raises:
         UserError: if the search is not valid, if nothing is held out, if the folder holds another sweep, or if the
-            first trial fails.
+            training of the first trial does not begin.
     """
+    if config.run.exp_name is not None:
+        raise UserError(
+            f"--exp-name {config.run.exp_name} names one run, and a sweep has many; --name names its folder"
+        )
     if not config.data.holdout:
         raise UserError("a sweep chooses on held-out training images, never on the test set; give --holdout 0.1")
     space = parse(words, config)
@@ -63,8 +69,12 @@ def sweep(config: TrainConfig, words: Sequence[str], trials: int, name: str, pru
     console = Terminal()
     while (started := _start_trial(study, space, folder, trials)) is not None:
         trial, claim = started
-        with claim:
-            _run(study, trial, config, folder, console)
+        try:
+            with claim:
+                _run(study, trial, config, folder, console)
+        except UserError:
+            _remove_if_nothing_began(study, folder)
+            raise
     console.print(write_results(study.get_trials(), folder), markup=False, soft_wrap=True)
 
 
@@ -116,13 +126,25 @@ def _start_trial(
         return trial, _claim(folder, trial.user_attrs[RUN]).acquire()
 
 
+def _remove_if_nothing_began(study: optuna.Study, folder: Path) -> None:
+    """Remove the sweep if the training of no trial has begun, so that the corrected command can take its name."""
+    trials = study.get_trials(deepcopy=False)
+    if all(trial.state == TrialState.FAIL and not (folder / trial.user_attrs[RUN]).exists() for trial in trials):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _abandoned(study: optuna.Study, folder: Path) -> list[FrozenTrial]:
-    """Return the trials that no process is training although they have begun; the caller holds the sweep's lock."""
+    """Return the trials that no process is training although they have begun; the caller holds the sweep's lock.
+
+    A sweep that is killed cannot stop the training of its trial, which then holds the lock of the run.
+    """
     begun = study.get_trials(deepcopy=False, states=[TrialState.RUNNING])
     found = [trial for trial in begun if RUN not in trial.user_attrs]  # its process was killed before it had a name
     for trial in begun:
         if trial not in found:
-            with suppress(Timeout), _claim(folder, trial.user_attrs[RUN]).acquire(blocking=False):
+            run = trial.user_attrs[RUN]
+            with suppress(Timeout, LockedError), _claim(folder, run).acquire(blocking=False):
+                RunLock(folder / run).check_free()
                 found.append(trial)
     return found
 
@@ -145,7 +167,7 @@ def _run(study: optuna.Study, trial: Trial, config: TrainConfig, folder: Path, c
     elif process.returncode:
         study.tell(trial, state=TrialState.FAIL)
         reason = errors[-1] if errors else f"exit status {process.returncode}"
-        if not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+        if not (folder / run).exists() and not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
             raise UserError(f"{run} ({searched}) failed: {reason.removeprefix('fastvit_train: error: ')}")
         result = f"failed: {reason}"
     else:

@@ -104,6 +104,29 @@ def test_a_trial_whose_process_was_killed_before_it_had_a_name_is_done_again(tmp
     assert [each.state for each in study.get_trials()] == [TrialState.FAIL, TrialState.RUNNING]
 
 
+def test_a_trial_that_outlived_its_killed_sweep_is_left_alone(tmp_path: Path) -> None:
+    arguments = (tmp_path, recipe("quickstart"), ["lr=0.1..0.2"], False)
+    study, space = studies._open(*arguments), parse(["lr=0.1..0.2"], recipe("quickstart"))
+    _, claim = studies._start_trial(study, space, tmp_path, trials=1) or pytest.fail("no trial")
+    with claim:
+        pass  # the sweep is killed
+    training = RunLock(tmp_path / "trial-0001")
+    training.acquire()
+    assert studies._start_trial(study, space, tmp_path, trials=1) is None
+    training.release()
+    again, claim = studies._start_trial(study, space, tmp_path, trials=1) or pytest.fail("no trial")
+    with claim:
+        assert again.user_attrs["run"] == "trial-0001"
+
+
+@pytest.mark.slow
+def test_a_trial_that_diverges_is_one_of_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["sweep", "lr=1e9,0.006", *SMALL, "--runs-dir", str(tmp_path), "--trials", "3"])
+    states = {trial.params["lr"]: trial.state for trial in trials(tmp_path)}
+    assert states == {"1e9": TrialState.FAIL, "0.006": TrialState.COMPLETE}
+    assert "failed: " in capsys.readouterr().out and "| failed |" in (tmp_path / "sweep" / "sweep.md").read_text()
+
+
 @pytest.mark.slow
 def test_two_processes_share_the_trials_out(tmp_path: Path) -> None:
     arguments = [sys.executable, "-m", "fastvit_train", *command(tmp_path, "--trials", 4, "--no-prune")]
@@ -134,9 +157,10 @@ def test_hopeless_trials_are_stopped_early(tmp_path: Path, monkeypatch: pytest.M
         (["--trials", "0"], "--trials 0 is out of range; allowed: 1 or more"),
         (["--name", "a/b"], "--name 'a/b' is not allowed; allowed: a plain folder name"),
         (["lr=2..1"], "lr=2..1 is empty"),
+        (["--exp-name", "mine"], "--exp-name mine names one run, and a sweep has many; --name names its folder"),
         pytest.param(["--num-heads", "3"], "trial-0001 .* failed: .*3", marks=pytest.mark.slow),
     ],
-    ids=["no holdout", "no trials", "path", "empty range", "first trial fails"],
+    ids=["no holdout", "no trials", "path", "empty range", "name of a run", "first trial fails"],
 )
 def test_mistakes_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
@@ -147,7 +171,7 @@ def test_mistakes_are_one_line(
     assert stop.value.code == 2
     error = one_line_error(capsys.readouterr().err)
     assert re.search(message, error), error
-    assert "trial-0001" in error or not (tmp_path / "runs").exists()
+    assert not (tmp_path / "runs" / "sweep").exists()
 
 
 @pytest.mark.slow
