@@ -63,6 +63,8 @@ def train(command: Train) -> None:
 
     if command.dry_run and command.preview:
         raise UserError("--dry-run and --preview can't be combined; give one of them")
+    if command.preview and (command.repeat > 1 or command.together or command.overwrite or command.resume != "never"):
+        raise UserError("--preview trains nothing; leave out --repeat, --together, --resume and --overwrite")
     if command.dry_run:
         dry_run(config)
     elif command.preview:

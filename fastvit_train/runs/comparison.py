@@ -24,7 +24,7 @@ def _format_epochs(results: dict[str, Any]) -> str:
 
 
 ENERGY_PER_IMAGE = "energy per image, mJ"
-BALANCED, MAJORITY = "balanced accuracy", "majority baseline"
+BALANCED, MAJORITY = "balanced accuracy", "always the most frequent class"
 SUMMARY_ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "model": lambda s: s["model"],
     "data": lambda s: s["dataset"] if s["evaluated_on"] == "test" else f"{s['dataset']}, {s['evaluated_on']}",

@@ -24,8 +24,11 @@ def test_eval_prints_its_figures_first(trained: Path, capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as stop:
         main(["eval", str(trained), "--output", "/dev/null/x"])
     out, err = capsys.readouterr()
-    accuracy = json.loads((trained / "summary.json").read_text())["test_accuracy"]
-    assert re.search(rf"accuracy {accuracy:.2%} ± \d\.\d\d, balanced \d\d\.\d\d% ± \d\.\d\d, top-5", out)
+    summary = json.loads((trained / "summary.json").read_text())
+    assert re.search(
+        rf"accuracy {summary['test_accuracy']:.2%} ± \d\.\d\d, balanced \d\d\.\d\d% ± \d\.\d\d, top-5", out
+    )
+    assert f"always the most frequent class {summary['majority_share']:.2%}" in out
     assert "by class" in out and "img/s" in out
     assert stop.value.code == 2 and "/dev/null/x cannot be written; choose another --output" in one_line_error(err)
     assert "written to" not in out
@@ -35,7 +38,9 @@ def test_compare_prints_its_table_first(trained: Path, capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as stop:
         main(["compare", str(trained), "--output", "/dev/null/x.png"])
     out, err = capsys.readouterr()
-    assert "highest accuracy" in out and "written to" not in out
+    for name in ("accuracy", "balanced accuracy", "always the most frequent class", "highest accuracy"):
+        assert re.search(rf"^\S\s+{name}\s+\S\s+\d+\.\d\d%", out, re.MULTILINE), name
+    assert "written to" not in out
     assert stop.value.code == 2 and "/dev/null/x.png cannot be written" in one_line_error(err)
 
 

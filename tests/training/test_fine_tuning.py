@@ -73,11 +73,12 @@ def test_a_resumed_run_does_not_read_the_weights_again(source: Path, tmp_path: P
     [
         ({"init_from": "no/such/run"}, "--init-from no/such/run is not the folder of a run: config.yaml can't be read"),
         ({"weights": "other.pth"}, "brings its own weights; leave --weights other.pth out"),
+        ({"pretrained": True}, "--pretrained brings its own weights; leave --init-from .*source out"),
         ({"embed_dim": 48}, "does not fit the model: .*24"),
         ({"model": "c_vit_4_4_32"}, "does not fit the model"),
         ({"patch_init": "whiten"}, "would overwrite the patch projection from --init-from .*source; give --patch-init"),
     ],
-    ids=["nothing there", "two sources", "another width", "another model", "whitened"],
+    ids=["nothing there", "two sources", "and pretrained", "another width", "another model", "whitened"],
 )
 def test_what_cannot_be_a_start_is_refused(
     source: Path, tmp_path: Path, settings: dict[str, Any], message: str

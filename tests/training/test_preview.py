@@ -41,3 +41,11 @@ def test_it_cannot_be_combined_with_a_dry_run(capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         main(["--dry-run", "--preview", str(tmp_path / "sheet.png")])
     assert "--dry-run and --preview can't be combined" in one_line_error(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("flags", [["--repeat", "2"], ["--resume", "auto"], ["--overwrite"]], ids=str)
+def test_flags_of_a_training_are_refused(flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*flags, "--preview", str(tmp_path / "sheet.png")])
+    assert stop.value.code == 2 and "--preview trains nothing; leave out" in one_line_error(capsys.readouterr().err)
+    assert not (tmp_path / "sheet.png").exists()
