@@ -17,6 +17,7 @@ SHARDED = "pytorch_model_fsdp.bin"
 """the weights in a checkpoint of a launch with FSDP"""
 BEST, LAST = "best", "last"
 BEST_FILE = "best.safetensors"
+# the measures of training.optim.final_weights.MEASURES, as metrics.jsonl has them
 METRICS = {"accuracy": ("test_accuracy", 1), "balanced": ("balanced_test_accuracy", 1), "loss": ("test_loss", -1)}
 """by the value of --keep-best-of: the metric that decides which epoch is the best, and -1 if the lowest value is"""
 

@@ -15,7 +15,7 @@ from fastvit_train.config.validation import HUGGING_FACE, Mark
 from fastvit_train.inference.trained_model import TrainedModel
 from fastvit_train.models import OUR_MODELS
 from fastvit_train.runs import comparison
-from fastvit_train.runs.results import AVERAGE, BEST_EPOCH, LAST_EPOCH, read_runs, read_summary
+from fastvit_train.runs.results import AVERAGE, BEST_EPOCH, read_runs, read_summary
 from fastvit_train.utils.errors import UserError, counted
 from fastvit_train.utils.markdown import code, table, text
 
@@ -159,7 +159,7 @@ def _results(run: TrainedModel, folder: Path, summary: dict[str, Any]) -> str:
 
 def _final_weights(summary: dict[str, Any]) -> str:
     names = {BEST_EPOCH: "the best epoch", AVERAGE: "the average of the last epochs' weights"}
-    return names.get(summary.get("final_weights", LAST_EPOCH), "the last epoch")
+    return names.get(str(summary.get("final_weights")), "the last epoch")
 
 
 def _bias(summary: dict[str, Any]) -> str:

@@ -153,7 +153,8 @@ def _results_so_far(folder: RunFolder) -> dict[str, Any]:
     }
     if not rows:
         return results
-    last = {key: rows[-1].get(key) for key in ("epoch", "step", "train_loss", "test_loss", "test_accuracy")}
+    shown = ("epoch", "step", "train_loss", "test_loss", "test_accuracy", "balanced_test_accuracy")
+    last = {key: rows[-1].get(key) for key in shown}
     try:
         seconds = [float(row["seconds"]) for row in rows]
         images = sum(row["images_per_second"] * spent for row, spent in zip(rows, seconds, strict=True))

@@ -65,7 +65,7 @@ def log_introduction(session: TrainSession, threads: str, resuming: bool, messag
     log.line(
         f"{dataset.name}: {counted(len(dataset.train.labels), 'training image')}, "
         f"{counted(len(dataset.test.labels), 'evaluation image')} ({dataset.evaluated_on}), "
-        f"{counted(len(dataset.classes), 'class')}; always the most frequent one is right for "
+        f"{counted(len(dataset.classes), 'class')}; always guessing the most frequent one is right for "
         f"{dataset.test.labels.bincount().max() / len(dataset.test.labels):.2%}"
     )
     for line in dataset.notes:

@@ -125,7 +125,6 @@ def test_a_run_with_a_holdout_is_evaluated_on_the_test_set_on_request(
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_other_images_are_rendered_as_in_training(tmp_path: Path) -> None:
     """Wide images in a folder and in shards are the same to a run that pads them."""
     images = tmp_path / "photos"
@@ -149,6 +148,7 @@ def test_other_images_are_rendered_as_in_training(tmp_path: Path) -> None:
     assert own.samples == len(tests) and torch.equal(own.confidence, other.confidence)
 
 
+@pytest.mark.slow
 def test_a_model_of_two_classes_has_no_top_5_accuracy(
     small_config: Callable[..., TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

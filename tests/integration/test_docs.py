@@ -246,16 +246,19 @@ def watch_until_it_answers(args: list[str]) -> None:
     """A page's `watch`, on a port that is free: it sends its page, and Ctrl-C ends it."""
     command = [sys.executable, "-m", "fastvit_train", *args, "--port", "0"]
     with subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        address = re.search(r"http://(127\.0\.0\.1:\d+)/", process.stdout.readline())
-        assert address is not None
-        connection = http.client.HTTPConnection(address[1], timeout=60)
-        connection.request("GET", "/")
-        answer = connection.getresponse()
-        assert answer.status == 200 and b"<html" in answer.read()
-        connection.close()
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        try:
+            assert process.stdout is not None
+            address = re.search(r"http://(127\.0\.0\.1:\d+)/", process.stdout.readline())
+            assert address is not None
+            connection = http.client.HTTPConnection(address[1], timeout=60)
+            connection.request("GET", "/")
+            answer = connection.getresponse()
+            assert answer.status == 200 and b"<html" in answer.read()
+            connection.close()
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
 
 
 def run_command(command: str) -> None:

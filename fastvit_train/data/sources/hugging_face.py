@@ -110,7 +110,7 @@ def _load(dataset: str) -> "DatasetDict":
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         hint = f"; choose one as in {HUGGING_FACE}{name}:CONFIGURATION" if "onfig" in reason else ""
         if not reachable:
-            hint = f"; check the network (HF_ENDPOINT names a mirror), or give {HUGGING_FACE}FOLDER with a copy"
+            hint += f"; check the network (HF_ENDPOINT names a mirror), or give {HUGGING_FACE}FOLDER with a copy"
         raise UserError(f"--dataset {dataset} cannot be loaded: {reason}{hint}") from None
 
 

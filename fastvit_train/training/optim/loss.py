@@ -1,5 +1,6 @@
 """What a training step minimizes, and how many of its predictions are right."""
 
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,8 @@ class Loss:
         """Describe what a resumed run must find unchanged and no setting holds: the weights, which a file may give."""
         if self.class_weights is None:
             return {}
-        return {"class weights": [float(f"{weight:.6g}") for weight in self.class_weights.tolist()]}
+        rounded = " ".join(f"{weight:.6g}" for weight in self.class_weights.tolist())
+        return {"weights of --class-weights": hashlib.blake2b(rounded.encode(), digest_size=8).hexdigest()}
 
 
 def build_loss(config: OptimConfig, dataset: DatasetSpec, num_classes: int, device: torch.device) -> Loss:

@@ -47,8 +47,9 @@ def write_results(trials: Sequence[FrozenTrial], folder: Path) -> str:
         Terminal(file=text, width=200).print(table)
         best = " ".join(f"--{name.replace('_', '-')} {shown(value)}" for name, value in ranked[0].params.items())
         return (
-            f"{text.getvalue()}best: {best}\n"
-            f"written to {folder}: {TABLE}, {PICTURE}, and a run per trial for `fastvit report`"
+            f"{text.getvalue()}"
+            + (f"best: {best}\n" if ranked[0].state == TrialState.COMPLETE else "")
+            + f"written to {folder}: {TABLE}, {PICTURE}, and a run per trial for `fastvit report`"
         )
 
 

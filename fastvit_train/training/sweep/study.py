@@ -1,6 +1,7 @@
 """The trials of a sweep: each is a run of its own, in a process of its own; optuna chooses their settings."""
 
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -32,6 +33,8 @@ from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.safe_load import read_json
 
 JOURNAL, LOCK, ERRORS = "sweep.journal", ".sweep.lock", "errors"
+DIVERGED, NOT_FINITE = "diverged", re.compile(r"the loss became|is NaN or inf after step")
+"""the attribute of a trial whose loss or weights became NaN or inf, and what its run says then"""
 POLL_SECONDS = 0.2
 FIRST_UNPRUNED = 5
 """trials that are trained to their end before any is stopped early"""
@@ -54,13 +57,9 @@ def sweep(config: TrainConfig, words: Sequence[str], trials: int, name: str, pru
             epoch.
 
     Raises:
-        UserError: if the search is not valid, if nothing is held out, if the folder holds another sweep, or if the
-            training of the first trial does not begin.
+        UserError: if the search is not valid, if nothing is held out, if the folder holds another sweep, if the first
+            trial fails for another reason than a loss that is NaN or inf, or if no trial is finished.
     """
-    if config.run.exp_name is not None:
-        raise UserError(
-            f"--exp-name {config.run.exp_name} names one run, and a sweep has many; --name names its folder"
-        )
     if not config.data.holdout:
         raise UserError("a sweep chooses on held-out training images, never on the test set; give --holdout 0.1")
     space = parse(words, config)
@@ -76,6 +75,8 @@ def sweep(config: TrainConfig, words: Sequence[str], trials: int, name: str, pru
             _remove_if_nothing_began(study, folder)
             raise
     console.print(write_results(study.get_trials(), folder), markup=False, soft_wrap=True)
+    if not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE, TrialState.RUNNING]):
+        raise UserError(f"no trial of {folder} was finished; search other values, under another --name")
 
 
 def _open(folder: Path, config: TrainConfig, words: Sequence[str], prune: bool) -> optuna.Study:
@@ -128,9 +129,15 @@ def _start_trial(
 
 def _remove_if_nothing_began(study: optuna.Study, folder: Path) -> None:
     """Remove the sweep if the training of no trial has begun, so that the corrected command can take its name."""
-    trials = study.get_trials(deepcopy=False)
-    if all(trial.state == TrialState.FAIL and not (folder / trial.user_attrs[RUN]).exists() for trial in trials):
-        shutil.rmtree(folder, ignore_errors=True)
+
+    def began(trial: FrozenTrial) -> bool:
+        attributes = trial.user_attrs
+        return DIVERGED in attributes or (RUN in attributes and (folder / attributes[RUN]).exists())
+
+    with FileLock(folder / LOCK):
+        trials = study.get_trials(deepcopy=False)
+        if all(trial.state == TrialState.FAIL and not began(trial) for trial in trials):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _abandoned(study: optuna.Study, folder: Path) -> list[FrozenTrial]:
@@ -165,9 +172,11 @@ def _run(study: optuna.Study, trial: Trial, config: TrainConfig, folder: Path, c
         study.tell(trial, state=TrialState.PRUNED)
         result = "stopped early"
     elif process.returncode:
-        study.tell(trial, state=TrialState.FAIL)
         reason = errors[-1] if errors else f"exit status {process.returncode}"
-        if not (folder / run).exists() and not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+        if diverged := NOT_FINITE.search(reason):
+            trial.set_user_attr(DIVERGED, True)
+        study.tell(trial, state=TrialState.FAIL)
+        if not diverged and not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
             raise UserError(f"{run} ({searched}) failed: {reason.removeprefix('fastvit_train: error: ')}")
         result = f"failed: {reason}"
     else:

@@ -120,11 +120,15 @@ def test_a_trial_that_outlived_its_killed_sweep_is_left_alone(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_trial_that_diverges_is_one_of_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["sweep", "lr=1e9,0.006", *SMALL, "--runs-dir", str(tmp_path), "--trials", "3"])
-    states = {trial.params["lr"]: trial.state for trial in trials(tmp_path)}
-    assert states == {"1e9": TrialState.FAIL, "0.006": TrialState.COMPLETE}
-    assert "failed: " in capsys.readouterr().out and "| failed |" in (tmp_path / "sweep" / "sweep.md").read_text()
+def test_a_trial_that_diverges_does_not_end_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["sweep", "momentum=0.9,0.95", "--lr", "1e9", *SMALL, "--runs-dir", str(tmp_path), "--trials", "2"]
+    with pytest.raises(SystemExit) as stop:
+        main(flags)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and "was finished; search other values" in one_line_error(err)
+    assert [trial.state for trial in trials(tmp_path)] == [TrialState.FAIL, TrialState.FAIL]
+    assert "trial-0002: " in out and "the loss became" in out and "best" not in out
+    assert (tmp_path / "sweep" / "sweep.md").read_text().count("| failed |") == 2
 
 
 @pytest.mark.slow
@@ -157,10 +161,9 @@ def test_hopeless_trials_are_stopped_early(tmp_path: Path, monkeypatch: pytest.M
         (["--trials", "0"], "--trials 0 is out of range; allowed: 1 or more"),
         (["--name", "a/b"], "--name 'a/b' is not allowed; allowed: a plain folder name"),
         (["lr=2..1"], "lr=2..1 is empty"),
-        (["--exp-name", "mine"], "--exp-name mine names one run, and a sweep has many; --name names its folder"),
         pytest.param(["--num-heads", "3"], "trial-0001 .* failed: .*3", marks=pytest.mark.slow),
     ],
-    ids=["no holdout", "no trials", "path", "empty range", "name of a run", "first trial fails"],
+    ids=["no holdout", "no trials", "path", "empty range", "first trial fails"],
 )
 def test_mistakes_are_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
