@@ -84,7 +84,8 @@ def _open(folder: Path, config: TrainConfig, words: Sequence[str], prune: bool) 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not (folder / JOURNAL).exists():
+        others = [path for path in folder.iterdir() if path.name != LOCK]  # another process may have begun to open it
+        if others and not (folder / JOURNAL).exists():
             raise UserError(f"{folder} holds something else than a sweep; give another --name")
     except OSError as error:
         raise UserError(f"can't write {folder} ({error.strerror or error}); choose another --runs-dir") from None
