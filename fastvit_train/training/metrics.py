@@ -119,7 +119,8 @@ def record_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: fl
         f"epoch {metrics['epoch']:>3}/{config.run.total_epochs}  train loss {metrics['train_loss']:.4f}  "
         f"{session.dataset.evaluated_on} loss {evaluation.loss:.4f}  "
         f"{session.dataset.name} accuracy {evaluation.accuracy:.2%}  "
-        f"{metrics['images_per_second']:,.0f} img/s  {seconds + eval_seconds:.1f} s{_gpu_words(metrics)}"
+        + (f"balanced {evaluation.balanced_accuracy:.2%}  " if config.run.keep_best_of == "balanced" else "")
+        + f"{metrics['images_per_second']:,.0f} img/s  {seconds + eval_seconds:.1f} s{_gpu_words(metrics)}"
         + (f"  {counted(state.skipped_steps, 'step')} skipped by fp16's scaler so far" if state.skipped_steps else "")
     )
     slowdown = session.slowdown.factor(seconds, loader.steps_per_epoch)

@@ -75,7 +75,9 @@ def test_the_best_epoch_is_the_one_asked_for_and_patience_ends_with_its_weights(
     assert not same(run / "model.safetensors", run / f"model_epoch_{best + 1}.safetensors")
     assert (run / "checkpoints" / "best").resolve().name == f"step_{best * 5}"
     assert summary["best_test_accuracy"] == 0.8
-    assert f"the final weights are those of epoch {best}, the best one" in (run / "train.log").read_text()
+    log = (run / "train.log").read_text()
+    assert f"the final weights are those of epoch {best}, the best one" in log
+    assert ("accuracy 70.00%  balanced 81.25%" in log) == (measure == "balanced")
     for name, epoch in (("best", best), ("last", best + 2)):
         chosen = load_run(run, checkpoint=name, device="cpu")
         assert chosen.checkpoint is not None and chosen.checkpoint.epoch == epoch
