@@ -5,9 +5,10 @@ from collections.abc import Callable
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.benchmark_case import CHECK_BATCH, BenchmarkCase, prepare_process
+from bench.benchmark_case import CHECK_BATCH, BenchmarkCase, device, prepare_process
 from bench.measure import PreparedCase
 from fastvit_kernels.torch_private import specialize_each_shape
+from fastvit_train.distributed.accelerator import cpu_lacks_bf16
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,8 +20,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     cases = {item: item.callspec.params.get("case") for item in items if hasattr(item, "callspec")}
     benchmarks = {item: case for item, case in cases.items() if isinstance(case, BenchmarkCase)}
     if config.option.benchmark_disable:
+        takes_long = "bf16" if device().type == "cpu" and cpu_lacks_bf16() else None
         for item, case in benchmarks.items():
-            if not case.quick_check:
+            if not case.quick_check or case.dtype == takes_long:
                 item.add_marker("slow")
     elif config.getoption("benchmark_rows") == "main" and not any("::" in argument for argument in config.args):
         others = [item for item, case in benchmarks.items() if not case.main]

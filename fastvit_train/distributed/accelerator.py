@@ -137,10 +137,12 @@ def deterministic() -> Iterator[None]:
 
 def emulates_bf16(accelerator: Accelerator) -> bool:
     """Return whether the run computes in bf16 on a CPU that has no instructions for it, which is slower than fp32."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return (
-        accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and capability in ("NO AVX", "AVX2")
-    )
+    return accelerator.device.type == "cpu" and accelerator.mixed_precision == "bf16" and cpu_lacks_bf16()
+
+
+def cpu_lacks_bf16() -> bool:
+    """Return whether the CPU has no instructions for bf16."""
+    return torch.backends.cpu.get_cpu_capability() in ("NO AVX", "AVX2")
 
 
 def device_name(device: torch.device) -> str:
