@@ -14,6 +14,11 @@ from fastvit_train.utils.safe_load import read_json
 AUTO = "auto"
 
 
+def majority_share(labels: Tensor) -> float:
+    """Return the fraction of `labels`, int64, in the most frequent class: the accuracy of always guessing it."""
+    return labels.bincount().max().item() / len(labels)
+
+
 def class_weights(choice: str, labels: Tensor, classes: Sequence[str], num_classes: int) -> Tensor:
     """Return the weight of each class in the loss, float32 (num_classes,); their mean over the training images is 1.
 

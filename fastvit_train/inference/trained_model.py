@@ -124,7 +124,7 @@ class TrainedModel:
         Images of another height or width are resized.
 
         Raises:
-            UserError: if the images have another number of channels than the model's inputs, or there is no batch.
+            UserError: unless the images have four dimensions, and as many channels as the model takes.
         """
         if images_BCHW.ndim != 4 or images_BCHW.shape[1] != self.input_size.channels:
             raise UserError(

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from fastvit_train.data.balance import majority_share
 from fastvit_train.data.loader import EvalLoader
 
 CALIBRATION_BINS = 15
@@ -66,7 +67,7 @@ class Evaluation:
     @property
     def majority_share(self) -> float:
         """Fraction of images in the most frequent class: the accuracy of always guessing that class."""
-        return self.labels.bincount().max().item() / self.samples
+        return majority_share(self.labels)
 
     @property
     def top5_accuracy(self) -> float:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from fastvit_train.config.init_from import FINAL
 from fastvit_train.config.overrides import flatten
 from fastvit_train.config.timm_config import write_timm_config
+from fastvit_train.data.balance import majority_share
 from fastvit_train.data.rendering import Rendering
 from fastvit_train.distributed import sync
 from fastvit_train.distributed.accelerator import device_name, emulates_bf16
@@ -66,7 +67,7 @@ def log_introduction(session: TrainSession, threads: str, resuming: bool, messag
         f"{dataset.name}: {counted(len(dataset.train.labels), 'training image')}, "
         f"{counted(len(dataset.test.labels), 'evaluation image')} ({dataset.evaluated_on}), "
         f"{counted(len(dataset.classes), 'class')}; always guessing the most frequent one is right for "
-        f"{dataset.test.labels.bincount().max() / len(dataset.test.labels):.2%}"
+        f"{majority_share(dataset.test.labels):.2%}"
     )
     for line in dataset.notes:
         log.line(line)

@@ -174,6 +174,7 @@ def test_mistakes_are_one_line(
     assert stop.value.code == 2
     error = one_line_error(capsys.readouterr().err)
     assert re.search(message, error), error
+    assert "trial-0001" in error or not (tmp_path / "runs").exists()
     assert not (tmp_path / "runs" / "sweep").exists()
 
 
