@@ -5,7 +5,7 @@ The source folder is the repository, so that every relative link works on a code
 
 project = "fastvit-train"
 extensions = ["myst_parser"]
-include_patterns = ["docs/index.rst", "*.md", "docs/*.md", "bench/*.md", "kernels/*.md", "bench/results/*/table.md"]
+include_patterns = ["docs/index.rst", "*.md", "docs/*.md", "bench/*.md", "kernels/*.md", "bench/results/*/*.md"]
 root_doc = "docs/index"
 html_theme = "furo"
 html_extra_path = ["site_root"]  # an index.html that leads to root_doc
