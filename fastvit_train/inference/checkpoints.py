@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 
 from fastvit_train.config.init_from import FINAL
 from fastvit_train.runs.checkpoint import by_step
-from fastvit_train.runs.results import LAST_EPOCH, read_summary
+from fastvit_train.runs.results import BEST_OF, BEST_WEIGHTS, LAST_EPOCH, read_summary, score
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError
@@ -16,10 +16,6 @@ from fastvit_train.utils.errors import UserError
 SHARDED = "pytorch_model_fsdp.bin"
 """the weights in a checkpoint of a launch with FSDP"""
 BEST, LAST = "best", "last"
-BEST_FILE = "best.safetensors"
-# the measures of training.optim.final_weights.MEASURES, as metrics.jsonl has them
-METRICS = {"accuracy": ("test_accuracy", 1), "balanced": ("balanced_test_accuracy", 1), "loss": ("test_loss", -1)}
-"""by the value of --keep-best-of: the metric that decides which epoch is the best, and -1 if the lowest value is"""
 
 
 @dataclass(frozen=True)
@@ -51,7 +47,7 @@ def find_checkpoint(folder: Path, name: str, ema: bool, keep_best_of: str) -> Ch
         name: `best`, the best epoch (the earliest of these if there are several); `last`, what was trained last; or a
             step, as in checkpoints/step_N.
         ema: whether the run evaluates a moving average of the weights.
-        keep_best_of: what the best epoch has the highest value of, or the lowest if it is the loss; see `METRICS`.
+        keep_best_of: what the best epoch has the highest value of, or the lowest if it is the loss; see `BEST_OF`.
 
     Raises:
         UserError: if there is no such checkpoint, listing those that exist, or if it is damaged.
@@ -81,11 +77,11 @@ def _list(folder: Path, ema: bool, keep_best_of: str) -> list[Checkpoint]:
 
     steps = _saved_steps(folder, ema, rows)
     result = []
-    best, written = _best_step(rows, keep_best_of), _read_step(folder / BEST_FILE)
+    best, written = _best_step(rows, keep_best_of), _read_step(folder / BEST_WEIGHTS)
     if best in steps and best != written:  # an earlier version wrote no such file, or the disk was full
         result.append(describe(BEST, steps[best], best))
     elif written is not None:
-        result.append(describe(BEST, folder / BEST_FILE, written))
+        result.append(describe(BEST, folder / BEST_WEIGHTS, written))
     final = _step_of_final_weights(folder)
     if final is not None and final >= max(steps, default=0):
         result.append(describe(LAST, folder / FINAL, final))
@@ -119,9 +115,8 @@ def _read_step(path: Path) -> int | None:
 
 def _best_step(rows: list[dict[str, Any]], keep_best_of: str) -> int | None:
     """Return the last step of the best epoch; None if no epoch's value is known."""
-    key, sign = METRICS[keep_best_of]
-    known = [row for row in rows if isinstance(row.get(key), float | int)]
-    return max(known, key=lambda row: sign * row[key])["step"] if known else None
+    known = [row for row in rows if isinstance(row.get(BEST_OF[keep_best_of][0]), float | int)]
+    return max(known, key=lambda row: score(row, keep_best_of))["step"] if known else None
 
 
 def _step_of_final_weights(folder: Path) -> int | None:

@@ -1,7 +1,7 @@
 """The results and settings of a run, finished or not."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ INVALID = (KeyError, TypeError, ValueError, OverflowError)
 """errors that a value of the wrong type raises when it is formatted"""
 LAST_EPOCH, BEST_EPOCH, AVERAGE = "last epoch", "best epoch", "average"
 """what the final weights of a run can be, as summary.json says"""
+BEST_WEIGHTS = "best.safetensors"
+"""the weights after the best epoch so far, in the run's folder; their metadata has the step"""
+BEST_OF = {"accuracy": ("test_accuracy", 1), "balanced": ("balanced_test_accuracy", 1), "loss": ("test_loss", -1)}
+"""by the value of --keep-best-of: the key in metrics.jsonl that decides which epoch is best, and -1 if lower is better"""
 RUN_FILES = ("config.yaml", "summary.json", "metrics.jsonl")
 """a folder with one of these files is a run"""
 
@@ -96,6 +100,17 @@ def _was_resumed(folder: RunFolder, summary: dict[str, Any]) -> bool:
     now, then = last.get("epoch"), summary.get("epochs")
     is_complete = "seconds" in last and os.path.exists(folder.config)
     return is_complete and type(now) is int and type(then) is int and now > then
+
+
+def score(epoch: Mapping[str, Any], keep_best_of: str) -> float:
+    """Return what the best epoch has most of.
+
+    Args:
+        epoch: a line of metrics.jsonl.
+        keep_best_of: a key of `BEST_OF`.
+    """
+    key, sign = BEST_OF[keep_best_of]
+    return sign * epoch[key]
 
 
 def is_finished(results: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from fastvit_train.config.overrides import override
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed.process_state import RandomStates, unchanged
 from fastvit_train.models.evaluator import Evaluation, evaluate_model
-from fastvit_train.runs.results import LAST_EPOCH
+from fastvit_train.runs.results import BEST_WEIGHTS, LAST_EPOCH, score
 from fastvit_train.runs.run_folder import ResumeMode
 from fastvit_train.training import metrics
 from fastvit_train.training.checkpointing import apply_save_error_policy, name_last_checkpoint, save_checkpoint
@@ -248,11 +248,10 @@ def _evaluate_epoch(session: TrainSession) -> Evaluation:
         session.eval_model, session.eval_loader, session.accelerator, session.status_exchange.after_batch
     )
     eval_seconds = time.perf_counter() - started
-    metrics.record_epoch(session, evaluation, eval_seconds)
+    recorded = metrics.record_epoch(session, evaluation, eval_seconds)
     state.close_epoch()
     final_weights.add_to_average(session)
-    score = final_weights.score(evaluation, run.keep_best_of)
-    if state.add_evaluation(evaluation.accuracy, score, eval_seconds, run.target_accuracy):
+    if state.add_evaluation(evaluation.accuracy, score(recorded, run.keep_best_of), eval_seconds, run.target_accuracy):
         metrics.log_target_reached(session)
     _save_weights(session)  # before the checkpoint: a run that is resumed from it does not write them again
     save_checkpoint(session)
@@ -264,6 +263,6 @@ def _save_weights(session: TrainSession) -> None:
     state, every = session.state, session.config.run.save_model_every
     with apply_save_error_policy(session):
         if state.best_step == state.step:
-            metrics.write_weights(session, final_weights.BEST_WEIGHTS, {"step": str(state.step)})
+            metrics.write_weights(session, BEST_WEIGHTS, {"step": str(state.step)})
         if every and state.epoch % every == 0:
             metrics.write_weights(session, f"model_epoch_{state.epoch}.safetensors")

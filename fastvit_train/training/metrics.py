@@ -90,8 +90,8 @@ def log_introduction(session: TrainSession, threads: str, resuming: bool, messag
         log.line(f"resuming {session.folder.root} after epoch {session.state.epoch}, step {session.state.step}")
 
 
-def record_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: float) -> None:
-    """Queue the epoch's metrics and the losses of its steps for writing, and log a line."""
+def record_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: float) -> dict[str, Any]:
+    """Queue the epoch's metrics and the losses of its steps for writing, log a line, and return the metrics."""
     state, loader, config = session.state, session.train_loader, session.config
     seconds = state.epoch_seconds
     images = loader.steps_per_epoch * session.batch_size
@@ -132,6 +132,7 @@ def record_epoch(session: TrainSession, evaluation: Evaluation, eval_seconds: fl
         )
     known = {k: v for k, v in metrics.items() if k not in ("epoch", "step") and v is not None}
     session.accelerator.log(known, step=state.step)
+    return metrics
 
 
 def log_target_reached(session: TrainSession) -> None:

@@ -11,24 +11,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.distributed import env, sync
-from fastvit_train.models.evaluator import Evaluation
-from fastvit_train.runs.results import AVERAGE, BEST_EPOCH, LAST_EPOCH
+from fastvit_train.runs.results import AVERAGE, BEST_EPOCH, BEST_WEIGHTS, LAST_EPOCH
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils.errors import UserError, counted
-
-BEST_WEIGHTS = "best.safetensors"
-"""the weights after the best epoch so far, in the run's folder; their metadata has the step"""
-MEASURES = {
-    "accuracy": lambda evaluation: evaluation.accuracy,
-    "balanced": lambda evaluation: evaluation.balanced_accuracy,
-    "loss": lambda evaluation: -evaluation.loss,
-}
-"""by the value of --keep-best-of, what is largest after the best epoch"""
-
-
-def score(evaluation: Evaluation, keep_best_of: str) -> float:
-    """Return what the best epoch has most of."""
-    return float(MEASURES[keep_best_of](evaluation))
 
 
 def build_average(model: nn.Module, config: ResolvedConfig) -> AveragedModel | None:
