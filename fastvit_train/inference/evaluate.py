@@ -77,10 +77,10 @@ def evaluate_run(
     """
     loaded = load_run(run, device="cpu", checkpoint=checkpoint)
     config = _configure(loaded, dataset, data_dir, attention, batch_size)
-    recorded = loaded.config is not None and attention is None
-    check_attention(config.model, recorded_in=RunFolder(Path(loaded.folder or "")).config if recorded else None)
-
     accelerator = start_accelerator(grad_accum=1, trackers=(), run_dir=loaded.folder or Path())
+    recorded = loaded.config is not None and attention is None
+    recorded_in = RunFolder(Path(loaded.folder or "")).config if recorded else None
+    check_attention(config.model, accelerator.device, recorded_in)
     if accelerator.device.type == "cpu":
         memory.retain_freed_memory()
     data = load_data(config, accelerator)

@@ -30,11 +30,12 @@ def attentions() -> list[str]:
     return [*fastvit_kernels.implementations(), TIMM]
 
 
-def check_attention(config: ModelConfig, recorded_in: Path | None = None) -> None:
+def check_attention(config: ModelConfig, device: torch.device | None = None, recorded_in: Path | None = None) -> None:
     """Raise UserError unless the attention that `config` names can run here.
 
     Args:
         config: settings of the model.
+        device: where the model will be; None if that is not known yet.
         recorded_in: the file that the name was read from, if the user did not give it.
     """
     ours = config.model in OUR_MODELS
@@ -44,6 +45,8 @@ def check_attention(config: ModelConfig, recorded_in: Path | None = None) -> Non
         raise UserError(f"attention {TIMM!r} is for timm's own models; {config.model} takes any other name")
     try:
         fastvit_kernels.check_implementation(config.attention)
+        if config.attention == "cpp" and device is not None and device.type != "cpu":
+            raise ValueError(f"attention implementation 'cpp' is for CPUs, and this is {device.type}; take fused")
     except ValueError as error:
         own = "" if ours else f", {TIMM} (the model's own)"
         where = f"; that name is recorded in {recorded_in}; choose another with --attention" if recorded_in else ""

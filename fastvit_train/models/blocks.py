@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -88,8 +89,7 @@ def choose_block(
     """
     result: list[tuple[str, list[str]]] = [("torch", [])]
     on_cpu = accelerator.device.type == "cpu" and isinstance(model, ViT)
-    fits = on_cpu and config.attention in (AUTO, "cpp") and not deterministic
-    if accelerator.is_main_process and fits and not _why_unsupported(model, "cpp"):
+    if accelerator.is_main_process and on_cpu and config.attention in (AUTO, "cpp") and not deterministic:
         with accelerator.autocast():
             result = [_try_kernel(model)]
     name, messages = broadcast_object_list(result)[0]
@@ -99,15 +99,18 @@ def choose_block(
 
 def _try_kernel(model: nn.Module) -> tuple[str, list[str]]:
     """Compile the kernel and run it once."""
+    composed = "blocks are composed from operators, which is slower: "
+    if reasons := _why_unsupported(model, "cpp"):
+        return "torch", [f"{composed}their kernel does not support {', '.join(reasons)}"]
     if lacking := fastvit_kernels.implementations()["cpp"]:
-        return "torch", [f"blocks are composed from operators, which is slower: their kernel {lacking}"]
+        return "torch", [f"{composed}their kernel {lacking}"]
     probe = copy.deepcopy(_blocks(model)[0]).eval()
     probe.implementation = "cpp"
     try:
         with torch.no_grad():
             probe(torch.zeros(1, 1, probe.mlp.fc1.in_features, dtype=probe.mlp.fc1.weight.dtype))
     except ValueError as error:
-        return "torch", [f"blocks are composed from operators, which is slower: {error}"]
+        return "torch", [f"{composed}{error}"]
     return "cpp", []
 
 
@@ -118,9 +121,14 @@ def _blocks(model: nn.Module) -> list[Block]:
 def _why_unsupported(model: nn.Module, name: str) -> list[str]:
     if not isinstance(model, ViT):
         return _why_timms_unsupported(model, name)
-    rows, columns = model.patch_embed.grid_size
-    tokens = rows * columns + model.num_prefix_tokens
+    tokens = _num_tokens(model)
     return sorted({reason for block in _blocks(model) for reason in _LIMITS[name](block, tokens)})
+
+
+def _num_tokens(model: nn.Module) -> int:
+    """Return the tokens of an image; 1 for models such as MobileViT, whose blocks have different numbers of them."""
+    rows, columns = getattr(getattr(model, "patch_embed", None), "grid_size", None) or (1, 1)
+    return int(rows * columns + getattr(model, "num_prefix_tokens", 0))
 
 
 def _why_timms_unsupported(model: nn.Module, name: str) -> list[str]:
@@ -130,7 +138,9 @@ def _why_timms_unsupported(model: nn.Module, name: str) -> list[str]:
     if name != "cpp" or not timms or not fastvit_kernels.can_swap_attention(model):
         plain = " and timm's plain Vision Transformers" if name == "cpp" else ""
         return [f"{type(model).__name__}, only our own models{plain}"]
-    return sorted({reason for block in timms for reason in why_not_plain(block)})
+    reasons = {reason for block in timms for reason in why_not_plain(block)}
+    sizes = {reason for block in timms if (reason := _why_wrong_size(block, _num_tokens(model)))}
+    return sorted(reasons | sizes)
 
 
 def _dropout(block: Block) -> float:
@@ -149,10 +159,15 @@ def _limits_of_triton(block: Block, tokens: int) -> list[str]:
 
 
 def _limits_of_cpp(block: Block, tokens: int) -> list[str]:
-    x = torch.empty(1, tokens, block.mlp.fc1.in_features, dtype=torch.float32)
-    reason = fastvit_kernels.why_block_unsupported(x, block.mlp.fc1.out_features, block.attn.num_heads)
+    reason = _why_wrong_size(block, tokens)
     dropout = [f"dropout (drop_rate {_dropout(block)})"] if _dropout(block) > 0 else []
     return [*dropout, *([reason] if reason else [])]
+
+
+def _why_wrong_size(block: Any, tokens: int) -> str | None:
+    """Why the CPU kernel does not support `block`, ours or timm's, with so many tokens, or None if it does."""
+    x = torch.empty(1, tokens, block.mlp.fc1.in_features, dtype=torch.float32)
+    return fastvit_kernels.why_block_unsupported(x, block.mlp.fc1.out_features, block.attn.num_heads)
 
 
 _LIMITS: dict[str, Callable[[Block, int], list[str]]] = {"triton": _limits_of_triton, "cpp": _limits_of_cpp}

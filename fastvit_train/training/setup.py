@@ -248,7 +248,7 @@ def check_folder(
         if recorded["block"] == "cpp":
             recorded = {**recorded, "attention": "cpp"}
         config, recorded_in = config.with_model(**recorded), folder.config
-    check_attention(config.model, recorded_in)
+    check_attention(config.model, accelerator.device, recorded_in)
     check_block(config.model)
     if config.run.compile or env.compiles():
         check_compiler(accelerator.device)

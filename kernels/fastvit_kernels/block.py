@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit_kernels.arguments import check_attention, check_gelu, check_parameters
 from fastvit_kernels.cpp import block as cpp
 from fastvit_kernels.cpp.library import why_unavailable
 from fastvit_kernels.operator import attention
@@ -66,7 +67,8 @@ def transformer_block(
         x: tokens, (batch, tokens, dim), floating point.
         parameters: the block's parameters.
         settings: what to compute.
-        scales: the factors a and b of each sample's branches, (batch,) each, for stochastic depth; None for 1.
+        scales: the factors a and b of each sample's branches, (batch,) each, for stochastic depth; None for 1. `cpp`
+            does not compute their gradients.
         seed: selects the attention weights that `cpp` drops, (1,), int64, see `draw_seed`; by default drawn anew.
         implementation: "torch" or "cpp".
 
@@ -74,19 +76,23 @@ def transformer_block(
         A tensor of x's shape and dtype. Under autocast the matrix products are computed in autocast's dtype.
 
     Raises:
-        ValueError: if the implementation is unknown, cannot run here or does not support the block.
+        ValueError: if the implementation is unknown, cannot run here or does not support the block, or if the arguments
+            do not match each other.
     """
     check_block(implementation)
+    _check_arguments(x, parameters, settings, scales)
     if implementation == "torch":
         return _composed(x, parameters, settings, scales)
     if reason := why_block_unsupported(x, parameters.fc1_weight.shape[0], settings.num_heads):
         raise ValueError(f"cpp does not support {reason}; use torch")
+    if scales is not None and any(scale.requires_grad for scale in scales):
+        raise ValueError("cpp does not support scales that require a gradient; use torch")
     if seed is None and settings.dropout_p:
         seed = draw_seed()
     out, *_ = cpp.block(
         x.float(),
         *(None if tensor is None else tensor.float().contiguous() for tensor in parameters),
-        *((None, None) if scales is None else (scale.float() for scale in scales)),
+        *((None, None) if scales is None else (scale.float().contiguous() for scale in scales)),
         seed,
         settings.num_heads,
         settings.gelu == "none",
@@ -96,6 +102,35 @@ def transformer_block(
         torch.is_grad_enabled(),
     )
     return out.to(x.dtype)
+
+
+def _check_arguments(
+    x: Tensor, parameters: BlockParameters, settings: BlockSettings, scales: tuple[Tensor, Tensor] | None
+) -> None:
+    p = parameters
+    check_attention(x, p.qkv_weight, p.qkv_bias, settings.num_heads, settings.dropout_p)
+    check_gelu(settings.gelu)
+    dim, hidden = x.shape[-1], p.fc1_weight.shape[0]
+    check_parameters(
+        x,
+        {
+            "norm1_weight": (p.norm1_weight, (dim,)),
+            "norm1_bias": (p.norm1_bias, (dim,)),
+            "proj_weight": (p.proj_weight, (dim, dim)),
+            "proj_bias": (p.proj_bias, (dim,)),
+            "norm2_weight": (p.norm2_weight, (dim,)),
+            "norm2_bias": (p.norm2_bias, (dim,)),
+            "fc1_weight": (p.fc1_weight, (hidden, dim)),
+            "fc1_bias": (p.fc1_bias, (hidden,)),
+            "fc2_weight": (p.fc2_weight, (dim, hidden)),
+            "fc2_bias": (p.fc2_bias, (dim,)),
+        },
+    )
+    for scale in scales or ():
+        if scale.shape != x.shape[:1]:
+            raise ValueError(f"scales must be (batch,) = {tuple(x.shape[:1])}, got {tuple(scale.shape)}")
+        if scale.device != x.device:
+            raise ValueError(f"scales are on {scale.device}, x on {x.device}; both must be on one device")
 
 
 def draw_seed() -> Tensor:

@@ -1,11 +1,10 @@
 """The second half of a transformer's block as one operator: LayerNorm, MLP and the residual connection."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastvit_kernels.arguments import check_gelu, check_parameters
 from fastvit_kernels.registry import IMPLEMENTATIONS, compute_dtype, triton_interpreted
 
 MLPS = ("torch", "triton")
@@ -90,17 +89,10 @@ def _why_invalid(name: str) -> str | None:
 
 
 def _check_arguments(x: Tensor, parameters: tuple[Tensor, ...], gelu: str) -> None:
-    if gelu not in ("tanh", "none"):
-        raise ValueError(f"gelu must be tanh or none, got {gelu!r}")
+    check_gelu(gelu)
     if not x.ndim or not x.is_floating_point():
         raise ValueError(f"x must be (..., dim) and floating point, got shape {tuple(x.shape)} and {x.dtype}")
     dim, hidden = x.shape[-1], parameters[2].shape[0]
     names = ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
-    shapes: tuple[Any, ...] = ((dim,), (dim,), (hidden, dim), (hidden,), (dim, hidden), (dim,))
-    for name, shape, parameter in zip(names, shapes, parameters, strict=True):
-        if parameter.shape != shape:
-            raise ValueError(f"{name} must be {shape}, got {tuple(parameter.shape)}")
-        if parameter.device != x.device:
-            raise ValueError(f"{name} is on {parameter.device}, x on {x.device}; both must be on one device")
-        if parameter.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"{name} is {parameter.dtype}, x is {x.dtype}; outside autocast they must be equal")
+    shapes: tuple[tuple[int, ...], ...] = ((dim,), (dim,), (hidden, dim), (hidden,), (dim, hidden), (dim,))
+    check_parameters(x, dict(zip(names, zip(parameters, shapes, strict=True), strict=True)))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from fastvit_kernels.arguments import check_attention
 from fastvit_kernels.autotune import Mode, auto_name
 from fastvit_kernels.fused import probabilities, split_heads
 from fastvit_kernels.registry import AUTO, IMPLEMENTATIONS, check_implementation
@@ -37,7 +38,7 @@ def attention(
             arguments do not match each other.
     """
     check_implementation(implementation)
-    _check_arguments(x, qkv_weight, qkv_bias, num_heads, dropout_p)
+    check_attention(x, qkv_weight, qkv_bias, num_heads, dropout_p)
     if implementation == AUTO and not x.numel():
         implementation = "fused"  # an empty tensor cannot be timed
     if implementation == AUTO:
@@ -58,31 +59,6 @@ def attention_weights(x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, nu
     This is for inspection: the fast implementations never hold all probabilities in memory. Arguments and errors are
     those of `attention`.
     """
-    _check_arguments(x, qkv_weight, qkv_bias, num_heads, 0.0)
+    check_attention(x, qkv_weight, qkv_bias, num_heads, 0.0)
     q_BHNC, k_BHNC, _ = split_heads(x, qkv_weight, qkv_bias, num_heads)
     return probabilities(q_BHNC, k_BHNC)
-
-
-def _check_arguments(x: Tensor, weight: Tensor, bias: Tensor | None, num_heads: int, dropout_p: float) -> None:
-    if x.ndim != 3:
-        raise ValueError(f"x must be (batch, tokens, dim), got shape {tuple(x.shape)}")
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floating point, got {x.dtype}")
-    if not x.shape[1]:
-        raise ValueError(f"x must have at least one token, got shape {tuple(x.shape)}")
-    dim = x.shape[-1]
-    if weight.shape != (3 * dim, dim):
-        raise ValueError(f"qkv_weight must be (3*dim, dim) = {(3 * dim, dim)}, got {tuple(weight.shape)}")
-    if bias is not None and bias.shape != (3 * dim,):
-        raise ValueError(f"qkv_bias must be (3*dim,) = {(3 * dim,)} or None, got {tuple(bias.shape)}")
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"num_heads must divide dim: got {num_heads} heads for dim {dim}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
-    for name, tensor in (("qkv_weight", weight), ("qkv_bias", bias)):
-        if tensor is None:
-            continue
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, x on {x.device}; both must be on one device")
-        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"{name} is {tensor.dtype}, x is {x.dtype}; outside autocast they must be equal")

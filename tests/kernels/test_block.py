@@ -214,3 +214,48 @@ def test_in_bfloat16_throughout_it_is_as_accurate_as_the_operators(seed: int) ->
     )
     for each in zip(ours, chain, exact, strict=True):
         assert_accurate(*([t] for t in each))
+
+
+def test_scales_may_lie_anywhere_in_memory(seed: int) -> None:
+    x, parameters = draw(SMALL)
+    columns = torch.rand(3, 2)
+    results = [
+        transformer_block(x, parameters, BlockSettings(4), scales, implementation="cpp")
+        for scales in ((columns[:, 0], columns[:, 1]), (columns[:, 0].clone(), columns[:, 1].clone()))
+    ]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "cpp"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": BlockSettings(7)}, "num_heads must divide dim: got 7 heads for dim 48"),
+        ({"settings": BlockSettings(0)}, "num_heads must divide dim"),
+        ({"settings": BlockSettings(4, gelu="erf")}, "gelu must be tanh or none, got 'erf'"),
+        ({"settings": BlockSettings(4, dropout_p=1.0)}, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"x": torch.zeros(2, 0, 48)}, "at least one token"),
+        ({"x": torch.zeros(2, 48)}, r"x must be \(batch, tokens, dim\)"),
+        ({"x": torch.zeros(3, 9, 48, dtype=torch.float64)}, "qkv_weight is torch.float32, x is torch.float64"),
+        ({"fc1_bias": torch.zeros(191)}, r"fc1_bias must be \(192,\), got \(191,\)"),
+        ({"fc2_weight": torch.zeros(48, 191)}, r"fc2_weight must be \(48, 192\), got \(48, 191\)"),
+        ({"norm1_weight": torch.zeros(1)}, r"norm1_weight must be \(48,\), got \(1,\)"),
+        ({"proj_bias": torch.zeros(48, dtype=torch.float64)}, "proj_bias is torch.float64, x is torch.float32"),
+        ({"scales": (torch.ones(1), torch.ones(3))}, r"scales must be \(batch,\) = \(3,\), got \(1,\)"),
+    ],
+)
+def test_arguments_that_do_not_match_are_refused(implementation: str, change: dict[str, Any], message: str) -> None:
+    x, parameters = draw(SMALL)
+    arguments: dict[str, Any] = {"x": x, "settings": BlockSettings(4), **change}
+    own = {name: arguments.pop(name) for name in list(arguments) if name in parameters._fields}
+    with pytest.raises(ValueError, match=message):
+        transformer_block(parameters=parameters._replace(**own), **arguments, implementation=implementation)
+
+
+def test_the_gradient_of_scales_is_the_operators_alone() -> None:
+    x, parameters = draw(SMALL)
+    scales = (torch.ones(3, requires_grad=True), torch.ones(3))
+    with pytest.raises(ValueError, match="cpp does not support scales that require a gradient; use torch"):
+        transformer_block(x, parameters, BlockSettings(4), scales, implementation="cpp")
+    transformer_block(x, parameters, BlockSettings(4), scales).sum().backward()
+    assert scales[0].grad is not None and scales[0].grad.abs().sum() > 0

@@ -1,6 +1,7 @@
 """The models' sizes, timm's interface, and the settings that users can change."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import timm
@@ -142,6 +143,8 @@ def test_unknown_names_are_answered_with_the_known_ones() -> None:
         check_attention(ModelConfig(attention="flash"))
     with pytest.raises(UserError, match="attention 'timm' is for timm's own models"):
         check_attention(ModelConfig(attention="timm"))
+    with pytest.raises(UserError, match="'cpp' is for CPUs, and this is cuda; .* recorded in c.yaml; choose"):
+        check_attention(ModelConfig(attention="cpp"), torch.device("cuda"), Path("c.yaml"))
     with pytest.raises(UserError, match="ResNet has no attention"):
         build_model(ModelConfig(model="resnet18", attention="naive"), input_size=rgb(32), num_classes=10)
 

@@ -176,6 +176,8 @@ def test_on_a_cpu_blocks_are_one_kernel_unless_an_attention_is_named(
     assert run(attention="fused") == ("torch", "fused")
     assert losses(tmp_path) == pytest.approx(by_kernel, abs=1e-4) and len(calls) == passes
     assert run(drop_rate=0.1, attention="cpp") == ("torch", "cpp")  # a dropout that the kernel does not have
+    line = "blocks are composed from operators, which is slower: their kernel does not support dropout (drop_rate 0.1)"
+    assert (tmp_path / "runs" / "run" / "train.log").read_text().count(line) == 1
     assert run(deterministic=True)[0] == "torch"
 
 
@@ -207,7 +209,7 @@ def test_without_a_working_compiler_a_run_trains_and_says_so_in_a_line(
     small_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(names: tuple[str, ...], dtype: torch.dtype, **constants: int) -> None:
-        raise ValueError(f"{names[-1]} cannot be compiled (CppCompileError: no omp.h); use fused")
+        raise ValueError(f"{names[-1]} cannot be compiled (CppCompileError: no omp.h); set CXX")
 
     def log() -> str:
         fit(small_config(attention="auto", epochs=1), overwrite=True)

@@ -55,7 +55,7 @@ def cpp_library(names: tuple[str, ...], dtype: torch.dtype, **constants: int) ->
     except Exception as error:  # of many types: an old compiler, a missing header, a cache that cannot be written
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{names[-1]} cannot be compiled ({type(error).__name__}: {reason[:200]}); use fused"
+            f"{names[-1]} cannot be compiled ({type(error).__name__}: {reason[:200]}); set CXX to another C++ compiler"
         ) from error
 
 
