@@ -35,7 +35,7 @@ def upstream_cifar100() -> TrainConfig:
 
 
 def fast_cifar10() -> TrainConfig:
-    """Close to the upstream after 100 epochs, in 4: Muon, whitened patches, small shifts; see bench/RECIPES.md."""
+    """About upstream-cifar10's accuracy, in 4 epochs: Muon, whitened patches, small shifts; see bench/RECIPES.md."""
     return TrainConfig(
         run=RunConfig(recipe="fast-cifar10", epochs=4, batch_size=64),
         model=ModelConfig(patch_init="whiten", initializer_range=0.05),
