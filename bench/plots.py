@@ -8,6 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
 
 from bench.suites.bench_scaling import WITH_BATCH, WITH_TOKENS, WITH_WIDTH
@@ -49,13 +50,15 @@ def bars(rows: Rows, figure: str, label: str, environment: dict[str, Any], path:
         for offset, (dtype, color) in zip((-0.2, 0.2), COLORS.items(), strict=True):
             values = {row["name"]: row[figure] for row in rows if (row["shape"], row["dtype"]) == (shape, dtype)}
             places = [names.index(name) + offset for name in values]
-            drawn = panel.barh(places, list(values.values()), 0.38, color=color, label=dtype)
+            drawn = panel.barh(places, list(values.values()), 0.38, color=color)
             panel.bar_label(drawn, fmt="{:,.0f}", padding=3, fontsize=8)
         panel.set_yticks(range(len(names)), names if panel is panels[0][0] else [""] * len(names))
         panel.set(title=shape, xlabel=label)
         panel.invert_yaxis()
         panel.margins(x=0.18)
-    picture.legend(*panels[0][0].get_legend_handles_labels(), loc="lower right", bbox_to_anchor=(1, 0.05), ncols=2)
+    dtypes = {row["dtype"] for row in rows}
+    patches = [Patch(color=color, label=dtype) for dtype, color in COLORS.items() if dtype in dtypes]
+    picture.legend(handles=patches, loc="lower right", bbox_to_anchor=(1, 0.05), ncols=2)
     return _save(picture, environment, path)
 
 

@@ -371,3 +371,5 @@ def test_pictures_are_drawn_of_what_was_measured(tmp_path: Path, monkeypatch: py
         assert label in picture.texts and not any(caption.overlaps(box) for box in legend)
         assert len(picture.panels) == (2 if path.stem == "scaling" else len(shapes))
     assert plots.draw([], environment(), tmp_path) == []
+    throughput = plots.draw([row for row in rows if row["dtype"] == "bf16"], environment(), tmp_path)[0]
+    assert "bf16" in pictures[throughput].texts and "fp32" not in pictures[throughput].texts
