@@ -1,8 +1,12 @@
 """A transformer block in one CPU kernel each way: the same function, gradients and random draws as its operators."""
 
 import itertools
+import os
+import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit_kernels
 from fastvit_kernels import BlockParameters, BlockSettings, transformer_block
+from fastvit_kernels.cpp import block as cpp
 from fastvit_train.models.vit import Block, Mlp
 from tests.kernels.accuracy import assert_accurate
+from tests.support import ROOT, run
 
 # (batch, tokens, dim, heads, hidden): odd batches and numbers of tokens, one token, tiles of two and of three vectors
 SMALL = (3, 9, 48, 4, 192)
@@ -259,3 +265,48 @@ def test_the_gradient_of_scales_is_the_operators_alone() -> None:
         transformer_block(x, parameters, BlockSettings(4), scales, implementation="cpp")
     transformer_block(x, parameters, BlockSettings(4), scales).sum().backward()
     assert scales[0].grad is not None and scales[0].grad.abs().sum() > 0
+
+
+def opcheck_arguments() -> tuple[list[Tensor | None], list[Any]]:
+    """The tensors that `cpp.block` takes, and its settings; with dropout and stochastic depth."""
+    x, parameters = draw(SMALL)
+    tensors = [x, *parameters, torch.rand(3), torch.rand(3), torch.tensor([5])]
+    return tensors, [4, False, False, [1e-5, 1e-6, 0.2], torch.float32]
+
+
+@pytest.mark.slow
+def test_opcheck(seed: int) -> None:
+    tensors, settings = opcheck_arguments()
+    inputs = [t.clone().requires_grad_() for t in tensors[:13] if t is not None]
+    torch.library.opcheck(cpp.block, (*inputs, *tensors[13:], *settings, True))
+    saved = cpp.block(*tensors, *settings, True)[1:]
+    backward = (torch.randn(SMALL[:3]), list(saved), tensors[0], tensors[1:13], tensors[13:15], tensors[15], *settings)
+    torch.library.opcheck(cpp.block_backward, backward)
+
+
+@pytest.mark.slow
+def test_in_bfloat16_attention_weights_are_dropped_as_in_float32(seed: int) -> None:
+    x, parameters = draw(SMALL)
+    settings = BlockSettings(4, dropout_p=0.4)
+
+    def compute(autocast: bool, number: int) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return transformer_block(x, parameters, settings, seed=torch.tensor([number]), implementation="cpp")
+
+    exact, rounded, other = compute(False, 1), compute(True, 1), compute(False, 2)
+    assert (rounded - exact).norm() < 0.02 * exact.norm() < 0.2 * (other - exact).norm()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="for x86-64")
+@pytest.mark.parametrize("architecture", ["x86-64", "x86-64-v3"])  # vectors of four lanes, and of eight: AVX2
+def test_built_for_an_older_processor_it_is_as_accurate(architecture: str, tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -march={architecture}\n')
+    compiler.chmod(0o755)
+    node = f"{__file__}::{test_error_is_at_most_twice_that_of_torchs_operators.__name__}"
+    cases = [f"{node}[{SMALL}-{dtype}-none-True-False-True]" for dtype in DTYPES]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not soak", *cases]
+    done = run(command, ROOT, CXX=str(compiler), TORCHINDUCTOR_CACHE_DIR=str(tmp_path / "cache"))
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout[-3000:]
+    assert list((tmp_path / "cache").rglob("*.so"))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import fastvit_kernels
-from fastvit_train.models import attention_maps, patch_filters, position_similarity, set_attention
+from fastvit_train.models import attention_maps, patch_filters, position_similarity, set_attention, set_block
 from fastvit_train.utils.errors import UserError
 
 SERVING = [name for name, reason in fastvit_kernels.implementations().items() if reason is None and name != "triton"]
@@ -63,6 +63,15 @@ def test_every_implementation_is_looked_into_alike(name: str, attention: str, se
     looks = attention_maps(model, images)
     for found, expected in zip(looks.attention, wanted, strict=True):
         torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
+
+
+def test_a_model_whose_blocks_are_one_kernel_is_looked_into_alike(seed: int) -> None:
+    model, images = trained_looking("mc_vit_4_4_32"), torch.randn(2, 3, 32, 32)
+    wanted = torchs_weights(model, images)
+    set_block(model, "cpp")
+    for found, expected in zip(attention_maps(model, images).attention, wanted, strict=True):
+        torch.testing.assert_close(found.double(), expected, atol=2e-5, rtol=0)
+    assert all(block.implementation == "cpp" for block in model.blocks)
 
 
 def test_the_class_token_is_what_reads(seed: int) -> None:

@@ -8,6 +8,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from fastvit_kernels.cpp import block as cpp
 from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models import build_model, check_block, set_block
 from fastvit_train.utils.errors import UserError
@@ -122,3 +123,39 @@ def test_blocks_of_timm_that_compute_something_else_are_refused(options: dict[st
     model = timms_vit(**options)
     with pytest.raises(UserError, match=f"--block cpp does not support {reason}; use --block torch"):
         set_block(model, "cpp")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mc_vit_4_4_32", "cct_2_3x2_32"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_a_compiled_model_with_the_kernel_computes_what_it_does_eagerly(
+    name: str, autocast: bool, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    no_dropout = {"drop_path_rate": 0.0, "attn_drop_rate": 0.0, "drop_rate": 0.0}
+    model = timm.create_model(name, embed_dim=48, num_heads=4, depth=2, **no_dropout)
+    images, exact_model = torch.randn(4, 3, 32, 32), copy.deepcopy(model).double()
+
+    def compute(model: nn.Module, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast and images.dtype == torch.float32):
+            return logits_and_gradients(model, images, lambda logits: logits.float().square().sum())
+
+    exact = compute(exact_model, images.double())
+    set_block(model, "cpp")
+    eager = compute(model, images)
+    prepare, called = cpp._prepare, []
+    monkeypatch.setattr(cpp, "_prepare", lambda *args: called.append(args) or prepare(*args))
+    results = compute(torch.compile(model, fullgraph=True), images)
+    assert len(called) == 4  # two blocks, forward and backward
+    for each in zip(results, eager, exact, strict=True):
+        assert_accurate(*each)
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["non-strict", "strict"])
+def test_an_exported_model_has_only_torchs_operators(strict: bool, seed: int) -> None:
+    model, images = timm.create_model("mc_vit_4_4_32", depth=1).eval(), torch.randn(2, 3, 32, 32)
+    expected = model(images)
+    set_block(model, "cpp")
+    program = torch.export.export(model, (images,), strict=strict)
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert called and not [name for name in called if "fastvit" in name]
+    torch.testing.assert_close(program.module()(images), expected)
