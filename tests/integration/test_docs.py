@@ -20,7 +20,7 @@ from accelerate.commands.launch import launch_command_parser
 from fastvit_train.cli.main import main
 from fastvit_train.cli.verbs import VERBS
 from fastvit_train.runs.run_names import default_group
-from tests.support import ROOT, environment, run, write_cifar10, write_fashion_mnist, write_folder
+from tests.support import ROOT, environment, write_cifar10, write_fashion_mnist, write_folder
 from tests.support.pages import (
     ALL_PAGES,
     BENCH_PAGES,
@@ -172,24 +172,6 @@ def test_the_examples_of_the_operator_run(capsys: pytest.CaptureFixture[str]) ->
     for example in examples:
         exec(compile(example.text, "kernels/README.md", "exec"), {})
     assert "'naive': None" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_every_benchmark_command_selects_rows(tmp_path: Path) -> None:
-    """The commands of bench/README.md, without their measurements."""
-    for name in ("before", "after"):
-        (tmp_path / name).mkdir()
-        shutil.copy(ROOT / "bench" / "results" / "cpu-epoch" / "bench.json", tmp_path / name / "bench.json")
-    for command in commands(BENCH_PAGES[0], "bash"):
-        program, *args = shlex.split(command)
-        if program == "bench/gpu_check.sh":  # tests/bench runs it
-            continue
-        if program == "pytest":
-            args = ["-m", "pytest", *args, "--collect-only", "-q", "--rootdir", str(ROOT), str(ROOT / "bench")]
-        elif "--compare" not in args:
-            args += ["--list"]
-        done = run([sys.executable, *args], tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'kernels'}")
-        assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
 
 
 def program_args(command: str) -> list[str] | None:

@@ -82,9 +82,10 @@ def accuracy_cases() -> Iterator[Any]:
         quick = (gelu == "none") == residual_norm == scaled == (not bias)  # ours, and the compact family's
         marks = [] if quick else [pytest.mark.slow]
         yield pytest.param(SMALL, dtype, gelu, residual_norm, bias, scaled, marks=marks)
-    for shape, dtype, compact in itertools.product(SHAPES, DTYPES, [False, True]):
-        gelu = "none" if compact else "tanh"
-        yield pytest.param(shape, dtype, gelu, compact, not compact, compact, marks=pytest.mark.slow)
+    for number, (shape, dtype, compact) in enumerate(itertools.product(SHAPES, DTYPES, [False, True])):
+        gelu, alternate = "none" if compact else "tanh", number % 4 in (0, 3)  # each shape, dtype and family
+        marks = pytest.mark.slow if alternate else pytest.mark.soak
+        yield pytest.param(shape, dtype, gelu, compact, not compact, compact, marks=marks)
 
 
 @pytest.mark.parametrize(("shape", "dtype", "gelu", "residual_norm", "bias", "scaled"), list(accuracy_cases()), ids=str)

@@ -23,10 +23,10 @@ Config = Callable[..., TrainConfig]
 
 
 @pytest.fixture
-def only_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure bf16 alone, because the other candidates have to compile."""
-    bf16 = [("bf16", "how", Variant(precision="bf16"))]
-    monkeypatch.setattr(speedups, "list_variants", lambda session: bf16)
+def only_naive(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure one change alone, which has nothing to compile and no bf16, which many processors emulate."""
+    naive = [("--attention naive", "how", Variant(attention="naive"))]
+    monkeypatch.setattr(speedups, "list_variants", lambda session: naive)
 
 
 def profiled(config: TrainConfig, tmp_path: Path, steps: int = 3) -> Profile:
@@ -34,7 +34,7 @@ def profiled(config: TrainConfig, tmp_path: Path, steps: int = 3) -> Profile:
 
 
 @pytest.mark.slow
-def test_the_parts_of_a_step_add_up(small_config: Config, tmp_path: Path, only_bf16: None) -> None:
+def test_the_parts_of_a_step_add_up(small_config: Config, tmp_path: Path, only_naive: None) -> None:
     result = profiled(small_config(), tmp_path)
     low, high = result.spread
     assert low <= result.step <= high
@@ -48,7 +48,7 @@ def test_the_parts_of_a_step_add_up(small_config: Config, tmp_path: Path, only_b
 
 
 @pytest.mark.slow
-def test_the_trace_names_the_parts(small_config: Config, tmp_path: Path, only_bf16: None) -> None:
+def test_the_trace_names_the_parts(small_config: Config, tmp_path: Path, only_naive: None) -> None:
     profiled(small_config(), tmp_path, steps=2)
     events = json.loads((tmp_path / "profile" / "trace-rank0.json").read_text())["traceEvents"]
     names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
@@ -57,7 +57,7 @@ def test_the_trace_names_the_parts(small_config: Config, tmp_path: Path, only_bf
 
 @pytest.mark.slow
 def test_a_slow_input_is_called_so(
-    small_config: Config, tmp_path: Path, only_bf16: None, monkeypatch: pytest.MonkeyPatch
+    small_config: Config, tmp_path: Path, only_naive: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crop_and_flip = Augment.crop_and_flip
 
@@ -73,7 +73,7 @@ def test_a_slow_input_is_called_so(
 
 @pytest.mark.slow
 def test_a_slow_optimizer_shows_in_its_part(
-    small_config: Config, tmp_path: Path, only_bf16: None, monkeypatch: pytest.MonkeyPatch
+    small_config: Config, tmp_path: Path, only_naive: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: time.sleep(0.1))
     result = profiled(small_config(optimizer="adamw"), tmp_path)
@@ -134,7 +134,7 @@ def test_input_that_hides_behind_the_device_costs_nothing() -> None:
 
 @pytest.mark.slow
 def test_recompilations_are_counted(
-    small_config: Config, tmp_path: Path, only_bf16: None, monkeypatch: pytest.MonkeyPatch
+    small_config: Config, tmp_path: Path, only_naive: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train_epoch = short_run.train_epoch
     config = small_config(compile=True, depth=1)
@@ -150,7 +150,7 @@ def test_recompilations_are_counted(
 
 @pytest.mark.slow
 def test_graph_breaks_are_counted(
-    small_config: Config, tmp_path: Path, only_bf16: None, monkeypatch: pytest.MonkeyPatch
+    small_config: Config, tmp_path: Path, only_naive: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

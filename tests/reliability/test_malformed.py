@@ -26,7 +26,9 @@ from tests.reliability.malformed import MALFORMED, NOT_WRITABLE, TINY, check_exa
 from tests.support import write_folder
 
 Count = Callable[..., None]
-A_FEW_OR_MANY = pytest.mark.parametrize("examples", [12, pytest.param(300, marks=pytest.mark.soak)])
+SOME_OR_MANY = pytest.mark.parametrize(
+    "examples", [pytest.param(30, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.soak)]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -80,8 +82,7 @@ VALUES = st.none() | st.booleans() | NUMBERS | st.text(max_size=20) | st.floats(
 KEYS = st.sampled_from([key for key in flatten(TrainConfig()) if key not in ("compile", "attention", "runs_dir")])
 
 
-@pytest.mark.slow
-@A_FEW_OR_MANY
+@SOME_OR_MANY
 def test_generated_configurations(tmp_path: Path, count: Count, seed: int, examples: int) -> None:
     file = tmp_path / "it.yaml"
     whole = yaml.safe_dump(flatten(recipe("quickstart")) | {"track": []}).encode()
@@ -133,8 +134,7 @@ def _wrong_values(hint: Any) -> list[str]:
     return ["\0", "\x1b[31mx", "a\nb", "x" * 3000]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("some", [1, pytest.param(100, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("some", [pytest.param(10, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.soak)])
 def test_every_flag_with_wrong_values(count: Count, seed: int, some: int) -> None:
     draw = random.Random(seed)
     for section in (RunConfig, ModelConfig, DataConfig, OptimConfig):

@@ -26,7 +26,9 @@ from tests.reliability.malformed import (
 from tests.support import write_cifar10, write_fashion_mnist
 
 Count = Callable[..., None]
-A_FEW_OR_MANY = pytest.mark.parametrize("examples", [10, pytest.param(150, marks=pytest.mark.soak)])
+SOME_OR_MANY = pytest.mark.parametrize(
+    "examples", [pytest.param(30, marks=pytest.mark.slow), pytest.param(150, marks=pytest.mark.soak)]
+)
 NOWHERE = ("--runs-dir", NOT_WRITABLE, "--data-url", "http://127.0.0.1:9", *TINY)
 
 
@@ -80,8 +82,7 @@ def test_idx_files(tmp_path: Path, count: Count, packed: bool) -> None:
         count(MALFORMED)
 
 
-@pytest.mark.slow
-@A_FEW_OR_MANY
+@SOME_OR_MANY
 def test_idx_files_mutated(tmp_path: Path, count: Count, seed: int, examples: int) -> None:
     root = write_fashion(tmp_path / "data")
     file = root / "t10k-images-idx3-ubyte.gz"
@@ -138,8 +139,7 @@ def test_cifar_batches(tmp_path: Path, count: Count, marker: Path, monkeypatch: 
     assert is_refused(count, "--dataset", "cifar10", "--data-dir", root, *NOWHERE)
 
 
-@pytest.mark.slow
-@A_FEW_OR_MANY
+@SOME_OR_MANY
 def test_cifar_batches_mutated(
     tmp_path: Path, count: Count, seed: int, examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,9 @@ from tests.reliability.malformed import NOT_WRITABLE, TINY, Evil, check_examples
 
 Count = Callable[..., None]
 A_FEW_OR_MANY = pytest.mark.parametrize("examples", [10, pytest.param(150, marks=pytest.mark.soak)])
+SOME_OR_MANY = pytest.mark.parametrize(
+    "examples", [pytest.param(30, marks=pytest.mark.slow), pytest.param(150, marks=pytest.mark.soak)]
+)
 NOWHERE = ("--runs-dir", NOT_WRITABLE, *TINY)
 
 
@@ -91,8 +94,7 @@ def test_safetensors(tmp_path: Path, count: Count, marker: Path) -> None:
         assert is_refused(count, *NOWHERE, "--weights", file), content[:50]
 
 
-@pytest.mark.slow
-@A_FEW_OR_MANY
+@SOME_OR_MANY
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_weights_mutated(finished: Path, tmp_path: Path, count: Count, seed: int, suffix: str, examples: int) -> None:
     file = tmp_path / f"it{suffix}"
@@ -165,8 +167,7 @@ def test_runs(copy: Path, tmp_path: Path, count: Count) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("some", [6, pytest.param(300, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("some", [pytest.param(60, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
 def test_summary_values_of_another_type(copy: Path, count: Count, seed: int, name: str, some: int) -> None:
     whole = json.loads((copy / name).read_text())
@@ -232,9 +233,8 @@ def test_hostile_checkpoints(copy: Path, count: Count, marker: Path) -> None:
         assert is_refused(count, *resume(copy)), planted
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("forged", [False, True], ids=["damaged", "forged"])
-@A_FEW_OR_MANY
+@SOME_OR_MANY
 def test_checkpoints_mutated(copy: Path, count: Count, seed: int, forged: bool, examples: int) -> None:
     last = (copy / "checkpoints" / "last").resolve()
     before = shutil.copytree(copy, copy.parent / "before", symlinks=True)
