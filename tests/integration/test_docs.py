@@ -254,10 +254,11 @@ def run_command(command: str) -> None:
     if args[:1] == ["watch"]:
         watch_until_it_answers(args)
         return
-    if command.startswith("accelerate") and (not args or args[0].startswith("-")):
+    trains = not args or args[0].startswith("-")
+    if trains and not {"--dry-run", "--preview"} & set(args):
         args += SMALL if "--resume" in args else [*SMALL, "--stop-after", "1"]
         args += [] if "--attention" in args else ["--attention", "fused"]  # auto measures for seconds
-    elif "--dry-run" in args and args[0].startswith("-"):
+    elif trains:
         args += [*SMALL, "--attention", "fused"]
     elif args[0] in ("profile", "plan"):
         args += ["--steps", "1", "--depth", "1", "--attention", "fused"]

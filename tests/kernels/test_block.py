@@ -298,9 +298,11 @@ def test_in_bfloat16_attention_weights_are_dropped_as_in_float32(seed: int) -> N
     assert (rounded - exact).norm() < 0.02 * exact.norm() < 0.2 * (other - exact).norm()
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="for x86-64")
-@pytest.mark.parametrize("architecture", ["x86-64", "x86-64-v3"])  # vectors of four lanes, and of eight: AVX2
+@pytest.mark.parametrize(
+    "architecture",  # vectors of eight lanes: AVX2; and of four
+    [pytest.param("x86-64-v3", marks=pytest.mark.slow), pytest.param("x86-64", marks=pytest.mark.soak)],
+)
 def test_built_for_an_older_processor_it_is_as_accurate(architecture: str, tmp_path: Path) -> None:
     compiler = tmp_path / "compiler"
     compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -march={architecture}\n')

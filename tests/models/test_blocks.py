@@ -126,8 +126,7 @@ def test_blocks_of_timm_that_compute_something_else_are_refused(options: dict[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mc_vit_4_4_32", "cct_2_3x2_32"])
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "autocast"), [("mc_vit_4_4_32", True), ("cct_2_3x2_32", False)])
 def test_a_compiled_model_with_the_kernel_computes_what_it_does_eagerly(
     name: str, autocast: bool, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
