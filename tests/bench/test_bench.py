@@ -132,7 +132,7 @@ registry.IMPLEMENTATIONS["fused"] = entry._replace(function=slowed)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # what pytest-benchmark itself does; `python -m bench` is compared in the slow tier
 def test_pytest_benchmark_distinguishes_a_slowed_implementation(tmp_path: Path) -> None:
     (tmp_path / "slowed.py").write_text(SLOWED)
     # In fp32: a processor without instructions for bf16 emulates them, and takes seconds.

@@ -128,8 +128,8 @@ def test_compiled_in_two_processes_is_the_same_run(
     small_config: SmallConfig, tmp_path: Path, file: str, sums: int
 ) -> None:
     """DDP sums once more in the first passes, which compile."""
-    fit(small_config(exp_name="alone", stop_after=1, **AUGMENTED))
-    common = {"runs_dir": str(tmp_path / "runs"), "stop_after": 1, "compile": True}
+    fit(small_config(exp_name="alone", stop_after=1, depth=1, **AUGMENTED))
+    common = {"runs_dir": str(tmp_path / "runs"), "stop_after": 1, "depth": 1, "compile": True}
     runs = [{**common, "exp_name": "compiled"}, {**common, "exp_name": "x4", "grad_accum": 4}]
     assert train_in_several(file, 2, *runs) == [sums, sums]
     for name in ("compiled", "x4"):

@@ -197,7 +197,7 @@ def test_mistakes_are_one_line(small_config: Config, tmp_path: Path) -> None:
 def test_the_command_measures_everything_it_can_try(tmp_path: Path) -> None:
     data = write_folder(tmp_path / "shapes", per_class=40)
     command = ["-m", "fastvit_train", "profile", "--dataset", "folder", "--data-dir", str(data), "--batch-size", "16"]
-    done = run([sys.executable, *command, "--attention", "fused", "--steps", "3"], cwd=tmp_path)
+    done = run([sys.executable, *command, "--attention", "fused", "--steps", "3", "--depth", "1"], cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for what in ("bf16", "--compile", "--attention naive", "--attention sdpa", "--batch-size 32"):
         assert f"{what} " in done.stdout
@@ -206,7 +206,8 @@ def test_the_command_measures_everything_it_can_try(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_profile_their_own_and_one_speaks(tmp_path: Path) -> None:
-    done = launch("profile", "--attention", "fused", "--steps", "2", "--depth", "1", processes=2, cwd=tmp_path)
+    small = ("--depth", "1", "--embed-dim", "24", "--num-heads", "2", "--batch-size", "16")
+    done = launch("profile", "--attention", "fused", "--steps", "2", *small, processes=2, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("images/s") + done.stdout.count("img/s") == 1
     assert len(list((tmp_path / "profile").glob("trace-rank*.json"))) == 2
