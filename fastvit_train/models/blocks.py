@@ -138,9 +138,9 @@ def _why_timms_unsupported(model: nn.Module, name: str) -> list[str]:
     if name != "cpp" or not timms or not fastvit_kernels.can_swap_attention(model):
         plain = " and timm's plain Vision Transformers" if name == "cpp" else ""
         return [f"{type(model).__name__}, only our own models{plain}"]
-    reasons = {reason for block in timms for reason in why_not_plain(block)}
-    sizes = {reason for block in timms if (reason := _why_wrong_size(block, _num_tokens(model)))}
-    return sorted(reasons | sizes)
+    if reasons := {reason for block in timms for reason in why_not_plain(block)}:
+        return sorted(reasons)
+    return sorted({reason for block in timms if (reason := _why_wrong_size(block, _num_tokens(model)))})
 
 
 def _dropout(block: Block) -> float:

@@ -115,6 +115,7 @@ def test_timms_blocks_are_replaced_by_the_kernel_with_the_same_parameters(seed: 
         ({"proj_drop_rate": 0.1}, "dropout"),
         ({"qk_norm": True}, "VisionTransformer, only our own models and timm's plain Vision Transformers"),
         ({"act_layer": "relu"}, "another MLP than two linear layers with GELU"),
+        ({"mlp_layer": timm.layers.SwiGLU}, "another MLP than two linear layers with GELU"),
         ({"embed_dim": 40}, "embed_dim 40 with MLPs of width 160 .multiples of 16 are supported."),
         ({"img_size": 128}, "257 tokens of 48 channels .up to 256 of 384 are supported."),
     ],

@@ -25,7 +25,7 @@ Config = Callable[..., TrainConfig]
 @pytest.fixture
 def only_naive(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measure one change alone, which has nothing to compile and no bf16, which many processors emulate."""
-    naive = [("--attention naive", "how", Variant(attention="naive"))]
+    naive = [("--attention naive", "how", Variant(attention="naive", compiled=False))]
     monkeypatch.setattr(speedups, "list_variants", lambda session: naive)
 
 

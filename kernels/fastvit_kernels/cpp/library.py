@@ -55,7 +55,8 @@ def cpp_library(names: tuple[str, ...], dtype: torch.dtype, **constants: int) ->
     except Exception as error:  # of many types: an old compiler, a missing header, a cache that cannot be written
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{names[-1]} cannot be compiled ({type(error).__name__}: {reason[:200]}); set CXX to another C++ compiler"
+            f"{names[-1]} cannot be compiled ({type(error).__name__}: {reason[:200]}); "
+            "mend that (CXX names the compiler), or use torch's operators"
         ) from error
 
 
