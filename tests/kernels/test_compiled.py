@@ -1,5 +1,7 @@
 """`compiled` compiles once per shape, not per step."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -46,10 +48,14 @@ def test_inside_a_larger_compiled_graph(seed: int) -> None:
     assert_accurate([result.detach()], [(chain(*arguments, 2) + 1).detach()], [exact.detach()])
 
 
-def test_without_a_compiler_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert "needs a C++ compiler, and no-such-compiler was not found" in str(
-        fastvit_kernels.implementations()["compiled"]
-    )
+def test_without_a_compiler_that_works_the_reason_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\nexit 3\n")
+    compiler.chmod(0o755)
+    for name, failure in ((str(compiler), "does not work ("), ("no-such-compiler", "was not found; install it, or")):
+        monkeypatch.setenv("CXX", name)
+        reasons = fastvit_kernels.implementations()
+        for implementation in ("compiled", "cpp"):
+            assert f"needs a C++ compiler, and {name} {failure}" in str(reasons[implementation])
     with pytest.raises(ValueError, match=r"'compiled' needs a C\+\+ compiler.*available here: naive, fused, sdpa"):
         fastvit_kernels.check_implementation("compiled")

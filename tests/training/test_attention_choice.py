@@ -221,7 +221,13 @@ def test_without_a_working_compiler_a_run_trains_and_says_so_in_a_line(
     assert (
         broken.count("which is slower: block_kernel/backward.cpp cannot be compiled (CppCompileError: no omp.h)") == 1
     )
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\nexit 3\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    unusable = log()
+    assert unusable.count(f"their kernel needs a C++ compiler, and {compiler} does not work (") == 1
     monkeypatch.setenv("CXX", "no-such-compiler")
     missing = log()
     assert missing.count("which is slower: their kernel needs a C++ compiler, and no-such-compiler was not found") == 1
-    assert all("attention fused" in each and "block cpp" not in each for each in (broken, missing))
+    assert all("attention fused" in each and "block cpp" not in each for each in (broken, unusable, missing))

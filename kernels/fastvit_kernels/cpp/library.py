@@ -4,6 +4,7 @@ import ctypes
 import functools
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,14 +29,22 @@ def why_unavailable() -> str | None:
 def why_without_compiler() -> str | None:
     """Why torch.compile cannot compile C++ on this machine, or None if it can."""
     compiler = os.environ.get("CXX") or {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    if _on_path(compiler, os.environ.get("PATH")):
-        return None
-    return f"needs a C++ compiler, and {compiler} was not found; install it, or set CXX"
+    failure = _compiler_failure(compiler, os.environ.get("PATH"))
+    return failure and f"needs a C++ compiler, and {compiler} {failure}, or set CXX"
 
 
 @functools.cache
-def _on_path(compiler: str, path: str | None) -> bool:
-    return shutil.which(compiler, path=path) is not None
+def _compiler_failure(compiler: str, path: str | None) -> str | None:
+    """What is wrong with a compiler, and what to do about it, or None if it answers."""
+    program = shutil.which(compiler, path=path)
+    if program is None:
+        return "was not found; install it"
+    if sys.platform != "win32":  # cl answers to other options
+        try:
+            subprocess.run([program, "--version"], check=True, capture_output=True, timeout=60)
+        except (OSError, subprocess.SubprocessError) as error:
+            return f"does not work ({error}); mend it"
+    return None
 
 
 @functools.cache
