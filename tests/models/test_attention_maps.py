@@ -42,14 +42,14 @@ def torchs_weights(model: nn.Module, images: Tensor) -> list[Tensor]:
     return found
 
 
-COMPILED_QUICKLY = "mc_vit_4_4_32"
+COMPILED_QUICKLY, COMPILING = "mc_vit_4_4_32", ("compiled", "cpp")
 
 
 @pytest.mark.parametrize(
     ("name", "attention"),
     [
         pytest.param(
-            name, attention, marks=pytest.mark.slow if attention == "compiled" and name != COMPILED_QUICKLY else ()
+            name, attention, marks=pytest.mark.slow if attention in COMPILING and name != COMPILED_QUICKLY else ()
         )
         for name in ("c_vit_4_4_32", "mc_vit_4_4_32", "cct_2_3x2_32")
         for attention in SERVING

@@ -74,7 +74,7 @@ def stop_and_resume(runs: Path, stream: random.Random, processes: int, stops: in
 @pytest.mark.parametrize(
     ("processes", "rounds", "stops"),
     [
-        pytest.param(1, 1, 1, id="one-process"),
+        pytest.param(1, 1, 1, id="one-process", marks=pytest.mark.slow),
         pytest.param(2, 1, 1, id="two-processes", marks=pytest.mark.slow),
         pytest.param(1, 4, 3, id="one-process-12-times", marks=pytest.mark.soak),
         pytest.param(2, 3, 3, id="two-processes-9-times", marks=pytest.mark.soak),
