@@ -52,7 +52,7 @@ class Rendering:
         return f"to cover {size}{larger}, {how}; center crop"
 
     def timm_entries(self) -> dict[str, Any]:
-        """Return this rendering as entries of timm's `pretrained_cfg`."""
+        """Return interpolation, crop fraction and crop mode, under their names in timm's `pretrained_cfg`."""
         return {"interpolation": "bilinear", "crop_pct": self.crop_pct, "crop_mode": TIMM_CROP_MODES[self.fit]}
 
     def resize(self, image: Image.Image, width: int, height: int) -> Image.Image:

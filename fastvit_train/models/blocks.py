@@ -98,7 +98,7 @@ def choose_block(
 
 
 def _try_kernel(model: nn.Module) -> tuple[str, list[str]]:
-    """Compile the kernel and run it once."""
+    """Return "cpp" if the kernel supports the model, can be compiled and runs; otherwise "torch", and why."""
     composed = "blocks are composed from operators, which is slower: "
     if reasons := _why_unsupported(model, "cpp"):
         return "torch", [f"{composed}their kernel does not support {', '.join(reasons)}"]
@@ -165,7 +165,7 @@ def _limits_of_cpp(block: Block, tokens: int) -> list[str]:
 
 
 def _why_wrong_size(block: Any, tokens: int) -> str | None:
-    """Why the CPU kernel does not support `block`, ours or timm's, with so many tokens, or None if it does."""
+    """Return why the CPU kernel does not support the sizes of a block, ours or timm's, or None if it does."""
     x = torch.empty(1, tokens, block.mlp.fc1.in_features, dtype=torch.float32)
     return fastvit_kernels.why_block_unsupported(x, block.mlp.fc1.out_features, block.attn.num_heads)
 

@@ -21,7 +21,7 @@ LAST_EPOCH, BEST_EPOCH, AVERAGE = "last epoch", "best epoch", "average"
 BEST_WEIGHTS = "best.safetensors"
 """the weights after the best epoch so far, in the run's folder; their metadata has the step"""
 BEST_OF = {"accuracy": ("test_accuracy", 1), "balanced": ("balanced_test_accuracy", 1), "loss": ("test_loss", -1)}
-"""by the value of --keep-best-of: the key in metrics.jsonl by which the best epoch is chosen; -1 if less is better"""
+"""for each value of --keep-best-of: a key of metrics.jsonl, and 1 if the highest value is best, -1 if the lowest is"""
 RUN_FILES = ("config.yaml", "summary.json", "metrics.jsonl")
 """a folder with one of these files is a run"""
 

@@ -95,4 +95,4 @@ def _check_arguments(x: Tensor, parameters: tuple[Tensor, ...], gelu: str) -> No
     dim, hidden = x.shape[-1], parameters[2].shape[0]
     names = ("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
     shapes: tuple[tuple[int, ...], ...] = ((dim,), (dim,), (hidden, dim), (hidden,), (dim, hidden), (dim,))
-    check_parameters(x, dict(zip(names, zip(parameters, shapes, strict=True), strict=True)))
+    check_parameters(x, {name: (p, shape) for name, p, shape in zip(names, parameters, shapes, strict=True)})

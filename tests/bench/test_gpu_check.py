@@ -20,7 +20,7 @@ from bench.gpu_check.__main__ import TIME_RAN_OUT, run_together
 from bench.gpu_check.goals import GOALS, Goal
 from bench.gpu_check.parts import all_parts
 from bench.suites import bench_attention, bench_epoch, bench_step
-from tests.support import ROOT, run, write_folder
+from tests.support import ROOT, run, write_folder, write_program
 
 SCRIPT = str(ROOT / "bench" / "gpu_check.sh")
 
@@ -181,9 +181,7 @@ def test_the_time_to_an_accuracy_is_the_mean_of_all_runs() -> None:
 def bare(tmp_path: Path) -> dict[str, str]:
     """The environment of a machine that has python3, and neither python nor this package on its path."""
     (tmp_path / "bin").mkdir()
-    python = tmp_path / "bin" / "python3"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    python.chmod(0o755)
+    python = write_program(tmp_path / "bin" / "python3", f'exec {sys.executable} "$@"')
     # three runs at once on two cores: with more than a thread each they would wait for one another's threads
     return {"PATH": f"{python.parent}:/usr/bin:/bin", "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
 

@@ -67,10 +67,10 @@ def accuracy_cases() -> list[object]:
     What torch.compile makes of `fused` is compiled for each shape in one dtype, and in the others only by -m soak.
     """
     cases = []
-    for number, (name, shape, dtype) in enumerate(itertools.product(NAMES, SHAPES, DTYPES)):
+    for name, shape, dtype in itertools.product(NAMES, SHAPES, DTYPES):
         quick_shape, quick_dtypes = QUICK.get(name, (shape, DTYPES))
         slow = shape != quick_shape or dtype not in quick_dtypes
-        soak = slow and name == "compiled" and number // len(DTYPES) % len(DTYPES) != number % len(DTYPES)
+        soak = name == "compiled" and DTYPES.index(dtype) != SHAPES.index(shape) % len(DTYPES)
         cases.append(pytest.param(name, shape, dtype, marks=pytest.mark.soak if soak else slow_if(slow)))
     return cases
 

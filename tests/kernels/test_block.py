@@ -21,7 +21,7 @@ from fastvit_kernels import BlockParameters, BlockSettings, transformer_block
 from fastvit_kernels.cpp import block as cpp
 from fastvit_train.models.vit import Block, Mlp
 from tests.kernels.accuracy import assert_accurate
-from tests.support import ROOT, run
+from tests.support import ROOT, run, write_program
 
 # (batch, tokens, dim, heads, hidden): odd batches and numbers of tokens, one token, tiles of two and of three vectors
 SMALL = (3, 9, 48, 4, 192)
@@ -272,17 +272,13 @@ def test_the_gradient_of_scales_is_the_operators_alone() -> None:
     assert scales[0].grad is not None and scales[0].grad.abs().sum() > 0
 
 
-def opcheck_arguments() -> tuple[list[Tensor | None], list[Any]]:
-    """The tensors that `cpp.block` takes, and its settings; with dropout and stochastic depth."""
-    x, parameters = draw(SMALL)
-    tensors = [x, *parameters, torch.rand(3), torch.rand(3), torch.tensor([5])]
-    return tensors, [4, False, False, [1e-5, 1e-6, 0.2], torch.float32]
-
-
 @pytest.mark.slow
 def test_opcheck(seed: int) -> None:
-    tensors, settings = opcheck_arguments()
-    inputs = [t.clone().requires_grad_() for t in tensors[:13] if t is not None]
+    """With dropout and stochastic depth."""
+    x, parameters = draw(SMALL)
+    tensors = [x, *parameters, torch.rand(3), torch.rand(3), torch.tensor([5])]
+    settings = [4, False, False, [1e-5, 1e-6, 0.2], torch.float32]
+    inputs = [t.clone().requires_grad_() for t in tensors[:13]]
     torch.library.opcheck(cpp.block, (*inputs, *tensors[13:], *settings, True))
     saved = cpp.block(*tensors, *settings, True)[1:]
     backward = (torch.randn(SMALL[:3]), list(saved), tensors[0], tensors[1:13], tensors[13:15], tensors[15], *settings)
@@ -313,9 +309,8 @@ def test_in_bfloat16_attention_weights_are_dropped_as_in_float32(seed: int) -> N
 def test_built_for_an_older_processor_it_is_as_accurate(
     architecture: str, capability: str, registers: set[str], tmp_path: Path
 ) -> None:
-    compiler, cache = tmp_path / "compiler", tmp_path / "cache"
-    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "g++")} "$@" -march={architecture}\n')
-    compiler.chmod(0o755)
+    script = f'exec {os.environ.get("CXX", "g++")} "$@" -march={architecture}'
+    compiler, cache = write_program(tmp_path / "compiler", script), tmp_path / "cache"
     node = f"{__file__}::{test_error_is_at_most_twice_that_of_torchs_operators.__name__}"
     cases = [f"{node}[{SMALL}-{dtype}-none-True-False-True]" for dtype in DTYPES]
     command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-m", "not soak", *cases]

@@ -10,6 +10,7 @@ from fastvit_kernels import torch_private
 from fastvit_train.utils.torch_private import count_compiled_graphs, recompile_limit
 from tests.kernels.accuracy import assert_accurate
 from tests.kernels.attention_cases import cast, chain, draw
+from tests.support import write_program
 
 
 @pytest.mark.slow
@@ -49,9 +50,7 @@ def test_inside_a_larger_compiled_graph(seed: int) -> None:
 
 
 def test_without_a_compiler_that_works_the_reason_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = tmp_path / "compiler"
-    compiler.write_text("#!/bin/sh\nexit 3\n")
-    compiler.chmod(0o755)
+    compiler = write_program(tmp_path / "compiler", "exit 3")
     for name, failure in ((str(compiler), "does not work ("), ("no-such-compiler", "was not found; install it, or")):
         monkeypatch.setenv("CXX", name)
         reasons = fastvit_kernels.implementations()

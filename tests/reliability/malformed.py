@@ -30,6 +30,12 @@ TINY = (
 )
 
 
+def some_or_many(name: str, some: int, many: int) -> pytest.MarkDecorator:
+    """The number of inputs to try, as the argument `name`: `some` by -m slow, `many` by -m soak."""
+    slow, soak = pytest.mark.slow, pytest.mark.soak
+    return pytest.mark.parametrize(name, [pytest.param(some, marks=slow), pytest.param(many, marks=soak)])
+
+
 class TooSlow(BaseException):
     """Not an Exception, so that no handler mistakes it for a damaged file."""
 

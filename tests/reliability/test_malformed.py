@@ -22,13 +22,19 @@ import fastvit_train.models  # noqa: F401 before a test's clock starts
 from fastvit_train.config.overrides import flatten
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from tests.reliability.malformed import MALFORMED, NOT_WRITABLE, TINY, check_examples, error_line, is_refused, mutated
-from tests.support import write_folder
+from tests.reliability.malformed import (
+    MALFORMED,
+    NOT_WRITABLE,
+    TINY,
+    check_examples,
+    error_line,
+    is_refused,
+    mutated,
+    some_or_many,
+)
+from tests.support import write_folder, write_program
 
 Count = Callable[..., None]
-SOME_OR_MANY = pytest.mark.parametrize(
-    "examples", [pytest.param(30, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.soak)]
-)
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +88,7 @@ VALUES = st.none() | st.booleans() | NUMBERS | st.text(max_size=20) | st.floats(
 KEYS = st.sampled_from([key for key in flatten(TrainConfig()) if key not in ("compile", "attention", "runs_dir")])
 
 
-@SOME_OR_MANY
+@some_or_many("examples", 30, 300)
 def test_generated_configurations(tmp_path: Path, count: Count, seed: int, examples: int) -> None:
     file = tmp_path / "it.yaml"
     whole = yaml.safe_dump(flatten(recipe("quickstart")) | {"track": []}).encode()
@@ -134,7 +140,7 @@ def _wrong_values(hint: Any) -> list[str]:
     return ["\0", "\x1b[31mx", "a\nb", "x" * 3000]
 
 
-@pytest.mark.parametrize("some", [pytest.param(10, marks=pytest.mark.slow), pytest.param(100, marks=pytest.mark.soak)])
+@some_or_many("some", 10, 100)
 def test_every_flag_with_wrong_values(count: Count, seed: int, some: int) -> None:
     draw = random.Random(seed)
     for section in (RunConfig, ModelConfig, DataConfig, OptimConfig):
@@ -230,8 +236,7 @@ def ghostscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     """A program with the name that Pillow calls for PostScript; it must not be started."""
     program = tmp_path / "bin" / "gs"
     program.parent.mkdir()
-    program.write_text(f"#!/bin/sh\ntouch {tmp_path / 'started'}\n")
-    program.chmod(0o755)
+    write_program(program, f"touch {tmp_path / 'started'}")
     monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
     yield
     assert not (tmp_path / "started").exists()

@@ -22,13 +22,11 @@ from tests.reliability.malformed import (
     error_line,
     is_refused,
     mutated,
+    some_or_many,
 )
 from tests.support import write_cifar10, write_fashion_mnist
 
 Count = Callable[..., None]
-SOME_OR_MANY = pytest.mark.parametrize(
-    "examples", [pytest.param(30, marks=pytest.mark.slow), pytest.param(150, marks=pytest.mark.soak)]
-)
 NOWHERE = ("--runs-dir", NOT_WRITABLE, "--data-url", "http://127.0.0.1:9", *TINY)
 
 
@@ -82,7 +80,7 @@ def test_idx_files(tmp_path: Path, count: Count, packed: bool) -> None:
         count(MALFORMED)
 
 
-@SOME_OR_MANY
+@some_or_many("examples", 30, 150)
 def test_idx_files_mutated(tmp_path: Path, count: Count, seed: int, examples: int) -> None:
     root = write_fashion(tmp_path / "data")
     file = root / "t10k-images-idx3-ubyte.gz"
@@ -139,7 +137,7 @@ def test_cifar_batches(tmp_path: Path, count: Count, marker: Path, monkeypatch: 
     assert is_refused(count, "--dataset", "cifar10", "--data-dir", root, *NOWHERE)
 
 
-@SOME_OR_MANY
+@some_or_many("examples", 30, 150)
 def test_cifar_batches_mutated(
     tmp_path: Path, count: Count, seed: int, examples: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,13 +17,10 @@ from safetensors.torch import load_file
 
 from fastvit_train.cli.main import main
 from fastvit_train.utils import atomic_io
-from tests.reliability.malformed import NOT_WRITABLE, TINY, Evil, check_examples, is_refused, mutated
+from tests.reliability.malformed import NOT_WRITABLE, TINY, Evil, check_examples, is_refused, mutated, some_or_many
 
 Count = Callable[..., None]
 A_FEW_OR_MANY = pytest.mark.parametrize("examples", [10, pytest.param(150, marks=pytest.mark.soak)])
-SOME_OR_MANY = pytest.mark.parametrize(
-    "examples", [pytest.param(30, marks=pytest.mark.slow), pytest.param(150, marks=pytest.mark.soak)]
-)
 NOWHERE = ("--runs-dir", NOT_WRITABLE, *TINY)
 
 
@@ -94,7 +91,7 @@ def test_safetensors(tmp_path: Path, count: Count, marker: Path) -> None:
         assert is_refused(count, *NOWHERE, "--weights", file), content[:50]
 
 
-@SOME_OR_MANY
+@some_or_many("examples", 30, 150)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_weights_mutated(finished: Path, tmp_path: Path, count: Count, seed: int, suffix: str, examples: int) -> None:
     file = tmp_path / f"it{suffix}"
@@ -167,7 +164,7 @@ def test_runs(copy: Path, tmp_path: Path, count: Count) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("some", [pytest.param(60, marks=pytest.mark.slow), pytest.param(300, marks=pytest.mark.soak)])
+@some_or_many("some", 60, 300)
 @pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
 def test_summary_values_of_another_type(copy: Path, count: Count, seed: int, name: str, some: int) -> None:
     whole = json.loads((copy / name).read_text())
@@ -234,7 +231,7 @@ def test_hostile_checkpoints(copy: Path, count: Count, marker: Path) -> None:
 
 
 @pytest.mark.parametrize("forged", [False, True], ids=["damaged", "forged"])
-@SOME_OR_MANY
+@some_or_many("examples", 30, 150)
 def test_checkpoints_mutated(copy: Path, count: Count, seed: int, forged: bool, examples: int) -> None:
     last = (copy / "checkpoints" / "last").resolve()
     before = shutil.copytree(copy, copy.parent / "before", symlinks=True)

@@ -55,6 +55,13 @@ def environment(**env: str) -> dict[str, str]:
     return {**{key: value for key, value in os.environ.items() if not key.startswith(ours)}, **env}
 
 
+def write_program(path: Path, script: str) -> Path:
+    """Write a shell script that can be started as a program."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 300) -> None:
     """Wait for `condition`; fail after `seconds`, which is far more than a busy machine needs."""
     deadline = time.monotonic() + seconds

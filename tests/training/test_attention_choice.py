@@ -15,7 +15,7 @@ from fastvit_train.models.vit import Block
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.loop import fit
 from fastvit_train.utils.errors import UserError
-from tests.support import one_line_error
+from tests.support import one_line_error, write_program
 
 Config = Callable[..., TrainConfig]
 
@@ -221,9 +221,7 @@ def test_without_a_working_compiler_a_run_trains_and_says_so_in_a_line(
     assert (
         broken.count("which is slower: block_kernel/backward.cpp cannot be compiled (CppCompileError: no omp.h)") == 1
     )
-    compiler = tmp_path / "compiler"
-    compiler.write_text("#!/bin/sh\nexit 3\n")
-    compiler.chmod(0o755)
+    compiler = write_program(tmp_path / "compiler", "exit 3")
     monkeypatch.setenv("CXX", str(compiler))
     unusable = log()
     assert unusable.count(f"their kernel needs a C++ compiler, and {compiler} does not work (") == 1
