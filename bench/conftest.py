@@ -1,22 +1,25 @@
-"""`pytest --benchmark-only` times the benchmarks; plain `pytest` only checks some of them, with a few images."""
+"""`pytest --benchmark-only` times the benchmarks; plain `pytest` only checks some of them, with a few images.
+
+Imports are in functions, since the process that hands out the tests needs none and would start the others later.
+"""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.benchmark_case import CHECK_BATCH, BenchmarkCase, device, prepare_process
-from bench.measure import PreparedCase
-from fastvit_kernels.torch_private import specialize_each_shape
-from fastvit_train.distributed.accelerator import cpu_lacks_bf16
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    prepare_process()
+if TYPE_CHECKING:
+    from bench.benchmark_case import BenchmarkCase
+    from bench.measure import PreparedCase
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is evaluated
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from bench.benchmark_case import BenchmarkCase, device, prepare_process
+    from fastvit_train.distributed.accelerator import cpu_lacks_bf16
+
+    prepare_process()
     cases = {item: item.callspec.params.get("case") for item in items if hasattr(item, "callspec")}
     benchmarks = {item: case for item, case in cases.items() if isinstance(case, BenchmarkCase)}
     if config.option.benchmark_disable:
@@ -31,10 +34,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture
-def measure(benchmark: BenchmarkFixture) -> Callable[[BenchmarkCase], None]:
+def measure(benchmark: BenchmarkFixture) -> Callable[["BenchmarkCase"], None]:
     """Check a case and time it; if benchmarks are disabled, only check it, with a few images."""
+    from bench.benchmark_case import CHECK_BATCH
+    from bench.measure import PreparedCase
+    from fastvit_kernels.torch_private import specialize_each_shape
 
-    def check_and_time(case: BenchmarkCase) -> None:
+    def check_and_time(case: "BenchmarkCase") -> None:
         if case.why_unavailable:
             pytest.skip(case.why_unavailable)
         with specialize_each_shape():
@@ -50,7 +56,7 @@ def measure(benchmark: BenchmarkFixture) -> Callable[[BenchmarkCase], None]:
     return check_and_time
 
 
-def _time(benchmark: BenchmarkFixture, prepared: PreparedCase) -> None:
+def _time(benchmark: BenchmarkFixture, prepared: "PreparedCase") -> None:
     workload = prepared.workload
     calls = f", {workload.calls} calls per round" if workload.calls > 1 else ""
     benchmark.group, benchmark.name = prepared.case.group + calls, prepared.case.name

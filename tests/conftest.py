@@ -1,5 +1,6 @@
 """Shared by the tests: printed seeds, small data sets on disk, processes as users start them."""
 
+import gc
 import importlib.util
 import os
 import random
@@ -21,6 +22,8 @@ from tests.support import null_gpu
 
 if TYPE_CHECKING:
     from tests.inference.fake_hub import FakeHub
+
+gc.disable()  # until the tests are collected: what they import stays, and looking through it takes seconds
 
 
 def _let_triton_3_6_interpret_loops() -> None:
@@ -45,6 +48,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.xfail(raises=null_gpu.wrong_values(), reason="nothing was computed"))
         if item.get_closest_marker("nullgpu") and not null_gpu.is_present():
             item.add_marker(pytest.mark.skip(reason="needs a null CUDA device"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_sessionstart() -> None:

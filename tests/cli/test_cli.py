@@ -11,7 +11,8 @@ import torch
 import fastvit_train
 from fastvit_train.cli.main import main
 from fastvit_train.cli.verbs import VERBS
-from tests.support import environment, one_line_error, run, write_cifar10, write_folder
+from tests.support import environment, one_line_error, run, write_folder
+from tests.support.cifar import write_cifar10
 
 
 def mistake(capsys: pytest.CaptureFixture[str], *args: object) -> str:

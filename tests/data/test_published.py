@@ -26,7 +26,8 @@ from fastvit_train.data.sources.download import _ProgressBar, download
 from fastvit_train.data.sources.published import CIFAR10, CIFAR100
 from fastvit_train.utils.errors import UserError
 from tests.reliability.malformed import Evil
-from tests.support import accept_cifar, idx_bytes, rgb, write_cifar10, write_fashion_mnist
+from tests.support import idx_bytes, rgb, write_fashion_mnist
+from tests.support.cifar import accept_cifar, write_cifar10
 
 OFFLINE = "http://127.0.0.1:9"
 

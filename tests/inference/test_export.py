@@ -26,7 +26,8 @@ from fastvit_train.config.resolved import InputSize
 from fastvit_train.data.sources import download
 from fastvit_train.inference.export import FORMATS, _write_safetensors
 from fastvit_train.inference.trained_model import load_run
-from tests.support import one_line_error, write_cifar10, write_folder
+from tests.support import one_line_error, write_folder
+from tests.support.cifar import write_cifar10
 
 pytestmark = pytest.mark.slow
 SMALL = (

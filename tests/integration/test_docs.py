@@ -20,7 +20,8 @@ from accelerate.commands.launch import launch_command_parser
 from fastvit_train.cli.main import main
 from fastvit_train.cli.verbs import VERBS
 from fastvit_train.runs.run_names import default_group
-from tests.support import ROOT, environment, write_cifar10, write_fashion_mnist, write_folder
+from tests.support import ROOT, environment, write_fashion_mnist, write_folder
+from tests.support.cifar import write_cifar10
 from tests.support.pages import (
     ALL_PAGES,
     BENCH_PAGES,

@@ -45,7 +45,7 @@ def exact_results(layer: GELULinear, x: Tensor) -> list[Tensor]:
     return [out.detach(), *gradients(layer, x, out)]
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 def test_the_layer_is_the_two_layers(bias: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     layer = GELULinear(10, 6, "tanh")

@@ -42,15 +42,14 @@ def torchs_weights(model: nn.Module, images: Tensor) -> list[Tensor]:
     return found
 
 
-COMPILED_QUICKLY, COMPILING = "mc_vit_4_4_32", ("compiled", "cpp")
+QUICK = {"compiled": (), "cpp": ("mc_vit_4_4_32",)}
+"""the models that are compiled without `-m slow`"""
 
 
 @pytest.mark.parametrize(
     ("name", "attention"),
     [
-        pytest.param(
-            name, attention, marks=pytest.mark.slow if attention in COMPILING and name != COMPILED_QUICKLY else ()
-        )
+        pytest.param(name, attention, marks=() if name in QUICK.get(attention, (name,)) else pytest.mark.slow)
         for name in ("c_vit_4_4_32", "mc_vit_4_4_32", "cct_2_3x2_32")
         for attention in SERVING
     ],

@@ -86,6 +86,7 @@ def timms_vit(**options: Any) -> nn.Module:
     return timm.create_model("vit_tiny_patch16_224", **{**sizes, **options})
 
 
+@pytest.mark.slow
 def test_timms_blocks_are_replaced_by_the_kernel_with_the_same_parameters(seed: int) -> None:
     timms = timms_vit(drop_path_rate=0.2).eval()
     ours, images = copy.deepcopy(timms), torch.randn(3, 3, 32, 32)

@@ -8,7 +8,8 @@ from fastvit_train.cli.main import main
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.datasets import load_dataset
 from fastvit_train.data.sources import download, published
-from tests.support import rgb, write_cifar10
+from tests.support import rgb
+from tests.support.cifar import write_cifar10
 
 SMALL = ("--embed-dim", "8", "--depth", "1", "--num-heads", "2", "--patch-size", "8", "--attention", "fused")
 

@@ -24,7 +24,8 @@ from tests.reliability.malformed import (
     mutated,
     some_or_many,
 )
-from tests.support import write_cifar10, write_fashion_mnist
+from tests.support import write_fashion_mnist
+from tests.support.cifar import write_cifar10
 
 Count = Callable[..., None]
 NOWHERE = ("--runs-dir", NOT_WRITABLE, "--data-url", "http://127.0.0.1:9", *TINY)

@@ -23,7 +23,8 @@ from fastvit_train.inference.trained_model import load_run
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.loop import train
 from fastvit_train.utils.errors import UserError
-from tests.support import launch, write_cifar10, write_folder
+from tests.support import launch, write_folder
+from tests.support.cifar import write_cifar10
 
 AUGMENTED = {
     "crop": "resized", "flip": "random", "auto_augment": "trivial", "color_jitter": 0.2, "random_erasing": 0.3,
