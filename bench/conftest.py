@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 
 @pytest.hookimpl(tryfirst=True)  # before -m is evaluated
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    from bench.benchmark_case import BenchmarkCase, device, prepare_process
+    from bench.benchmark_case import BenchmarkCase, device
     from fastvit_train.distributed.accelerator import cpu_lacks_bf16
 
-    prepare_process()
     cases = {item: item.callspec.params.get("case") for item in items if hasattr(item, "callspec")}
     benchmarks = {item: case for item, case in cases.items() if isinstance(case, BenchmarkCase)}
     if config.option.benchmark_disable:
@@ -31,6 +30,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = [item for item, case in benchmarks.items() if not case.main]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
+
+
+def pytest_collection_finish() -> None:
+    from bench.benchmark_case import prepare_process
+
+    prepare_process()
 
 
 @pytest.fixture

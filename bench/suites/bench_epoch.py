@@ -91,7 +91,16 @@ def build(row: str, images: int) -> Workload:
 def cases() -> Iterator[BenchmarkCase]:
     for name, row in ROWS.items():
         shape = f"mc_vit_4_4_32, {IMAGES} images, B{BATCH}"
-        yield BenchmarkCase(OPERATION, shape, "fp32 and bf16", name, IMAGES, partial(build, row), main=True)
+        yield BenchmarkCase(
+            OPERATION,
+            shape,
+            "fp32 and bf16",
+            name,
+            IMAGES,
+            partial(build, row),
+            main=True,
+            quick_check=row == "typical",
+        )
 
 
 @pytest.mark.parametrize("case", list(cases()), ids=lambda case: case.id)

@@ -91,7 +91,7 @@ def test_a_run_that_a_signal_stopped_resumes_exactly(
 @pytest.mark.parametrize(
     ("where", "number"),
     [
-        pytest.param("training.prepare.build_model", signal.SIGTERM, marks=pytest.mark.slow),
+        ("training.prepare.build_model", signal.SIGTERM),
         ("training.loop._train_step", signal.SIGINT),
         pytest.param("training.prepare.build_model", signal.SIGINT, marks=pytest.mark.slow),
         pytest.param("training.loop.evaluate_model", signal.SIGTERM, marks=pytest.mark.slow),

@@ -1,11 +1,11 @@
 """Small files in the layout of CIFAR-10 and CIFAR-100, taken for the published ones."""
 
-import hashlib
 import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
+from torchvision.datasets.utils import calculate_md5
 
 from fastvit_train.data.sources.published import CIFAR10, CIFAR100
 
@@ -32,8 +32,7 @@ def accept_cifar(cls: type[CIFAR10] | type[CIFAR100], folder: Path, monkeypatch:
     """Have the MD5 of the files in `folder`, those there are, taken for the published ones."""
 
     def accepted(name: str, md5: str) -> list[str]:
-        file = folder / name
-        return [name, hashlib.md5(file.read_bytes()).hexdigest() if file.is_file() else md5]
+        return [name, calculate_md5(folder / name) if (folder / name).is_file() else md5]
 
     monkeypatch.setattr(cls, "train_list", [accepted(*entry) for entry in cls.train_list])
     monkeypatch.setattr(cls, "test_list", [accepted(*entry) for entry in cls.test_list])
