@@ -32,13 +32,13 @@ def main() -> None:
         print(f"fastvit_kernels.resources: no kernel has all of: {asked}; words: {', '.join(names)}", file=sys.stderr)
         sys.exit(2)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        rows = list(pool.map(table_row, selected))
-    if "--json" in sys.argv[1:]:
-        print(json.dumps(rows))
-        return
-    print(ASSUMPTION)
-    for each in rows:
-        print(_line(each))
+        rows = pool.map(table_row, selected)
+        if "--json" in sys.argv[1:]:
+            print(json.dumps(list(rows)))
+            return
+        print(ASSUMPTION)
+        for each in rows:
+            print(_line(each), flush=True)  # all rows together take an hour
 
 
 def _line(row: dict[str, Any]) -> str:
