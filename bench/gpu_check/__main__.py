@@ -38,7 +38,7 @@ def main() -> int:
     try:
         if arguments.wheels is not None:
             unpacked = prepare.add_wheels(arguments.wheels.resolve(), out / "site")
-            print(f"unpacked from {arguments.wheels}: {', '.join(unpacked) or 'nothing, since all is installed'}")
+            print(f"unpacked from {arguments.wheels}: {', '.join(unpacked) or 'nothing'}")
         prepare.require_packages()
         environment = prepare.find_environment()
         print(", ".join(f"{key} {value}" for key, value in environment.items() if value is not None))
