@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ SECONDS = 520
 MIN_SECONDS = 15
 """A part is not started with less time."""
 SECONDS_TO_STOP = 10
-"""how long a command may take to end after an interrupt before it is killed"""
+"""how long the commands of a part may take to end after an interrupt before they are killed"""
 
 
 def main() -> int:
@@ -114,8 +114,7 @@ def run_together(commands: tuple[tuple[str, ...], ...], log: Path, seconds: floa
     After `seconds` the commands are stopped, with all processes that they started; the status is then `TIME_RAN_OUT`.
     """
     deadline = time.monotonic() + seconds
-    with log.open("w", encoding="utf-8") as output, ExitStack() as stack:
-        processes = [stack.enter_context(started(command, output)) for command in commands]
+    with log.open("w", encoding="utf-8") as output, started(commands, output) as processes:
         try:
             statuses = [process.wait(max(0, deadline - time.monotonic())) for process in processes]
         except subprocess.TimeoutExpired:
@@ -124,19 +123,30 @@ def run_together(commands: tuple[tuple[str, ...], ...], log: Path, seconds: floa
 
 
 @contextmanager
-def started(command: tuple[str, ...], output: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """Start Python with these arguments, in a process group of its own that is stopped at the end of the context."""
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=prepare.ROOT, stdout=output, stderr=output, start_new_session=True
-    )
+def started(commands: tuple[tuple[str, ...], ...], output: Any) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Start Python with each of these arguments, in process groups; stop them together at the end of the context."""
+    processes: list[subprocess.Popen[bytes]] = []
     try:
-        yield process
+        for command in commands:
+            process = subprocess.Popen(
+                [sys.executable, *command], cwd=prepare.ROOT, stdout=output, stderr=output, start_new_session=True
+            )
+            processes.append(process)
+        yield processes
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGINT)  # pytest then prints its summary
+        send(signal.SIGINT, processes)  # pytest then prints its summary
+        deadline = time.monotonic() + SECONDS_TO_STOP
+        for process in processes:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(SECONDS_TO_STOP)
-            os.killpg(process.pid, signal.SIGKILL)
+                process.wait(max(0, deadline - time.monotonic()))
+        send(signal.SIGKILL, processes)
+
+
+def send(number: signal.Signals, processes: list[subprocess.Popen[bytes]]) -> None:
+    """Send a signal to the groups of the processes, unless a group has ended."""
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
 
 
 if __name__ == "__main__":

@@ -130,6 +130,17 @@ def test_commands_run_at_the_same_time_and_a_failure_is_kept(tmp_path: Path) -> 
     assert (tmp_path / "log").read_text() == "why\n"
 
 
+def test_commands_are_stopped_together(tmp_path: Path) -> None:
+    """Each still runs when the other is interrupted, so that several take no longer to stop than one."""
+    meet = "import pathlib as p, signal, sys, time\n"
+    meet += "def meet(*_):\n p.Path(sys.argv[1]).touch()\n while not p.Path(sys.argv[2]).exists(): time.sleep(0.01)\n"
+    meet += " print('met'); exit()\n"
+    meet += "signal.signal(signal.SIGINT, meet)\nwhile True: time.sleep(0.01)"
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    assert run_together((("-c", meet, a, b), ("-c", meet, b, a)), tmp_path / "log", 1.5) == TIME_RAN_OUT
+    assert (tmp_path / "log").read_text() == "met\nmet\n"
+
+
 def test_when_the_time_has_run_out_nothing_is_left_running(tmp_path: Path) -> None:
     child = "import pathlib as p, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
     child += f"while True: p.Path({str(tmp_path / 'alive')!r}).touch(); time.sleep(0.01)"
