@@ -5,6 +5,7 @@ training has.
 """
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -80,6 +81,7 @@ def peak_mib() -> dict[str, float]:
 
 
 def main() -> None:
+    gc.freeze()  # for both: what was imported is not looked through again, as with our command
     row, batch, holdout = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
     answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):

@@ -24,6 +24,7 @@ from fastvit_train.cli.arguments import (
 from fastvit_train.config.names import check_attention_name
 from fastvit_train.config.schema import RunConfig
 from fastvit_train.config.validation import FLAGS, DatasetName, checked
+from fastvit_train.distributed.slow_imports import slow_imports
 from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import UserError, printable
 
@@ -61,9 +62,10 @@ def evaluate(command: Eval) -> None:
         check_attention_name(command.attention)
     if command.dataset is not None:
         checked("dataset", command.dataset, DatasetName, FLAGS)
-    from fastvit_train.distributed.accelerator import leave_process_group
-    from fastvit_train.inference.evaluate import evaluate_run
-    from fastvit_train.inference.evaluation_output import show
+    with slow_imports():
+        from fastvit_train.distributed.accelerator import leave_process_group
+        from fastvit_train.inference.evaluate import evaluate_run
+        from fastvit_train.inference.evaluation_output import show
 
     evaluated = evaluate_run(
         command.run,
@@ -101,8 +103,9 @@ class Predict:
 
 
 def predict(command: Predict) -> int:
-    from fastvit_train.distributed import preflight
-    from fastvit_train.inference.predict import predict_images
+    with slow_imports():
+        from fastvit_train.distributed import preflight
+        from fastvit_train.inference.predict import predict_images
 
     preflight.check_single_process("predict")
     broken = predict_images(
@@ -135,8 +138,9 @@ class Inspect:
 
 
 def inspect(command: Inspect) -> None:
-    from fastvit_train.distributed import preflight
-    from fastvit_train.inference.inspect import inspect_run
+    with slow_imports():
+        from fastvit_train.distributed import preflight
+        from fastvit_train.inference.inspect import inspect_run
 
     preflight.check_single_process("inspect")
     paths = inspect_run(command.run, command.images, command.output, command.data_dir, command.checkpoint)
@@ -157,9 +161,10 @@ class Report:
 
 
 def report(command: Report) -> None:
-    from fastvit_train.distributed import preflight
-    from fastvit_train.inference.report.page import write_report
-    from fastvit_train.runs.results import RUN_FILES, split_off_others
+    with slow_imports():
+        from fastvit_train.distributed import preflight
+        from fastvit_train.inference.report.page import write_report
+        from fastvit_train.runs.results import RUN_FILES, split_off_others
 
     preflight.check_single_process("report")
     named, others = split_off_others(command.runs, (*RUN_FILES, "config.json"))
@@ -184,8 +189,9 @@ class Export:
 
 
 def export(command: Export) -> None:
-    from fastvit_train.distributed import preflight
-    from fastvit_train.inference.export import export_run
+    with slow_imports():
+        from fastvit_train.distributed import preflight
+        from fastvit_train.inference.export import export_run
 
     preflight.check_single_process("export")
     export_run(command.run, command.to, command.output, command.checkpoint, command.quantize)
@@ -210,8 +216,9 @@ class Push:
 
 
 def push(command: Push) -> None:
-    from fastvit_train.distributed import preflight
-    from fastvit_train.inference.push import push_run
+    with slow_imports():
+        from fastvit_train.distributed import preflight
+        from fastvit_train.inference.push import push_run
 
     preflight.check_single_process("push")
     push_run(
@@ -255,8 +262,9 @@ def compare(command: Compare) -> None:
         raise UserError(f"compare prints one format; give only one of {', '.join(f'--{name}' for name in formats)}")
     if command.rows and (command.json or command.csv):
         raise UserError(f"--{formats[0]} prints the results in full: omit --rows")
-    from fastvit_train.runs import comparison, results
-    from fastvit_train.runs.plots.curves import plot_curves
+    with slow_imports():
+        from fastvit_train.runs import comparison, results
+        from fastvit_train.runs.plots.curves import plot_curves
 
     named, others = results.split_off_others([str(run) for run in command.runs], results.RUN_FILES)
     if not named:
@@ -292,8 +300,9 @@ class Watch:
 def watch(command: Watch) -> None:
     if len(command.runs_dir) > 1:
         raise UserError("watch takes one folder that holds runs, as in: watch runs; by default it is runs")
-    from fastvit_train.distributed import preflight
-    from fastvit_train.inference.watch.server import serve
+    with slow_imports():
+        from fastvit_train.distributed import preflight
+        from fastvit_train.inference.watch.server import serve
 
     preflight.check_single_process("watch")
     serve(command.runs_dir[0] if command.runs_dir else Path(RunConfig.runs_dir), command.port)

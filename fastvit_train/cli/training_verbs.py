@@ -10,6 +10,7 @@ from fastvit_train.config.names import check_attention_name
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from fastvit_train.config.validation import FLAGS, DatasetName, FolderName, checked
+from fastvit_train.distributed.slow_imports import slow_imports
 from fastvit_train.profiling.scaling_options import PlanOptions
 from fastvit_train.utils.errors import UserError
 
@@ -55,11 +56,12 @@ class Train(Settings):
 
 def train(command: Train) -> None:
     config = command.training
-    from fastvit_train.distributed.accelerator import leave_process_group
-    from fastvit_train.profiling.estimate import dry_run
-    from fastvit_train.training.display.preview import preview
-    from fastvit_train.training.loop import fit
-    from fastvit_train.training.seeds import fit_seeds
+    with slow_imports():
+        from fastvit_train.distributed.accelerator import leave_process_group
+        from fastvit_train.profiling.estimate import dry_run
+        from fastvit_train.training.display.preview import preview
+        from fastvit_train.training.loop import fit
+        from fastvit_train.training.seeds import fit_seeds
 
     if command.dry_run and command.preview:
         raise UserError("--dry-run and --preview can't be combined; give one of them")
@@ -93,7 +95,8 @@ def profile(command: Profile) -> None:
     if command.steps < 1:
         raise UserError(f"--steps {command.steps} is out of range; allowed: 1 or more")
     config = command.training
-    from fastvit_train.profiling.step_profile import profile_run
+    with slow_imports():
+        from fastvit_train.profiling.step_profile import profile_run
 
     profile_run(config, command.steps, command.output)
 
@@ -110,7 +113,8 @@ class Plan(Settings):
 
 def plan(command: Plan) -> None:
     config = command.training
-    from fastvit_train.profiling.scaling import plan_run
+    with slow_imports():
+        from fastvit_train.profiling.scaling import plan_run
 
     plan_run(config, command.plan)
 
@@ -138,8 +142,9 @@ def sweep(command: Sweep) -> None:
     if find_spec("optuna") is None:
         raise UserError("sweep needs optuna; pip install optuna")
     config = command.training
-    from fastvit_train.distributed import preflight
-    from fastvit_train.training.sweep.study import sweep
+    with slow_imports():
+        from fastvit_train.distributed import preflight
+        from fastvit_train.training.sweep.study import sweep
 
     preflight.check_single_process("sweep")
     sweep(config, command.search, command.trials, checked("name", command.name, FolderName, "--name"), command.prune)
@@ -159,7 +164,8 @@ class Models:
 
 
 def models(command: Models) -> None:
-    from fastvit_train.profiling.catalog import show_models
+    with slow_imports():
+        from fastvit_train.profiling.catalog import show_models
 
     show_models(command.pattern, command.measure)
 
@@ -181,6 +187,7 @@ def recipes(command: Recipes) -> None:
 
         print(settings_file.to_yaml(config), end="")
     else:
-        from fastvit_train.profiling.catalog import show_recipes
+        with slow_imports():
+            from fastvit_train.profiling.catalog import show_recipes
 
         show_recipes()

@@ -38,7 +38,7 @@ def main() -> None:
             return
         print(ASSUMPTION)
         for each in rows:
-            print(_line(each), flush=True)  # all rows together take an hour
+            print(_line(each), flush=True)  # all rows together take half an hour
 
 
 def _line(row: dict[str, Any]) -> str:
