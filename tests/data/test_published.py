@@ -260,7 +260,7 @@ def test_a_mirror_of_each_data_set(
     expected = digest(load("cifar10", unpacked))
     handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        Thread(target=server.serve_forever, daemon=True).start()
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
         monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
         # The server would print a traceback when the client has what it needs and closes the connection first.
         monkeypatch.setattr(server, "handle_error", lambda *_: None)

@@ -182,7 +182,7 @@ def _tiff(dtype: type, low: float | None = None, high: float | None = None) -> b
     return file.getvalue()
 
 
-BOMB = zlib.compress(bytes(1 << 27), 9)
+BOMB = zlib.compress(bytes(1 << 27), 1)
 POSTSCRIPT = (
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\n(ran) (w) file closefile\nshowpage\n%%EOF\n"
 )
