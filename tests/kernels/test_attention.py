@@ -141,13 +141,13 @@ def test_every_element_is_written(name: str, shape: tuple[int, int, int, int], d
 
 @pytest.mark.parametrize(("name", "device"), on_each_device(QUICKLY))
 def test_dropout_zeroes_weights_and_keeps_the_mean(name: str, device: str, seed: int) -> None:
-    x, weight, bias = (t.detach() for t in draw((1, 16, 8, 2), True, torch.float32, device))
+    x, weight, bias = (t.detach() for t in draw((1, 16, 16, 2), True, torch.float32, device))
     many = x.expand(100 if name == "triton" else 4000, -1, -1)
     outputs = operator(name, 2, device, dropout_p=0.3)(many, weight, bias)
     off = outputs.mean(0) - chain(x, weight, bias, 2)[0]
     assert (off.abs() < 6 * outputs.std(0) / len(many) ** 0.5).all()
     # Of one head's outputs for a token some may hardly vary, but not all.
-    assert outputs.std(0).unflatten(-1, (2, 4)).amax(-1).min() > 0.01
+    assert outputs.std(0).unflatten(-1, (2, 8)).amax(-1).min() > 0.01
 
 
 @pytest.mark.parametrize(

@@ -213,6 +213,7 @@ def test_what_the_kernel_does_not_support_is_composed_from_operators_or_refused(
         transformer_block(x, parameters, BlockSettings(4), implementation="cuda")
 
 
+@pytest.mark.slow
 def test_in_bfloat16_throughout_it_is_as_accurate_as_the_operators(seed: int) -> None:
     x, parameters = draw(SMALL)
     upstream = torch.randn(x.shape)
