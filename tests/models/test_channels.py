@@ -31,7 +31,7 @@ def test_adapted_weights_give_the_same_logits_for_gray_images(
     gray = torch.randn(3, 1, 32, 32)
     logits = trained(gray.expand(-1, 4 - channels, -1, -1))
     torch.testing.assert_close(model(gray.expand(-1, channels, -1, -1)), logits, rtol=1e-4, atol=1e-5)
-    assert logits.std(0).min() > 1e-4, "the images make a difference"
+    assert torch.pdist(logits).min() > 2e-3, "the images make a difference"
 
 
 def test_a_mean_of_colors_becomes_that_of_gray_levels() -> None:
