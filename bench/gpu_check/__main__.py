@@ -124,7 +124,7 @@ def run_together(commands: tuple[tuple[str, ...], ...], log: Path, seconds: floa
 
 @contextmanager
 def started(commands: tuple[tuple[str, ...], ...], output: Any) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Start Python with each of these arguments, in process groups; stop them together at the end of the context."""
+    """Start Python once per command, each in a process group of its own; stop all at once at the end of the context."""
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for command in commands:
@@ -134,16 +134,18 @@ def started(commands: tuple[tuple[str, ...], ...], output: Any) -> Iterator[list
             processes.append(process)
         yield processes
     finally:
-        send(signal.SIGINT, processes)  # pytest then prints its summary
+        signal_groups(signal.SIGINT, processes)  # pytest then prints its summary
         deadline = time.monotonic() + SECONDS_TO_STOP
-        for process in processes:
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(max(0, deadline - time.monotonic()))
-        send(signal.SIGKILL, processes)
+        try:
+            for process in processes:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0, deadline - time.monotonic()))
+        finally:
+            signal_groups(signal.SIGKILL, processes)
 
 
-def send(number: signal.Signals, processes: list[subprocess.Popen[bytes]]) -> None:
-    """Send a signal to the groups of the processes, unless a group has ended."""
+def signal_groups(number: signal.Signals, processes: list[subprocess.Popen[bytes]]) -> None:
+    """Send a signal to each process's group that still exists."""
     for process in processes:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, number)

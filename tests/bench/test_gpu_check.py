@@ -20,7 +20,7 @@ from bench.gpu_check.__main__ import TIME_RAN_OUT, run_together
 from bench.gpu_check.goals import GOALS, Goal
 from bench.gpu_check.parts import all_parts
 from bench.suites import bench_attention, bench_epoch, bench_step
-from tests.support import ROOT, run, write_folder, write_program
+from tests.support import ROOT, run, wait_until, write_folder, write_program
 
 SCRIPT = str(ROOT / "bench" / "gpu_check.sh")
 
@@ -132,13 +132,23 @@ def test_commands_run_at_the_same_time_and_a_failure_is_kept(tmp_path: Path) -> 
 
 def test_commands_are_stopped_together(tmp_path: Path) -> None:
     """Each still runs when the other is interrupted, so that several take no longer to stop than one."""
-    meet = "import pathlib as p, signal, sys, time\n"
-    meet += "def meet(*_):\n p.Path(sys.argv[1]).touch()\n while not p.Path(sys.argv[2]).exists(): time.sleep(0.01)\n"
-    meet += " print('met'); exit()\n"
-    meet += "signal.signal(signal.SIGINT, meet)\nwhile True: time.sleep(0.01)"
-    a, b = str(tmp_path / "a"), str(tmp_path / "b")
-    assert run_together((("-c", meet, a, b), ("-c", meet, b, a)), tmp_path / "log", 1.5) == TIME_RAN_OUT
-    assert (tmp_path / "log").read_text() == "met\nmet\n"
+    program = """
+import pathlib, signal, sys, time
+me, other = map(pathlib.Path, sys.argv[1:])
+def meet(*_):
+    me.with_suffix(".stopped").touch()
+    while not other.with_suffix(".stopped").exists(): time.sleep(0.01)
+    me.with_suffix(".met").touch()
+    sys.exit()
+signal.signal(signal.SIGINT, meet)
+me.touch()
+while True: time.sleep(0.01)
+"""
+    a, b = tmp_path / "a", tmp_path / "b"
+    commands = (("-c", program, str(a), str(b)), ("-c", program, str(b), str(a)))
+    with (tmp_path / "log").open("w") as output, check.started(commands, output):
+        wait_until(lambda: a.exists() and b.exists())
+    assert a.with_suffix(".met").exists() and b.with_suffix(".met").exists()
 
 
 def test_when_the_time_has_run_out_nothing_is_left_running(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ fused.forward, bf16, sm_90 or dropout select the kernels that have all of them.
 import json
 import os
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from typing import Any
@@ -32,13 +33,19 @@ def main() -> None:
         print(f"fastvit_kernels.resources: no kernel has all of: {asked}; words: {', '.join(names)}", file=sys.stderr)
         sys.exit(2)
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        rows = pool.map(table_row, selected)
-        if "--json" in sys.argv[1:]:
-            print(json.dumps(list(rows)))
-            return
-        print(ASSUMPTION)
-        for each in rows:
-            print(_line(each), flush=True)  # all rows together take half an hour
+        try:
+            _print(pool.map(table_row, selected))
+        finally:
+            pool.shutdown(cancel_futures=True)  # the reader of the output may have exited
+
+
+def _print(rows: Iterable[dict[str, Any]]) -> None:
+    if "--json" in sys.argv[1:]:
+        print(json.dumps(list(rows)))
+        return
+    print(ASSUMPTION)
+    for each in rows:
+        print(_line(each), flush=True)  # all rows together take half an hour
 
 
 def _line(row: dict[str, Any]) -> str:
