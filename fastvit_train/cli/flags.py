@@ -9,13 +9,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from fastvit_train.config.names import ATTENTIONS, MODELS
 from fastvit_train.config.recipes import RECIPES
 from fastvit_train.config.validation import DATASETS
+from fastvit_train.distributed.slow_imports import slow_imports
 
 HELP = "--help"
 TYPE_NAMES = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
 
 
 def _optimizers() -> list[str]:
-    from timm.optim import list_optimizers  # here, because importing timm takes seconds
+    with slow_imports():
+        from timm.optim import list_optimizers
 
     return list(map(str, list_optimizers()))
 

@@ -146,8 +146,8 @@ def test_dropout_zeroes_weights_and_keeps_the_mean(name: str, device: str, seed:
     outputs = operator(name, 2, device, dropout_p=0.3)(many, weight, bias)
     off = outputs.mean(0) - chain(x, weight, bias, 2)[0]
     assert (off.abs() < 6 * outputs.std(0) / len(many) ** 0.5).all()
-    # Of one head's outputs for a token some may hardly vary, but not all.
-    assert outputs.std(0).unflatten(-1, (2, 8)).amax(-1).min() > 0.01
+    # Of one head's outputs for a token some may hardly vary, but not four.
+    assert outputs.std(0).unflatten(-1, (4, 4)).amax(-1).min() > 0.01
 
 
 @pytest.mark.parametrize(

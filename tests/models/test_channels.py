@@ -28,10 +28,10 @@ def test_adapted_weights_give_the_same_logits_for_gray_images(
     attention = "auto" if name in NAMES[:2] else "timm"
     config = ModelConfig(name, attention, weights=str(path), in_chans=channels)  # type: ignore[arg-type]
     model = build_model(config, InputSize(channels, 32, 32), 10).eval()
-    gray = torch.randn(3, 1, 32, 32)
+    gray = torch.randn(16, 1, 32, 32)  # of three, one logit may hardly vary by chance
     logits = trained(gray.expand(-1, 4 - channels, -1, -1))
     torch.testing.assert_close(model(gray.expand(-1, channels, -1, -1)), logits, rtol=1e-4, atol=1e-5)
-    assert torch.pdist(logits).min() > 2e-3, "the images make a difference"
+    assert logits.std(0).min() > 1e-4, "the images make a difference"
 
 
 def test_a_mean_of_colors_becomes_that_of_gray_levels() -> None:
