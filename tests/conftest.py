@@ -20,6 +20,7 @@ from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import TrainConfig
 from tests.support import null_gpu
 
+os.environ["HYPOTHESIS_NO_PLUGINS"] = "1"  # trio's, which takes a second and is of no use here
 if TYPE_CHECKING:
     from tests.inference.fake_hub import FakeHub
 

@@ -22,11 +22,10 @@ from fastvit_train.utils.errors import UserError
 from tests.support import launch, one_line_error, rgb
 from tests.support.parquet import IMAGE, NAMED, NUMBER, TEXT, alternating, images, png, write, write_split
 
-datasets = pytest.importorskip("datasets")
-
 
 @pytest.fixture(autouse=True)
 def _own_cache_of_datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")  # here, since importing it takes a second of each test process
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf-cache")
 
 

@@ -16,6 +16,7 @@ SHAPES = [
     (3, 33, 96, 4),
     (1, 197, 192, 3),
     (1, 256, 256, 4),
+    (3, 5, 16, 2),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 Arguments = tuple[Tensor, Tensor, Tensor | None]

@@ -23,7 +23,7 @@ DRAWS = 4
 QUICK = {
     "compiled": ((5, 7, 24, 3), []),
     "cpp": ((5, 7, 24, 3), [torch.float32, torch.bfloat16]),
-    "triton": ((5, 7, 24, 3), [torch.float32]),
+    "triton": ((3, 5, 16, 2), [torch.float32]),
 }
 
 

@@ -1,7 +1,9 @@
 """LayerNorm, MLP and residual connection in Triton kernels; without a GPU they run in Triton's interpreter."""
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tests.kernels.accuracy import assert_accurate
 
 SHAPES = [(2, 9, 48, 192), (1, 67, 24, 40), (3, 5, 64, 96), (1, 1, 16, 20)]
 """(batch, tokens, dim, hidden): odd numbers of tokens, and widths that fill their tiles or do not"""
+GELUS = ["tanh", "none"]
 SMALL = (2, 9, 24, 40)
 residual_mlp = functools.partial(fastvit_kernels.residual_mlp, implementation="triton")
 
@@ -50,9 +53,14 @@ def cast(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     return [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
 
 
-@pytest.mark.parametrize("gelu", ["tanh", "none"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES)
+def accuracy_cases() -> Iterator[Any]:
+    """All combinations; all but each shape once, and one shape with everything, are slow."""
+    for shape, dtype, gelu in itertools.product(SHAPES, [torch.float32, torch.float16, torch.bfloat16], GELUS):
+        quick = shape == SHAPES[2] or (dtype, gelu) == (torch.float32, "tanh")
+        yield pytest.param(shape, dtype, gelu, marks=[] if quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("shape", "dtype", "gelu"), list(accuracy_cases()), ids=str)
 def test_output_and_gradients_are_as_accurate_as_those_of_torchs_operators(
     shape: tuple[int, int, int, int], dtype: torch.dtype, gelu: str, triton_device: str, nan_memory: None, seed: int
 ) -> None:
@@ -68,7 +76,7 @@ def test_output_and_gradients_are_as_accurate_as_those_of_torchs_operators(
 
 def test_the_torch_implementation_is_the_modules(seed: int) -> None:
     arguments = draw(SMALL, torch.float32, "cpu")
-    for gelu in ("tanh", "none"):
+    for gelu in GELUS:
         found = fastvit_kernels.residual_mlp(*arguments, gelu=gelu)
         torch.testing.assert_close(found, modules(*arguments, gelu=gelu), rtol=1e-6, atol=1e-6)
 

@@ -28,9 +28,7 @@ from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.utils import atomic_io
 
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    ["torch", "fastvit_train.cli.main", "fastvit_train.training.loop", "tests.reliability.victims"]
-)
+SERVER.set_forkserver_preload(["tests.reliability.preloaded"])
 # Dropout and a moving average, so that the random state and the average must be restored; gradient accumulation;
 # checkpoints within epochs, which have 11 steps, so that the checkpoints are at different steps of each epoch.
 SETTINGS = (
