@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import itertools
 import os
 import random
 from collections import Counter
@@ -117,9 +118,17 @@ def _any_value_on_a_null_gpu() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def _new_caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("caches")
+    return (folder / str(number) for number in itertools.count())  # mktemp looks through all folders for each
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+def _own_cache(_new_caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = next(_new_caches)
+    cache.mkdir()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
 
 
 @pytest.fixture

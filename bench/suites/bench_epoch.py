@@ -99,7 +99,6 @@ def cases() -> Iterator[BenchmarkCase]:
             IMAGES,
             partial(build, row),
             main=True,
-            quick_check=row == "typical",
         )
 
 
