@@ -23,6 +23,7 @@ from fastvit_train.utils.errors import UserError
 
 START = {"--init-from": "init_from", "--weights": "weights"}
 """the flags that name what a run starts from, and their settings"""
+CHANNELS = "--in-chans"
 CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.PositionalRequiredArgs)
 Command = TypeVar("Command")
 
@@ -83,7 +84,7 @@ def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
         UserError: if one of these flags has no value, if the recipe is unknown, or if the file or the run can't be
             read.
     """
-    values: dict[str, str | None] = dict.fromkeys(("--recipe", "--config", *START))
+    values: dict[str, str | None] = dict.fromkeys(("--recipe", "--config", CHANNELS, *START))
     for flag, words in given(args, Settings):
         if flag is not None and flag.name in values:
             if not words:
@@ -95,6 +96,8 @@ def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
     base = recipe(str(name))
     start = {key: values[flag] for flag, key in START.items() if values[flag] not in (None, "None")}
     if "init_from" in start:
+        if values[CHANNELS] is not None:  # decides between the means and deviations of gray and of colored images
+            start["in_chans"] = values[CHANNELS]
         settings = {**with_underscores(settings), **with_model_of(start)}
     else:
         settings = with_model_of({**settings, **start})

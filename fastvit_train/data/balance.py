@@ -27,7 +27,8 @@ def class_weights(choice: str, labels: Tensor, classes: Sequence[str], num_class
             with the weight of each class by its name.
         labels: the classes of the training images, int64.
         classes: the names of the classes.
-        num_classes: number of the model's outputs; those without a class get the weight 1.
+        num_classes: number of the model's outputs; those without a class, or with "auto" without an image, get the
+            weight 1.
 
     Raises:
         UserError: if the file can't be read, or if it does not have one positive weight for each class.
@@ -39,6 +40,8 @@ def class_weights(choice: str, labels: Tensor, classes: Sequence[str], num_class
         named = _read(Path(choice), classes)
         weights = torch.tensor([named[name] for name in classes], dtype=torch.float64)
     scaled = weights * (images.sum() / (weights * images).sum())
+    if choice == AUTO:
+        scaled = torch.where(images > 0, scaled, 1.0)
     return torch.cat((scaled, scaled.new_ones(num_classes - len(classes)))).float()
 
 

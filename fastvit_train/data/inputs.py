@@ -1,10 +1,13 @@
 """A run's data set and the loaders of its batches."""
 
+from dataclasses import replace
+
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from fastvit_train.config.resolved import ResolvedConfig
+from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.datasets import DatasetSpec, Split, check_labels, load_dataset
 from fastvit_train.data.images import Images, ResidentImages, StreamedImages
 from fastvit_train.data.loader import EvalLoader, Preprocess, RankInfo, TrainLoader
@@ -23,15 +26,18 @@ def load_data(config: ResolvedConfig, accelerator: Accelerator, imitate: bool = 
         UserError: if the data set is not available, or if a label is outside the model's classes.
     """
 
-    def load(examine_streamed: bool) -> DatasetSpec:
-        dataset = load_dataset(config.data, config.input_size, examine_streamed, imitate)
+    def load(data: DataConfig, examine_streamed: bool) -> DatasetSpec:
+        dataset = load_dataset(data, config.input_size, examine_streamed, imitate)
         labels = torch.cat((dataset.train.labels, dataset.test.labels))
         check_labels(labels, config.num_classes, dataset.name)
         return dataset
 
     is_first = accelerator.is_local_main_process
-    first = sync.run_on_all_ranks(accelerator, lambda: load(True) if is_first else None)
-    return first or load(False)
+    first = sync.run_on_all_ranks(accelerator, lambda: load(config.data, True) if is_first else None)
+    # The memory that is free differs from rank to rank, and a step with streamed images is another one.
+    resident = sync.broadcast_from_rank0(accelerator, lambda: first and isinstance(first.train.images, Tensor))
+    as_first = replace(config.data, stream="never" if resident else "always")
+    return sync.run_on_all_ranks(accelerator, lambda: first or load(as_first, False))
 
 
 def build_train_loader(

@@ -1,5 +1,6 @@
 """How a decoded file becomes an image: of one size, opaque, in red, green and blue or in gray."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -36,6 +37,13 @@ class Rendering:
     def of(cls, config: DataConfig) -> Self:
         """Return what `config` asks for."""
         return cls(config.background, config.fit, config.crop_pct or 1.0)
+
+    @classmethod
+    def of_timm(cls, entries: Mapping[str, Any]) -> Self:
+        """Return what the crop mode and the crop fraction in timm's `pretrained_cfg` say."""
+        modes = {mode: fit for fit, mode in TIMM_CROP_MODES.items()}
+        fit = modes.get(str(entries.get("crop_mode")), cls.fit)
+        return cls(fit=fit, crop_pct=min(entries.get("crop_pct") or 1.0, 1.0))
 
     def __str__(self) -> str:
         """Describe the resizing for those who do it elsewhere."""

@@ -140,6 +140,15 @@ def check_single_process(verb: str) -> None:
         )
 
 
+def check_not_launched(verb: str) -> None:
+    """Raise UserError under a launcher for a verb whose runs are processes of their own, which it did not start."""
+    if launcher_command() is not None:
+        raise UserError(
+            f"{verb} starts the processes of its runs itself; start `python -m fastvit_train {verb}`, and give "
+            "--precision for mixed precision"
+        )
+
+
 def check_compiled_once(compiled: bool) -> None:
     """Raise UserError if both --compile and the launch compile the model."""
     if compiled and compiles():

@@ -1,7 +1,7 @@
 """Evaluate trained models on a data set: the verb `eval`, whose output is in `evaluation_output`."""
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -13,7 +13,7 @@ from fastvit_train.config.schema import DataConfig, ModelConfig, RunConfig, Trai
 from fastvit_train.data.datasets import DatasetSpec
 from fastvit_train.data.inputs import build_eval_loader, load_data
 from fastvit_train.data.loader import EvalLoader, RankInfo
-from fastvit_train.distributed.accelerator import start_accelerator
+from fastvit_train.distributed.accelerator import device_name, start_accelerator
 from fastvit_train.distributed.cpu_threads import all_cores
 from fastvit_train.distributed.process_state import unchanged
 from fastvit_train.inference.trained_model import TrainedModel, load_run, non_finite_error
@@ -42,6 +42,8 @@ class EvaluatedRun:
     attention: str
     """the attention implementation that was used"""
     accelerator: Accelerator
+    device: str
+    """the name of the device, for a CPU with the number of threads"""
     tta: TTA
     """test-time augmentation"""
 
@@ -98,7 +100,8 @@ def evaluate_run(
     seconds = time.perf_counter() - started
     if damaged := int((~result.losses.isfinite()).sum()):
         raise non_finite_error(loaded, f" for {damaged:,} of {counted(result.samples, 'image')}")
-    return EvaluatedRun(loaded, data, result, result.samples / seconds, name, accelerator, tta)
+    speed, device = result.samples / seconds, device_name(accelerator.device)
+    return EvaluatedRun(loaded, data, result, speed, name, accelerator, device, tta)
 
 
 def evaluate(
@@ -135,7 +138,7 @@ def _configure(
     data = loaded.config.data if loaded.config is not None else DataConfig()
     if dataset is not None:
         other = override(TrainConfig(), {"dataset": dataset}, "eval").data
-        other = replace(other, fit=data.fit, background=data.background, crop_pct=data.crop_pct)
+        other = replace(other, **asdict(loaded.rendering))
         data = replace(data, holdout=0.0) if dataset == data.dataset else other
     recorded = loaded.config.model.attention if loaded.config is not None else loaded.attention
     settings = TrainConfig(

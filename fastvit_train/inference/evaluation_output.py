@@ -8,7 +8,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from fastvit_train.distributed import sync
-from fastvit_train.distributed.accelerator import device_name
 from fastvit_train.inference.evaluate import EvaluatedRun
 from fastvit_train.inference.trained_model import TrainedModel
 from fastvit_train.runs import findings
@@ -62,7 +61,7 @@ def metrics(evaluated: EvaluatedRun) -> dict[str, Any]:
         "attention": evaluated.attention,
         "mixed_precision": evaluated.accelerator.mixed_precision,
         "world_size": evaluated.accelerator.num_processes,
-        "device": device_name(evaluated.accelerator.device),
+        "device": evaluated.device,
         "classes": [
             {
                 "name": name,

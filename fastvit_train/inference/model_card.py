@@ -2,12 +2,14 @@
 
 import re
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from fastvit_train.config.overrides import flatten, marked
+from fastvit_train.config.init_from import FINAL
+from fastvit_train.config.overrides import flatten, map_marked, marked
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.config.timm_config import imports, needs_import
@@ -42,7 +44,11 @@ def model_card(run: TrainedModel, repo: str, license: str | None) -> str:
     header = _header(run, repo, license, summary).to_yaml()
     parts = [f"---\n{header}\n---", f"# {text(repo.rpartition('/')[2])}", _description(run)]
     if run.folder is not None and run.config is not None:
-        parts += [_training_data(run, summary), _recipe(run.config.settings), _results(run, run.folder, summary)]
+        parts += [
+            _training_data(run, summary),
+            _recipe(without_paths(run.config.settings)),
+            _results(run, run.folder, summary),
+        ]
     else:
         parts.append(
             "## Training\n\nThe training of this model is not documented here: it was not pushed from a run of "
@@ -54,11 +60,32 @@ def model_card(run: TrainedModel, repo: str, license: str | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def without_paths(config: TrainConfig) -> TrainConfig:
+    """Return the settings to publish: of each path only its last component, since the rest describes this machine.
+
+    Weights to start from must not have the name of the model's own, which a run from this configuration would take.
+    """
+    config = map_marked(config, Mark.PATH, lambda path: Path(path).name or path)
+    model, data = config.model, config.data
+    if model.weights == FINAL:
+        again = model.pretrained or model.init_from is not None
+        model = replace(model, weights=None if again else f"initial-{FINAL}")
+    if _is_local(data.dataset):
+        data = replace(data, dataset=HUGGING_FACE + Path(data.dataset.removeprefix(HUGGING_FACE)).name)
+    return replace(config, model=model, data=data)
+
+
+def _is_local(dataset: str) -> bool:
+    """Whether a data set in the Hub's format is a folder, here or on another machine."""
+    name = dataset.removeprefix(HUGGING_FACE)
+    return name != dataset and (Path(name).is_dir() or Path(name).is_absolute() or name.startswith(("./", "../")))
+
+
 def _header(run: TrainedModel, repo: str, license: str | None, summary: dict[str, Any]) -> ModelCardData:
     metadata: dict[str, Any] = {}
     if run.config is not None:
-        dataset = run.config.data.dataset
-        on_hub = None if Path(dataset.removeprefix(HUGGING_FACE)).is_dir() else HUB_NAME.fullmatch(dataset)
+        dataset = without_paths(run.config.settings).data.dataset
+        on_hub = None if _is_local(run.config.data.dataset) else HUB_NAME.fullmatch(dataset)
         identifier = on_hub[1] if on_hub else HUB_DATASETS.get(dataset)
         metadata["datasets"] = identifier
         metadata["metrics"] = ["accuracy"]

@@ -111,7 +111,7 @@ def _predict_batches(
         batch = files[start : start + batch_size]
         images = try_decode_all(ImageFiles([path for _, path in batch], loaded.rendering), loaded.input_size)
         readable = [pixels for pixels in images if isinstance(pixels, Tensor)]
-        pixels = torch.stack(readable) if readable else torch.empty(0, *loaded.input_size)
+        pixels = torch.stack(readable) if readable else torch.empty(0, *loaded.input_size, dtype=torch.uint8)
         ranked = _probabilities(loaded, pixels).topk(top) if readable else None
         rows = iter(zip(ranked.values.tolist(), ranked.indices.tolist(), strict=True)) if ranked else iter(())
         predictions = []

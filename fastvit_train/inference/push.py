@@ -13,11 +13,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from fastvit_train import __version__
 from fastvit_train.config import settings_file
-from fastvit_train.config.overrides import map_marked
-from fastvit_train.config.schema import TrainConfig
-from fastvit_train.config.validation import Mark
 from fastvit_train.inference.export import write_verified
-from fastvit_train.inference.model_card import model_card
+from fastvit_train.inference.model_card import model_card, without_paths
 from fastvit_train.inference.trained_model import TrainedModel, load_run
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError, printable
@@ -96,23 +93,12 @@ def _write(run: TrainedModel, repo: str, license: str | None, folder: Path) -> N
     atomic_io.write_atomically(folder / "README.md", model_card(run, repo, license))
     if run.folder is None or run.config is None:
         return
-    atomic_io.write_atomically(
-        folder / "config.yaml", settings_file.to_file(_without_absolute_paths(run.config.settings))
-    )
+    atomic_io.write_atomically(folder / "config.yaml", settings_file.to_file(without_paths(run.config.settings)))
     for name in RUN_FILES:
         if (run.folder / name).is_symlink():  # a link in somebody else's run could point to any of the user's files
             raise UserError(f"{run.folder / name} is a symbolic link; replace it with the file itself")
         if (run.folder / name).is_file():
             shutil.copyfile(run.folder / name, folder / name)
-
-
-def _without_absolute_paths(config: TrainConfig) -> TrainConfig:
-    """Return `config` with only the last component of each absolute path: the rest describes this machine."""
-
-    def last_component(path: str) -> str:
-        return Path(path).name if Path(path).is_absolute() else path
-
-    return map_marked(config, Mark.PATH, last_component)
 
 
 def _send(folder: Path, repo: str, public: bool, token: str | None) -> tuple[str, str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fastvit_train.config.init_from import FINAL
 from fastvit_train.config.overrides import override
 from fastvit_train.config.resolved import InputSize, ResolvedConfig
-from fastvit_train.config.schema import DataConfig, ModelConfig, TrainConfig
+from fastvit_train.config.schema import ModelConfig, TrainConfig
 from fastvit_train.data.datasets import DatasetSpec, load_dataset
 from fastvit_train.data.loader import Preprocess
 from fastvit_train.data.rendering import Rendering
@@ -101,8 +101,10 @@ class TrainedModel:
 
     @property
     def rendering(self) -> Rendering:
-        """How image files become images, as in training."""
-        return Rendering.of(self.config.data if self.config is not None else DataConfig())
+        """How image files become images: as in training, or as timm's entries of the model say."""
+        if self.config is None:
+            return Rendering.of_timm(pretrained_cfg(self.model))
+        return Rendering.of(self.config.data)
 
     def dataset(self, data_dir: str | None = None) -> DatasetSpec:
         """Load the data set that the run was trained and evaluated on.
@@ -173,7 +175,7 @@ def load_run(
             chosen = find_checkpoint(folder, str(checkpoint), config.optim.ema is not None, config.run.keep_best_of)
         path = folder / FINAL if chosen is None else chosen.path
         weights = replace(config.model, weights=str(path), attention=AUTO, block="torch", patch_init="random")
-        model = build_model(weights, config.input_size, config.num_classes)
+        model = build_model(weights, config.input_size, config.num_classes, config.input_size.sides)
         size = config.input_size
         architecture = config.model.model
     elif checkpoint is not None:

@@ -85,13 +85,17 @@ def normalization(config: ModelConfig, cfg: dict[str, Any], channels: int) -> di
     return result
 
 
-def build_model(config: ModelConfig, input_size: InputSize, num_classes: int) -> nn.Module:
+def build_model(
+    config: ModelConfig, input_size: InputSize, num_classes: int, trained_at: tuple[int, int] | None = None
+) -> nn.Module:
     """Build the model that `config` describes, and load `config.weights` if given.
 
     Args:
         config: settings of the model.
         input_size: channels, height and width of the input; the channels are those of `config`.
         num_classes: number of outputs.
+        trained_at: height and width of the images that `config.weights` were trained on; by default those that timm
+            recorded next to the weights, if any.
 
     Raises:
         UserError: if sizes do not fit together, if the model does not have an option, if it does not support the
@@ -115,7 +119,9 @@ def build_model(config: ModelConfig, input_size: InputSize, num_classes: int) ->
     set_attention(model, config.attention)
     set_block(model, config.block)
     if config.weights is not None:
-        _load_weights(model, Path(config.weights), functools.partial(timm.create_model, config.model, **options))
+        weights = Path(config.weights)
+        size = trained_at or _recorded_image_size(weights)
+        _load_weights(model, weights, size, functools.partial(timm.create_model, config.model, **options))
     return model
 
 
@@ -167,8 +173,10 @@ def _recorded_image_size(weights: Path) -> tuple[int, int] | None:
         return None
 
 
-def _load_weights(model: nn.Module, path: Path, rebuild: Callable[..., nn.Module]) -> None:
-    """Load a file of weights; `rebuild` builds the model again with other options."""
+def _load_weights(
+    model: nn.Module, path: Path, size: tuple[int, int] | None, rebuild: Callable[..., nn.Module]
+) -> None:
+    """Load weights of a model for images of a height and width; `rebuild` builds `model` again with other options."""
     if not path.is_file():
         raise UserError(f"{path} is not a file; --weights takes a .pth, .pt, .ckpt or .safetensors file")
     try:
@@ -176,7 +184,6 @@ def _load_weights(model: nn.Module, path: Path, rebuild: Callable[..., nn.Module
     except Exception as error:  # torch's reader can raise anything for a damaged file
         reason = str(error).strip() or type(error).__name__
         raise UserError(f"{path} cannot be read as weights: {reason}") from None
-    size = _recorded_image_size(path)
     try:
         if isinstance(model, ViT):
             vars(model)["pretrained_model_args"] = {"img_size": size}

@@ -83,7 +83,7 @@ def estimate_run(session: TrainSession) -> RunEstimate:
         epoch_seconds * epochs,
         checkpoint,
         weights,
-        (run.keep + 2) * checkpoint + (1 + copies) * weights,
+        (run.keep + 2) * checkpoint + (2 + copies) * weights,  # the final and the best ones too
     )
 
 
@@ -108,10 +108,11 @@ def weights_bytes(session: TrainSession) -> int:
 
 
 def checkpoint_bytes(session: TrainSession) -> int:
-    """Bytes of a checkpoint: weights, their moving average and the optimizer's state, which the first step creates."""
+    """Bytes of a checkpoint: weights, their averages and the optimizer's state, which the first step creates."""
     states = session.optimizer.state.values()
     optimizer = sum(_total_bytes(value for value in state.values() if isinstance(value, Tensor)) for state in states)
-    return weights_bytes(session) * (1 if session.ema is None else 2) + optimizer
+    averages = sum(average is not None for average in (session.ema, session.average))
+    return weights_bytes(session) * (1 + averages) + optimizer
 
 
 def _total_bytes(tensors: Iterable[Tensor]) -> int:

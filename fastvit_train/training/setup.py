@@ -161,7 +161,7 @@ def set_up(
     # Before the data: a wrong size is reported before a download. A checkpoint replaces what --weights would load.
     model, optimizer = build_trainable(resolved.with_model(weights=None) if resuming else resolved)
     inputs = shared.with_seed(resolved.run.seed) if shared else load_inputs(resolved, launch.accelerator, imitate_data)
-    if resolved.model.patch_init == "whiten":
+    if resolved.model.patch_init == "whiten" and not resuming:
         whiten(model, resolved, inputs.dataset)
     set_seed(resolved.run.seed, device_specific=True)  # dropout must differ between ranks, weights must not
     resolved, messages = resolve_implementations(resolved, model, inputs, launch.accelerator)
@@ -248,8 +248,8 @@ def check_folder(
         if recorded["block"] == "cpp":
             recorded = {**recorded, "attention": "cpp"}
         config, recorded_in = config.with_model(**recorded), folder.config
+    check_block(config.model, None if recorded_in else accelerator.device)
     check_attention(config.model, accelerator.device, recorded_in)
-    check_block(config.model)
     if config.run.compile or env.compiles():
         check_compiler(accelerator.device)
     check_batch_size(config.run.batch_size, accelerator.num_processes, config.optim.grad_accum)

@@ -18,6 +18,7 @@ def test_auto_weights_give_each_class_the_same_sum_and_keep_the_mean(seed: int) 
     sums = torch.zeros(3).index_add_(0, LABELS, weights[LABELS])
     torch.testing.assert_close(sums, torch.full((3,), 100 / 3))
     assert class_weights("auto", LABELS, NAMES, 5)[3:].tolist() == [1, 1]  # outputs without a class
+    assert class_weights("auto", LABELS, (*NAMES, "yak"), 4)[3] == 1  # without an image: smoothed labels have it too
 
 
 def test_weights_of_a_file_keep_their_proportions(tmp_path: Path) -> None:

@@ -64,9 +64,10 @@ def test_decoded_images_are_cached_until_the_data_changes(tmp_path: Path, monkey
     assert not torch.equal(load(root).train.images, first.train.images)  # type: ignore[arg-type]
 
 
-def test_a_test_split_without_labels_is_passed_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("unlabeled", [-1, None])
+def test_a_test_split_without_labels_is_passed_over(tmp_path: Path, unlabeled: int | None) -> None:
     root = write(tmp_path / "animals", test="validation")
-    write_split(root, "test", {"image": images(10, 200), "label": (NAMED, [-1] * 10)})
+    write_split(root, "test", {"image": images(10, 200), "label": (NAMED, [0, *[unlabeled] * 9])})
     assert load(root).evaluated_on == "validation"
 
 
@@ -135,6 +136,13 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
     "no labels": (
         {"train": {"image": images(1), "size": (NUMBER, [0])}},
         "has no column of labels; its columns are image",
+    ),
+    "a missing label": (
+        {
+            "train": {"image": images(3), "label": (TEXT, ["a", None, "b"])},
+            "test": {"image": images(1), "label": (TEXT, ["a"])},
+        },
+        "1 training image without a label in label",
     ),
     "no test split": ({"train": {"image": images(2), "label": (NAMED, [0, 1])}}, "its splits are train.*--holdout"),
     "secret labels": (

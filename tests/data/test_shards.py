@@ -52,6 +52,14 @@ def test_samples_and_splits_are_found(tmp_path: Path, train_shard: str, test_sha
     assert count_classes(config(root)) == 2 and dataset.notes == ()
 
 
+def test_the_files_of_a_sample_may_lie_apart(tmp_path: Path) -> None:
+    """As tar writes them for `tar cf train-0.tar *.png *.cls`."""
+    write_tar(tmp_path / "train-0.tar", sorted(samples(6), key=lambda file: file[0].endswith(".cls")))
+    write_tar(tmp_path / "test-0.tar", samples(2, 100))
+    dataset = load(tmp_path)
+    assert dataset.train.labels.tolist() == alternating(6) and dataset.notes == ()
+
+
 @pytest.mark.parametrize("stream", ["never", "always"])
 def test_images_are_decoded_as_files_are(tmp_path: Path, stream: str) -> None:
     dataset = load(write(tmp_path / "animals"), stream=stream, fit="pad")

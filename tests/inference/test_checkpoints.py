@@ -193,6 +193,16 @@ def test_evaluation_from_python_and_what_it_records(run: Path) -> None:
     assert recorded["checkpoint"] == {"name": "best", "epoch": 2, "step": 10}
 
 
+def test_a_checkpoint_of_images_that_are_not_square_is_loaded_as_it_is(
+    small_config: Callable[..., Any], tmp_path: Path
+) -> None:
+    """16 patches, in 2 rows of 8: a state dict does not say that they are not 4 rows of 4."""
+    loop.fit(small_config(image_size="16x64", epochs=1, dataset="synthetic", save_every=1))
+    run = tmp_path / "runs" / "run"
+    steps = json.loads((run / "summary.json").read_text())["steps"]
+    assert torch.equal(weights(run, checkpoint=steps), weights(run))
+
+
 def test_only_runs_have_checkpoints(timms: Path) -> None:
     with pytest.raises(UserError, match="has no checkpoints, so leave --checkpoint best out; only a run's folder has"):
         load_run(f"local-dir:{timms}", checkpoint="best")

@@ -18,6 +18,7 @@ from fastvit_train.cli.main import main
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.inference import evaluate
 from fastvit_train.inference.evaluate import evaluate_run
+from fastvit_train.inference.evaluation_output import metrics
 from fastvit_train.inference.export import export_run
 from fastvit_train.inference.predict import predict_images
 from fastvit_train.inference.trained_model import load_run
@@ -124,15 +125,19 @@ def test_a_run_with_a_holdout_is_evaluated_on_the_test_set_on_request(
     assert (evaluated.dataset.evaluated_on, evaluated.evaluation.samples) == (on, images)
 
 
+def write_wide_images(root: Path) -> Path:
+    for split, label in product(("train", "test"), (0, 1)):
+        (root / split / str(label)).mkdir(parents=True)
+        for number in range(6):
+            picture = Image.effect_noise((48, 16), 90 + 50 * label).convert("RGB")
+            picture.save(root / split / str(label) / f"{number}.png")
+    return root
+
+
 @pytest.mark.slow
 def test_other_images_are_rendered_as_in_training(tmp_path: Path) -> None:
     """Wide images in a folder and in shards are the same to a run that pads them."""
-    images = tmp_path / "photos"
-    for split, label in product(("train", "test"), (0, 1)):
-        (images / split / str(label)).mkdir(parents=True)
-        for number in range(6):
-            picture = Image.effect_noise((48, 16), 90 + 50 * label).convert("RGB")
-            picture.save(images / split / str(label) / f"{number}.png")
+    images = write_wide_images(tmp_path / "photos")
     tests = sorted((images / "test").rglob("*.png"))
     for split in ("train", "test"):
         files = [
@@ -146,6 +151,26 @@ def test_other_images_are_rendered_as_in_training(tmp_path: Path) -> None:
     own = evaluate.evaluate(tmp_path / "run")
     other = evaluate.evaluate(tmp_path / "run", dataset="shards", data_dir=str(tmp_path / "shards"))
     assert own.samples == len(tests) and torch.equal(own.confidence, other.confidence)
+
+
+@pytest.mark.slow
+def test_an_exported_model_is_evaluated_on_images_that_are_resized_as_in_training(tmp_path: Path) -> None:
+    images = str(write_wide_images(tmp_path / "photos"))
+    settings = {"fit": "stretch", "epochs": 1, "depth": 1, "attention": "fused", "batch_size": 4}
+    train(dataset="folder", data_dir=images, runs_dir=str(tmp_path), exp_name="run", **settings)
+    exported = export_run(str(tmp_path / "run"), "timm", None)
+    own = evaluate.evaluate(tmp_path / "run")
+    theirs = evaluate.evaluate(f"local-dir:{exported}", dataset="folder", data_dir=images)
+    torch.testing.assert_close(theirs.confidence, own.confidence, rtol=1e-5, atol=1e-6)
+    assert load_run(exported).rendering == load_run(tmp_path / "run").rendering
+
+
+def test_the_threads_that_it_ran_on_are_recorded(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    monkeypatch.setattr("fastvit_train.utils.machine.usable_cores", lambda: 3)
+    evaluated = evaluate_run(trained)
+    assert evaluated.device.endswith(", 3 threads") and metrics(evaluated)["device"] == evaluated.device
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.slow

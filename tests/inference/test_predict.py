@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fastvit_train.cli.main import main
@@ -99,6 +100,20 @@ def test_pictures_show_each_image_with_its_prediction(
         best = result["top"][0]
         assert caption == f"{path.name}\n{best['class']} {best['probability']:.1%}"
         assert any(caption in picture.texts for picture in pictures.values())
+
+
+def test_a_batch_without_a_readable_image_does_not_change_the_others(
+    trained: Path, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[torch.Tensor] = []
+    monkeypatch.setattr(predict, "_draw", lambda predictions, images, folder: drawn.append(images))
+    good, broken = next(iter(sorted(digits.iterdir()))), tmp_path / "broken.png"
+    broken.write_bytes(b"nothing")
+    with pytest.raises(SystemExit):
+        main(["predict", str(trained), str(good), str(broken), "--show", "--batch-size", "1"])
+    (images,) = drawn
+    with Image.open(good) as picture:
+        assert images.dtype == torch.uint8 and np.array_equal(images[0].permute(1, 2, 0), np.array(picture))
 
 
 @pytest.mark.parametrize("name", ["BMW.png", "P5_01.png"])

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -16,6 +17,9 @@ from PIL import Image
 from timm.models import save_for_hf
 
 from fastvit_train.cli.main import main
+from fastvit_train.config.overrides import override
+from fastvit_train.config.recipes import recipe
+from fastvit_train.inference.model_card import without_paths
 from fastvit_train.inference.trained_model import load_run
 from tests.inference.fake_hub import TOKEN, FakeHub, fake_hub
 from tests.support import environment, one_line_error, write_folder
@@ -112,6 +116,32 @@ def test_the_model_card_describes_the_run(run: Path, capsys: pytest.CaptureFixtu
     ):  # fmt: skip
         assert words in readme, words
     assert "held" not in readme and str(run.parent) not in readme
+
+
+def test_nothing_that_is_published_names_a_folder_of_this_machine(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    private = {
+        "weights": str(tmp_path / "secret" / "model.safetensors"), "class_weights": str(tmp_path / "secret" / "w.json"),
+        "data_dir": "../secret/photos", "dataset": f"hf:{tmp_path}/secret/animals",
+    }  # fmt: skip
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**settings, **private}))
+    push(capsys, run, "me/digits", "--dry-run")
+    for path in (run / "hub").iterdir():
+        assert b"secret" not in path.read_bytes(), path
+    published = yaml.safe_load((run / "hub" / "config.yaml").read_text())
+    assert {key: published[key] for key in private} == {
+        "weights": "initial-model.safetensors", "class_weights": "w.json", "data_dir": "photos", "dataset": "hf:animals"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("start", [{"pretrained": True}, {"init_from": "runs/base"}])
+def test_a_configuration_that_finds_its_weights_again_does_not_name_them(start: dict[str, Any]) -> None:
+    settings = {"weights": "/x/model.safetensors", **start}
+    published = without_paths(override(recipe("quickstart"), settings, "the test")).model
+    assert (published.weights, published.init_from) == (None, "base" if "init_from" in start else None)
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "data" / "train" / CLASSES[1] / "0.png").rename(root / "data" / "train" / CLASSES[1] / "<i>.png")
     for name, *flags in (
         ("c", "--model", "c_vit_4_4_32", "--epochs", "3"),
-        ("mc", "--epochs", "3", "--lr", "0.003", "--label-smoothing", "0.1"),
+        ("mc", "--epochs", "3", "--lr", "0.003", "--label-smoothing", "0.1", "--qkv-bias", "False"),
         ("<script>alert(1)", "--epochs", "1", "--dataset", "folder", "--data-dir", str(data)),
     ):
         main(["--runs-dir", str(root / "runs"), "--exp-name", name, *SMALL, *flags])
@@ -266,6 +266,16 @@ def test_a_missing_data_set_is_reported_on_the_page(runs: Path, tmp_path: Path) 
     assert re.search("No evaluation: --data-dir .*gone is not a folder", page.text)
     assert page.table("From summary.json")["accuracy"] == [f"{summary(hostile)['test_accuracy']:.2%}"]
     assert not [tag for tag, _ in page.elements if tag == "img"]
+
+
+def test_a_run_that_goes_on_is_shown_without_its_earlier_weights(runs: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(runs / "c", tmp_path / "copy")
+    last = json.loads((copy / "metrics.jsonl").read_text().splitlines()[-1])
+    with (copy / "metrics.jsonl").open("a") as metrics:
+        metrics.write(json.dumps({**last, "epoch": 4, "test_accuracy": 0.5}) + "\n")
+    page = report(tmp_path, copy)
+    assert "No evaluation: the run is not finished" in page.text and "the results after 4 of 3 epochs" in page.text
+    assert page.table("or so far")["accuracy"] == ["50.00%"]
 
 
 def test_an_accuracy_that_differs_from_the_summary_is_reported(runs: Path, tmp_path: Path) -> None:

@@ -60,6 +60,19 @@ def test_a_run_starts_from_it(small_config: Callable[..., TrainConfig], tmp_path
     assert changed == {"patch_embed.proj.weight", "patch_embed.proj.bias"}
 
 
+@pytest.mark.slow
+def test_a_resumed_run_may_stream_its_images(small_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    write_folder(tmp_path / "photos")
+    settings = {"patch_init": "whiten", "dataset": "folder", "data_dir": str(tmp_path / "photos"), "batch_size": 8}
+    fit(small_config(exp_name="whole", **settings))
+    fit(small_config(exp_name="parts", stop_after=1, **settings))
+    fit(small_config(exp_name="parts", stream="always", **settings), resume="must")
+    whole, parts = (
+        timm.models.load_state_dict(str(tmp_path / "runs" / name / "model.safetensors")) for name in ("whole", "parts")
+    )
+    assert all(torch.equal(whole[key], parts[key]) for key in whole)
+
+
 def test_what_it_can_not_go_with_is_refused(small_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
     write_folder(tmp_path / "photos")
     folder = {"dataset": "folder", "data_dir": str(tmp_path / "photos"), "stream": "always"}

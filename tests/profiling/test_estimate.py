@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from fastvit_train.utils.safe_load import read_settings
 from tests.support import launch
 
 SMALL = ["--depth", "2", "--embed-dim", "96", "--num-heads", "2", "--attention", "fused", "--optimizer", "adamw"]
-SMALL += ["--batch-size", "240", "--epochs", "2", "--exp-name", "try", "--no-telemetry"]
+SMALL += ["--batch-size", "240", "--epochs", "2", "--average-last", "2", "--exp-name", "try"]
+SMALL += ["--no-telemetry"]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,8 @@ def test_settings_shapes_and_disk_are_those_of_the_run(dry_run_output: tuple[str
     size = sum(path.stat().st_size for path in checkpoints[0].iterdir()) / 2**20
     expected = float(text.partition("checkpoints of ")[2].split()[0])
     assert 0.95 * size < expected < size + 0.1
+    weights, disk = (float(re.search(words, text)[1]) for words in (r"weights of ([\d.]+)", r"disk +([\d.]+) MiB"))  # type: ignore[index]
+    assert disk == pytest.approx(4 * expected + 2 * weights, abs=0.5)  # two, the best and a new one; the final and best
 
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.strip()}
     assert rows["input"] == ["3", "x", "32", "x", "32"] and rows["tokens"] == ["64"] and rows["logits"] == ["10"]

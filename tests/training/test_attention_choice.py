@@ -9,8 +9,9 @@ import yaml
 
 import fastvit_kernels
 from fastvit_train.cli.main import main
-from fastvit_train.config.schema import TrainConfig
+from fastvit_train.config.schema import ModelConfig, TrainConfig
 from fastvit_train.inference.evaluate import evaluate_run
+from fastvit_train.models.blocks import check_block
 from fastvit_train.models.vit import Block
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.loop import fit
@@ -192,6 +193,14 @@ def test_a_resumed_run_computes_its_blocks_as_before_unless_another_way_is_named
     fit(small_config(attention="auto", block="torch", stop_after=1), overwrite=True)
     fit(small_config(attention="auto"), resume="must")
     assert yaml.safe_load((tmp_path / "runs" / "run" / "config.yaml").read_text())["block"] == "torch"
+
+
+def test_a_configuration_of_a_cpu_says_on_a_gpu_what_to_change() -> None:
+    gpu, both = torch.device("cuda"), ModelConfig("mc_vit_4_4_32", "cpp", "cpp")
+    with pytest.raises(UserError, match="is for CPUs, and this is cuda; give --attention auto --block auto"):
+        check_block(both, gpu)
+    check_block(both, torch.device("cpu"))
+    check_block(ModelConfig("mc_vit_4_4_32", "auto", "auto"), gpu)
 
 
 def test_a_block_that_contradicts_the_attention_or_does_not_fit_is_refused(

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 
 from fastvit_train.cli.main import main
+from fastvit_train.cli.parser import parse
+from fastvit_train.cli.training_verbs import Train
 from fastvit_train.config.overrides import override
 from fastvit_train.config.resolved import InputSize
 from fastvit_train.config.schema import TrainConfig
@@ -120,6 +122,9 @@ def test_a_run_with_its_own_mean_is_a_start_for_other_channels(
 ) -> None:
     settings = {"runs_dir": str(tmp_path), "epochs": 1, **SMALL, "batch_size": 240}
     train(exp_name="first", mean=(0.5, 0.6, 0.7), std=(0.2, 0.2, 0.2), **settings)
+    words = ["--init-from", str(tmp_path / "first"), "--in-chans", str(in_chans)]
+    parsed = parse("train", Train, words).training.model
+    assert (parsed.mean, parsed.in_chans) == (pytest.approx(mean), in_chans)
     train(exp_name="second", init_from=str(tmp_path / "first"), in_chans=in_chans, **settings)
     first, second = (load_run(tmp_path / name) for name in ("first", "second"))
     assert second.normalisation == (pytest.approx(mean), (0.2,) * in_chans)

@@ -15,7 +15,7 @@ from fastvit_train.config.validation import HUGGING_FACE
 from fastvit_train.data.encoded import Row
 from fastvit_train.data.sources.folder import LONG_TEST_NAMES, TRAIN_NAME, Listing
 from fastvit_train.data.sources.hub import offline_if_unreachable
-from fastvit_train.utils.errors import UserError, printable
+from fastvit_train.utils.errors import UserError, counted, printable
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
@@ -51,13 +51,14 @@ def list_rows(dataset: str, holdout: bool) -> tuple[Listing, str]:
     columns = _find_columns(dataset, tables)
     test_name, test_values = ("", []) if holdout else _read_test_split(dataset, tables, columns.label)
     train_name = _train_split(tables)
-    classes = _class_names(tables[train_name], columns.label)
+    train_values = _values(tables[train_name], columns.label)
+    classes = _class_names(dataset, tables[train_name], columns.label, train_values)
 
     def read_split(name: str, values: list[Any]) -> tuple[Sequence[Row], Tensor]:
         labels = _to_labels(dataset, tables[name], columns.label, values, classes)
         return _rows(tables[name], columns.image, name), labels
 
-    train = read_split(train_name, _values(tables[train_name], columns.label))
+    train = read_split(train_name, train_values)
     test = ([], torch.empty(0, dtype=torch.int64)) if holdout else read_split(test_name, test_values)
     used = [tables[train_name], *([] if holdout else [tables[test_name]])]
     files = [Path(file["filename"]) for table in used for file in table.cache_files]
@@ -73,7 +74,8 @@ def count_classes(dataset: str) -> int:
     """Return the number of classes; arguments and errors are those of `list_rows`."""
     tables = _load(dataset)
     columns = _find_columns(dataset, tables)
-    return len(_class_names(tables[_train_split(tables)], columns.label))
+    table = tables[_train_split(tables)]
+    return len(_class_names(dataset, table, columns.label, _values(table, columns.label)))
 
 
 def _title(dataset: str) -> str:
@@ -146,7 +148,7 @@ def _read_test_split(dataset: str, tables: "DatasetDict", column: str) -> tuple[
     tests = [name for name in LONG_TEST_NAMES if name in tables]
     for name in tests if TRAIN_NAME in tables else ():
         values = _values(tables[name], column)
-        if UNLABELED not in values:
+        if not any(value in (UNLABELED, None) for value in values):
             return name, values
     why = f"none of {', '.join(tests)} has labels" if tests else f"its splits are {', '.join(tables)}"
     raise UserError(
@@ -159,10 +161,12 @@ def _values(table: "Dataset", column: str) -> list[Any]:
     return list(table.select_columns([column])[:][column])
 
 
-def _class_names(table: "Dataset", column: str) -> list[str]:
+def _class_names(dataset: str, table: "Dataset", column: str, values: list[Any]) -> list[str]:
     """Return the names of the classes: those that the type of the column lists, or all values of the column."""
+    if unlabeled := values.count(None):
+        raise UserError(f"--dataset {dataset}: {counted(unlabeled, 'training image')} without a label in {column}")
     names = getattr(table.features[column], "names", None)
-    return list(names) if names else list(map(str, sorted(set(_values(table, column)))))
+    return list(names) if names else list(map(str, sorted(set(values))))
 
 
 def _to_labels(dataset: str, table: "Dataset", column: str, values: list[Any], classes: Sequence[str]) -> Tensor:

@@ -1,7 +1,7 @@
 """Shards: tar files in WebDataset's format, whose images are read where they lie, without being unpacked.
 
-A sample is a group of files with the same name but for the extension, one after another: an image, and its class in a
-file `.cls` or as an entry of a file `.json`. Source: https://github.com/webdataset/webdataset
+A sample is a group of files with the same name but for the extension: an image, and its class in a file `.cls` or
+as an entry of a file `.json`. Source: https://github.com/webdataset/webdataset
 """
 
 import json
@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from io import SEEK_END
-from itertools import groupby
 from pathlib import Path
 from typing import IO
 
@@ -161,7 +160,7 @@ def _index(root: Path, shards: Sequence[Path]) -> Index:
     """Find the images in `shards`. The headers are read again only if a shard changes."""
     if not shards:
         return Index(torch.empty(0, 4, dtype=torch.int64), [], 0)
-    cache = cache_path(root, shards, "shards")
+    cache = cache_path(root, shards, "samples")
     with _one_at_a_time(cache):
         tensors = read_cache(cache, CACHED)
         if tensors is None:
@@ -205,9 +204,12 @@ def _scan(shard: Path) -> Iterator[Sample]:
     """Yield the samples of a shard, from the headers of its files."""
     try:
         with shard.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            named = ((match, member) for member in tar if member.isreg() and (match := SAMPLE.fullmatch(member.name)))
-            for _, files in groupby(named, key=lambda item: item[0][1]):
-                yield _sample(stream, {match[2].lower(): member for match, member in files})
+            samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+            for member in tar:
+                if member.isreg() and (match := SAMPLE.fullmatch(member.name)):
+                    samples.setdefault(match[1], {})[match[2].lower()] = member
+            for files in samples.values():
+                yield _sample(stream, files)
             _check_end(stream, tar)
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(f"{shard} can't be read as a tar file ({error}); fetch it again") from None

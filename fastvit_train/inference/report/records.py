@@ -15,6 +15,8 @@ from fastvit_train.utils.errors import UserError, counted, printable
 Value = TypeVar("Value")
 FILES_ALONE = "this page shows the run's files alone; python -m fastvit_train report writes one with an evaluation."
 
+NOT_FINISHED = "the run is not finished; python -m fastvit_train eval takes the weights so far with --checkpoint."
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -72,7 +74,9 @@ def _load_record(run: str, data_dir: str | None, evaluate: bool) -> RunRecord:
     with suppress(OSError):  # without the file, the page has no curves
         epochs = read_jsonl(folder.metrics)
     loaded, evaluation_error = None, FILES_ALONE
-    if evaluate:
+    if evaluate and summary is not None and not is_finished(summary):
+        evaluation_error = NOT_FINISHED  # the final weights, if there are any, are those of an earlier end
+    elif evaluate:
         loaded, evaluation_error = value_or_error(lambda: load_run(run, device="cpu"))
     evaluated = None
     if loaded is not None:

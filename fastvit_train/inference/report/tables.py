@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastvit_train.config.overrides import marked, override, to_plain
+from fastvit_train.config.overrides import flatten, marked, override, to_plain
 from fastvit_train.config.recipes import recipe
+from fastvit_train.config.schema import TrainConfig
 from fastvit_train.config.validation import Mark
 from fastvit_train.inference.report.records import RunRecord
 from fastvit_train.models.resolve import fill_defaults
@@ -43,6 +44,7 @@ SUMMARY_KEYS = {
     ENERGY: "energy_joules",
 }
 """rows that show the difference between two runs, with the keys of their values in summary.json"""
+DEFAULTS = flatten(TrainConfig())
 ENVIRONMENT_KEYS = ("device", "world_size", "mixed_precision", "attention", "seed", "batch_size", "steps")
 
 
@@ -203,7 +205,7 @@ def _launch_flags(summary: dict[str, Any]) -> list[str]:
 def _flag(key: str, value: Any) -> list[str]:
     """Return the command line's words for a setting."""
     name = key.replace("_", "-")
-    if isinstance(value, bool):
+    if isinstance(value, bool) and isinstance(DEFAULTS.get(key), bool):  # others take the word True or False
         return [f"--{name}" if value else f"--no-{name}"]
     if isinstance(value, list):
         return [f"--{name}", *map(str, value)]

@@ -33,6 +33,8 @@ from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.safe_load import read_json
 
 JOURNAL, LOCK, ERRORS = "sweep.journal", ".sweep.lock", "errors"
+ERROR = "fastvit_train: error: "
+"""begins the line with which a run fails"""
 DIVERGED, NOT_FINITE = "diverged", re.compile(r"the loss became|is NaN or inf after step")
 """the attribute of a trial whose loss or weights became NaN or inf, and what its run says then"""
 POLL_SECONDS = 0.2
@@ -173,12 +175,13 @@ def _run(study: optuna.Study, trial: Trial, config: TrainConfig, folder: Path, c
         study.tell(trial, state=TrialState.PRUNED)
         result = "stopped early"
     elif process.returncode:
-        reason = errors[-1] if errors else f"exit status {process.returncode}"
+        said = [line for line in errors if line.startswith(ERROR)] or errors
+        reason = said[-1] if said else f"exit status {process.returncode}"
         if diverged := NOT_FINITE.search(reason):
             trial.set_user_attr(DIVERGED, True)
         study.tell(trial, state=TrialState.FAIL)
         if not diverged and not study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
-            raise UserError(f"{run} ({searched}) failed: {reason.removeprefix('fastvit_train: error: ')}")
+            raise UserError(f"{run} ({searched}) failed: {reason.removeprefix(ERROR)}")
         result = f"failed: {reason}"
     else:
         accuracy = float(read_json(folder / run / "summary.json")["test_accuracy"])
@@ -194,13 +197,25 @@ def _training(config: TrainConfig, temporary: Path) -> Iterator[subprocess.Popen
     file.write_text(settings_file.to_file(config), encoding="utf-8")
     command = [sys.executable, "-m", "fastvit_train", "--config", str(file), "--resume", "auto"]
     with open(temporary / ERRORS, "wb") as errors, _sigterm_as_ctrl_c():
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
+        # In a session of its own, since a terminal's Ctrl-C would reach the trial too, and the signal from here, its
+        # second, would end it without a checkpoint.
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
         try:
             yield process
         finally:
-            if process.poll() is None:
-                process.terminate()
-            process.wait()
+            _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Let a trial write a checkpoint and end, unless it has ended; an interrupt in the meantime ends it at once."""
+    if process.poll() is None:
+        process.terminate()
+    try:
+        process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
 
 
 @contextmanager

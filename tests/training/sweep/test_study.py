@@ -1,9 +1,11 @@
 """A sweep trains its trials once each, goes on where it was stopped, and shares them out between processes."""
 
+import os
 import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from PIL import Image
 
 from fastvit_train.cli.main import main
 from fastvit_train.config.recipes import recipe
+from fastvit_train.distributed import preflight
 from fastvit_train.runs.lock import RunLock
 from fastvit_train.runs.results import read_summary
 from fastvit_train.runs.run_folder import read_jsonl
@@ -64,19 +67,22 @@ def test_trials_are_runs_with_a_table_and_a_picture(tmp_path: Path, capsys: pyte
     assert len(trials(tmp_path)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "number",
-    [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), pytest.param(signal.SIGINT, marks=pytest.mark.soak)],
+    "stop",
+    [lambda pid: os.kill(pid, signal.SIGTERM), lambda pid: os.killpg(pid, signal.SIGINT)],
+    ids=["SIGTERM", "Ctrl-C in a terminal"],
 )
-def test_a_stopped_sweep_goes_on_with_the_trial_under_way(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stopped_sweep_goes_on_with_the_trial_under_way(tmp_path: Path, stop: Callable[[int], None]) -> None:
     flags = command(tmp_path, "--trials", 2, "--epochs", 10, "--no-prune")
     process = subprocess.Popen(
         [sys.executable, "-m", "fastvit_train", *flags], env=environment(), start_new_session=True
     )
     run = tmp_path / "sweep" / "trial-0001"
     wait_until(lambda: (run / "checkpoints" / "last").exists())
-    process.send_signal(number)
+    stop(process.pid)
     assert process.wait(120) == 130
+    assert not (run / ".holder.json").exists(), "the trial was ended before it wrote a checkpoint"
     RunLock(run).check_free()  # nothing trains the trial any more
     (before,) = trials(tmp_path)
     assert before.state == TrialState.RUNNING
@@ -120,7 +126,10 @@ def test_a_trial_that_outlived_its_killed_sweep_is_left_alone(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_a_trial_that_diverges_does_not_end_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trial_that_diverges_does_not_end_the_sweep(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # a run then prints a line after its error
     flags = ["sweep", "momentum=0.9,0.95", "--lr", "1e9", *SMALL, "--runs-dir", str(tmp_path), "--trials", "2"]
     with pytest.raises(SystemExit) as stop:
         main(flags)
@@ -176,6 +185,16 @@ def test_mistakes_are_one_line(
     assert re.search(message, error), error
     assert "trial-0001" in error or not (tmp_path / "runs").exists()
     assert not (tmp_path / "runs" / "sweep").exists()
+
+
+def test_a_launch_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "launcher_command", lambda: ["accelerate", "launch"])
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", *SEARCH, *SMALL, "--runs-dir", str(tmp_path / "runs")])
+    assert stop.value.code == 2 and not (tmp_path / "runs").exists()
+    assert "sweep starts the processes of its runs itself; start `python -m" in one_line_error(capsys.readouterr().err)
 
 
 @pytest.mark.slow
