@@ -53,7 +53,7 @@ def typical(batch: int, holdout: float) -> tuple[Epoch, int]:
 
 def ours(row: str, batch: int, holdout: float, runs_dir: str) -> tuple[Epoch, int]:
     """Return a function that trains our trainer for one epoch, and its number of parameters."""
-    # here, since the typical script's process has no use for them, neither their time nor their memory
+    # imported here, so that the typical script's process spends no time or memory on it
     from fastvit_train.training.display.progress_bar import ProgressBar
     from fastvit_train.training.loop import train_epoch
     from fastvit_train.training.setup import setup

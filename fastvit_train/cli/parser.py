@@ -95,9 +95,9 @@ def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
     name = settings.get("recipe", DEFAULT_RECIPE) if values["--recipe"] is None else values["--recipe"]
     base = recipe(str(name))
     start = {key: values[flag] for flag, key in START.items() if values[flag] not in (None, "None")}
+    if values[CHANNELS] in ("1", "3"):  # decides between the means and deviations of gray and of colored images
+        start["in_chans"] = values[CHANNELS]
     if "init_from" in start:
-        if values[CHANNELS] is not None:  # decides between the means and deviations of gray and of colored images
-            start["in_chans"] = values[CHANNELS]
         settings = {**with_underscores(settings), **with_model_of(start)}
     else:
         settings = with_model_of({**settings, **start})

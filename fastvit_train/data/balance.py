@@ -27,8 +27,8 @@ def class_weights(choice: str, labels: Tensor, classes: Sequence[str], num_class
             with the weight of each class by its name.
         labels: the classes of the training images, int64.
         classes: the names of the classes.
-        num_classes: number of the model's outputs; those without a class, or with "auto" without an image, get the
-            weight 1.
+        num_classes: number of the model's outputs; those without a class get the weight 1, and with "auto" so do
+            classes without an image.
 
     Raises:
         UserError: if the file can't be read, or if it does not have one positive weight for each class.

@@ -34,10 +34,15 @@ def load_data(config: ResolvedConfig, accelerator: Accelerator, imitate: bool = 
 
     is_first = accelerator.is_local_main_process
     first = sync.run_on_all_ranks(accelerator, lambda: load(config.data, True) if is_first else None)
-    # The memory that is free differs from rank to rank, and a step with streamed images is another one.
-    resident = sync.broadcast_from_rank0(accelerator, lambda: first and isinstance(first.train.images, Tensor))
-    as_first = replace(config.data, stream="never" if resident else "always")
-    return sync.run_on_all_ranks(accelerator, lambda: first or load(as_first, False))
+    # Ranks find different amounts of free memory, but all must stream or none: the training step differs.
+    streams = sync.first_of_ranks(True if first and _is_streamed(first) else None) or False
+    same = replace(config.data, stream="always" if streams else "never")
+    done = first if first and _is_streamed(first) == streams else None
+    return sync.run_on_all_ranks(accelerator, lambda: done or load(same, is_first))
+
+
+def _is_streamed(dataset: DatasetSpec) -> bool:
+    return not isinstance(dataset.train.images, Tensor)
 
 
 def build_train_loader(

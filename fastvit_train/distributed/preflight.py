@@ -141,7 +141,7 @@ def check_single_process(verb: str) -> None:
 
 
 def check_not_launched(verb: str) -> None:
-    """Raise UserError under a launcher for a verb whose runs are processes of their own, which it did not start."""
+    """Raise UserError if a launcher started `verb`, which starts the processes of its runs itself."""
     if launcher_command() is not None:
         raise UserError(
             f"{verb} starts the processes of its runs itself; start `python -m fastvit_train {verb}`, and give "

@@ -63,22 +63,22 @@ def model_card(run: TrainedModel, repo: str, license: str | None) -> str:
 def without_paths(config: TrainConfig) -> TrainConfig:
     """Return the settings to publish: of each path only its last component, since the rest describes this machine.
 
-    Weights to start from must not have the name of the model's own, which a run from this configuration would take.
+    Initial weights named model.safetensors are renamed: the pushed model has that name, and a run from these settings
+    would start from it.
     """
     config = map_marked(config, Mark.PATH, lambda path: Path(path).name or path)
     model, data = config.model, config.data
     if model.weights == FINAL:
-        again = model.pretrained or model.init_from is not None
-        model = replace(model, weights=None if again else f"initial-{FINAL}")
+        model = replace(model, weights=None if model.init_from else f"initial-{FINAL}")  # --init-from brings them
     if _is_local(data.dataset):
-        data = replace(data, dataset=HUGGING_FACE + Path(data.dataset.removeprefix(HUGGING_FACE)).name)
-    return replace(config, model=model, data=data)
+        data = replace(data, dataset=HUGGING_FACE + Path(data.dataset.removeprefix(HUGGING_FACE)).resolve().name)
+    return replace(config, model=model, data=replace(data, data_url=None))  # a mirror may be a file or hold a token
 
 
 def _is_local(dataset: str) -> bool:
     """Whether a data set in the Hub's format is a folder, here or on another machine."""
     name = dataset.removeprefix(HUGGING_FACE)
-    return name != dataset and (Path(name).is_dir() or Path(name).is_absolute() or name.startswith(("./", "../")))
+    return name != dataset and (Path(name).is_dir() or Path(name).is_absolute() or name.startswith("."))
 
 
 def _header(run: TrainedModel, repo: str, license: str | None, summary: dict[str, Any]) -> ModelCardData:

@@ -175,7 +175,7 @@ def load_run(
             chosen = find_checkpoint(folder, str(checkpoint), config.optim.ema is not None, config.run.keep_best_of)
         path = folder / FINAL if chosen is None else chosen.path
         weights = replace(config.model, weights=str(path), attention=AUTO, block="torch", patch_init="random")
-        model = build_model(weights, config.input_size, config.num_classes, config.input_size.sides)
+        model = build_model(weights, config.input_size, config.num_classes)
         size = config.input_size
         architecture = config.model.model
     elif checkpoint is not None:

@@ -23,7 +23,7 @@ def check_block(config: ModelConfig, device: torch.device | None = None) -> None
     """Raise UserError unless the blocks that `config` names can run on `device`, if given, and with its attention."""
     name = config.block
     if name == "cpp" and device is not None and device.type != "cpu":
-        raise UserError(f"--block cpp is for CPUs, and this is {device.type}; give --attention auto --block auto")
+        raise UserError(f"--block cpp is for CPUs, and this is {device.type}; give --attention fused --block torch")
     if name == "cpp" and config.attention not in (AUTO, "cpp"):
         raise UserError(
             f"--block cpp computes attention itself: leave --attention {config.attention} out, or use --block torch"

@@ -26,6 +26,7 @@ from fastvit_train.models.convert import (
 )
 from fastvit_train.models.registry import OUR_MODELS
 from fastvit_train.models.vit import ConvTokenizer, ViT
+from fastvit_train.runs.run_folder import RunFolder
 from fastvit_train.runs.weights_file import read_weights
 from fastvit_train.utils import machine
 from fastvit_train.utils.errors import UserError, counted, did_you_mean
@@ -85,17 +86,13 @@ def normalization(config: ModelConfig, cfg: dict[str, Any], channels: int) -> di
     return result
 
 
-def build_model(
-    config: ModelConfig, input_size: InputSize, num_classes: int, trained_at: tuple[int, int] | None = None
-) -> nn.Module:
+def build_model(config: ModelConfig, input_size: InputSize, num_classes: int) -> nn.Module:
     """Build the model that `config` describes, and load `config.weights` if given.
 
     Args:
         config: settings of the model.
         input_size: channels, height and width of the input; the channels are those of `config`.
         num_classes: number of outputs.
-        trained_at: height and width of the images that `config.weights` were trained on; by default those that timm
-            recorded next to the weights, if any.
 
     Raises:
         UserError: if sizes do not fit together, if the model does not have an option, if it does not support the
@@ -119,9 +116,7 @@ def build_model(
     set_attention(model, config.attention)
     set_block(model, config.block)
     if config.weights is not None:
-        weights = Path(config.weights)
-        size = trained_at or _recorded_image_size(weights)
-        _load_weights(model, weights, size, functools.partial(timm.create_model, config.model, **options))
+        _load_weights(model, Path(config.weights), functools.partial(timm.create_model, config.model, **options))
     return model
 
 
@@ -163,9 +158,15 @@ def _check_patches(model: nn.Module, config: ModelConfig, input_size: InputSize)
 
 
 def _recorded_image_size(weights: Path) -> tuple[int, int] | None:
-    """Return height and width of a model's input, from the config.json that timm wrote next to its weights, if any."""
+    """Return height and width of a model's input, from the config.json next to its weights, if any.
+
+    That of a checkpoint lies in the run's folder, two levels up.
+    """
+    step = weights.parent
+    run = RunFolder(step.parent.parent)
+    folder = run.root if run.checkpoints == step.parent else step
     try:
-        described = read_json(weights.parent / "config.json")
+        described = read_json(folder / "config.json")
         size = described.get("model_args", {}).get("img_size") or described["pretrained_cfg"]["input_size"][-2:]
         height, width = (size, size) if isinstance(size, int) else size
         return (height, width) if isinstance(height, int) and isinstance(width, int) else None
@@ -173,10 +174,8 @@ def _recorded_image_size(weights: Path) -> tuple[int, int] | None:
         return None
 
 
-def _load_weights(
-    model: nn.Module, path: Path, size: tuple[int, int] | None, rebuild: Callable[..., nn.Module]
-) -> None:
-    """Load weights of a model for images of a height and width; `rebuild` builds `model` again with other options."""
+def _load_weights(model: nn.Module, path: Path, rebuild: Callable[..., nn.Module]) -> None:
+    """Load a file of weights; `rebuild` builds the model again with other options."""
     if not path.is_file():
         raise UserError(f"{path} is not a file; --weights takes a .pth, .pt, .ckpt or .safetensors file")
     try:
@@ -184,6 +183,7 @@ def _load_weights(
     except Exception as error:  # torch's reader can raise anything for a damaged file
         reason = str(error).strip() or type(error).__name__
         raise UserError(f"{path} cannot be read as weights: {reason}") from None
+    size = _recorded_image_size(path)
     try:
         if isinstance(model, ViT):
             vars(model)["pretrained_model_args"] = {"img_size": size}

@@ -66,7 +66,7 @@ def test_the_main_rows_are_narrowed_by_keyword() -> None:
 
 
 def test_the_main_rows_are_few_and_plain_pytest_checks_one_or_two_cases_per_file() -> None:
-    """Those of whole epochs start processes; `test_the_typical_script_learns` does without."""
+    """Those of whole epochs start processes; `test_the_typical_script_learns` runs it in this one."""
     main_rows = [case.id for cases in select(()).values() for case in cases]
     assert len(main_rows) <= 40 and {row.partition(",")[0] for row in main_rows} == {
         "epoch end to end",

@@ -150,7 +150,7 @@ BROKEN: dict[str, tuple[dict[str, dict[str, Any]], str]] = {
             "train": {"image": images(2), "label": (NAMED, [0, 1])},
             "test": {"image": images(2), "label": (NAMED, [-1, -1])},
         },
-        "none of test has labels.*--holdout",
+        "none of test has a label for every image.*--holdout",
     ),
     "a class without training images": (
         {

@@ -60,6 +60,16 @@ def test_the_files_of_a_sample_may_lie_apart(tmp_path: Path) -> None:
     assert dataset.train.labels.tolist() == alternating(6) and dataset.notes == ()
 
 
+def test_tar_files_that_were_joined_keep_all_their_samples(tmp_path: Path) -> None:
+    """Each counts from 0, and the images of the second are others."""
+    second = [(name, content) for (name, _), (_, content) in zip(samples(5), samples(5, 50), strict=True)]
+    write_tar(tmp_path / "train-0.tar", samples(6) + second)
+    write_tar(tmp_path / "test-0.tar", samples(2, 100))
+    train = load(tmp_path).train
+    assert train.labels.tolist() == alternating(6) + alternating(5)
+    assert len({image.numpy().tobytes() for image in train.pixels(torch.arange(11), rgb(16))}) == 11
+
+
 @pytest.mark.parametrize("stream", ["never", "always"])
 def test_images_are_decoded_as_files_are(tmp_path: Path, stream: str) -> None:
     dataset = load(write(tmp_path / "animals"), stream=stream, fit="pad")

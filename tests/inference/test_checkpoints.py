@@ -201,6 +201,9 @@ def test_a_checkpoint_of_images_that_are_not_square_is_loaded_as_it_is(
     run = tmp_path / "runs" / "run"
     steps = json.loads((run / "summary.json").read_text())["steps"]
     assert torch.equal(weights(run, checkpoint=steps), weights(run))
+    file = str(run / "checkpoints" / f"step_{steps}" / "model.safetensors")
+    loop.fit(small_config(image_size="16x64", epochs=1, dataset="synthetic", weights=file, lr=0, exp_name="again"))
+    assert torch.equal(weights(tmp_path / "runs" / "again"), weights(run))
 
 
 def test_only_runs_have_checkpoints(timms: Path) -> None:

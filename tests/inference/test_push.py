@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import timm
@@ -124,7 +123,7 @@ def test_nothing_that_is_published_names_a_folder_of_this_machine(
     monkeypatch.chdir(tmp_path)
     private = {
         "weights": str(tmp_path / "secret" / "model.safetensors"), "class_weights": str(tmp_path / "secret" / "w.json"),
-        "data_dir": "../secret/photos", "dataset": f"hf:{tmp_path}/secret/animals",
+        "data_dir": "../secret/photos", "data_url": f"file://{tmp_path}/secret/digits.tar.gz",
     }  # fmt: skip
     settings = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump({**settings, **private}))
@@ -133,15 +132,21 @@ def test_nothing_that_is_published_names_a_folder_of_this_machine(
         assert b"secret" not in path.read_bytes(), path
     published = yaml.safe_load((run / "hub" / "config.yaml").read_text())
     assert {key: published[key] for key in private} == {
-        "weights": "initial-model.safetensors", "class_weights": "w.json", "data_dir": "photos", "dataset": "hf:animals"
+        "weights": "initial-model.safetensors", "class_weights": "w.json", "data_dir": "photos", "data_url": None
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("start", [{"pretrained": True}, {"init_from": "runs/base"}])
-def test_a_configuration_that_finds_its_weights_again_does_not_name_them(start: dict[str, Any]) -> None:
-    settings = {"weights": "/x/model.safetensors", **start}
-    published = without_paths(override(recipe("quickstart"), settings, "the test")).model
-    assert (published.weights, published.init_from) == (None, "base" if "init_from" in start else None)
+def test_published_names_of_data_sets_and_of_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "animals").mkdir()
+    monkeypatch.chdir(tmp_path / "animals")
+    names = {"/gone/secret/birds": "birds", str(tmp_path / "animals"): "animals", ".": "animals", "../x/fish": "fish"}
+    for name, expected in {**names, "me/animals": "me/animals"}.items():
+        assert without_paths(override(recipe("quickstart"), {"dataset": f"hf:{name}"}, "the test")).data.dataset == (
+            f"hf:{expected}"
+        )
+    start = {"init_from": "secret/base", "weights": "secret/base/model.safetensors"}
+    model = without_paths(override(recipe("quickstart"), start, "the test")).model
+    assert (model.init_from, model.weights) == ("base", None)
 
 
 @pytest.mark.parametrize(

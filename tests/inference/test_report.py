@@ -173,7 +173,7 @@ def test_the_mistakes_are_the_most_confident_ones(runs: Path, tmp_path: Path) ->
 
 def test_settings_that_differ_are_marked(runs: Path, tmp_path: Path) -> None:
     rows = report(tmp_path, runs / "c", runs / "mc").table("config.yaml that differ")
-    assert set(rows) == {"setting", "model", "lr", "label_smoothing"}
+    assert set(rows) == {"setting", "model", "lr", "label_smoothing", "qkv_bias"}
     assert rows["lr"] == ["0.006", "≠ differs: 0.003"]
     alone = report(tmp_path, runs / "mc").table("config.yaml that differ")
     assert alone["setting"] == ["recipe quickstart", "mc"]

@@ -197,7 +197,7 @@ def test_a_resumed_run_computes_its_blocks_as_before_unless_another_way_is_named
 
 def test_a_configuration_of_a_cpu_says_on_a_gpu_what_to_change() -> None:
     gpu, both = torch.device("cuda"), ModelConfig("mc_vit_4_4_32", "cpp", "cpp")
-    with pytest.raises(UserError, match="is for CPUs, and this is cuda; give --attention auto --block auto"):
+    with pytest.raises(UserError, match="is for CPUs, and this is cuda; give --attention fused --block torch"):
         check_block(both, gpu)
     check_block(both, torch.device("cpu"))
     check_block(ModelConfig("mc_vit_4_4_32", "auto", "auto"), gpu)

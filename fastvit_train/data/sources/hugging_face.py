@@ -150,7 +150,7 @@ def _read_test_split(dataset: str, tables: "DatasetDict", column: str) -> tuple[
         values = _values(tables[name], column)
         if not any(value in (UNLABELED, None) for value in values):
             return name, values
-    why = f"none of {', '.join(tests)} has labels" if tests else f"its splits are {', '.join(tables)}"
+    why = f"none of {', '.join(tests)} has a label for every image" if tests else f"its splits are {', '.join(tables)}"
     raise UserError(
         f"--dataset {dataset} has no split train, or none to evaluate on ({why}); --holdout 0.1 evaluates on some "
         "training images"
@@ -164,7 +164,9 @@ def _values(table: "Dataset", column: str) -> list[Any]:
 def _class_names(dataset: str, table: "Dataset", column: str, values: list[Any]) -> list[str]:
     """Return the names of the classes: those that the type of the column lists, or all values of the column."""
     if unlabeled := values.count(None):
-        raise UserError(f"--dataset {dataset}: {counted(unlabeled, 'training image')} without a label in {column}")
+        raise UserError(
+            f"--dataset {dataset}: {counted(unlabeled, 'training image')} without a label in {column}; remove it"
+        )
     names = getattr(table.features[column], "names", None)
     return list(names) if names else list(map(str, sorted(set(values))))
 

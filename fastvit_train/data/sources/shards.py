@@ -204,17 +204,27 @@ def _scan(shard: Path) -> Iterator[Sample]:
     """Yield the samples of a shard, from the headers of its files."""
     try:
         with shard.open("rb") as stream, tarfile.open(fileobj=stream, mode="r:") as tar:
-            samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-            for member in tar:
-                if member.isreg() and (match := SAMPLE.fullmatch(member.name)):
-                    samples.setdefault(match[1], {})[match[2].lower()] = member
-            for files in samples.values():
+            for files in _group(tar):
                 yield _sample(stream, files)
             _check_end(stream, tar)
     except (tarfile.TarError, EOFError, ValueError) as error:
         raise UserError(f"{shard} can't be read as a tar file ({error}); fetch it again") from None
     except OSError as error:
         raise UserError(f"{shard} can't be read ({error.strerror or error})") from None
+
+
+def _group(tar: tarfile.TarFile) -> list[dict[str, tarfile.TarInfo]]:
+    """Return the files of each sample by their extension; a name with the same extension again begins a new sample."""
+    samples: list[dict[str, tarfile.TarInfo]] = []
+    newest: dict[str, dict[str, tarfile.TarInfo]] = {}
+    for member in tar:
+        if member.isreg() and (match := SAMPLE.fullmatch(member.name)):
+            name, extension = match[1], match[2].lower()
+            if name not in newest or extension in newest[name]:
+                newest[name] = {}
+                samples.append(newest[name])
+            newest[name][extension] = member
+    return samples
 
 
 def _sample(stream: IO[bytes], files: dict[str, tarfile.TarInfo]) -> Sample:

@@ -14,7 +14,6 @@ from fastvit_train.utils.errors import UserError, counted, printable
 
 Value = TypeVar("Value")
 FILES_ALONE = "this page shows the run's files alone; python -m fastvit_train report writes one with an evaluation."
-
 NOT_FINISHED = "the run is not finished; python -m fastvit_train eval takes the weights so far with --checkpoint."
 
 

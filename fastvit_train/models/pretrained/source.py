@@ -61,8 +61,8 @@ def resolve_source(config: TrainConfig) -> TrainConfig:
         "weights": str(_weights_in(folder, model.model)),
     }
     unset = {name: value for name, value in found.items() if getattr(model, name) is None}
-    if data.fit == "crop" and data.crop_pct is None:
-        data = replace(data, crop_pct=cfg.get("crop_pct"))
+    if data.fit == "crop" and data.crop_pct is None and (crop_pct := cfg.get("crop_pct")):
+        data = replace(data, crop_pct=min(crop_pct, 1.0))
     return replace(config, model=replace(model, model=named, pretrained=False, **unset), data=data)
 
 

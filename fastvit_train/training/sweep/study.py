@@ -196,9 +196,9 @@ def _training(config: TrainConfig, temporary: Path) -> Iterator[subprocess.Popen
     file = temporary / "trial.yaml"
     file.write_text(settings_file.to_file(config), encoding="utf-8")
     command = [sys.executable, "-m", "fastvit_train", "--config", str(file), "--resume", "auto"]
-    with open(temporary / ERRORS, "wb") as errors, _sigterm_as_ctrl_c():
-        # In a session of its own, since a terminal's Ctrl-C would reach the trial too, and the signal from here, its
-        # second, would end it without a checkpoint.
+    with open(temporary / ERRORS, "wb") as errors, _as_ctrl_c():
+        # In a session of its own: Ctrl-C in a terminal would reach the trial too, and the SIGTERM from here, as a second
+        # signal, would end it without a checkpoint.
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
         try:
             yield process
@@ -219,16 +219,20 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt, so that a trial does not outlive its sweep; only the main thread may."""
+def _as_ctrl_c() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt, so that no trial outlives its sweep; only the main thread may."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    numbers = [signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
+    # What nohup ignores stays ignored.
+    caught = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.default_int_handler) for number in caught}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _watch(process: subprocess.Popen[bytes], trial: Trial, run: RunFolder) -> bool:

@@ -70,8 +70,12 @@ def test_trials_are_runs_with_a_table_and_a_picture(tmp_path: Path, capsys: pyte
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "stop",
-    [lambda pid: os.kill(pid, signal.SIGTERM), lambda pid: os.killpg(pid, signal.SIGINT)],
-    ids=["SIGTERM", "Ctrl-C in a terminal"],
+    [
+        lambda pid: os.kill(pid, signal.SIGTERM),
+        lambda pid: os.killpg(pid, signal.SIGINT),
+        lambda pid: os.killpg(pid, signal.SIGHUP),
+    ],
+    ids=["SIGTERM", "Ctrl-C in a terminal", "a terminal that is closed"],
 )
 def test_a_stopped_sweep_goes_on_with_the_trial_under_way(tmp_path: Path, stop: Callable[[int], None]) -> None:
     flags = command(tmp_path, "--trials", 2, "--epochs", 10, "--no-prune")
