@@ -197,7 +197,7 @@ def _training(config: TrainConfig, temporary: Path) -> Iterator[subprocess.Popen
     file.write_text(settings_file.to_file(config), encoding="utf-8")
     command = [sys.executable, "-m", "fastvit_train", "--config", str(file), "--resume", "auto"]
     with open(temporary / ERRORS, "wb") as errors, _as_ctrl_c():
-        # In a session of its own: Ctrl-C in a terminal would reach the trial too, and the SIGTERM from here, as a second
+        # In a session of its own: Ctrl-C in a terminal would reach the trial too, and the SIGTERM from here, its second
         # signal, would end it without a checkpoint.
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)
         try:
