@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastvit_train.distributed import env
-from fastvit_train.utils import machine
+from fastvit_train.utils import machine, torch_private
 from fastvit_train.utils.errors import UserError
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -85,13 +85,16 @@ def load_in_workers(
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     """Start the workers of `loader`; they inherit the blocked signals.
 
-    torch's handler for the death of a worker would raise an error at any place in the main thread. Without it, torch
-    notices the death when it waits for the next batch, within seconds.
+    torch's handler for the death of a worker would raise an error at any place in the main thread. So it is not
+    installed, and one that another DataLoader has installed does not know these workers. Torch notices their death when
+    it waits for the next batch, within seconds.
     """
     handler = signal.getsignal(signal.SIGCHLD)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
-        return iter(loader)
+        iterator = iter(loader)
+        torch_private.forget_workers(iterator)
+        return iterator
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, handler)

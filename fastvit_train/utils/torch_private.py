@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,7 @@ import torch.distributed as dist
 # The base class of modes that see every operator call, from Python and from C++. Its docstring invites others to
 # derive from it, but it is only available from this module.
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils.data._utils import signal_handling
 
 
 @contextmanager
@@ -30,6 +32,16 @@ def fake_process_group(world_size: int) -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def forget_workers(iterator: Any) -> None:
+    """Keep the processes of a DataLoader's iterator from torch's handler of SIGCHLD, which raises an error for them.
+
+    Nothing public does: torch installs the handler with the first DataLoader of a process, and it stays.
+    """
+    if iterator._worker_pids_set:
+        signal_handling._remove_worker_pids(id(iterator))
+        iterator._worker_pids_set = False
 
 
 def count_compiled_graphs() -> int:

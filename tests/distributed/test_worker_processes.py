@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data._utils import signal_handling
 
 from fastvit_train.data import images
 from fastvit_train.data.decode import ImageFiles
@@ -93,6 +94,21 @@ def test_a_worker_that_fails_is_reported_in_one_line(
         load(dataset, collate)
     assert "Traceback" not in str(caught.value) and not caught.value.on_all_ranks
     wait_until(lambda: not multiprocessing.active_children(), seconds=10)
+
+
+def test_a_failure_is_one_line_after_another_loader_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a loader installs torch's handler of SIGCHLD, which raises an error if a worker that it knows is killed."""
+    before = signal.getsignal(signal.SIGCHLD)
+    monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+    others = iter(DataLoader(Numbers(), batch_sampler=BATCHES, num_workers=1, multiprocessing_context="fork"))
+    try:
+        assert signal.getsignal(signal.SIGCHLD) is not before
+        with pytest.raises(UserError, match="no memory for this image"):
+            load(Numbers(5, run_out_of_memory))
+        assert [batch.tolist() for batch in others] == BATCHES
+        wait_until(lambda: not multiprocessing.active_children(), seconds=10)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
