@@ -99,6 +99,7 @@ def cases() -> Iterator[BenchmarkCase]:
             IMAGES,
             partial(build, row),
             main=True,
+            quick_check=row == "typical",
         )
 
 

@@ -146,6 +146,7 @@ def sweep(command: Sweep) -> None:
         from fastvit_train.distributed import preflight
         from fastvit_train.training.sweep.study import sweep
 
+    preflight.check_single_process("sweep")
     preflight.check_not_launched("sweep")
     sweep(config, command.search, command.trials, checked("name", command.name, FolderName, "--name"), command.prune)
 

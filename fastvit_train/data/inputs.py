@@ -35,7 +35,7 @@ def load_data(config: ResolvedConfig, accelerator: Accelerator, imitate: bool = 
     is_first = accelerator.is_local_main_process
     first = sync.run_on_all_ranks(accelerator, lambda: load(config.data, True) if is_first else None)
     # Ranks find different amounts of free memory, but all must stream or none: the training step differs.
-    streams = sync.first_of_ranks(True if first and _is_streamed(first) else None) or False
+    streams = sync.first_of_ranks(True if first and _is_streamed(first) else None) is not None
     same = replace(config.data, stream="always" if streams else "never")
     done = first if first and _is_streamed(first) == streams else None
     return sync.run_on_all_ranks(accelerator, lambda: done or load(same, is_first))
