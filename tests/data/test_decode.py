@@ -28,11 +28,6 @@ def load(root: Path, **settings: object) -> DatasetSpec:
     return load_dataset(DataConfig(dataset="folder", data_dir=str(root), **settings), rgb(32), examine_streamed=True)
 
 
-@pytest.mark.parametrize("rendering", [Rendering(), Rendering(fit="stretch"), Rendering(fit="pad", crop_pct=0.9)])
-def test_timms_entries_are_read_as_they_are_written(rendering: Rendering) -> None:
-    assert Rendering.of_timm(rendering.timm_entries()) == rendering
-
-
 def drawing(mode: str, suffix: str, path: Path) -> Path:
     """Write a drawing of 32 x 32 pixels: the upper half is a dark gray or red, the lower half black and transparent."""
     rgba = np.zeros((32, 32, 4), np.uint8)

@@ -201,6 +201,16 @@ def test_a_launch_is_refused(
     assert "sweep starts the processes of its runs itself; start `python -m" in one_line_error(capsys.readouterr().err)
 
 
+def test_several_processes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stop:
+        main(["sweep", *SEARCH, *SMALL, "--runs-dir", str(tmp_path / "runs")])
+    assert stop.value.code == 2 and not (tmp_path / "runs").exists()
+    assert "sweep runs in one process, and the launch started 2" in one_line_error(capsys.readouterr().err)
+
+
 @pytest.mark.slow
 def test_another_search_does_not_go_on_with_this_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def settings(**changes: Any) -> list[str]:
