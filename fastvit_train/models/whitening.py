@@ -17,7 +17,7 @@ from fastvit_train.models.vit import PatchTokenizer
 from fastvit_train.utils.errors import UserError
 
 MAX_SAMPLES = 5000
-"""number of images that the directions are computed from"""
+"""maximum number of images that the directions are computed from"""
 STD = 0.3
 """standard deviation of a token's channels over all patches; below 1, so that the blocks' outputs soon matter"""
 FLOOR = 0.01
@@ -25,7 +25,7 @@ FLOOR = 0.01
 
 
 def whiten(model: nn.Module, config: ResolvedConfig, dataset: DatasetSpec) -> None:
-    """Whiten the patches of `model` with the first training images, which are the same on every rank.
+    """Whiten the patches of `model` with training images of all classes, which are the same on every rank.
 
     Raises:
         UserError: if the images are streamed, or if the model does not project patches.
@@ -33,7 +33,9 @@ def whiten(model: nn.Module, config: ResolvedConfig, dataset: DatasetSpec) -> No
     images = dataset.train.images
     if not isinstance(images, Tensor):
         raise UserError("--patch-init whiten needs the images in memory; give --patch-init random, or --stream never")
-    whiten_patches(model, build_preprocess(config, torch.device("cpu"))(images[:MAX_SAMPLES]))
+    # Folders are read one class after another, so the first images would be of one class.
+    samples = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:MAX_SAMPLES]
+    whiten_patches(model, build_preprocess(config, torch.device("cpu"))(images[samples]))
 
 
 def whiten_patches(model: nn.Module, images_BCHW: Tensor) -> None:

@@ -8,7 +8,9 @@ import timm
 import torch
 
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.models import whiten_patches
+from fastvit_train.data.datasets import DatasetSpec, Split
+from fastvit_train.data.inputs import build_preprocess
+from fastvit_train.models import whiten_patches, whitening
 from fastvit_train.models.resolve import resolve
 from fastvit_train.models.whitening import FLOOR, STD
 from fastvit_train.training.loop import fit
@@ -32,6 +34,19 @@ def test_tokens_are_centred_uncorrelated_and_of_one_size(seed: int) -> None:
     off_diagonal = covariance - torch.diag(covariance.diagonal())
     assert off_diagonal.abs().max() < 1e-3 * STD**2
     assert covariance.diagonal().max() <= STD**2 and covariance.diagonal()[0] > STD**2 / (1 + 2 * FLOOR)
+
+
+def test_the_images_are_of_all_classes(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder is read one class after another; here the first class has black images."""
+    monkeypatch.setattr(whitening, "MAX_SAMPLES", 100)
+    black, pictures = torch.zeros(100, 3, 32, 32), correlated(300)
+    images = torch.cat((black, pictures.clamp(-2, 2).sub(-2).mul(63))).to(torch.uint8)
+    split = Split(images, torch.arange(4).repeat_interleave(100))
+    config, model = resolve(TrainConfig()), timm.create_model("mc_vit_4_4_32")
+    whitening.whiten(model, config, DatasetSpec("test", ("a", "b", "c", "d"), split, split))
+    with torch.no_grad():
+        tokens = model.patch_embed(build_preprocess(config, torch.device("cpu"))(images)).flatten(0, 1)
+    assert tokens.std(0)[0].item() == pytest.approx(STD, rel=0.2) and tokens.std(0).max() < 1.2 * STD
 
 
 def test_channels_beyond_the_directions_stay_random(seed: int) -> None:

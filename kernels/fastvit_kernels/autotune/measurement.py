@@ -4,6 +4,7 @@ import functools
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -46,14 +47,26 @@ class Data(NamedTuple):
 def measure(case: Case) -> Choice:
     """Compare each implementation that can run here with the reference, and time those that pass.
 
+    A thread of its own does it. There, none of the contexts of the calling thread is active that would record the
+    passes, count or trace them, or forbid them: checkpointing, `FlopCounterMode`, `torch.export`, `torch.func`,
+    inference mode. An implementation that fails is left out with a warning.
+
     Raises:
         RuntimeError: if no implementation supports the case.
     """
+    with ThreadPoolExecutor(1) as thread:
+        choice = thread.submit(_measure, case).result()
+    for name, problem in choice.failed.items():
+        warnings.warn(f"attention auto leaves out {name}: {problem}", stacklevel=4)
+    return choice
+
+
+def _measure(case: Case) -> Choice:
     timers: dict[str, Timer] = {}
     unsupported: dict[str, str] = {}
     failed: dict[str, str] = {}
     compile_seconds = 0.0
-    with _isolated(case):
+    with _surroundings(case):
         data = _random_data(case)
         expected = _forward_backward(IMPLEMENTATIONS[REFERENCE].function, data.first(CHECKED_SAMPLES), case.num_heads)
         pool = torch.cuda.graph_pool_handle() if case.is_graphed else None
@@ -74,14 +87,14 @@ def measure(case: Case) -> Choice:
 
 
 @contextmanager
-def _isolated(case: Case) -> Iterator[None]:
-    """Enable gradients, and restore torch's random state afterwards.
+def _surroundings(case: Case) -> Iterator[None]:
+    """Select the case's device and autocast, which a new thread does not inherit; restore the random state afterwards.
 
     Autocast does not cache the cast weights here, because each training step casts them again.
     """
     gpus = [case.device] if case.device.type == "cuda" else []
     autocast = torch.autocast(case.device.type, case.autocast, enabled=case.autocast is not None, cache_enabled=False)
-    with torch.random.fork_rng(gpus), torch.inference_mode(False), torch.enable_grad(), autocast:
+    with torch.cuda.device(case.device if gpus else -1), torch.random.fork_rng(gpus), autocast:
         yield
 
 
@@ -114,7 +127,7 @@ def _why_unsupported(name: str, case: Case, x: Tensor) -> str | None:
 
 
 def _prepare(name: str, case: Case, data: Data, expected: list[Tensor], pool: Any | None) -> Timer | str:
-    """Return the timer of `name`. If it is left out, warn and return why.
+    """Return the timer of `name`, or why it is left out.
 
     That is if it raises, if it differs from the reference by more than rounding, or if a graph cannot capture it.
     """
@@ -127,7 +140,6 @@ def _prepare(name: str, case: Case, data: Data, expected: list[Tensor], pool: An
             return _timer(function, case, data, pool)
     except Exception as error:
         problem = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-    warnings.warn(f"attention auto leaves out {name}: {problem}", stacklevel=5)
     return problem
 
 
