@@ -16,7 +16,7 @@ from fastvit_kernels.block import (
 )
 from fastvit_kernels.cpp.gelu import GELULinear
 from fastvit_kernels.mlp import MAX_MLP_DIM, check_mlp, residual_mlp
-from fastvit_kernels.module import SelfAttention, can_swap_attention, swap_attention
+from fastvit_kernels.module import SelfAttention, can_swap_attention, is_plain, swap_attention
 from fastvit_kernels.operator import attention, attention_weights
 from fastvit_kernels.registry import AUTO, COMPILING, check_implementation, implementations, why_unsupported
 
@@ -40,6 +40,7 @@ __all__ = [
     "choose",
     "draw_seed",
     "implementations",
+    "is_plain",
     "preferred",
     "residual_mlp",
     "swap_attention",

@@ -11,9 +11,12 @@ def split_heads(
     x_BND: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, num_heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Project x with the merged weights to query, key and value, each (batch, heads, tokens, head_dim)."""
-    batch, tokens, dim = x_BND.shape
-    qkv = F.linear(x_BND, qkv_weight, qkv_bias)
-    q_BHNC, k_BHNC, v_BHNC = qkv.view(batch, tokens, 3, num_heads, dim // num_heads).permute(2, 0, 3, 1, 4)
+    return split_projections(F.linear(x_BND, qkv_weight, qkv_bias), num_heads)
+
+
+def split_projections(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Split (batch, tokens, 3*dim) into query, key and value, each (batch, heads, tokens, head_dim)."""
+    q_BHNC, k_BHNC, v_BHNC = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     return q_BHNC, k_BHNC, v_BHNC
 
 

@@ -4,15 +4,30 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastvit_kernels.cpp.gelu import GELULinear
+from fastvit_kernels.fused import split_projections
 from fastvit_kernels.operator import attention
 from fastvit_kernels.registry import AUTO, check_implementation
+from fastvit_kernels.sdpa import attend
 
 EXTRA_NAMES = {"rel_pos": "relative position", "relative_position": "relative position", "rope": "rotary position"}
 """names of attributes that show that an attention module computes more than the operator"""
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether `layer` computes no more than its parameters say, so that a kernel can read them instead of calling it.
+
+    It computes more if an adapter such as LoRA wraps it, if its weight is parametrized, or if it has hooks.
+    """
+    plain = type(layer) in (nn.Linear, GELULinear, nn.LayerNorm)
+    return plain and not (layer._forward_hooks or layer._forward_pre_hooks)
+
+
 class SelfAttention(nn.Module):
     """Multi-head self-attention with output projection.
+
+    If `qkv` is not plain (see `is_plain`), it is called, and torch's scaled_dot_product_attention computes the rest,
+    whatever the implementation: implementations read only the parameters of `qkv`.
 
     Args:
         qkv: projection from dim to 3*dim: query, key and value in that order, and within each, head after head.
@@ -50,14 +65,18 @@ class SelfAttention(nn.Module):
         """Map (batch, tokens, dim) to the same shape; the other arguments exist for timm and must stay unset."""
         if attn_mask is not None or is_causal:
             raise ValueError("this attention does not support masks: every token attends to every token")
-        heads_BND = attention(
-            x_BND,
-            self.qkv.weight,
-            self.qkv.bias,
-            self.num_heads,
-            dropout_p=self.attn_drop if self.training else 0.0,
-            implementation=self.implementation,
-        )
+        dropout_p = self.attn_drop if self.training else 0.0
+        if is_plain(self.qkv):
+            heads_BND = attention(
+                x_BND,
+                self.qkv.weight,
+                self.qkv.bias,
+                self.num_heads,
+                dropout_p=dropout_p,
+                implementation=self.implementation,
+            )
+        else:
+            heads_BND = attend(*split_projections(self.qkv(x_BND), self.num_heads), dropout_p)
         return self.proj_drop(self.proj(heads_BND))
 
 

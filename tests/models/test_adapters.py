@@ -1,0 +1,93 @@
+"""Layers that compute more than their parameters say: adapters such as LoRA, parametrized weights, and hooks."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+import fastvit_kernels
+from fastvit_train.models.blocks import set_block
+from tests.kernels.accuracy import assert_accurate
+
+LAYERS = ("blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.1.mlp.fc1")
+
+
+class LoRA(nn.Module):
+    """A layer with a low-rank addition, whose `weight` is the layer's own, as in PEFT."""
+
+    def __init__(self, layer: nn.Linear, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        self.layer, self.down, self.up = layer, nn.Parameter(down), nn.Parameter(up)
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+
+    @property
+    def weight(self) -> Tensor:
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Tensor:
+        return self.layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + x @ self.down.T @ self.up.T
+
+
+class Added(nn.Module):
+    """The same addition as a parametrization of the weight."""
+
+    def __init__(self, delta: Tensor) -> None:
+        super().__init__()
+        self.delta = delta
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.delta.to(weight)
+
+
+def adapt(model: nn.Module, how: str, deltas: list[tuple[Tensor, Tensor]]) -> nn.Module:
+    """Add the low-rank matrices to the weights of LAYERS of a copy of `model`."""
+    model = copy.deepcopy(model)
+    for name, (down, up) in zip(LAYERS, deltas, strict=True):
+        layer = model.get_submodule(name)
+        if how == "merged":
+            layer.weight.data += up @ down
+        elif how == "LoRA":
+            model.set_submodule(name, LoRA(layer, down, up))
+        elif how == "parametrized":
+            nn.utils.parametrize.register_parametrization(layer, "weight", Added(up @ down))
+        else:
+            layer.register_forward_hook(lambda _, inputs, y, down=down, up=up: y + inputs[0] @ (up @ down).to(y).T)
+    return model
+
+
+def draw(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Draw the low-rank matrices of LAYERS, large enough to change the logits."""
+    layers = [model.get_submodule(name) for name in LAYERS]
+    return [(0.1 * torch.randn(3, layer.in_features), torch.randn(layer.out_features, 3)) for layer in layers]
+
+
+@pytest.mark.parametrize("how", ["LoRA", "parametrized", "hook"])
+@pytest.mark.parametrize(("attention", "block"), [("naive", "torch"), ("sdpa", "torch"), ("cpp", "cpp")])
+def test_what_they_add_is_computed_and_trained(attention: str, block: str, how: str, seed: int) -> None:
+    model, images = timm.create_model("mc_vit_4_4_32", depth=2).eval(), torch.randn(3, 3, 32, 32)
+    matrices = draw(model)
+    merged = adapt(model, "merged", matrices)
+    baseline = merged(images)
+    fastvit_kernels.swap_attention(model, attention)
+    set_block(model, block)
+    adapted = adapt(model, how, matrices)
+    logits = adapted(images)
+    assert_accurate([logits.detach()], [baseline.detach()], [merged.double()(images.double()).detach()])
+    logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapted.parameters())
+
+
+@pytest.mark.parametrize("how", ["LoRA", "hook"])
+def test_the_gpus_mlp_kernel_does_not_pass_over_them(how: str, triton_device: str, seed: int) -> None:
+    model, images = timm.create_model("mc_vit_4_4_32", depth=2).eval(), torch.randn(2, 3, 32, 32)
+    matrices = draw(model)
+    expected = adapt(model, "merged", matrices)(images)
+    set_block(model, "triton")
+    logits = adapt(model, how, matrices).to(triton_device)(images.to(triton_device))
+    assert torch.allclose(logits.cpu(), expected, atol=1e-4)
