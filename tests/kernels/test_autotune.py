@@ -1,67 +1,23 @@
-"""`auto` checks and times the implementations, reports its choice once, and has no side effects."""
+"""`auto` checks and times the implementations, and reports its choice once."""
 
 import functools
-import os
 import random
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import fastvit_kernels
 from fastvit_kernels import registry
-from fastvit_kernels.autotune import cache, chooser, measurement, timers
 from fastvit_kernels.autotune import choice as choice_module
+from fastvit_kernels.autotune import measurement, timers
 from fastvit_kernels.fused import fused_attention
 from fastvit_kernels.registry import Implementation
 from tests.kernels.accuracy import assert_accurate
 from tests.kernels.attention_cases import chain
+from tests.kernels.autotune_cases import CASE, broken, only, replace_table, slow, wrong, wrong_in_the_backward_pass
 from tests.support import null_gpu
-
-CASE = {"dtype": torch.float32, "device": torch.device("cpu")}
-
-
-@pytest.fixture(autouse=True)
-def _empty_memory() -> Iterator[None]:
-    chooser._choices.clear()
-    yield
-    chooser._choices.clear()
-
-
-def slow(*arguments: object) -> Tensor:
-    time.sleep(0.02)
-    return fused_attention(*arguments)
-
-
-def wrong(*arguments: object) -> Tensor:
-    return fused_attention(*arguments) * 1.01
-
-
-def wrong_in_the_backward_pass(*arguments: object) -> Tensor:
-    output = fused_attention(*arguments)
-    return output.detach() + 0.9 * (output - output.detach())
-
-
-def broken(*arguments: object) -> Tensor:
-    raise RuntimeError("no kernel image\nis available")
-
-
-def only(monkeypatch: pytest.MonkeyPatch, **functions: Callable[..., Tensor]) -> None:
-    """Replace the implementations, and time them for a short while."""
-    monkeypatch.setattr(measurement, "MAX_SECONDS", 0.1)
-    replace_table(
-        monkeypatch, {"fused": Implementation(fused_attention)} | {n: Implementation(f) for n, f in functions.items()}
-    )
-
-
-def replace_table(monkeypatch: pytest.MonkeyPatch, table: dict[str, Implementation]) -> None:
-    for module in (registry, choice_module, measurement):
-        monkeypatch.setattr(module, "IMPLEMENTATIONS", table)
 
 
 def test_the_fastest_wins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,54 +85,6 @@ def test_one_line_for_each_new_shape_and_the_random_state_stays(
         "attention auto: fused; ms per forward and backward pass at 2x5x16, 2 heads, float32, cpu: "
     )
     assert torch.equal(state, torch.get_rng_state())
-
-
-def counted_flops(attention: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    with FlopCounterMode(display=False) as counter:
-        output = attention(x)
-    assert counter.get_total_flops() == 2 * 2 * 5 * 16 * 48 + 2 * 2 * 2 * 5 * 5 * 16  # the projections and the products
-    return output
-
-
-def checkpointed(attention: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    output = checkpoint(attention, x.requires_grad_(), use_reentrant=False)
-    output.sum().backward()
-    return output.detach()
-
-
-def differentiated(attention: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return torch.func.vjp(attention, x)[0]
-
-
-def mapped(attention: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return torch.vmap(attention)(x[None])[0]
-
-
-class OneCall(torch.nn.Module):
-    """Attention as a module, which torch.export needs."""
-
-    def __init__(self, attention: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.attention = attention
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.attention(x)
-
-
-def exported(attention: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return torch.export.export(OneCall(attention), (x,)).module()(x)
-
-
-@pytest.mark.parametrize("call", [counted_flops, checkpointed, differentiated, mapped, exported])
-@pytest.mark.filterwarnings("error:attention auto")
-def test_where_a_call_is_recorded_counted_or_traced_the_measuring_is_not(
-    call: Callable[..., Tensor], seed: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    only(monkeypatch, other=slow)
-    x, weight, bias = torch.randn(2, 5, 16), torch.randn(48, 16), torch.randn(48)
-    output = call(lambda x: fastvit_kernels.attention(x, weight, bias, 2), x)
-    assert torch.allclose(output, fused_attention(x, weight, bias, 2, 0.0).detach(), atol=1e-6)
-    assert set(next(iter(chooser._choices.values())).milliseconds) == {"fused", "other"}
 
 
 def test_a_much_slower_implementation_is_not_timed_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,115 +236,3 @@ def test_the_preferred_one_is_replaced_only_by_one_that_is_faster_in_every_part(
 ) -> None:
     assert fastvit_kernels.preferred(samples) == name
     assert fastvit_kernels.preferred(dict(reversed(samples.items()))) == name
-
-
-def cache_files() -> list[Path]:
-    folder = Path(os.environ["XDG_CACHE_HOME"])
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def test_a_second_start_reads_what_the_first_measured(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    only(monkeypatch, other=slow)
-    first = fastvit_kernels.choose((2, 5, 16), 2, **CASE)
-    (path,) = cache_files()
-    chooser._choices.clear()
-    monkeypatch.setattr(chooser, "measure", None)
-    second = fastvit_kernels.choose((2, 5, 16), 2, **CASE)
-    assert (second.name, second.samples, second.unsupported) == (first.name, first.samples, first.unsupported)
-    assert str(second).endswith(f" (measured before, in {path})")
-
-
-@pytest.mark.parametrize(
-    "what",
-    ["shape", "heads", "dtype", "bias", "dropout", "mode", "autocast", "threads", "version", "available", "processor"],
-)
-def test_what_the_times_depend_on_is_measured_again(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch)
-    first = fastvit_kernels.choose((2, 5, 16), 2, **CASE)
-    assert first.file is None
-    chooser._choices.clear()
-    if what == "threads":
-        monkeypatch.setattr(torch, "get_num_threads", lambda: 96)
-    elif what == "version":
-        monkeypatch.setattr(torch, "__version__", "99.0")
-    elif what == "available":
-        only(monkeypatch, other=fused_attention)
-    elif what == "processor":
-        monkeypatch.setattr(cache, "processor", lambda: "another")
-    shape = (2, 6, 16) if what == "shape" else (2, 5, 16)
-    dtype = torch.float64 if what == "dtype" else torch.float32
-    options = {"has_bias": what != "bias", "dropout_p": 0.1 * (what == "dropout"), "dtype": dtype, "device": "cpu"}
-    options |= {"mode": "traced"} if what == "mode" else {}
-    with torch.autocast("cpu", torch.bfloat16, enabled=what == "autocast"):
-        again = fastvit_kernels.choose(shape, 4 if what == "heads" else 2, **options)
-    assert again.file is None
-    assert len(cache_files()) == 2
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        "",
-        "{",
-        "[]",
-        "null",
-        "[" * 10**5,
-        '{"samples": {}, "unsupported": {}, "compile_seconds": 0}',
-        '{"samples": {"fused": [1, 2]}, "unsupported": {}, "compile_seconds": 0}',
-        '{"samples": {"fused": [1, 2, NaN]}, "unsupported": {}, "compile_seconds": 0}',
-        '{"samples": {"fused": [1, 2, 1e999]}, "unsupported": {}, "compile_seconds": 0}',
-        '{"samples": {"fused": "123x"}, "unsupported": {}, "compile_seconds": 0}',
-        '{"samples": {"gone": [1, 2, 3]}, "unsupported": {}, "compile_seconds": 0}',
-        '{"samples": {"fused": [1, 2, 3]}, "unsupported": [], "compile_seconds": 0}',
-        b"\xff\xfe",
-    ],
-)
-def test_a_damaged_cache_file_is_measured_again_and_replaced(
-    content: str | bytes, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    only(monkeypatch)
-    fastvit_kernels.choose((2, 5, 16), 2, **CASE)
-    (path,) = cache_files()
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    chooser._choices.clear()
-    assert fastvit_kernels.choose((2, 5, 16), 2, **CASE).file is None
-    chooser._choices.clear()
-    assert fastvit_kernels.choose((2, 5, 16), 2, **CASE).file == path
-    assert cache_files() == [path]
-
-
-@pytest.mark.parametrize("place", ["/dev/null/cache", "relative"])
-def test_a_cache_that_cannot_be_written_is_not_needed(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    only(monkeypatch)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", place)
-    monkeypatch.setenv("HOME", "/dev/null")
-    assert fastvit_kernels.choose((2, 5, 16), 2, **CASE).name == "fused"
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_failure_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, bad=broken)
-    with pytest.warns(UserWarning, match="leaves out bad"):
-        fastvit_kernels.choose((2, 5, 16), 2, **CASE)
-    assert not cache_files()
-
-
-def test_processes_that_start_together_agree_with_the_first_to_finish(monkeypatch: pytest.MonkeyPatch) -> None:
-    only(monkeypatch, other=fused_attention)
-    case = choice_module.Case(
-        (2, 5, 16), 2, torch.float32, torch.float32, True, 0.0, torch.device("cpu"), None, "eager"
-    )
-    theirs = choice_module.Choice("case", {"fused": (1.0, 1.0, 1.0), "other": (2.0, 2.0, 2.0)}, 0.0)
-
-    def measure_while_another_process_finishes(case: choice_module.Case) -> choice_module.Choice:
-        cache.write(case, theirs)
-        return choice_module.Choice("case", {"fused": (2.0, 2.0, 2.0), "other": (1.0, 1.0, 1.0)}, 0.0)
-
-    monkeypatch.setattr(chooser, "measure", measure_while_another_process_finishes)
-    assert cache.read(case) is None
-    assert fastvit_kernels.choose((2, 5, 16), 2, **CASE).name == "fused"
