@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from subprocess import PIPE, Popen
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from fastvit_kernels.resources.chips import CHIPS
 from fastvit_kernels.resources.estimate import microseconds, occupancy
 from fastvit_kernels.resources.machine_code import PIPES, Instruction, work
 from fastvit_kernels.resources.variants import SHAPES
-from tests.support import run
+from tests.support import environment, run
 
 Plan = dict[int, tuple[str, ...]]
 ONE_DTYPE: Plan = {75: ("fp16",), 80: ("bf16",), 86: ("bf16",)}
@@ -180,6 +181,16 @@ def test_words_that_no_kernel_has_are_named() -> None:
     done = run([sys.executable, "-m", "fastvit_kernels.resources", "mc_vit_4_4_32", "sm_70"])
     assert done.returncode == 2
     assert re.fullmatch(r"[^\n]*no kernel has all of: mc_vit_4_4_32 sm_70; words: [^\n]*sm_75[^\n]*\n", done.stderr)
+
+
+@pytest.mark.slow
+def test_a_reader_may_stop_reading() -> None:
+    command = [sys.executable, "-m", "fastvit_kernels.resources", "mc_vit_4_4_32", "fused.forward", "bf16", "sm_90"]
+    with Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=environment()) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == 141
 
 
 @pytest.mark.slow

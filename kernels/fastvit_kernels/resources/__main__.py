@@ -20,6 +20,8 @@ from fastvit_kernels.resources.estimate import ASSUMPTION
 from fastvit_kernels.resources.table import table_row
 from fastvit_kernels.resources.variants import variants
 
+BROKEN_PIPE_STATUS = 141
+
 
 def main() -> None:
     """Print the table, or the rows as JSON."""
@@ -35,8 +37,11 @@ def main() -> None:
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         try:
             _print(pool.map(table_row, selected))
+        except BrokenPipeError:  # the program that reads the output, such as head, has exited
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python reports the pipe when it exits
+            sys.exit(BROKEN_PIPE_STATUS)
         finally:
-            pool.shutdown(cancel_futures=True)  # the reader of the output may have exited
+            pool.shutdown(cancel_futures=True)
 
 
 def _print(rows: Iterable[dict[str, Any]]) -> None:
