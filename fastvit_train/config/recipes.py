@@ -39,7 +39,7 @@ def fast_cifar10() -> TrainConfig:
     return TrainConfig(
         run=RunConfig(recipe="fast-cifar10", epochs=4, batch_size=64),
         model=ModelConfig(patch_init="whiten", initializer_range=0.05),
-        data=DataConfig(dataset="cifar10", crop="shift", shift=1, flip="alternating"),
+        data=DataConfig(dataset="cifar10", sampler="stratified", crop="shift", shift=1, flip="alternating"),
         optim=OptimConfig(optimizer="nmuon", lr=6e-3, weight_decay=0.05, schedule="linear", warmup=0.1),
     )
 

@@ -108,8 +108,8 @@ class DataConfig:
     """part of each side of the crop that --fit crop keeps; default: 1, with --pretrained the model's own"""
     stream: Annotated[Literal["auto", "always", "never"], Mark.MAY_CHANGE] = "auto"
     """decode the images of a folder again in every epoch; auto does so only if they do not fit in memory"""
-    sampler: Literal["shuffle", "balanced"] = "shuffle"
-    """balanced: draw equally many images of each class, those of rare classes repeatedly"""
+    sampler: Literal["shuffle", "stratified", "balanced"] = "shuffle"
+    """stratified: each class has its share of every batch; balanced: all classes equally, rare ones repeatedly"""
     crop: Literal["none", "shift", "resized"] = "none"
     """shift by whole pixels with reflected borders, or random resized crop"""
     shift: NonNegativeInt = 4

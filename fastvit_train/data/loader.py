@@ -12,7 +12,7 @@ from fastvit_train.config.resolved import InputSize
 from fastvit_train.config.schema import DataConfig
 from fastvit_train.data.augmentation.augment import Augment, generator
 from fastvit_train.data.augmentation.epoch_table import EpochTable
-from fastvit_train.data.balance import draw_balanced
+from fastvit_train.data.balance import draw_balanced, stratified_order
 from fastvit_train.data.images import Images, ResidentImages, to_device
 from fastvit_train.utils.errors import UserError, counted
 
@@ -132,7 +132,11 @@ class TrainLoader:
 
     def _order(self, epoch: int) -> Tensor:
         """Return sample indices in the order of the epoch, (steps, grad_accum, batch_size / grad_accum)."""
-        order = torch.randperm(len(self._labels), generator=generator(self._seed, "order", epoch))
+        stream = generator(self._seed, "order", epoch)
+        if self._config.sampler == "stratified":
+            order = stratified_order(self._labels.cpu(), stream)
+        else:
+            order = torch.randperm(len(self._labels), generator=stream)
         used = order[: self.steps_per_epoch * self._batch_size]
         return used.view(self.steps_per_epoch, self._grad_accum, -1)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastvit_train.data.balance import class_weights, draw_balanced
+from fastvit_train.data.balance import class_weights, draw_balanced, stratified_order
 from fastvit_train.utils.errors import UserError
 
 LABELS = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
@@ -60,3 +60,17 @@ def test_balanced_samples_are_equally_many_of_each_class_and_repeat_no_more_than
     assert times[:60].max() == 1 and times[60:90].max() <= 2
     assert times[90:].min() == 3 and times[90:].max() == 4
     assert not torch.equal(drawn, draw_balanced(LABELS, torch.Generator().manual_seed(seed + 1)))
+
+
+def test_any_stretch_of_a_stratified_order_has_the_share_of_each_class(seed: int) -> None:
+    labels = torch.tensor([0] * 400 + [1] * 90 + [3] * 10)[torch.randperm(500)]
+    order = stratified_order(labels, torch.Generator().manual_seed(seed))
+    assert torch.equal(order.sort().values, torch.arange(500))
+    for start, length in ((0, 50), (7, 50), (113, 100), (350, 150)):
+        counts = labels[order[start : start + length]].bincount(minlength=4)
+        shares = torch.tensor([0.8, 0.18, 0.0, 0.02]) * length
+        assert (counts - shares).abs().max() <= 3, (start, length, counts)
+    again = stratified_order(labels, torch.Generator().manual_seed(seed + 1))
+    assert not torch.equal(labels[order], labels[again]) and not torch.equal(order, again)
+    pairs = order[labels[order] == 3], again[labels[again] == 3]
+    assert not torch.equal(*pairs), "the order within a class is not random"

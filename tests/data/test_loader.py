@@ -90,6 +90,22 @@ def test_balanced_sampling_repeats_rare_classes_with_another_augmentation_each_t
     assert all(torch.equal(a, b) and torch.equal(c, d) for (a, c), (b, d) in zip(batches, selected, strict=True))
 
 
+def test_stratified_batches_have_each_classs_share_on_all_ranks_together(seed: int) -> None:
+    labels = torch.arange(4).repeat_interleave(60)
+    pixels = torch.randint(0, 256, (240, 3, 8, 8), dtype=torch.uint8)
+    config = DataConfig(sampler="stratified")
+    whole, *parts = (
+        [own for _, own in TrainLoader(
+            ResidentImages(pixels, CPU), labels, config, PREPROCESS, 24, 1, seed, RankInfo(CPU, rank, world_size)
+        ).micro_batches(0)]
+        for rank, world_size in ((0, 1), (0, 2), (1, 2))
+    )  # fmt: skip
+    for batch, *halves in zip(whole, *parts, strict=True):
+        counts = batch.bincount(minlength=4)
+        assert counts.min() >= 4 and counts.max() <= 8
+        assert torch.equal(torch.stack(halves, 1).flatten(), batch)
+
+
 def test_starting_in_the_middle_of_an_epoch_gives_the_rest_of_it() -> None:
     whole = list(train_loader(accum=2).micro_batches(1))
     rest = list(train_loader(accum=2).micro_batches(1, first_step=3))
