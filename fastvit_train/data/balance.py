@@ -88,8 +88,8 @@ def draw_balanced(labels: Tensor, stream: torch.Generator) -> Tensor:
 def stratified_order(labels: Tensor, stream: torch.Generator) -> Tensor:
     """Return all samples in a random order in which each class is spread evenly, int64 (samples,).
 
-    Any stretch of it has each class's share of the images, up to two more or less, so that the gradients of batches
-    vary less (Zhao & Zhang 2014, https://arxiv.org/abs/1405.3080).
+    Each of n images of a class is at a random place of its own n-th part of the order. So each batch has nearly the
+    class's share, and the gradients of batches vary less (Zhao & Zhang 2014, https://arxiv.org/abs/1405.3080).
     """
     order = torch.randperm(len(labels), generator=stream)
     by_class = order[labels[order].argsort(stable=True)]
