@@ -48,6 +48,15 @@ def without_clock(rows: list[dict[str, object]]) -> list[dict[str, object]]:
     return [{key: value for key, value in row.items() if key not in clock} for row in rows]
 
 
+def documented_fields(file: str) -> set[str]:
+    """Return the names in the first column of the table that docs/run-folder.md has of `file`."""
+    page = (Path(__file__).parents[2] / "docs" / "run-folder.md").read_text(encoding="utf-8")
+    table = page.split(f"\n## {file}\n")[1].split("\n## ")[0]
+    return {
+        name for line in table.splitlines() if line.startswith("| `") for name in line.split("|")[1].split("`")[1::2]
+    }
+
+
 @pytest.mark.slow
 def test_a_run_leaves_everything_behind(
     small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -59,6 +68,7 @@ def test_a_run_leaves_everything_behind(
     assert summary.keys() >= SUMMARY_KEYS
     assert summary["energy_joules"] is None and summary["dataset"] == "digits" and summary["steps"] == 15
     rows = read_jsonl(run / "metrics.jsonl")
+    assert documented_fields("summary.json") >= summary.keys() and documented_fields("metrics.jsonl") == rows[0].keys()
     assert [row["epoch"] for row in rows] == [1, 2, 3]
     assert rows[-1]["test_accuracy"] == summary["test_accuracy"]
     assert max(row["test_accuracy"] for row in rows) == summary["best_test_accuracy"]
