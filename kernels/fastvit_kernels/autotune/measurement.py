@@ -55,18 +55,25 @@ def measure(case: Case) -> Choice:
         RuntimeError: if no implementation supports the case.
     """
     with ThreadPoolExecutor(1) as thread:
-        choice = thread.submit(_measure, case).result()
+        choice = thread.submit(_measure, case, _gpu(case)).result()
     for name, problem in choice.failed.items():
         warnings.warn(f"attention auto leaves out {name}: {problem}", stacklevel=4)
     return choice
 
 
-def _measure(case: Case) -> Choice:
+def _gpu(case: Case) -> int:
+    """Return the index of the case's GPU, by default that of the calling thread's current one; -1 for a CPU."""
+    if case.device.type != "cuda":
+        return -1
+    return torch.cuda.current_device() if case.device.index is None else case.device.index
+
+
+def _measure(case: Case, gpu: int) -> Choice:
     timers: dict[str, Timer] = {}
     unsupported: dict[str, str] = {}
     failed: dict[str, str] = {}
     compile_seconds = 0.0
-    with _surroundings(case):
+    with _surroundings(case, gpu):
         data = _random_data(case)
         expected = _forward_backward(IMPLEMENTATIONS[REFERENCE].function, data.first(CHECKED_SAMPLES), case.num_heads)
         pool = torch.cuda.graph_pool_handle() if case.is_graphed else None
@@ -87,14 +94,13 @@ def _measure(case: Case) -> Choice:
 
 
 @contextmanager
-def _surroundings(case: Case) -> Iterator[None]:
-    """Select the case's device and autocast, which a new thread does not inherit; restore the random state afterwards.
+def _surroundings(case: Case, gpu: int) -> Iterator[None]:
+    """Select the GPU and the case's autocast, which a new thread does not inherit; restore the random state afterwards.
 
     Autocast does not cache the cast weights here, because each training step casts them again.
     """
-    gpus = [case.device] if case.device.type == "cuda" else []
     autocast = torch.autocast(case.device.type, case.autocast, enabled=case.autocast is not None, cache_enabled=False)
-    with torch.cuda.device(case.device if gpus else -1), torch.random.fork_rng(gpus), autocast:
+    with torch.cuda.device(gpu), torch.random.fork_rng([gpu] if gpu >= 0 else []), autocast:
         yield
 
 
