@@ -13,7 +13,7 @@ from torch import nn
 import fastvit_kernels
 from fastvit_train.config.schema import ModelConfig
 from fastvit_train.models.vit import Block, ViT
-from fastvit_train.models.vit.from_timm import block_from_timm, is_timm_block, why_not_plain
+from fastvit_train.models.vit.from_timm import ADAPTED, block_from_timm, is_timm_block, why_not_plain
 from fastvit_train.utils.errors import UserError
 
 AUTO = fastvit_kernels.AUTO
@@ -156,14 +156,18 @@ def _limits_of_triton(block: Block, tokens: int) -> list[str]:
         f"dropout (drop_rate {_dropout(block)})": _dropout(block) > 0,
         "stochastic depth (drop_path_rate)": not isinstance(block.drop_path, nn.Identity),
         "the compact family's residual_norm": block.residual_norm,
+        ADAPTED: not all(map(fastvit_kernels.is_plain, block.layers()[3:])),
     }
     return [extra for extra, present in extras.items() if present]
 
 
 def _limits_of_cpp(block: Block, tokens: int) -> list[str]:
     reason = _why_wrong_size(block, tokens)
-    dropout = [f"dropout (drop_rate {_dropout(block)})"] if _dropout(block) > 0 else []
-    return [*dropout, *([reason] if reason else [])]
+    extras = {
+        f"dropout (drop_rate {_dropout(block)})": _dropout(block) > 0,
+        ADAPTED: not all(map(fastvit_kernels.is_plain, block.layers())),
+    }
+    return [*(extra for extra, present in extras.items() if present), *([reason] if reason else [])]
 
 
 def _why_wrong_size(block: Any, tokens: int) -> str | None:

@@ -13,14 +13,19 @@ from fastvit_kernels.sdpa import attend
 EXTRA_NAMES = {"rel_pos": "relative position", "relative_position": "relative position", "rope": "rotary position"}
 """names of attributes that show that an attention module computes more than the operator"""
 
+LAYER_NORMS = ("torch.nn.modules.normalization.LayerNorm", "timm.layers.norm.LayerNorm")
+
 
 def is_plain(layer: nn.Module) -> bool:
     """Whether `layer` computes no more than its parameters say, so that a kernel can read them instead of calling it.
 
-    It computes more if an adapter such as LoRA wraps it, if its weight is parametrized, or if it has hooks.
+    It computes more if an adapter such as LoRA wraps it, if its weight is parametrized, if it has hooks, or if its
+    `forward` was replaced.
     """
-    plain = type(layer) in (nn.Linear, GELULinear, nn.LayerNorm)
-    return plain and not (layer._forward_hooks or layer._forward_pre_hooks)
+    kind = type(layer)
+    known = kind in (nn.Linear, GELULinear) or f"{kind.__module__}.{kind.__name__}" in LAYER_NORMS
+    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
+    return known and "forward" not in vars(layer) and not any(hooks)
 
 
 class SelfAttention(nn.Module):

@@ -35,3 +35,12 @@ def reset_compiler() -> None:
     """Forget everything that torch.compile compiled, and its counters."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
+
+
+def is_observed() -> bool:
+    """Whether a context of this thread changes what operators do, such as counting or tracing them."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )

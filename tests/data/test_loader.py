@@ -48,7 +48,7 @@ def test_all_ranks_together_get_the_batch_of_a_single_process(crop: str, seed: i
         settings["flip"] = draw.choice(["none", "random", "alternating"])
         settings["auto_augment"] = draw.choice(["none", "trivial", "rand"])
         settings |= {name: draw.choice([0, 0.5]) for name in ("color_jitter", "random_erasing", "mixup", "cutmix")}
-        settings["sampler"] = draw.choice(["shuffle", "balanced"])
+        settings["sampler"] = draw.choice(["shuffle", "stratified", "balanced"])
         epoch, first_step = draw.randrange(5), draw.randrange(COUNT // batch_size)
         print(world_size, accum, settings, epoch, first_step)
         whole = list(train_loader(**settings).micro_batches(epoch, first_step))

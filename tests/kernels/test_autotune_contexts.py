@@ -1,4 +1,4 @@
-"""Whatever surrounds the call that `auto` measures for, it has no effect on the measuring, and the other way round."""
+"""`auto` measures alike wherever it is called: in checkpointing, where operators are counted, mapped or exported."""
 
 from collections.abc import Callable
 

@@ -4,6 +4,7 @@ import ctypes
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastvit_kernels import torch_private
 from fastvit_train.utils.torch_private import count_compiled_graphs, recompile_limit
@@ -14,6 +15,25 @@ def test_a_cpp_library_is_compiled_and_loaded() -> None:
     assert isinstance(library, ctypes.CDLL) and library.add(2, 3) == 5
     with pytest.raises(Exception, match="no_such_function"):
         torch_private.load_cpp_library('extern "C" int f() { return no_such_function(); }', ())
+
+
+def test_contexts_that_change_what_operators_do_are_seen() -> None:
+    found = []
+
+    def look(x: torch.Tensor) -> torch.Tensor:
+        found.append(torch_private.is_observed())
+        return x
+
+    x = torch.zeros(2)
+    with torch.autograd.graph.save_on_cpu():
+        look(x)
+    with FlopCounterMode(display=False):
+        look(x)
+    torch.vmap(look)(x)
+    torch.func.grad(lambda x: look(x).sum())(x)
+    assert found == [True] * 4
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
+        assert not torch_private.is_observed()
 
 
 def count_graphs(sizes: range) -> int:

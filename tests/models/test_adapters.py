@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 import fastvit_kernels
 from fastvit_train.models.blocks import set_block
-from tests.kernels.accuracy import assert_accurate
+from fastvit_train.utils.errors import UserError
+from tests.kernels.accuracy import assert_accurate, logits_and_gradients
 
 LAYERS = ("blocks.0.attn.qkv", "blocks.0.attn.proj", "blocks.1.mlp.fc1")
 
@@ -83,11 +84,55 @@ def test_what_they_add_is_computed_and_trained(attention: str, block: str, how: 
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in adapted.parameters())
 
 
-@pytest.mark.parametrize("how", ["LoRA", "hook"])
-def test_the_gpus_mlp_kernel_does_not_pass_over_them(how: str, triton_device: str, seed: int) -> None:
-    model, images = timm.create_model("mc_vit_4_4_32", depth=2).eval(), torch.randn(2, 3, 32, 32)
-    matrices = draw(model)
-    expected = adapt(model, "merged", matrices)(images)
-    set_block(model, "triton")
-    logits = adapt(model, how, matrices).to(triton_device)(images.to(triton_device))
-    assert torch.allclose(logits.cpu(), expected, atol=1e-4)
+PARTS = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+
+
+def change(layer: nn.Module, how: str) -> None:
+    """Multiply the output of `layer` by 1.5, or with a backward hook the gradient of its input."""
+    if how == "hook":
+        layer.register_forward_hook(lambda _, inputs, y: 1.5 * y)
+    elif how == "pre-hook":
+        layer.register_forward_pre_hook(lambda _, inputs: (1.5 * inputs[0],))
+    elif how == "forward":
+        forward = layer.forward
+        layer.forward = lambda x: 1.5 * forward(x)
+    else:
+        layer.register_full_backward_hook(lambda _, gradients, __: (1.5 * gradients[0],))
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "forward", "backward hook"])
+def test_no_layer_of_a_block_is_passed_over(part: str, how: str, seed: int) -> None:
+    model, images = timm.create_model("mc_vit_4_4_32", depth=1).eval(), torch.randn(2, 3, 32, 32)
+    by_kernel = copy.deepcopy(model)
+    set_block(by_kernel, "cpp")
+    for each in (model, by_kernel):
+        change(each.blocks[0].get_submodule(part), how)
+    (logits, gradients), (expected, right) = (
+        logits_and_gradients(each, images, lambda logits: logits.square().sum()) for each in (model, by_kernel)
+    )
+    assert torch.allclose(logits[0], expected[0], atol=1e-5)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(gradients, right, strict=True))
+
+
+@pytest.mark.parametrize("part", PARTS[3:])
+def test_the_gpus_mlp_kernel_does_not_pass_over_them(part: str, triton_device: str, seed: int) -> None:
+    model, images = timm.create_model("mc_vit_4_4_32", depth=1).eval(), torch.randn(2, 3, 32, 32)
+    change(model.blocks[0].get_submodule(part), "hook")
+    expected = model(images)
+    for block in model.blocks:
+        block.implementation = "triton"
+    assert torch.allclose(model.to(triton_device)(images.to(triton_device)).cpu(), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", ["mc_vit_4_4_32", "vit_tiny_patch16_224"])
+def test_a_kernel_is_refused_to_a_model_that_has_them(name: str, part: str) -> None:
+    model = timm.create_model(name, depth=1, img_size=32, patch_size=8, embed_dim=48, num_heads=4)
+    change(model.blocks[0].get_submodule(part), "hook")
+    kinds = [type(module) for module in model.modules()]
+    with pytest.raises(
+        UserError, match="--block cpp does not support layers with adapters or hooks; use --block torch"
+    ):
+        set_block(model, "cpp")
+    assert [type(module) for module in model.modules()] == kinds

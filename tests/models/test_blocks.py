@@ -99,9 +99,13 @@ def test_timms_blocks_are_replaced_by_the_kernel_with_the_same_parameters(seed: 
     def compute(model: nn.Module, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         return logits_and_gradients(model, images, lambda logits: logits.square().sum())
 
+    called: list[nn.Module] = []
+    for block in ours.blocks:
+        block.mlp.register_forward_hook(lambda module, *_: called.append(module))
     exact = compute(copy.deepcopy(timms).double(), images.double())
     for each in zip(compute(ours, images), compute(timms, images), exact, strict=True):
         assert_accurate(*each)
+    assert not called, "the blocks are composed from operators"
     assert [block.drop_path.keep_prob.item() for block in ours.blocks[1:]] == pytest.approx([0.8])
     set_block(ours, "cpp")  # again
     set_block(ours, "torch")

@@ -65,22 +65,21 @@ class Block(nn.Module):
         if self.implementation == "cpp" and self._fits_kernel(x_BND):
             return self._by_kernel(x_BND)
         x_BND = x_BND + self.drop_path(self.attn(self.norm1(x_BND)))
-        if self.implementation == "triton" and self._are_plain(self.norm2, self.mlp.fc1, self.mlp.fc2):
+        if self.implementation == "triton" and all(map(fastvit_kernels.is_plain, self.layers()[3:])):
             return self._residual_mlp(x_BND)
         normed_BND = self.norm2(x_BND)
         residual_BND = normed_BND if self.residual_norm else x_BND
         return residual_BND + self.drop_path(self.mlp(normed_BND))
 
+    def layers(self) -> tuple[nn.Module, ...]:
+        """The layers whose parameters the kernels read; those from the second norm on are the MLP's."""
+        return (self.norm1, self.attn.qkv, self.attn.proj, self.norm2, self.mlp.fc1, self.mlp.fc2)
+
     def _fits_kernel(self, x_BND: Tensor) -> bool:
         """Whether the CPU kernel supports these tokens and layers; if not, the block is composed from operators."""
-        attn, mlp = self.attn, self.mlp
-        return self._are_plain(self.norm1, attn.qkv, attn.proj, self.norm2, mlp.fc1, mlp.fc2) and not (
-            fastvit_kernels.why_block_unsupported(x_BND, mlp.fc1.out_features, attn.num_heads)
+        return all(map(fastvit_kernels.is_plain, self.layers())) and not (
+            fastvit_kernels.why_block_unsupported(x_BND, self.mlp.fc1.out_features, self.attn.num_heads)
         )
-
-    @staticmethod
-    def _are_plain(*layers: nn.Module) -> bool:
-        return all(fastvit_kernels.is_plain(layer) for layer in layers)
 
     def _by_kernel(self, x_BND: Tensor) -> Tensor:
         attn, dropout_p = self.attn, self.attn.attn_drop if self.training else 0.0

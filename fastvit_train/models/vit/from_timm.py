@@ -9,6 +9,8 @@ from torch import nn
 import fastvit_kernels
 from fastvit_train.models.vit.block import Block, Mlp
 
+ADAPTED = "layers with adapters or hooks"
+
 
 def is_timm_block(module: nn.Module) -> bool:
     """Whether `module` is a block that `block_from_timm` may be able to replace."""
@@ -20,12 +22,14 @@ def why_not_plain(block: Any) -> list[str]:
     mlp, paths = block.mlp, (block.drop_path1, block.drop_path2)
     norms = [type(norm) in (nn.LayerNorm, timm.layers.LayerNorm) for norm in (block.norm1, block.norm2)]
     plain_mlp = type(mlp) is timm.layers.Mlp and isinstance(mlp.norm, nn.Identity) and type(mlp.fc1) is nn.Linear
+    layers = (block.norm1, block.attn.qkv, block.attn.proj, block.norm2, *((mlp.fc1, mlp.fc2) if plain_mlp else ()))
     extras = {
         "layer scale": not isinstance(block.ls1, nn.Identity) or not isinstance(block.ls2, nn.Identity),
         "another norm than LayerNorm": not all(norms),
         "another MLP than two linear layers with GELU": not plain_mlp or type(mlp.act) is not nn.GELU,
         "linear layers without bias": block.attn.proj.bias is None or (plain_mlp and mlp.fc1.bias is None),
         "dropout": any(isinstance(m, nn.Dropout) and m.p and m is not block.attn.attn_drop for m in block.modules()),
+        ADAPTED: all(norms) and not all(map(fastvit_kernels.is_plain, layers)),
         "unscaled stochastic depth": any(not getattr(path, "scale_by_keep", True) for path in paths),
     }
     return [extra for extra, present in extras.items() if present]

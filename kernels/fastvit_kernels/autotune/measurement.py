@@ -1,5 +1,6 @@
 """Check and time the implementations for one case, in interleaved rounds."""
 
+import contextvars
 import functools
 import time
 import warnings
@@ -15,6 +16,7 @@ from fastvit_kernels.autotune.choice import PARTS, Case, Choice
 from fastvit_kernels.autotune.timers import Timer, graph_timer, host_timer
 from fastvit_kernels.compiled import compile_copy
 from fastvit_kernels.registry import COMPILING, IMPLEMENTATIONS, candidates
+from fastvit_kernels.torch_private import is_observed
 
 REFERENCE = "fused"
 MAX_SECONDS = 1.0
@@ -47,15 +49,18 @@ class Data(NamedTuple):
 def measure(case: Case) -> Choice:
     """Compare each implementation that can run here with the reference, and time those that pass.
 
-    A thread of its own does it. There, none of the contexts of the calling thread is active that would record the
-    passes, count or trace them, or forbid them: checkpointing, `FlopCounterMode`, `torch.export`, `torch.func`,
-    inference mode. An implementation that fails is left out with a warning.
+    Where a context of the caller would record, count, trace or forbid the passes (checkpointing, `FlopCounterMode`,
+    `torch.export`, `torch.func`), a thread of its own measures, in which that context is not active. An implementation
+    that fails is left out with a warning.
 
     Raises:
         RuntimeError: if no implementation supports the case.
     """
-    with ThreadPoolExecutor(1) as thread:
-        choice = thread.submit(_measure, case, _gpu(case)).result()
+    if is_observed():
+        with ThreadPoolExecutor(1) as thread:
+            choice = thread.submit(contextvars.copy_context().run, _measure, case, _gpu(case)).result()
+    else:
+        choice = _measure(case, _gpu(case))
     for name, problem in choice.failed.items():
         warnings.warn(f"attention auto leaves out {name}: {problem}", stacklevel=4)
     return choice
@@ -95,12 +100,13 @@ def _measure(case: Case, gpu: int) -> Choice:
 
 @contextmanager
 def _surroundings(case: Case, gpu: int) -> Iterator[None]:
-    """Select the GPU and the case's autocast, which a new thread does not inherit; restore the random state afterwards.
+    """Enable gradients, the GPU and the case's autocast, also in a new thread; restore the random state afterwards.
 
     Autocast does not cache the cast weights here, because each training step casts them again.
     """
     autocast = torch.autocast(case.device.type, case.autocast, enabled=case.autocast is not None, cache_enabled=False)
-    with torch.cuda.device(gpu), torch.random.fork_rng([gpu] if gpu >= 0 else []), autocast:
+    random_state = torch.random.fork_rng([gpu] if gpu >= 0 else [])
+    with torch.cuda.device(gpu), random_state, torch.inference_mode(False), torch.enable_grad(), autocast:
         yield
 
 

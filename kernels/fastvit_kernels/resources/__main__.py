@@ -46,7 +46,7 @@ def main() -> None:
 
 def _print(rows: Iterable[dict[str, Any]]) -> None:
     if "--json" in sys.argv[1:]:
-        print(json.dumps(list(rows)))
+        print(json.dumps(list(rows)), flush=True)
         return
     print(ASSUMPTION)
     for each in rows:
