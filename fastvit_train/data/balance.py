@@ -1,4 +1,4 @@
-"""The classes in training: weights in the loss, samples drawn from all alike, and batches with each one's share."""
+"""The classes in training: weights in the loss, balanced samples, and stratified batches."""
 
 import json
 import math
@@ -19,8 +19,10 @@ def majority_share(labels: Tensor) -> float:
     return labels.bincount().max().item() / len(labels)
 
 
-def class_weights(choice: str, labels: Tensor, classes: Sequence[str], num_classes: int) -> Tensor:
-    """Return the weight of each class in the loss, float32 (num_classes,); their mean over the training images is 1.
+def class_weights(
+    choice: str, labels: Tensor, classes: Sequence[str], num_classes: int, balanced: bool = False
+) -> Tensor:
+    """Return the weight of each class in the loss, float32 (num_classes,); their mean over the drawn samples is 1.
 
     Args:
         choice: "auto" for weights that are inversely proportional to the number of images of a class; or a JSON file
@@ -29,6 +31,7 @@ def class_weights(choice: str, labels: Tensor, classes: Sequence[str], num_class
         classes: the names of the classes.
         num_classes: number of the model's outputs; those without a class get the weight 1, and with "auto" so do
             classes without an image.
+        balanced: whether equally many samples of each class are drawn; otherwise each image is one.
 
     Raises:
         UserError: if the file can't be read, or if it does not have one positive weight for each class.
@@ -39,7 +42,8 @@ def class_weights(choice: str, labels: Tensor, classes: Sequence[str], num_class
     else:
         named = _read(Path(choice), classes)
         weights = torch.tensor([named[name] for name in classes], dtype=torch.float64)
-    scaled = weights * (images.sum() / (weights * images).sum())
+    drawn = (images > 0).double() if balanced else images
+    scaled = weights * (drawn.sum() / (weights * drawn).sum())
     if choice == AUTO:
         scaled = torch.where(images > 0, scaled, 1.0)
     return torch.cat((scaled, scaled.new_ones(num_classes - len(classes)))).float()

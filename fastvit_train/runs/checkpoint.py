@@ -48,7 +48,10 @@ def save(
         "progress": asdict(state),
         "learning_rates": _learning_rates(optimizer),
         "optimizer_steps": _optimizer_steps(optimizer),
-        "rng": accelerator.gather(_rng_fingerprint().to(accelerator.device)).tolist(),
+        "cpu_rng": accelerator.gather(_cpu_rng().to(accelerator.device)).tolist(),
+        "gpu_rng": accelerator.gather(_gpu_rng().to(accelerator.device)).tolist()
+        if torch.cuda.is_available()
+        else None,
         "mixed_precision": accelerator.mixed_precision,
         "data": data,
     }
@@ -158,10 +161,12 @@ def _restore(path: Path, accelerator: Accelerator, optimizer: Optimizer, data: d
 
 def _check_restored(saved: dict[str, Any], accelerator: Accelerator, optimizer: Optimizer) -> None:
     """Raise ValueError unless the random state, the schedule and the optimizer were restored as they were saved."""
-    if len(saved["rng"]) == accelerator.num_processes and (
-        int(_rng_fingerprint()) != saved["rng"][accelerator.process_index]
-    ):
-        raise ValueError("the random state was not restored")
+    for name, fingerprint in (("cpu_rng", _cpu_rng), ("gpu_rng", _gpu_rng if torch.cuda.is_available() else None)):
+        before = saved.get(name)  # None on the other kind of device, and in checkpoints up to version 0.2.0
+        if before is None or fingerprint is None or len(before) != accelerator.num_processes:
+            continue
+        if int(fingerprint()) != before[accelerator.process_index]:
+            raise ValueError("the random state was not restored")
     if _learning_rates(optimizer) != saved["learning_rates"]:
         raise ValueError("the learning rates were not restored")
     if _optimizer_steps(optimizer) != saved["optimizer_steps"]:
@@ -238,12 +243,18 @@ def _check_same(path: Path, saved: dict[str, Any], accelerator: Accelerator, dat
         )
 
 
-def _rng_fingerprint() -> torch.Tensor:
-    """Return a hash of this rank's torch random state, including the GPU's, int64 (1,)."""
-    digest = hashlib.blake2b(torch.get_rng_state().numpy().tobytes(), digest_size=7)
-    if torch.cuda.is_available():
-        digest.update(torch.cuda.get_rng_state().numpy().tobytes())
-    return torch.tensor([int.from_bytes(digest.digest())])
+def _cpu_rng() -> torch.Tensor:
+    """Return a hash of the state of torch's generator for the CPU, int64 (1,)."""
+    return _hash(torch.get_rng_state())
+
+
+def _gpu_rng() -> torch.Tensor:
+    """Return a hash of the state of torch's generator for this rank's GPU, int64 (1,)."""
+    return _hash(torch.cuda.get_rng_state())
+
+
+def _hash(state: torch.Tensor) -> torch.Tensor:
+    return torch.tensor([int.from_bytes(hashlib.blake2b(state.numpy().tobytes(), digest_size=7).digest())])
 
 
 def _learning_rates(optimizer: Optimizer) -> list[float]:

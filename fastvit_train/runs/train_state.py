@@ -98,6 +98,10 @@ class TrainState:
         self.best_accuracy = max(self.best_accuracy, accuracy)
         if self.best_score is None or score > self.best_score:
             self.best_score, self.best_step = score, self.step
+        return self.reaches(accuracy, target)
+
+    def reaches(self, accuracy: float, target: float | None) -> bool:
+        """Note epochs and seconds if this is the first accuracy that reaches `target`; returns whether it is."""
         if target is None or accuracy < target or self.epochs_to_target is not None:
             return False
         self.epochs_to_target, self.seconds_to_target = self.epoch, self.train_seconds + self.eval_seconds

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from fastvit_train.config.overrides import override
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed.process_state import RandomStates, unchanged
 from fastvit_train.models.evaluator import Evaluation, evaluate_model
-from fastvit_train.runs.results import BEST_WEIGHTS, LAST_EPOCH, score
+from fastvit_train.runs.results import AVERAGE, BEST_WEIGHTS, LAST_EPOCH, score
 from fastvit_train.runs.run_folder import ResumeMode
 from fastvit_train.training import metrics
 from fastvit_train.training.checkpointing import apply_save_error_policy, name_last_checkpoint, save_checkpoint
@@ -82,13 +82,15 @@ def fit_together(
     resume: ResumeMode = "never",
     overwrite: bool = False,
     on_epoch: OnEpoch | None = None,
+    signals: StopSignalHandler | None = None,
 ) -> list[dict[str, Any]]:
     """Train models whose settings differ in seed and exp_name only, step by step in turn; see `train`.
 
     With --compile on one GPU, their steps are branches of one CUDA graph. Each run has the result that it would have
-    alone. A signal or an error stops all of them.
+    alone. A signal or an error stops all of them. `signals` is a handler that is active already.
     """
-    with unchanged(), StopSignalHandler() as stop_signals, RandomStates(len(configs)) as random_states:
+    handler = StopSignalHandler() if signals is None else nullcontext(signals)
+    with unchanged(), handler as stop_signals, RandomStates(len(configs)) as random_states:
         try:
             sessions = setup_together(configs, resume, overwrite, random_states, stop_signals)
         except Exception as error:  # such as the error of a compiler process that the same signal ended
@@ -140,7 +142,7 @@ def _train(session: TrainSession, bar: ProgressBar, on_epoch: OnEpoch | None) ->
         raise stopped(stop.signal_number, message) from None
     weights = final_weights.bring_back(session)
     if evaluation is None or weights != LAST_EPOCH:  # None: the run was resumed after its last epoch
-        evaluation = evaluate_model(session.eval_model, session.eval_loader, accelerator)
+        evaluation = _evaluate_final(session, weights)
     summary = metrics.finish(session, evaluation, weights)
     metrics.finish_trackers(session)
     return summary
@@ -255,6 +257,17 @@ def _evaluate_epoch(session: TrainSession) -> Evaluation:
         metrics.log_target_reached(session)
     _save_weights(session)  # before the checkpoint: a run that is resumed from it does not write them again
     save_checkpoint(session)
+    return evaluation
+
+
+def _evaluate_final(session: TrainSession, weights: str) -> Evaluation:
+    """Evaluate the weights that the run ends with; those of an average may be the first to reach the target."""
+    state, started = session.state, time.perf_counter()
+    evaluation = evaluate_model(session.eval_model, session.eval_loader, session.accelerator)
+    if weights == AVERAGE:
+        state.eval_seconds += time.perf_counter() - started
+        if state.reaches(evaluation.accuracy, session.config.run.target_accuracy):
+            metrics.log_target_reached(session)
     return evaluation
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import signal
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,8 @@ from fastvit_train.config.schema import TrainConfig
 from fastvit_train.distributed import env
 from fastvit_train.runs.run_folder import ResumeMode
 from fastvit_train.runs.run_names import default_group, find_group
-from fastvit_train.training.loop import fit, fit_together
+from fastvit_train.training.loop import fit_together
+from fastvit_train.training.preemption import StopSignalHandler, stopped
 from fastvit_train.utils.atomic_io import as_save_error, write_atomically
 from fastvit_train.utils.console import Terminal
 from fastvit_train.utils.errors import UserError, counted
@@ -63,7 +65,7 @@ def fit_seeds(
     if together:
         summaries = fit_together(configs, resume=resume, overwrite=overwrite)
     else:
-        summaries = [fit(config, resume=resume, overwrite=overwrite) for config in configs]
+        summaries = _fit_in_turn(configs, resume, overwrite)
     results = {"runs": [f"{name}-seed{summary['seed']}" for summary in summaries], **spread(summaries)}
     if env.is_rank0():
         path = Path(config.run.runs_dir) / f"{name}-{repeat}seeds.json"
@@ -74,6 +76,18 @@ def fit_seeds(
         runs = shlex.join(str(Path(config.run.runs_dir) / run) for run in results["runs"])
         console.print(f"written to {path}; next: fastvit compare {runs}", markup=False)
     return results
+
+
+def _fit_in_turn(configs: Sequence[TrainConfig], resume: ResumeMode, overwrite: bool) -> list[dict[str, Any]]:
+    """Train one run after the other; a signal that comes when one has nearly ended keeps the next from starting."""
+    summaries: list[dict[str, Any]] = []
+    with StopSignalHandler() as signals:
+        for config in configs:
+            if signals.received:
+                message = f"before seed {config.run.seed}; --resume auto continues with it"
+                raise stopped(signals.received, f"{signal.Signals(signals.received).name} {message}")
+            summaries += fit_together([config], resume=resume, overwrite=overwrite, signals=signals)
+    return summaries
 
 
 def _check_together(config: TrainConfig, repeat: int) -> None:

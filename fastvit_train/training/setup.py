@@ -277,7 +277,7 @@ def load_inputs(config: ResolvedConfig, accelerator: Accelerator, imitate_data: 
         dataset,
         build_train_loader(config, dataset, batch_size, rank_info),
         build_eval_loader(config, dataset, rank_info),
-        build_loss(config.optim, dataset, config.num_classes, accelerator.device),
+        build_loss(config.optim, dataset, config.num_classes, accelerator.device, config.data.sampler == "balanced"),
         batch_size,
         micro_batch=batch_size // ranks // grad_accum,
     )

@@ -1,4 +1,4 @@
-"""Rare classes: weights in the loss, and balanced samples."""
+"""The classes in training: weights in the loss, balanced samples, and stratified batches."""
 
 import json
 from pathlib import Path
@@ -28,6 +28,8 @@ def test_weights_of_a_file_keep_their_proportions(tmp_path: Path) -> None:
     weights = class_weights(str(path), LABELS, NAMES, 3)
     torch.testing.assert_close(weights / weights[0], torch.tensor([1.0, 2.0, 4.0]))
     assert weights[LABELS].mean().item() == pytest.approx(1)
+    drawn = class_weights(str(path), LABELS, NAMES, 3, balanced=True)  # as often from each class
+    torch.testing.assert_close(drawn, torch.tensor([3 / 7, 6 / 7, 12 / 7]))
 
 
 @pytest.mark.parametrize(

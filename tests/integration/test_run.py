@@ -155,6 +155,15 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(
 
 
 @pytest.mark.slow
+def test_a_run_of_a_gpu_goes_on_without_one(small_config: SmallConfig, tmp_path: Path) -> None:
+    fit(small_config(stop_after=1, drop_rate=0.1))
+    path = tmp_path / "runs" / "run" / "checkpoints" / "last" / checkpoint.PROGRESS_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), "gpu_rng": [1]}))
+    atomic_io.write_checksums(path.parent)
+    assert fit(small_config(drop_rate=0.1), resume="must")["epochs"] == 3
+
+
+@pytest.mark.slow
 def test_a_resume_that_lost_the_random_state_is_noticed(small_config: SmallConfig, tmp_path: Path) -> None:
     fit(small_config(stop_after=1, drop_rate=0.1))
     path = tmp_path / "runs" / "run" / "checkpoints" / "last" / "random_states_0.pkl"

@@ -13,9 +13,11 @@ from fastvit_train.config.schema import TrainConfig
 from fastvit_train.inference.evaluate import evaluate
 from fastvit_train.inference.trained_model import load_run
 from fastvit_train.models.evaluator import Evaluation
+from fastvit_train.models.resolve import resolve
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training import loop
 from fastvit_train.training.loop import fit
+from fastvit_train.training.optim import final_weights
 from fastvit_train.training.seeds import fit_seeds
 from fastvit_train.utils.errors import UserError
 from tests.config.test_settings_file import change_checkpoints
@@ -129,6 +131,18 @@ def test_weights_of_another_epoch_are_not_taken_for_the_best(small_config: Small
     assert "best.safetensors is not that of epoch" in (run / "train.log").read_text()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_batch_norm_is_averaged_too(device: str, small_config: SmallConfig) -> None:
+    """Its count of batches is an integer."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2)).to(device)
+    average = final_weights.build_average(model, resolve(small_config(average_last=2)))
+    for weight in (1.0, 2.0):
+        torch.nn.init.constant_(model[0].weight, weight)
+        model(torch.randn(3, 2, device=device))
+        average.update_parameters(model)
+    assert average.module[0].weight.tolist() == [1.5, 1.5]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ema", [None, 0.9])
 def test_the_average_is_that_of_the_last_epochs(small_config: SmallConfig, tmp_path: Path, ema: float | None) -> None:
@@ -145,6 +159,19 @@ def test_the_average_is_that_of_the_last_epochs(small_config: SmallConfig, tmp_p
     assert summary["final_weights"] == "average" and evaluate(run).loss == pytest.approx(summary["test_loss"])
     last = load_run(run, checkpoint="last", device="cpu").model.state_dict()
     assert all(torch.equal(last[name], value) for name, value in epochs[-1].items())
+
+
+@pytest.mark.slow
+def test_a_target_that_only_the_average_reaches_has_a_time(
+    small_config: SmallConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    after_epochs, of_average = EVALUATIONS[3], EVALUATIONS[0]
+    monkeypatch.setattr(loop, "evaluate_model", lambda *args: after_epochs if len(args) == 4 else of_average)
+    summary = fit(small_config(epochs=3, average_last=2, target_accuracy=0.5))
+    assert summary["epochs_to_target"] == 3 and summary["test_accuracy"] == 0.8
+    assert summary["seconds_to_target"] == summary["train_seconds"] + summary["eval_seconds"]
+    rows = read_jsonl(tmp_path / "runs" / "run" / "metrics.jsonl")
+    assert summary["eval_seconds"] > sum(row["eval_seconds"] for row in rows)
 
 
 @pytest.mark.slow

@@ -226,6 +226,14 @@ def test_unknown_and_unfit_optimizers_are_refused() -> None:
     with pytest.raises(UserError, match="can't be combined with muon"):
         build_optimizer(timm.create_model("mc_vit_4_4_32"), OptimConfig(optimizer="muon", decay_all=True))
     check_optimizer("lookahead_adamw")
+    for name in ("adamw", "lookahead_adamw"):
+        with pytest.raises(UserError, match=f"^--momentum 0.8: {name} has none; leave it out or choose another"):
+            build_optimizer(timm.create_model("mc_vit_4_4_32"), OptimConfig(optimizer=name, momentum=0.8))
+
+
+def test_a_name_in_capitals_is_the_same_optimizer() -> None:
+    optimizer = build_optimizer(timm.create_model("mc_vit_4_4_32"), OptimConfig(optimizer="NMuon"))
+    assert isinstance(optimizer, Muon) and optimizer.defaults["nesterov"]
 
 
 @pytest.mark.parametrize("name", ["sgd", "lamb", "lion", "nmuon"])

@@ -1,17 +1,20 @@
 """Several seeds in one command, and the clock that stops at an accuracy."""
 
 import json
+import signal
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fastvit_train.config.schema import TrainConfig
 from fastvit_train.runs.run_folder import read_jsonl
+from fastvit_train.training import metrics
 from fastvit_train.training.loop import fit
 from fastvit_train.training.seeds import fit_seeds
-from fastvit_train.utils.errors import UserError
+from fastvit_train.utils.errors import Preempted, UserError
 from tests.support import launch, one_line_error
 
 
@@ -66,6 +69,24 @@ def test_the_clock_goes_on_in_a_resumed_run(small_config: Callable[..., TrainCon
     resumed = fit(small_config(target_accuracy=0.01), resume="must")
     assert resumed["seconds_to_target"] == first["seconds_to_target"]
     assert resumed["eval_seconds"] > first["eval_seconds"]
+
+
+@pytest.mark.slow
+def test_a_signal_at_the_end_of_a_seed_keeps_the_next_from_starting(
+    small_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = metrics.finish
+
+    def finish_while_asked_to_stop(*arguments: Any) -> dict[str, Any]:
+        signal.raise_signal(signal.SIGTERM)
+        return finish(*arguments)
+
+    monkeypatch.setattr(metrics, "finish", finish_while_asked_to_stop)
+    with pytest.raises(Preempted, match="^SIGTERM before seed 1; --resume auto continues with it$"):
+        fit_seeds(small_config(epochs=1, exp_name="many"), 2)
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"many-seed0"}
+    monkeypatch.undo()
+    assert fit_seeds(small_config(epochs=1, exp_name="many"), 2, resume="auto")["seeds"] == [0, 1]
 
 
 @pytest.mark.slow

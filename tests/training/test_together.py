@@ -37,7 +37,7 @@ def results(runs: Path, name: str, seed: int) -> list[Any]:
     assert newest is not None
     progress = checkpoint.read_json(newest / checkpoint.PROGRESS_FILE)
     return [
-        {key: value.tolist() for key, value in weights.items()}, read_jsonl(folder / "steps.jsonl"), progress["rng"]
+        {key: value.tolist() for key, value in weights.items()}, read_jsonl(folder / "steps.jsonl"), progress["cpu_rng"]
     ]  # fmt: skip
 
 

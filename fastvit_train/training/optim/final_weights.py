@@ -7,7 +7,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
 
 from fastvit_train.config.resolved import ResolvedConfig
 from fastvit_train.distributed import env, sync
@@ -30,7 +30,8 @@ def build_average(model: nn.Module, config: ResolvedConfig) -> AveragedModel | N
         raise UserError(f"--average-last {last} needs more epochs than {flag} {fewest}")
     if env.uses_fsdp():
         raise UserError("--average-last needs unsharded weights, and FSDP shards them; leave it out, or use DDP")
-    return AveragedModel(model, use_buffers=True)
+    # torch's default on a GPU can't average the integers that batch norm counts its batches with.
+    return AveragedModel(model, avg_fn=get_swa_avg_fn(), use_buffers=True)
 
 
 def add_to_average(session: TrainSession) -> None:

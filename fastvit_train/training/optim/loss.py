@@ -40,8 +40,10 @@ class Loss:
         return {"weights of --class-weights": hashlib.blake2b(rounded.encode(), digest_size=8).hexdigest()}
 
 
-def build_loss(config: OptimConfig, dataset: DatasetSpec, num_classes: int, device: torch.device) -> Loss:
-    """Build the loss that `config` asks for.
+def build_loss(
+    config: OptimConfig, dataset: DatasetSpec, num_classes: int, device: torch.device, balanced: bool
+) -> Loss:
+    """Build the loss that `config` asks for; `balanced` says whether the loader draws the classes equally often.
 
     Raises:
         UserError: if the weights of the classes can't be read.
@@ -49,7 +51,7 @@ def build_loss(config: OptimConfig, dataset: DatasetSpec, num_classes: int, devi
     weights = None
     if config.class_weights is not None:
         labels = dataset.train.labels
-        weights = class_weights(config.class_weights, labels, dataset.classes, num_classes).to(device)
+        weights = class_weights(config.class_weights, labels, dataset.classes, num_classes, balanced).to(device)
     return Loss(config.label_smoothing, weights)
 
 

@@ -9,6 +9,7 @@ import torch
 from timm.optim import (
     create_optimizer_v2,
     get_optimizer_class,
+    get_optimizer_info,
     list_optimizers,
     param_groups_layer_decay,
     param_groups_weight_decay,
@@ -25,7 +26,7 @@ MUON = ("muon", "nmuon")  # nmuon: with Nesterov momentum
 
 
 def check_optimizer(name: str) -> None:
-    """Raise UserError unless timm has an optimizer of that name."""
+    """Raise UserError unless timm has an optimizer of that name, in lower or upper case."""
     known = [str(known) for known in list_optimizers()]
     if name.lower().removeprefix("lookahead_") not in known:
         raise UserError(f"unknown optimizer {name!r}{did_you_mean(name, known)}; allowed: {', '.join(known)}")
@@ -38,17 +39,18 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         UserError: if the optimizer cannot be built with these settings.
     """
     check_optimizer(config.optimizer)
-    if config.optimizer in MUON:
+    name = config.optimizer.lower()
+    if name in MUON:
         if config.decay_all:
-            raise UserError(
-                f"--decay-all can't be combined with {config.optimizer}; leave it out or choose another --optimizer"
-            )
+            raise UserError(f"--decay-all can't be combined with {name}; leave it out or choose another --optimizer")
         groups = _parameter_groups(model, config, fallback_list=_outside_blocks(model))
         momentum = 0.95 if config.momentum is None else config.momentum
         groups = _split_merged_projections(groups, model)
-        return Muon(groups, config.lr, momentum=momentum, nesterov=config.optimizer == "nmuon")
+        return Muon(groups, config.lr, momentum=momentum, nesterov=name == "nmuon")
+    if config.momentum is not None and not get_optimizer_info(name.removeprefix("lookahead_")).has_momentum:
+        raise UserError(f"--momentum {config.momentum:g}: {name} has none; leave it out or choose another --optimizer")
     kwargs: dict[str, Any] = {} if config.momentum is None else {"momentum": config.momentum}
-    if _has_fused(config.optimizer):
+    if _has_fused(name):
         kwargs["fused"] = True
     parameters: Any = model
     if config.layer_decay is not None:
@@ -56,7 +58,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     elif config.decay_all:
         parameters = [p for p in model.parameters() if p.requires_grad]
     try:
-        optimizer = create_optimizer_v2(parameters, config.optimizer, config.lr, config.weight_decay, **kwargs)
+        optimizer = create_optimizer_v2(parameters, name, config.lr, config.weight_decay, **kwargs)
         if getattr(optimizer, "is_second_order", False):
             raise ValueError("it needs second derivatives, which this training loop does not compute")
         return optimizer

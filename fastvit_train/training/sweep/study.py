@@ -68,7 +68,7 @@ def sweep(config: TrainConfig, words: Sequence[str], trials: int, name: str, pru
     folder = Path(config.run.runs_dir) / name
     study = _open(folder, config, words, prune)
     console = Terminal()
-    while (started := _start_trial(study, space, folder, trials)) is not None:
+    while (started := _start_trial(study, space, folder, trials, config.run.seed)) is not None:
         trial, claim = started
         try:
             with claim:
@@ -98,7 +98,7 @@ def _open(folder: Path, config: TrainConfig, words: Sequence[str], prune: bool) 
         study = optuna.create_study(
             study_name="sweep",
             storage=JournalStorage(JournalFileBackend(journal, without_links)),
-            sampler=optuna.samplers.TPESampler(seed=config.run.seed, constant_liar=True),
+            sampler=_sampler(config.run.seed),
             pruner=optuna.pruners.MedianPruner(FIRST_UNPRUNED, epochs) if prune else optuna.pruners.NopPruner(),
             direction="maximize",
             load_if_exists=True,
@@ -112,8 +112,12 @@ def _open(folder: Path, config: TrainConfig, words: Sequence[str], prune: bool) 
     return study
 
 
+def _sampler(seed: int) -> optuna.samplers.BaseSampler:
+    return optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+
+
 def _start_trial(
-    study: optuna.Study, space: dict[str, BaseDistribution], folder: Path, trials: int
+    study: optuna.Study, space: dict[str, BaseDistribution], folder: Path, trials: int, seed: int
 ) -> tuple[Trial, AbstractContextManager[object]] | None:
     """Choose the next trial and claim it for this process; None if there are enough."""
     with FileLock(folder / LOCK):
@@ -124,6 +128,8 @@ def _start_trial(
         waiting = study.get_trials(deepcopy=False, states=[TrialState.WAITING])
         if len(runs) >= trials and not waiting:
             return None
+        # Each process and each start would else draw the same first random settings.
+        study.sampler = _sampler(seed + len(study.get_trials(deepcopy=False)))
         trial = study.ask(space)
         if RUN not in trial.user_attrs:
             trial.set_user_attr(RUN, f"trial-{len(runs) + 1:04d}")

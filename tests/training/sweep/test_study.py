@@ -107,24 +107,39 @@ def test_a_trial_whose_process_was_killed_before_it_had_a_name_is_done_again(tmp
     arguments = (tmp_path, recipe("quickstart"), ["lr=0.1..0.2"], False)
     study, space = studies._open(*arguments), parse(["lr=0.1..0.2"], recipe("quickstart"))
     nameless = study.ask(space)
-    trial, claim = studies._start_trial(studies._open(*arguments), space, tmp_path, trials=1) or pytest.fail("no trial")
+    trial, claim = studies._start_trial(studies._open(*arguments), space, tmp_path, trials=1, seed=0) or pytest.fail(
+        "no trial"
+    )
     with claim:
         assert trial.params == nameless.params and trial.user_attrs["run"] == "trial-0001"
-        assert studies._start_trial(study, space, tmp_path, trials=1) is None
+        assert studies._start_trial(study, space, tmp_path, trials=1, seed=0) is None
     assert [each.state for each in study.get_trials()] == [TrialState.FAIL, TrialState.RUNNING]
+
+
+def test_processes_and_starts_draw_different_settings(tmp_path: Path) -> None:
+    arguments = (tmp_path, recipe("quickstart"), ["lr=0.1..0.2"], False)
+    space = parse(["lr=0.1..0.2"], recipe("quickstart"))
+    drawn = []
+    for _ in range(4):
+        study = studies._open(*arguments)
+        trial, claim = studies._start_trial(study, space, tmp_path, trials=4, seed=0) or pytest.fail("no trial")
+        drawn.append(trial.params["lr"])
+        with claim:
+            study.tell(trial, 0.5)
+    assert len(set(drawn)) == 4
 
 
 def test_a_trial_that_outlived_its_killed_sweep_is_left_alone(tmp_path: Path) -> None:
     arguments = (tmp_path, recipe("quickstart"), ["lr=0.1..0.2"], False)
     study, space = studies._open(*arguments), parse(["lr=0.1..0.2"], recipe("quickstart"))
-    _, claim = studies._start_trial(study, space, tmp_path, trials=1) or pytest.fail("no trial")
+    _, claim = studies._start_trial(study, space, tmp_path, trials=1, seed=0) or pytest.fail("no trial")
     with claim:
         pass  # the sweep is killed
     training = RunLock(tmp_path / "trial-0001")
     training.acquire()
-    assert studies._start_trial(study, space, tmp_path, trials=1) is None
+    assert studies._start_trial(study, space, tmp_path, trials=1, seed=0) is None
     training.release()
-    again, claim = studies._start_trial(study, space, tmp_path, trials=1) or pytest.fail("no trial")
+    again, claim = studies._start_trial(study, space, tmp_path, trials=1, seed=0) or pytest.fail("no trial")
     with claim:
         assert again.user_attrs["run"] == "trial-0001"
 
