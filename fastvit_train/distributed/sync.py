@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import TypeVar, cast
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from torch import nn
 
 from fastvit_train.utils.errors import UserError
 from fastvit_train.utils.gpu_monitor import Meter, Usage, merge_usages
@@ -39,6 +40,12 @@ def broadcast_from_rank0(accelerator: Accelerator, action: Callable[[], Result])
     """Run `action` on rank 0 and return its result on all ranks; a UserError there is raised on all ranks."""
     own = run_on_all_ranks(accelerator, lambda: action() if accelerator.is_main_process else None)
     return cast(Result, broadcast_object_list([own])[0])
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all ranks the buffers that `model` has on rank 0, such as the running statistics of batch norm."""
+    for buffer in model.buffers():
+        broadcast(buffer)
 
 
 def sum_usage_over_ranks(accelerator: Accelerator, meter: Meter, usage: Usage) -> Usage:

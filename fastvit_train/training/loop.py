@@ -14,6 +14,7 @@ from fastvit_train.config import recipes
 from fastvit_train.config.init_from import with_model_of
 from fastvit_train.config.overrides import override
 from fastvit_train.config.schema import TrainConfig
+from fastvit_train.distributed import sync
 from fastvit_train.distributed.process_state import RandomStates, unchanged
 from fastvit_train.models.evaluator import Evaluation, evaluate_model
 from fastvit_train.runs.results import AVERAGE, BEST_WEIGHTS, LAST_EPOCH, score
@@ -246,6 +247,8 @@ def _evaluate_epoch(session: TrainSession) -> Evaluation:
     """Evaluate after an epoch, record the epoch, and save a checkpoint."""
     state, run = session.state, session.config.run
     started = time.perf_counter()
+    if session.ema is not None:  # each rank has averaged its own batches' statistics
+        sync.share_buffers(session.ema.module)
     evaluation = evaluate_model(
         session.eval_model, session.eval_loader, session.accelerator, session.status_exchange.after_batch
     )

@@ -30,6 +30,7 @@ from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import atomic_io, memory
 from fastvit_train.utils.errors import counted
 from fastvit_train.utils.gpu_monitor import Usage
+from fastvit_train.utils.safe_load import read_json
 
 TRACKER_PROJECT = "fastvit_train"
 
@@ -215,7 +216,7 @@ def finish(session: TrainSession, evaluation: Evaluation, weights: str) -> dict[
     Raises:
         SaveError: on all ranks, if they could not be written; the last checkpoint is not affected.
     """
-    summary = {**_summary(session, evaluation), "final_weights": weights}
+    summary = {**_summary(session, evaluation), "final_weights": weights, **_measured_before(session)}
     write_weights(session, FINAL)
 
     def write() -> None:
@@ -236,12 +237,30 @@ def _write_summary(session: TrainSession, summary: dict[str, Any]) -> None:
     session.log.line(f"written to {session.folder.root}; next: {_next_step(session)}")
 
 
+def _measured_before(session: TrainSession) -> dict[str, Any]:
+    """Return what the summary says of the training, if all of it was done before this process."""
+    try:
+        before = read_json(session.folder.summary)
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(before, dict) or before.get("steps") != session.state.step:
+        return {}
+    return {key: before[key] for key in OF_THE_TRAINING if key in before}
+
+
 def _next_step(session: TrainSession) -> str:
     """Return what to do next: train the remaining epochs, or look at the results."""
     epochs = session.config.run.total_epochs
     if session.state.epoch < epochs and not is_out_of_patience(session):
         return f"repeat the command with --resume auto and without --stop-after to train up to epoch {epochs}"
     return f"fastvit report {shlex.quote(str(session.folder.root))}"
+
+
+OF_THE_TRAINING = (
+    *("compile_seconds", "cores_used_by_others", "peak_memory_mib"),
+    *("mixed_precision", "world_size", "device", "versions"),
+)
+"""what a process that trains nothing would measure differently"""
 
 
 def _summary(session: TrainSession, evaluation: Evaluation) -> dict[str, Any]:

@@ -155,6 +155,20 @@ def test_killed_in_the_middle_of_an_epoch_and_resumed(
 
 
 @pytest.mark.slow
+def test_evaluating_a_finished_run_again_keeps_what_was_measured_in_training(
+    small_config: SmallConfig, tmp_path: Path
+) -> None:
+    path = tmp_path / "runs" / "run" / "summary.json"
+    measured = {"peak_memory_mib": 1.0, "compile_seconds": 2.0, "device": "another"}
+    first = fit(small_config(epochs=1))
+    path.write_text(json.dumps({**first, **measured}))
+    again = fit(small_config(epochs=1), resume="auto")
+    assert again == {**first, **measured} == json.loads(path.read_text())
+    assert fit(small_config(epochs=1, extend=[1]), resume="auto")["device"] == first["device"]
+    assert fit(small_config(epochs=1), overwrite=True)["device"] == first["device"]
+
+
+@pytest.mark.slow
 def test_a_run_of_a_gpu_goes_on_without_one(small_config: SmallConfig, tmp_path: Path) -> None:
     fit(small_config(stop_after=1, drop_rate=0.1))
     path = tmp_path / "runs" / "run" / "checkpoints" / "last" / checkpoint.PROGRESS_FILE
