@@ -100,7 +100,8 @@ def base_config(args: Sequence[str]) -> tuple[TrainConfig, str | None]:
     if "init_from" in start:
         settings = {**with_underscores(settings), **with_model_of(start)}
     else:
-        settings = with_model_of({**settings, **start})
+        others = {key: value for key, value in settings.items() if key.replace("-", "_") not in start}
+        settings = with_model_of({**others, **start})
     return override(base, {**settings, "recipe": base.run.recipe}, path or FLAGS), path
 
 

@@ -56,6 +56,9 @@ def test_recipe_then_file_then_flags(tmp_path: Path) -> None:
     base, _ = base_config([f"--config={file}", "--recipe=upstream-cifar10"])
     assert (base.run.recipe, base.optim.lr, base.data.crop) == ("upstream-cifar10", 0.5, "resized")
     assert base_config([])[0] == recipe("quickstart")
+    for spelling in ("in-chans", "in_chans"):
+        file.write_text(f"{spelling}: 1\n")
+        assert base_config(["--config", str(file), "--in-chans", "3"])[0].model.in_chans == 3
 
 
 @pytest.mark.parametrize(
