@@ -142,9 +142,10 @@ def _train(session: TrainSession, bar: ProgressBar, on_epoch: OnEpoch | None) ->
         message = f"{stop} at step {state.step}; {name_last_checkpoint(session)}, --resume auto continues from it"
         raise stopped(stop.signal_number, message) from None
     weights = final_weights.bring_back(session)
-    if evaluation is None or weights != LAST_EPOCH:  # None: the run was resumed after its last epoch
+    trained = evaluation is not None  # and not resumed after its last epoch
+    if evaluation is None or weights != LAST_EPOCH:
         evaluation = _evaluate_final(session, weights)
-    summary = metrics.finish(session, evaluation, weights)
+    summary = metrics.finish(session, evaluation, weights, trained)
     metrics.finish_trackers(session)
     return summary
 

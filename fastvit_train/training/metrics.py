@@ -25,7 +25,7 @@ from fastvit_train.runs.plots.curves import plot_curves
 from fastvit_train.runs.results import read_runs
 from fastvit_train.runs.run_folder import read_jsonl
 from fastvit_train.training.optim.final_weights import is_out_of_patience
-from fastvit_train.training.optim.optimizer import peak_lr
+from fastvit_train.training.optim.optimizer import has_momentum, peak_lr
 from fastvit_train.training.session import TrainSession
 from fastvit_train.utils import atomic_io, memory
 from fastvit_train.utils.errors import counted
@@ -78,6 +78,9 @@ def log_introduction(session: TrainSession, threads: str, resuming: bool, messag
     )
     if emulates_bf16(accelerator):
         log.line("warning: this processor computes bf16 by emulation, which is slower than fp32: leave bf16 out")
+    momentum, optimizer = config.optim.momentum, config.optim.optimizer
+    if momentum is not None and not has_momentum(optimizer):
+        log.line(f"warning: --momentum {momentum:g} has no effect: {optimizer} has no momentum")
     if session.batch_size != config.run.batch_size:
         log.line(
             f"batch size {session.batch_size} instead of {config.run.batch_size}: the training set has no more images"
@@ -205,18 +208,21 @@ def _write_model_config(session: TrainSession) -> None:
     write_timm_config(session.bare_model, session.folder.root / "config.json", names, preprocessing)
 
 
-def finish(session: TrainSession, evaluation: Evaluation, weights: str) -> dict[str, Any]:
+def finish(session: TrainSession, evaluation: Evaluation, weights: str, trained: bool) -> dict[str, Any]:
     """Write weights, summary and curves, and print the table of results; returns the summary.
 
     Args:
         session: the run.
         evaluation: that of the weights.
         weights: what they are, as `final_weights.bring_back` says.
+        trained: whether this process has trained; otherwise the run's summary keeps what it says of the training.
 
     Raises:
         SaveError: on all ranks, if they could not be written; the last checkpoint is not affected.
     """
-    summary = {**_summary(session, evaluation), "final_weights": weights, **_measured_before(session)}
+    summary = {**_summary(session, evaluation), "final_weights": weights}
+    if not trained:
+        summary |= _measured_before(session)
     write_weights(session, FINAL)
 
     def write() -> None:
@@ -238,12 +244,12 @@ def _write_summary(session: TrainSession, summary: dict[str, Any]) -> None:
 
 
 def _measured_before(session: TrainSession) -> dict[str, Any]:
-    """Return what the summary says of the training, if all of it was done before this process."""
+    """Return what the run's summary says of its training, which was all done before this process."""
     try:
         before = read_json(session.folder.summary)
     except (OSError, ValueError):
         return {}
-    if not isinstance(before, dict) or before.get("steps") != session.state.step:
+    if not isinstance(before, dict) or before.get("steps") != session.state.step:  # such as after --stop-after
         return {}
     return {key: before[key] for key in OF_THE_TRAINING if key in before}
 
@@ -257,6 +263,7 @@ def _next_step(session: TrainSession) -> str:
 
 
 OF_THE_TRAINING = (
+    *("eval_seconds", "epochs_to_target", "seconds_to_target"),
     *("compile_seconds", "cores_used_by_others", "peak_memory_mib"),
     *("mixed_precision", "world_size", "device", "versions"),
 )

@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 
 from fastvit_train.config.schema import TrainConfig
-from fastvit_train.distributed import env
+from fastvit_train.distributed import env, sync
 from fastvit_train.runs.run_folder import ResumeMode
 from fastvit_train.runs.run_names import default_group, find_group
 from fastvit_train.training.loop import fit_together
@@ -83,9 +83,10 @@ def _fit_in_turn(configs: Sequence[TrainConfig], resume: ResumeMode, overwrite: 
     summaries: list[dict[str, Any]] = []
     with StopSignalHandler() as signals:
         for config in configs:
-            if signals.received:
+            number = sync.first_of_ranks(signals.received or None) if summaries else None
+            if number is not None:
                 message = f"before seed {config.run.seed}; --resume auto continues with it"
-                raise stopped(signals.received, f"{signal.Signals(signals.received).name} {message}")
+                raise stopped(number, f"{signal.Signals(number).name} {message}")
             summaries += fit_together([config], resume=resume, overwrite=overwrite, signals=signals)
     return summaries
 

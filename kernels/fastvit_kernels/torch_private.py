@@ -40,7 +40,8 @@ def reset_compiler() -> None:
 def is_observed() -> bool:
     """Whether a context of this thread changes what operators do, such as counting or tracing them."""
     return (
-        torch._C._len_torch_dispatch_stack() > 0
+        torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
     )

@@ -10,8 +10,7 @@ from tests.support import launch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [(), ("--ema", 0.5)])
-def test_two_processes_evaluate_the_weights_that_are_saved(flags: tuple[object, ...], tmp_path: Path) -> None:
+def test_two_processes_evaluate_the_weights_that_are_saved(tmp_path: Path) -> None:
     settings = (
         "--model",
         "test_resnet",
@@ -24,7 +23,7 @@ def test_two_processes_evaluate_the_weights_that_are_saved(flags: tuple[object, 
         "--exp-name",
         "run",
     )
-    done = launch(*settings, *flags, processes=2)
+    done = launch(*settings, "--ema", 0.5, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = read_summary(tmp_path / "run")
     assert evaluate(tmp_path / "run").loss == pytest.approx(summary["test_loss"], rel=1e-5)

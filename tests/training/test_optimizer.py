@@ -14,7 +14,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from fastvit_train.config.recipes import recipe
 from fastvit_train.config.schema import OptimConfig
 from fastvit_train.training.optim.muon import Muon, orthogonalize
-from fastvit_train.training.optim.optimizer import build_optimizer, check_optimizer
+from fastvit_train.training.optim.optimizer import build_optimizer, check_optimizer, has_momentum
 from fastvit_train.training.optim.schedule import Schedule
 from fastvit_train.utils.errors import UserError
 
@@ -226,9 +226,11 @@ def test_unknown_and_unfit_optimizers_are_refused() -> None:
     with pytest.raises(UserError, match="can't be combined with muon"):
         build_optimizer(timm.create_model("mc_vit_4_4_32"), OptimConfig(optimizer="muon", decay_all=True))
     check_optimizer("lookahead_adamw")
-    for name in ("adamw", "lookahead_adamw"):
-        with pytest.raises(UserError, match=f"^--momentum 0.8: {name} has none; leave it out or choose another"):
-            build_optimizer(timm.create_model("mc_vit_4_4_32"), OptimConfig(optimizer=name, momentum=0.8))
+
+
+def test_optimizers_that_have_a_momentum() -> None:
+    assert [has_momentum(name) for name in ("sgd", "NMuon", "muon", "lookahead_sgd")] == [True] * 4
+    assert [has_momentum(name) for name in ("adamw", "lion", "lookahead_AdamW")] == [False] * 3
 
 
 def test_a_name_in_capitals_is_the_same_optimizer() -> None:

@@ -47,8 +47,6 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         momentum = 0.95 if config.momentum is None else config.momentum
         groups = _split_merged_projections(groups, model)
         return Muon(groups, config.lr, momentum=momentum, nesterov=name == "nmuon")
-    if config.momentum is not None and not get_optimizer_info(name.removeprefix("lookahead_")).has_momentum:
-        raise UserError(f"--momentum {config.momentum:g}: {name} has none; leave it out or choose another --optimizer")
     kwargs: dict[str, Any] = {} if config.momentum is None else {"momentum": config.momentum}
     if _has_fused(name):
         kwargs["fused"] = True
@@ -64,6 +62,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
         return optimizer
     except (TypeError, ValueError, ImportError, AssertionError) as error:
         raise UserError(f"optimizer {config.optimizer!r} can't be used: {error}") from None
+
+
+def has_momentum(name: str) -> bool:
+    """Whether --momentum has an effect on this optimizer."""
+    return get_optimizer_info(name.lower().removeprefix("lookahead_")).has_momentum
 
 
 def works_in_graph(optimizer: torch.optim.Optimizer) -> bool:
