@@ -1,6 +1,7 @@
 """Evaluate trained models on a data set: the verb `eval`, whose output is in `evaluation_output`."""
 
 import time
+import unicodedata
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -167,8 +168,8 @@ def _check_classes(loaded: TrainedModel, dataset: DatasetSpec) -> None:
     """Raise UserError unless the model and the data set have the same classes, by name if the model has names."""
     if loaded.class_names is None:
         same = loaded.config is not None or loaded.num_classes == len(dataset.classes)
-    else:
-        same = loaded.class_names == dataset.classes
+    else:  # the model's names are normalized; those of parquet and tar files are as they were written
+        same = loaded.class_names == tuple(unicodedata.normalize("NFC", name) for name in dataset.classes)
     if not same:
         model, data = (list(names[:MAX_CLASSES_NAMED]) for names in (loaded.classes, dataset.classes))
         raise UserError(

@@ -240,7 +240,7 @@ def _write_timm(run: TrainedModel, path: Path) -> None:
     _write_weights(run, path / "model.safetensors", {})
     mean, std = run.normalisation
     preprocessing: dict[str, Any] = {"input_size": tuple(run.input_size), "mean": mean, "std": std}
-    entries: dict[str, Any] = {"label_names": list(run.classes)}
+    entries: dict[str, Any] = {} if run.class_names is None else {"label_names": list(run.class_names)}
     if run.config is not None:  # timm's entries describe its own weights, not the ones trained here
         preprocessing |= run.rendering.timm_entries()
         entries["pretrained_cfg"] = {"license": None}

@@ -226,12 +226,12 @@ def union_length(intervals: Iterable[tuple[float, float]]) -> float:
 def flops_per_image(session: TrainSession) -> float:
     """Count the FLOPs of a forward and backward pass, without padding or recomputation."""
     model = eager_copy(session)
-    images, labels = next(session.train_loader.micro_batches(0))
+    images, labels = (tensor[:2] for tensor in next(session.train_loader.micro_batches(0)))
 
     def run() -> None:
-        session.loss(model(images[:2]), labels[:2]).backward()
+        session.loss(model(images), labels).backward()
 
-    return count_flops(run) / 2
+    return count_flops(run) / len(images)
 
 
 def input_share(step: float, host: dict[str, float], device: dict[str, float]) -> float:

@@ -65,13 +65,21 @@ def read_runs(folders: Sequence[Path]) -> list[RunResults]:
     Raises:
         UserError: if one of them is not a run, or if a file of it is damaged.
     """
-    return [_read_run(RunFolder(folder)) for folder in folders]
+    names = distinct_names(folders)
+    return [_read_run(RunFolder(folder), name) for folder, name in zip(folders, names, strict=True)]
 
 
-def _read_run(folder: RunFolder) -> RunResults:
+def distinct_names(folders: Sequence[Path]) -> list[str]:
+    """Return the names of the folders, or the paths of those whose names are the same."""
+    names = [folder.resolve().name for folder in folders]
+    pairs = zip(names, folders, strict=True)
+    return [printable(name if names.count(name) == 1 else str(folder)) for name, folder in pairs]
+
+
+def _read_run(folder: RunFolder, name: str) -> RunResults:
     results = read_results(folder.root)
     return RunResults(
-        printable(folder.root.resolve().name),
+        name,
         folder.root,
         results,
         folder.read_config() if os.path.exists(folder.config) else {},

@@ -5,6 +5,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fastvit_train.cli.main import main
-from fastvit_train.config.schema import TrainConfig
+from fastvit_train.config.schema import DataConfig, TrainConfig
+from fastvit_train.data.datasets import load_dataset
 from fastvit_train.inference import evaluate
 from fastvit_train.inference.evaluate import evaluate_run
 from fastvit_train.inference.evaluation_output import metrics
@@ -243,6 +245,16 @@ def test_several_processes_give_the_same_result_for_every_sample(trained: Path, 
     assert values["images"] == 359 and values["confusion"] == alone.confusion().tolist()
     assert values["loss"] == pytest.approx(alone.loss, abs=1e-6)
     assert values["expected_calibration_error"] == pytest.approx(alone.calibration_error(), abs=1e-5)
+
+
+def test_letters_with_marks_are_the_same_however_they_are_written(trained: Path) -> None:
+    model = replace(load_run(trained, device="cpu"), class_names=("caf\u00e9", "tea"))
+    digits = load_dataset(DataConfig(), model.input_size)
+    evaluate._check_classes(
+        model, replace(digits, classes=("cafe\u0301", "tea"))
+    )  # as in tar files that were made on macOS
+    with pytest.raises(UserError, match="was trained on the classes"):
+        evaluate._check_classes(model, replace(digits, classes=("cafe", "tea")))
 
 
 def test_other_classes_are_refused(trained: Path, tmp_path: Path) -> None:

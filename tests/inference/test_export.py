@@ -104,7 +104,7 @@ def logits_of(path: Path, to: str, images: Tensor) -> tuple[Tensor, dict[str, st
     model = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
     cfg = model.pretrained_cfg
     metadata = {
-        "class_names": json.dumps(cfg["label_names"]),
+        "class_names": json.dumps(cfg.get("label_names") or [str(number) for number in range(model.num_classes)]),
         "image_size": str(InputSize(*cfg["input_size"]).image_size),
         "architecture": cfg["architecture"],
         "mean": json.dumps(cfg["mean"]),

@@ -80,8 +80,16 @@ def test_a_slow_optimizer_shows_in_its_part(
     assert result.phases["optimizer"] == max(result.phases.values()) > 0.08
 
 
-def test_flops_are_those_of_the_definition(small_config: Config) -> None:
-    settings = {"embed_dim": 48, "depth": 4, "num_heads": 4, "patch_size": 4, "attention": "naive"}
+@pytest.mark.parametrize("batch_size", [1, 240])
+def test_flops_are_those_of_the_definition(batch_size: int, small_config: Config) -> None:
+    settings = {
+        "batch_size": batch_size,
+        "embed_dim": 48,
+        "depth": 4,
+        "num_heads": 4,
+        "patch_size": 4,
+        "attention": "naive",
+    }
     session = setup(small_config(**settings), "never", overwrite=False)
     tokens, dim = 64, 48
     block = 2 * tokens * dim * (3 * dim + dim + 8 * dim) + 4 * tokens**2 * dim

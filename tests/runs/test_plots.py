@@ -9,6 +9,7 @@ from matplotlib.transforms import Bbox
 
 from fastvit_train.runs.plots.curves import plot_curves
 from fastvit_train.runs.plots.figures import plot_confusion, plot_images, plot_scaling
+from fastvit_train.runs.results import distinct_names
 from tests.runs.folders import write_run
 from tests.support.pictures import record_pictures
 
@@ -31,6 +32,19 @@ def test_losses_share_a_panel_and_the_best_epoch_is_marked(tmp_path: Path, monke
     assert list(accuracy.get_lines()[0].get_ydata()) == pytest.approx([10, 50, 90, 80, 70])
     assert accuracy.get_lines()[1].get_xydata().tolist() == [[3, 90]] and loss.get_lines()[2].get_xdata() == [3]
     assert not _overlap([picture.texts[text] for text in ends])
+
+
+def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = record_pictures(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    for parent in ("old", "new"):
+        Path(parent).mkdir()
+    runs = [write_run(Path(name), epochs=4).absolute() for name in ("old/run", "new/run", "other")]
+    relative = [run.relative_to(tmp_path) for run in runs]
+    assert distinct_names(relative) == ["old/run", "new/run", "other"]
+    plot_curves(relative, tmp_path / "curves.png", "")
+    legend = {text.partition(":")[0] for text in pictures[tmp_path / "curves.png"].texts}
+    assert {"old/run", "new/run", "other"} <= legend
 
 
 def _overlap(boxes: list[Bbox]) -> bool:

@@ -94,7 +94,7 @@ class RunList:
         with suppress(OSError), os.scandir(parent) as entries:  # the folder cannot be read, or was removed
             for entry in entries:
                 folder = parent / entry.name
-                if entry.name.startswith(".") or not entry.is_dir() or (entry.is_symlink() and not self._holds(folder)):
+                if entry.name.startswith(".") or (entry.is_symlink() and not self._holds(folder)) or not entry.is_dir():
                     continue
                 stamps = [_stamp(path) for path in _files(folder)]
                 if any(stamps[: len(RUN_FILES)]):
@@ -103,8 +103,11 @@ class RunList:
                     yield from self._folders(folder, depth + 1)
 
     def _holds(self, path: Path) -> bool:
-        """Return whether a path, with the links in it followed, is in the folder that is watched."""
-        return path.resolve().is_relative_to(self.root)
+        """Return whether a path, with the links in it followed, exists in the folder that is watched."""
+        try:
+            return path.resolve(strict=True).is_relative_to(self.root)
+        except (OSError, RuntimeError):  # a link that leads nowhere or, up to Python 3.12, to itself
+            return False
 
     def _describe(self, folder: Path, stamps: list[Stamp]) -> ListedRun:
         known = self._contents.get(folder)

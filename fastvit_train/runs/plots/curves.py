@@ -14,6 +14,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from fastvit_train.runs.plots.drawing import add_legend, escape_mathtext, save_figure
+from fastvit_train.runs.results import distinct_names
 from fastvit_train.runs.run_folder import RunFolder, read_jsonl
 from fastvit_train.utils.errors import UserError
 
@@ -77,7 +78,7 @@ def plot_curves(runs: Sequence[Path], output: Path, title: str, x_axis: XAxis = 
     if x_axis == "auto":
         most = max(len(read_jsonl(RunFolder(run).metrics)) for run in runs)
         x_axis = "step" if most <= MAX_EPOCHS_BY_STEP else "epoch"
-    curves = [_read_curves(run, x_axis) for run in runs]
+    curves = [_read_curves(run, name, x_axis) for run, name in zip(runs, distinct_names(runs), strict=True)]
     x_name: str = x_axis
     if x_axis == "time":
         unit, curves = _in_large_units(curves)
@@ -163,7 +164,7 @@ def _in_large_units(runs: Sequence[RunCurves]) -> tuple[str, list[RunCurves]]:
     ]
 
 
-def _read_curves(run: Path, x_axis: XAxis) -> RunCurves:
+def _read_curves(run: Path, name: str, x_axis: XAxis) -> RunCurves:
     """Read a run's curves from its metrics.jsonl and, by step, from its steps.jsonl."""
     folder = RunFolder(run)
     try:
@@ -179,7 +180,7 @@ def _read_curves(run: Path, x_axis: XAxis) -> RunCurves:
             f"{run} has no metrics.jsonl that can be plotted ({error!r}); give the folder of a run"
         ) from None
     accuracy = [100 * value for value in rows["test_accuracy"]]
-    return RunCurves(run.resolve().name, rows["epoch"], train, Curve(x, rows["test_loss"]), Curve(x, accuracy))
+    return RunCurves(name, rows["epoch"], train, Curve(x, rows["test_loss"]), Curve(x, accuracy))
 
 
 def _columns(rows: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, list[float]]:

@@ -69,6 +69,18 @@ def test_the_runs_of_a_sweep_are_listed_and_other_folders_are_not(
     assert list(listed(server)) == ["sweep/trial-1"]
 
 
+@pytest.mark.skipif(os.name != "posix", reason="makes symbolic links")
+def test_a_link_that_leads_to_itself_hides_no_run(
+    make_run: Callable[..., Path], runs: Path, server: WatchServer
+) -> None:
+    make_run("before")
+    for name in ("a", "loop", "z"):
+        (runs / name).symlink_to(runs / name)
+    make_run("zz")
+    (make_run("with-a-link") / "report.html").symlink_to("report.html")
+    assert set(listed(server)) == {"before", "zz", "with-a-link"}
+
+
 def damage_settings(folder: Path) -> None:
     (folder / "config.yaml").write_text("model: [")
     (folder / "summary.json").unlink()
