@@ -34,6 +34,7 @@ def test_losses_share_a_panel_and_the_best_epoch_is_marked(tmp_path: Path, monke
     assert not _overlap([picture.texts[text] for text in ends])
 
 
+@pytest.mark.slow
 def test_runs_of_the_same_name_are_named_by_their_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = record_pictures(monkeypatch)
     monkeypatch.chdir(tmp_path)

@@ -57,7 +57,7 @@ def test_a_folder_of_our_own(ours: Path, tmp_path: Path) -> None:
     config, before = RunFolder(tmp_path / "runs" / "next").read_config(), RunFolder(ours).read_config()
     for name in ("model", "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "pos_embed"):
         assert config[name] == before[name], name
-    assert config["mean"] == list(MEAN) and config["crop_pct"] == 0.9
+    assert config["mean"] == list(MEAN) and config["crop_pct"] is None, "the digits are not cropped"
     assert config["weights"] == str(ours / "model.safetensors")
     tuned = tmp_path / "runs" / "next"
     assert same_but_for_the_classifier(load_file(tuned / "model.safetensors"), load_file(ours / "model.safetensors"))
@@ -72,7 +72,7 @@ def test_a_folder_of_timm_with_another_size_and_other_classes(theirs: Path, tmp_
     tuned = load_run(tmp_path / "runs" / "next")
     assert tuned.architecture == "test_vit" and tuned.input_size.image_size == 32 and tuned.num_classes == 10
     assert tuned.normalisation == (MEAN, STD) == (tuned.config.mean, tuned.config.std)
-    assert json.loads((tuned.folder / "config.json").read_text())["pretrained_cfg"]["crop_pct"] == 0.8
+    assert json.loads((tuned.folder / "config.json").read_text())["pretrained_cfg"]["crop_pct"] == 1.0
     weights = load_file(theirs / "model.safetensors")
     assert same_but_for_the_classifier(tuned.model.state_dict(), weights)
     assert tuned.model.pos_embed.shape[1] == 2 * 2 + 1 != weights["pos_embed"].shape[1]
@@ -88,12 +88,20 @@ def test_what_is_not_given_is_that_of_the_published_model(theirs: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [({}, 0.8), ({"crop_pct": 1.0}, 1.0), ({"fit": "pad"}, None), ({"fit": "stretch"}, None)]
+    ("given", "expected"),
+    [
+        ({}, 0.8),
+        ({"crop_pct": 1.0}, 1.0),
+        ({"fit": "pad"}, None),
+        ({"fit": "stretch"}, None),
+        ({"dataset": "hf:u/n"}, 0.8),
+        ({"dataset": "cifar10"}, None),
+    ],
 )
 def test_images_are_cropped_as_the_published_models_are(
     theirs: Path, given: dict[str, Any], expected: float | None
 ) -> None:
-    model, data = ModelConfig(f"local-dir:{theirs}", pretrained=True), DataConfig(**given)
+    model, data = ModelConfig(f"local-dir:{theirs}", pretrained=True), DataConfig(**{"dataset": "folder", **given})
     assert source.resolve_source(TrainConfig(model=model, data=data)).data.crop_pct == expected
 
 

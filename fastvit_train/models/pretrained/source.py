@@ -13,6 +13,7 @@ from timm.models import get_model_args
 
 from fastvit_train.config.resolved import InputSize, per_channel
 from fastvit_train.config.schema import TrainConfig
+from fastvit_train.config.validation import FROM_DATA_DIR, HUGGING_FACE
 from fastvit_train.data.sources.hub import offline_if_unreachable
 from fastvit_train.models.build import check_model, check_timm_folder, pretrained_cfg_of
 from fastvit_train.models.pretrained.hub import HUB, needs_hub, unreachable_reason
@@ -61,7 +62,9 @@ def resolve_source(config: TrainConfig) -> TrainConfig:
         "weights": str(_weights_in(folder, model.model)),
     }
     unset = {name: value for name, value in found.items() if getattr(model, name) is None}
-    if data.fit == "crop" and data.crop_pct is None and (crop_pct := cfg.get("crop_pct")):
+    # The other data sets are images of one size, which are not cropped.
+    are_files = data.dataset in FROM_DATA_DIR or data.dataset.startswith(HUGGING_FACE)
+    if are_files and data.fit == "crop" and data.crop_pct is None and (crop_pct := cfg.get("crop_pct")):
         data = replace(data, crop_pct=min(crop_pct, 1.0))
     return replace(config, model=replace(model, model=named, pretrained=False, **unset), data=data)
 
