@@ -16,6 +16,7 @@ from fastvit_train.config import settings_file
 from fastvit_train.inference.export import write_verified
 from fastvit_train.inference.model_card import model_card, without_paths
 from fastvit_train.inference.trained_model import TrainedModel, load_run
+from fastvit_train.runs.results import is_finished, read_results
 from fastvit_train.utils import atomic_io
 from fastvit_train.utils.errors import UserError, printable
 
@@ -60,6 +61,7 @@ def push_run(
     if not dry_run and token is None:
         raise UserError(f"the Hugging Face Hub needs a token: {LOGIN}")
     loaded = load_run(run, device="cpu", checkpoint=checkpoint)
+    _check_finished(loaded)
     loaded.print_checkpoint()
     if dry_run:
         folder = loaded.output_folder("hub")
@@ -85,6 +87,17 @@ def _check_names(repo: str, license: str | None) -> None:
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,50}", license):
         raise UserError(
             f"--license {license!r} is not a license identifier of the Hub; examples: apache-2.0, cc-by-4.0"
+        )
+
+
+def _check_finished(run: TrainedModel) -> None:
+    """Raise UserError if the weights are those of an earlier end of a run that goes on."""
+    if run.folder is None or run.config is None or run.checkpoint is not None:
+        return
+    if not is_finished(read_results(run.folder)):
+        raise UserError(
+            f"{run.source} has trained on since its final weights were written; wait until it is finished, or push the "
+            "weights so far with --checkpoint best or last"
         )
 
 

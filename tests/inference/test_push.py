@@ -95,6 +95,18 @@ def test_a_run_arrives_byte_for_byte_and_loads_from_there(
     assert "tensor([[" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_weights_of_an_earlier_end_are_not_pushed(run: Path, hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run was extended, and trains on."""
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({**last, "epoch": last["epoch"] + 1}) + "\n")
+    message = refused(capsys, run, "me/digits")
+    assert re.search("run has trained on since its final weights were written; .* --checkpoint best or last$", message)
+    assert not hub.repos
+    push(capsys, run, "me/digits", "--checkpoint", "last")
+
+
 def test_the_model_card_describes_the_run(run: Path, capsys: pytest.CaptureFixture[str], hub: FakeHub) -> None:
     assert f"written to {run}/hub; nothing was sent" in push(
         capsys, run, "me/digits", "--dry-run", "--license", "apache-2.0"
