@@ -172,9 +172,9 @@ def test_two_processes_share_the_trials_out(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_hopeless_trials_are_stopped_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without any learning, the accuracy stays below that of others; the first trial has no others."""
+    """Without any learning, the accuracy stays below that of others; with seed 2 the first trial learns."""
     monkeypatch.setattr(studies, "FIRST_UNPRUNED", 1)
-    flags = ["sweep", "lr=0.006,0", *SMALL[:-1], "20", "--runs-dir", str(tmp_path), "--trials", "6"]
+    flags = ["sweep", "lr=0.006,0", *SMALL[:-1], "20", "--seed", "2", "--runs-dir", str(tmp_path), "--trials", "4"]
     main(flags)
     done = trials(tmp_path)
     stopped = [trial for trial in done if trial.state == TrialState.PRUNED]
