@@ -94,7 +94,11 @@ class RunList:
         with suppress(OSError), os.scandir(parent) as entries:  # the folder cannot be read, or was removed
             for entry in entries:
                 folder = parent / entry.name
-                if entry.name.startswith(".") or (entry.is_symlink() and not self._holds(folder)) or not entry.is_dir():
+                if (
+                    entry.name.startswith(".")
+                    or not _is_folder(entry)
+                    or (entry.is_symlink() and not self._holds(folder))
+                ):
                     continue
                 stamps = [_stamp(path) for path in _files(folder)]
                 if any(stamps[: len(RUN_FILES)]):
@@ -103,10 +107,10 @@ class RunList:
                     yield from self._folders(folder, depth + 1)
 
     def _holds(self, path: Path) -> bool:
-        """Return whether a path, with the links in it followed, exists in the folder that is watched."""
+        """Return whether a path, with the links in it followed, is in the folder that is watched."""
         try:
-            return path.resolve(strict=True).is_relative_to(self.root)
-        except (OSError, RuntimeError):  # a link that leads nowhere or, up to Python 3.12, to itself
+            return path.resolve().is_relative_to(self.root)
+        except (OSError, RuntimeError):  # RuntimeError: up to Python 3.12, a link that leads to itself
             return False
 
     def _describe(self, folder: Path, stamps: list[Stamp]) -> ListedRun:
@@ -139,6 +143,14 @@ class RunList:
             return run.finished, {name: format_result(name, run) for name in COLUMNS}, ""
         except (UserError, OSError, *INVALID) as error:
             return False, empty, str(error)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether `entry` is a folder; a link that leads to itself is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def _files(folder: Path) -> list[Path]:
